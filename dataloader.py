@@ -1,0 +1,370 @@
+"""Token shards on disk and the batches read from them.
+
+Owns the shard format: `<split>_000000.npy` (uint16, or uint32 above 65,536 ids; one dimension; each document led by the
+separator token) and `manifest.json` (source, tokenizer fingerprint, and per shard its tokens, bytes of text, documents
+and checksum). Owns the order in which training sees them.
+
+    python download_data.py --data_path=data      writes a folder of them; train.py reads it
+"""
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from runtime.files import sync_folder, whole_file
+from runtime.flags import BadInput
+from tokenizer import Tokenizer
+
+FORMAT = "gpt-workbench shards 1"
+SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
+IGNORE_INDEX = -100        # targets that carry no loss; the value F.cross_entropy skips by itself
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens. bytes: UTF-8 text in it. sha256: of the tokens alone, without the .npy header."""
+    file: str
+    tokens: int
+    bytes: int
+    documents: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What a data folder holds; `manifest.json` is this as JSON."""
+    source: dict       # dataset, configuration, column and revision
+    settings: dict     # the thresholds that cut the stream into splits and shards
+    tokenizer: str     # its fingerprint
+    vocab_size: int
+    dtype: str         # "uint16" or "uint32"
+    complete: bool = False
+    shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    format: str = FORMAT
+
+    def total(self, split: str, what: str) -> int:
+        """Sum over the shards of `split`; what: "tokens", "bytes" or "documents"."""
+        return sum(getattr(shard, what) for shard in self.shards[split])
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any token of the training data or the tokenizer."""
+        facts = [self.tokenizer, self.dtype, *(shard.sha256 for shard in self.shards["train"])]
+        return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
+
+    def save(self, data_path: Path):
+        with whole_file(data_path / "manifest.json", "w") as file:
+            json.dump(asdict(self), file, indent=1)
+
+    @classmethod
+    def load(cls, data_path: Path) -> "Manifest":
+        """Raises BadInput when there is none, or another format."""
+        path = data_path / "manifest.json"
+        try:
+            blob = json.loads(path.read_text(encoding="utf-8"))
+            if blob["format"] != FORMAT:
+                raise ValueError(f"its format is {blob['format']!r}, expected {FORMAT!r}")
+            blob["shards"] = {split: [Shard(**shard) for shard in blob["shards"][split]] for split in SPLITS}
+            return cls(**blob)
+        except OSError as error:
+            raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
+                           f"run `python download_data.py --data_path={data_path}`") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}: not a manifest of ours ({type(error).__name__}: {error}): "
+                           f"prepare the data again into another --data_path") from None
+
+
+class ShardWriter:
+    """Writes the shards of one split; a shard closes with the document that brings it to `threshold` tokens.
+
+    An open shard has a temporary name, grows on disk rather than in memory, and takes its final name when it closes.
+    """
+
+    def __init__(self, data_path: Path, split: str, threshold: int, manifest: Manifest):
+        self.data_path, self.split, self.threshold, self.manifest = data_path, split, threshold, manifest
+        self.dtype = np.dtype(manifest.dtype)
+        self.file = None
+        self.tokens = self.bytes = self.documents = 0  # in the open shard
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}_{len(self.manifest.shards[self.split]):06d}.npy"
+
+    def add(self, ids: np.ndarray, starts: np.ndarray, text_bytes: np.ndarray):
+        """Appends whole documents: document i is ids[starts[i]:starts[i + 1]], of text_bytes[i] bytes of text."""
+        at = 0
+        while at < len(text_bytes):
+            if self.file is None:
+                self._open()
+            stop = documents_to_reach(starts, at, self.threshold - self.tokens)
+            part = np.ascontiguousarray(ids[starts[at]:starts[stop]], dtype=self.dtype)
+            self.file.write(part)
+            self.checksum.update(part)
+            self.tokens += len(part)
+            self.bytes += int(text_bytes[at:stop].sum())
+            self.documents += stop - at
+            at = stop
+            if self.tokens >= self.threshold:
+                self.close()
+
+    def _open(self):
+        self.file = open(self.data_path / (self.name + ".tmp"), "wb")
+        self.checksum = hashlib.sha256()
+        self._write_header()
+
+    def _write_header(self):
+        # numpy pads the header so that a first axis of any length fits: it can be written again when it is known
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
+                        "shape": (self.tokens,)})
+
+    def close(self):
+        """Gives the open shard, if there is one, its final name and a place in the manifest on disk."""
+        if self.file is None:
+            return
+        self._write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None
+        os.replace(self.data_path / (self.name + ".tmp"), self.data_path / self.name)
+        sync_folder(self.data_path)
+        self.manifest.shards[self.split].append(
+            Shard(self.name, self.tokens, self.bytes, self.documents, self.checksum.hexdigest()))
+        self.tokens = self.bytes = self.documents = 0
+        self.manifest.save(self.data_path)
+
+    def discard(self):
+        """Removes the open shard: its documents will be read again."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+            (self.data_path / (self.name + ".tmp")).unlink(missing_ok=True)
+
+
+def documents_to_reach(starts: np.ndarray, at: int, tokens: int) -> int:
+    """Stop of the run of whole documents from `at` on that first holds `tokens` tokens, or all there are.
+
+    starts, (documents + 1,): document i is tokens starts[i]..starts[i + 1]. [0, 5, 9, 12], 0, 6 -> 2
+    """
+    return min(int(np.searchsorted(starts, starts[at] + max(tokens, 1))), len(starts) - 1)
+
+
+class ShardedTokens:
+    """The shards of one split as one long sequence of tokens, memory-mapped.
+
+    Raises BadInput, naming the file, for a shard that is missing, cut off, foreign or not in the manifest.
+    """
+
+    def __init__(self, data_path: Path, manifest: Manifest, split: str):
+        self.paths = [data_path / shard.file for shard in manifest.shards[split]]
+        lengths = [shard.tokens for shard in manifest.shards[split]]
+        self.stops = np.cumsum([0, *lengths])
+        self.maps: list[np.ndarray] | None = None
+        for path, length in zip(self.paths, lengths):
+            check_shard(path, length, np.dtype(manifest.dtype))
+        if strangers := set(data_path.glob(f"{split}_*.npy")) - set(self.paths):
+            raise BadInput(f"{min(strangers)}: not in manifest.json: move it away or prepare the data again")
+
+    def __len__(self) -> int:
+        return int(self.stops[-1])
+
+    def __getstate__(self):
+        return self.__dict__ | {"maps": None}  # pickled for a worker, a memory map would become a copy of the shard
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop, (stop - start,), across shards where need be."""
+        if self.maps is None:
+            self.maps = [np.load(path, mmap_mode="r") for path in self.paths]
+        first = int(np.searchsorted(self.stops, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            end = min(stop, int(self.stops[first + 1]))
+            parts.append(self.maps[first][start - self.stops[first]:end - self.stops[first]])
+            start, first = end, first + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def check_shard(path: Path, tokens: int, dtype: np.dtype):
+    """Raises BadInput unless `path` is a .npy file of exactly so many tokens. Reads the header only."""
+    repair = "prepare the data again"
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: listed in manifest.json but missing: {repair}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise BadInput(f"{path}: cut off, or not a .npy file ({error}): {repair}") from None
+    if getattr(found, "dtype", None) != dtype or found.shape != (tokens,):
+        raise BadInput(f"{path}: holds {getattr(found, 'dtype', 'no array')} {getattr(found, 'shape', '')}, "
+                       f"manifest.json says {dtype} ({tokens},): {repair}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened data folder: its manifest and the tokenizer that made it."""
+    path: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+
+    def split(self, name: str) -> ShardedTokens:
+        return ShardedTokens(self.path, self.manifest, name)
+
+
+def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
+    """Raises BadInput when the folder is not finished, its parts do not belong together, or its vocabulary has not
+    the `vocab_size` that was expected."""
+    manifest = Manifest.load(data_path)
+    if not manifest.complete:
+        raise BadInput(f"--data_path={data_path}: the preparation did not finish: run `python download_data.py` with "
+                       f"the same flags again to go on")
+    tokenizer = Tokenizer.load(data_path / "tokenizer.json")
+    if tokenizer.fingerprint() != manifest.tokenizer:
+        raise BadInput(f"{data_path / 'tokenizer.json'}: not the tokenizer these shards were made with (fingerprint "
+                       f"{tokenizer.fingerprint()}, manifest.json says {manifest.tokenizer}): put the right one back")
+    if vocab_size not in (None, manifest.vocab_size):
+        raise BadInput(f"--vocab_size={vocab_size}: the data in {data_path} has {manifest.vocab_size}: "
+                       f"drop the flag, or prepare other data")
+    return Data(data_path, manifest, tokenizer)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+def shuffled(place: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where each of `place`, (k,) in 0..n-1, goes under a permutation of n that (seed, epoch) choose. Returns (k,).
+
+    A four-round Feistel network on the next even power of two; what falls outside 0..n-1 goes round again (cycle
+    walking; Black and Rogaway 2002). Any part of the order is computed without the rest: no array of n, which at ten
+    billion tokens would be hundreds of megabytes in every worker, and no dependence on a numpy version.
+    """
+    half_bits = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half_bits)) - 1)
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def permute(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half_bits, x & low
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) & low)
+        return left << half_bits | right
+
+    x = permute(place.astype(np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = permute(x[outside])
+    return x.astype(np.int64)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit. (k,) uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class BlockBatches:
+    """Batch `first` is a pure function of its number, so that no worker, prefetch or restart can change it.
+
+    Block i is tokens i*block_size .. (i+1)*block_size + 1 of the split: inputs, and targets one further on. The blocks
+    of all epochs stand in one endless row, shuffled within each epoch, and a batch may straddle two epochs.
+    """
+
+    def __init__(self, tokens: ShardedTokens, batch_size: int, block_size: int, seed: int | None):
+        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
+        self.n_blocks = (len(tokens) - 1) // block_size
+
+    def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
+        """Blocks first..first + batch_size of the row: inputs and targets, each int64 (batch_size, block_size)."""
+        return self.read(self.order(np.arange(first, first + self.batch_size)))
+
+    def order(self, places: np.ndarray) -> np.ndarray:
+        """Which block stands at each of `places` in the endless row."""
+        blocks = np.empty_like(places)
+        epochs = places // self.n_blocks
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            blocks[here] = shuffled(places[here] % self.n_blocks, self.n_blocks, self.seed, int(epoch))
+        return blocks
+
+    def read(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = np.stack([self.tokens.read(start, start + self.block_size + 1)
+                         for start in (blocks * self.block_size).tolist()])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+
+class TrainLoader:
+    """Endless shuffled training batches whose position can be saved and restored exactly.
+
+    blocks_seen counts what was handed out, not what workers have read ahead: it is the whole position.
+    """
+
+    def __init__(self, data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
+                 pin_memory: bool = False):
+        self.batches = BlockBatches(require_a_block(data, "train", block_size), batch_size, block_size, seed)
+        self.fingerprint = data.manifest.fingerprint()
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.blocks_seen = 0
+        self.iterator: Iterator | None = None
+
+    @property
+    def epoch(self) -> float:
+        return self.blocks_seen / self.batches.n_blocks
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each int64 (batch_size, block_size)."""
+        if self.iterator is None:
+            self.iterator = iter(DataLoader(
+                self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
+                num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=ignore_signals,
+                generator=torch.Generator()))  # its own: by default every start draws from torch's global generator
+        batch = next(self.iterator)
+        self.blocks_seen += self.batches.batch_size
+        return batch
+
+    def state_dict(self) -> dict:
+        return {"blocks_seen": self.blocks_seen, "seed": self.batches.seed, "block_size": self.batches.block_size,
+                "data": self.fingerprint}
+
+    def load_state_dict(self, state: dict):
+        """Raises BadInput when the position belongs to other data. Batch size and workers may have changed."""
+        if state["data"] != self.fingerprint:
+            raise BadInput(f"--data_path: the training data ({self.fingerprint}) is not what the checkpoint was trained "
+                           f"on ({state['data']}): give the same data to resume")
+        assert (state["seed"], state["block_size"]) == (self.batches.seed, self.batches.block_size), state
+        self.blocks_seen = state["blocks_seen"]
+        self.iterator = None
+
+
+def ignore_signals(worker: int):
+    """Ctrl-C reaches every process of the terminal; the workers must live until the training process stops them."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first n_batches * batch_size blocks of the validation split, or all there are, always in the same order.
+
+    Yields inputs and targets, each int64 (at most batch_size, block_size).
+    """
+    batches = BlockBatches(require_a_block(data, "val", block_size), batch_size, block_size, seed=None)
+    blocks = np.arange(min(n_batches * batch_size, batches.n_blocks))
+    for first in range(0, len(blocks), batch_size):
+        yield batches.read(blocks[first:first + batch_size])
+
+
+def require_a_block(data: Data, split: str, block_size: int) -> ShardedTokens:
+    tokens = data.split(split)
+    if len(tokens) <= block_size:
+        raise BadInput(f"--block_size={block_size}: the {split} split in {data.path} has only {len(tokens):,} tokens: "
+                       f"prepare more text{' (--val_tokens)' if split == 'val' else ''} or use a smaller block")
+    return tokens

@@ -1,0 +1,203 @@
+"""Turns text into token shards that train.py reads.
+
+    python download_data.py                                       FineWeb-Edu 10BT, streamed from the hub, into data/
+    python download_data.py --dataset=builtin --vocab_size=4096   several MB that need no network
+    python download_data.py --dataset=my_texts/                   a folder of parquet, jsonl or txt
+
+The stream's first documents become the validation split, the rest the training split. Finished shards survive an
+interruption: the same command goes on after the last of them.
+"""
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach
+from runtime.files import require_writable
+from runtime.flags import BadInput, check_flags, command, flag, parse_flags
+from runtime.sources import Source, SourceConfig, open_source, take_text
+from tokenizer import TRAINING_BYTES, Tokenizer, as_text
+
+BATCH_BYTES = 1 << 20  # of text are encoded at once
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """The shards."""
+    data_path: Path = flag(Path("data"), "folder for the shards, manifest.json and tokenizer.json")
+    tokenizer_path: Path = flag(None, "a tokenizer.json to use (default: train one on the head of the text)")
+    vocab_size: int = flag(None, "size of the tokenizer that is trained (default: 32768), "
+                                 "or what the one at --tokenizer_path must have", at_least=256)
+    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text, from the head of the stream, to train a tokenizer on",
+                                at_least=1)
+    shard_size_threshold: int = flag(100_000_000, "tokens at which a shard is closed", at_least=1)
+    tokens_threshold: int = flag(10_000_000_000, "stop once more than so many tokens are written", at_least=1)
+    val_tokens: int = flag(1_000_000, "tokens at which the validation split is closed", at_least=1)
+    __post_init__ = check_flags
+
+    def settings(self) -> dict:
+        """What, besides source and tokenizer, decides the bytes of the shards."""
+        return {name: getattr(self, name) for name in ("shard_size_threshold", "tokens_threshold", "val_tokens")}
+
+
+def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
+    """Fills `config.data_path`, or goes on filling it; does nothing where it is full.
+
+    Raises BadInput when the flags, the folder and the text do not fit; the folder is then as it was before.
+    """
+    if config.tokens_threshold <= config.val_tokens:
+        raise BadInput(f"--tokens_threshold={config.tokens_threshold}: must be above --val_tokens={config.val_tokens}, "
+                       f"or nothing is left to train on")
+    manifest = find_manifest(config, source_config)
+    if manifest is not None and manifest.complete:
+        return manifest
+    require_writable(config.data_path / "manifest.json", "--data_path")
+    source = open_source(source_config)
+    if manifest is None:
+        tokenizer, documents = choose_tokenizer(config, source)
+        manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
+                            tokenizer.dtype.name)
+        tokenizer.separator_id  # a vocabulary without one is refused before anything is written
+        tokenizer.save(config.data_path / "tokenizer.json")
+        manifest.save(config.data_path)
+    else:
+        if source.name != manifest.source:
+            raise BadInput(f"--data_path={config.data_path}: was begun with {manifest.source}, but the text is now "
+                           f"{source.name}: choose another --data_path")
+        tokenizer = Tokenizer.load(config.data_path / "tokenizer.json")
+        documents = source.documents(skip=sum(manifest.total(split, "documents") for split in SPLITS))
+    try:
+        write_shards(config, manifest, tokenizer, documents)
+    except BadInput:
+        remove(config.data_path, manifest)
+        raise
+    manifest.complete = True
+    manifest.save(config.data_path)
+    return manifest
+
+
+def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifest | None:
+    """What `--data_path` holds already. Raises BadInput when it is not what the flags ask for."""
+    folder = config.data_path
+    if not (folder / "manifest.json").exists():
+        if stray := sorted(folder.glob("*.npy")):
+            raise BadInput(f"--data_path={folder}: holds {stray[0].name} but no manifest.json: choose another folder")
+        return None
+    manifest = Manifest.load(folder)
+    asked = config.settings() | {"dataset": source_config.dataset}
+    held = manifest.settings | {"dataset": manifest.source["dataset"]}
+    if config.vocab_size is not None:
+        asked["vocab_size"], held["vocab_size"] = config.vocab_size, manifest.vocab_size
+    if config.tokenizer_path is not None:
+        asked["tokenizer_path"], held["tokenizer_path"] = Tokenizer.load(config.tokenizer_path).fingerprint(), manifest.tokenizer
+    for name in asked:
+        if asked[name] != held[name]:
+            raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held[name]}: "
+                           f"give that, or choose another --data_path")
+    return manifest
+
+
+def choose_tokenizer(config: PrepareConfig, source: Source) -> tuple[Tokenizer, Iterator[str]]:
+    """The tokenizer that was asked for, or one trained on the head of the stream; and all documents of the stream."""
+    beside = config.data_path / "tokenizer.json"
+    path = config.tokenizer_path or (beside if beside.exists() else None)
+    if path is None:
+        documents, head = source.documents(), []
+        texts = keep(take_text(documents, config.tokenizer_bytes), head)
+        tokenizer = Tokenizer.train(texts, config.vocab_size or 32_768, progress=True)
+        return tokenizer, itertools.chain(head, documents)
+    tokenizer = Tokenizer.load(path)
+    if beside.exists() and Tokenizer.load(beside).fingerprint() != tokenizer.fingerprint():
+        raise BadInput(f"--tokenizer_path={path}: {beside} is another tokenizer: choose another --data_path")
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise BadInput(f"--vocab_size={config.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
+                       f"drop one of the two flags")
+    return tokenizer, source.documents()
+
+
+def keep(texts: Iterable[str], kept: list[str]) -> Iterator[str]:
+    for text in texts:
+        kept.append(text)
+        yield text
+
+
+def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, documents: Iterator[str]):
+    """Documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
+    writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest) for split in SPLITS}
+    written = {split: manifest.total(split, "tokens") for split in SPLITS}
+    batches = encode_documents(tokenizer, documents)
+    try:
+        with tqdm(total=config.tokens_threshold, initial=sum(written.values()), desc="tokenizing", unit="tok",
+                  unit_scale=True) as bar:
+            while sum(written.values()) <= config.tokens_threshold and (batch := next(batches, None)):
+                ids, starts, text_bytes = batch
+                at = 0
+                while at < len(text_bytes) and sum(written.values()) <= config.tokens_threshold:
+                    if written["val"] < config.val_tokens:
+                        split, room = "val", config.val_tokens - written["val"]
+                    else:
+                        split, room = "train", config.tokens_threshold + 1 - sum(written.values())
+                    stop = documents_to_reach(starts, at, room)
+                    writers[split].add(ids, starts[at:stop + 1], text_bytes[at:stop])
+                    written[split] += int(starts[stop] - starts[at])
+                    bar.update(int(starts[stop] - starts[at]))
+                    at = stop
+                    if split == "val" and written["val"] >= config.val_tokens:
+                        writers["val"].close()
+        if written["train"] == 0:
+            raise BadInput(f"--val_tokens={config.val_tokens}: takes all {written['val']:,} tokens of the text: "
+                           f"give more text, or about {max(written['val'] // 20, 1)}")
+        for writer in writers.values():
+            writer.close()
+    except BaseException as error:
+        for writer in writers.values():
+            writer.discard()
+        if not isinstance(error, BadInput):
+            n_shards = sum(map(len, manifest.shards.values()))
+            tqdm.write(f"{n_shards} finished shards stay in {config.data_path}; the same command goes on after them",
+                       file=sys.stderr)
+        raise
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple]:
+    """Yields ids (n,), starts (documents + 1,) and bytes of text (documents,) for a few documents at a time; each
+    document is led by the separator."""
+    documents = iter(documents)
+    while texts := list(take_text(documents, BATCH_BYTES)):
+        ids, offsets = tokenizer.encode_batch(texts)
+        ids = np.insert(ids, offsets[:-1], tokenizer.separator_id)
+        text_bytes = np.array([len(as_text(text).encode()) for text in texts])
+        yield ids, offsets + np.arange(len(offsets)), text_bytes
+
+
+def remove(data_path: Path, manifest: Manifest):
+    """Takes back what a preparation has written."""
+    for split in SPLITS:
+        for shard in manifest.shards[split]:
+            (data_path / shard.file).unlink(missing_ok=True)
+    (data_path / "manifest.json").unlink()
+
+
+@command
+def main(argv=None):
+    """Turns a hub dataset, local files or the built-in text into token shards."""
+    config, source_config = parse_flags(main.__doc__, argv, PrepareConfig, SourceConfig)
+    start = time.perf_counter()
+    was_complete = (config.data_path / "manifest.json").exists() and Manifest.load(config.data_path).complete
+    manifest = prepare(config, source_config)
+    for split in SPLITS:
+        tokens, n_bytes = manifest.total(split, "tokens"), manifest.total(split, "bytes")
+        documents = manifest.total(split, "documents")
+        print(f"{split:5}: {tokens:,} tokens, {n_bytes / 1e6:.1f} MB of text, {n_bytes / (tokens - documents):.2f} bytes "
+              f"per token, {documents:,} documents, {len(manifest.shards[split])} shards")
+    print(f"{config.data_path}: " + ("finished before, nothing to do" if was_complete else
+                                     f"finished in {time.perf_counter() - start:.1f} s"))
+
+
+if __name__ == "__main__":
+    main()

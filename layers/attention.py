@@ -1,0 +1,82 @@
+"""Causal self-attention with rotary positions, and its cache of keys and values."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.norm import rms_norm
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions seen so far: each (B, n_head, n_tokens, head_size), the first `length` filled."""
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions, (B, n_head, T, head_size); returns all there are so far."""
+        stop = self.length + keys.size(2)
+        assert stop <= self.keys.size(2), (stop, self.keys.shape)
+        self.keys[:, :, self.length:stop] = keys
+        self.values[:, :, self.length:stop] = values
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Rotary(nn.Module):
+    """Rotates pairs of channels by an angle that grows with the position, so that a product of query and key depends
+    on their distance. Source: Su et al. 2021 (RoFormer), section 3.2.2, arXiv:2104.09864."""
+
+    def __init__(self, head_size: int, block_size: int, base: float = 10_000.0):
+        super().__init__()
+        frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+        angles = torch.outer(torch.arange(block_size, dtype=torch.float32), frequencies)
+        # derived from the shape alone, so not in checkpoints
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, head_size/2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x: (B, n_head, T, head_size), whose first position is `start`. Computed in fp32, returned as x's dtype."""
+        cos, sin = (table[start:start + x.size(2)] for table in (self.cos, self.sin))
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention. Queries and keys are normalised, which keeps their products in bounds however
+    large the weights grow (Henry et al. 2020, arXiv:2010.04245)."""
+
+    def __init__(self, n_embd: int, n_head: int, head_size: int, block_size: int):
+        super().__init__()
+        self.n_head, self.head_size = n_head, head_size
+        self.qkv = nn.Linear(n_embd, 3 * n_head * head_size, bias=False)
+        self.proj = nn.Linear(n_head * head_size, n_embd, bias=False)
+        self.rotary = Rotary(head_size, block_size)
+
+    def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """Room for `n_tokens` positions: 2 * B * n_head * n_tokens * head_size numbers."""
+        shape = batch_size, self.n_head, n_tokens, self.head_size
+        return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x: (B, T, C), which stand after what `cache` holds; it takes them in. Returns (B, T, C)."""
+        B, T, C = x.shape
+        start = cache.length if cache else 0
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = self.rotary(rms_norm(q), start), self.rotary(rms_norm(k), start)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k.to(cache.keys.dtype), v.to(cache.keys.dtype))
+            q = q.to(k.dtype)
+            if start > 0 and T > 1:  # query t sees the cached positions and its own block up to t
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(diagonal=start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size).to(x.dtype))
+
+    def flops_per_token(self, block_size: int) -> int:
+        """Projections, and scores and sums over the whole block: the upper triangle counts too, as is customary
+        (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
+        projections = self.qkv.weight.numel() + self.proj.weight.numel()
+        return 2 * projections + 2 * 2 * block_size * self.n_head * self.head_size

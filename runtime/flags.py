@@ -1,0 +1,158 @@
+"""Command-line flags: each declared once, as a field of a frozen dataclass; what a user gets wrong ends in one line.
+
+    @dataclass(frozen=True)
+    class LoopConfig:
+        max_iter: int = flag(2_000, "optimizer steps", at_least=1)
+        __post_init__ = check_flags
+
+`add_flags` gives argparse the fields, `read_flags` builds the dataclass again, `@command` turns BadInput into one
+line on stderr and exit code 2.
+"""
+import argparse
+import dataclasses
+import difflib
+import functools
+import sys
+import typing
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message names the flag or file, what was found and what to do."""
+
+
+def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None):
+    """A dataclass field that `--help` explains and `check_flags` holds to its range."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def check_flags(config):
+    """Raises BadInput for the first field of `config` outside the range its `flag` declares. Use as __post_init__."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        if value is None or "help" not in limits:
+            continue
+        given = f"--{field.name}={value}"
+        # `not (value >= limit)` rather than `value < limit`: NaN must fail too
+        if limits["at_least"] is not None and not value >= limits["at_least"]:
+            raise BadInput(f"{given}: must be at least {limits['at_least']}")
+        if limits["above"] is not None and not value > limits["above"]:
+            raise BadInput(f"{given}: must be above {limits['above']}")
+        if limits["at_most"] is not None and not value <= limits["at_most"]:
+            raise BadInput(f"{given}: must be at most {limits['at_most']}")
+        if limits["choices"] is not None and value not in limits["choices"]:
+            raise BadInput(f"{given}: choose one of {', '.join(limits['choices'])}")
+
+
+def parse_bool(text: str) -> bool:
+    """'1', 'true', 'yes', 'on' -> True; '0', 'false', 'no', 'off' -> False."""
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
+    return known[text.lower()]
+
+
+def parse_int(text: str) -> int:
+    """'250', '10_000' and '1e9' are whole numbers; '1.5' is not."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        if (value := float(text)).is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+def parse_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: Path}
+
+
+def value_type(field) -> type:
+    """The type a flag's text is read as: `int` for both `int` and `int | None`."""
+    options = [option for option in typing.get_args(field.type) if option is not type(None)]
+    return options[0] if options else field.type
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line, and suggests the flag that was meant."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message: str):
+        raise BadInput(message.removeprefix("argument ").replace(": expected one argument", ": give it a value"))
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            raise BadInput(f"{unknown[0]}: no such flag" + (f", did you mean {close[0]}?" if close else ", see --help"))
+        return found
+
+
+def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = False):
+    """Declares every field of the `configs` dataclasses on `parser`; one help line each, with its default.
+
+    With `suppress`, a flag that is not given leaves no trace in the namespace.
+    """
+    for config in configs:
+        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
+        for field in dataclasses.fields(config):
+            if "help" not in field.metadata:
+                continue
+            is_bool = value_type(field) is bool
+            shown = "" if field.default is None else f" (default: {int(field.default) if is_bool else field.default})"
+            choices = field.metadata["choices"]
+            listed = f": {', '.join(choices)}" if choices else ""
+            group.add_argument(
+                f"--{field.name}", type=PARSERS[value_type(field)],
+                default=argparse.SUPPRESS if suppress else field.default,
+                metavar="0|1" if is_bool else field.name.split("_")[-1].upper(),
+                help=field.metadata["help"].replace("%", "%%") + listed + shown,
+                **({"nargs": "?", "const": True} if is_bool else {}))
+
+
+def read_flags(config: type, values: dict):
+    """The dataclass `config` from the entries of `values` that are its fields. Raises BadInput, see check_flags."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return config(**{name: value for name, value in values.items() if name in names})
+
+
+def parse_flags(description: str | None, argv, *configs: type) -> list:
+    """The usual case: `argv` (None: the command line) read into one instance of each of `configs`."""
+    parser = Parser(description)
+    add_flags(parser, *configs)
+    values = vars(parser.parse_args(argv))
+    return [read_flags(config, values) for config in configs]
+
+
+def command(main):
+    """Decorates a script's `main(argv=None)`: what the user can mend ends in one line and exit code 2.
+
+    Exit code 1 is for what went wrong while running (a full disk, a loss that is no longer finite), 130 for Ctrl-C.
+    """
+    @functools.wraps(main)
+    def run(argv=None):
+        name = Path(sys.modules[main.__module__].__file__).name
+        try:
+            return main(argv)
+        except BadInput as error:
+            code, message = 2, str(error)
+        except (OSError, FloatingPointError) as error:
+            code, message = 1, str(error) or type(error).__name__
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(code)
+    return run
