@@ -109,7 +109,7 @@ class GPT(nn.Module):
         losses = torch.cat(losses)
         if reduction == "none":
             return losses.view_as(targets)
-        return losses.sum() / (targets >= 0).sum()
+        return losses.sum() / (targets >= 0).sum().clamp(min=1)
 
     def init_cache(self, batch_size: int, n_tokens: int, dtype: torch.dtype | None = None) -> list:
         """One entry per block, made by its mixer, with room for `n_tokens` positions; `forward` fills it in place."""
@@ -135,5 +135,8 @@ class GPT(nn.Module):
     def from_blob(cls, blob: dict) -> "GPT":
         """The inverse of `to_blob`."""
         model = cls(GPTConfig(**blob["config"]))
-        model.load_state_dict(blob["model"])
+        try:
+            model.load_state_dict(blob["model"])
+        except RuntimeError as error:
+            raise BadInput(f"the checkpoint's weights are not those of its shape {blob['config']} ({error})") from None
         return model

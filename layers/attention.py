@@ -38,10 +38,11 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
-        """x: (B, n_head, T, head_size), whose first position is `start`. Computed in fp32, returned as x's dtype."""
+        """x: (B, n_head, T, head_size), whose first position is `start`. Returns the same shape in fp32: bf16 angles
+        would confuse neighbouring positions."""
         cos, sin = (table[start:start + x.size(2)] for table in (self.cos, self.sin))
         a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Attention(nn.Module):
@@ -65,15 +66,14 @@ class Attention(nn.Module):
         B, T, C = x.shape
         start = cache.length if cache else 0
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = self.rotary(rms_norm(q), start), self.rotary(rms_norm(k), start)
+        q, k = self.rotary(rms_norm(q), start).to(v.dtype), self.rotary(rms_norm(k), start).to(v.dtype)
         mask = None
         if cache is not None:
-            k, v = cache.append(k.to(cache.keys.dtype), v.to(cache.keys.dtype))
-            q = q.to(k.dtype)
+            k, v = (kept.to(q.dtype) for kept in cache.append(k, v))
             if start > 0 and T > 1:  # query t sees the cached positions and its own block up to t
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(diagonal=start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size).to(x.dtype))
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size))
 
     def flops_per_token(self, block_size: int) -> int:
         """Projections, and scores and sums over the whole block: the upper triangle counts too, as is customary

@@ -21,9 +21,10 @@ class BadInput(ValueError):
     """Something the user gave cannot be used. The message names the flag or file, what was found and what to do."""
 
 
-def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None):
-    """A dataclass field that `--help` explains and `check_flags` holds to its range."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None, bare=None):
+    """A dataclass field that `--help` explains and `check_flags` holds to its range. bare: what the flag without a
+    value means, where it may stand alone (a bool may: True)."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices, "bare": bare}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -112,6 +113,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
             if "help" not in field.metadata:
                 continue
             is_bool = value_type(field) is bool
+            bare = True if is_bool else field.metadata["bare"]
             shown = "" if field.default is None else f" (default: {int(field.default) if is_bool else field.default})"
             choices = field.metadata["choices"]
             listed = f": {', '.join(choices)}" if choices else ""
@@ -120,7 +122,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
                 default=argparse.SUPPRESS if suppress else field.default,
                 metavar="0|1" if is_bool else field.name.split("_")[-1].upper(),
                 help=field.metadata["help"].replace("%", "%%") + listed + shown,
-                **({"nargs": "?", "const": True} if is_bool else {}))
+                **({"nargs": "?", "const": bare} if bare is not None else {}))
 
 
 def read_flags(config: type, values: dict):

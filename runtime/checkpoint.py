@@ -1,0 +1,33 @@
+"""The checkpoint file: one file of tensors and plain values, written whole or not at all, read without running code."""
+from pathlib import Path
+
+import torch
+
+from runtime.files import whole_file
+from runtime.flags import BadInput
+
+FORMAT = "gpt-workbench checkpoint 1"
+
+
+def save_checkpoint(path: Path, blob: dict):
+    """blob: nested dicts and lists of tensors, numbers, text and None."""
+    with whole_file(path) as file:
+        torch.save({"format": FORMAT, **blob}, file)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors come to the CPU. Raises BadInput when the file is missing, damaged, foreign or of another format."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python train.py "
+                       f"--checkpoint_path={path}`")
+    try:
+        blob = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, struct and torch errors, depending on which byte is wrong
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{path}: damaged, or not a checkpoint ({reason[:100]}): use another") from None
+    if not isinstance(blob, dict) or "format" not in blob:
+        raise BadInput(f"{path}: not a checkpoint of ours: use one that train.py wrote")
+    if blob["format"] != FORMAT:
+        raise BadInput(f"{path}: its format is {blob['format']!r}, this version reads {FORMAT!r}: use the version that "
+                       f"wrote it")
+    return blob

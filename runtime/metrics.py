@@ -1,0 +1,90 @@
+"""What a run measures: bits per byte, and rows of numbers on disk that plots and tables read.
+
+A run's rows are `metrics.jsonl`, one JSON object per log or evaluation (step, tokens, seconds, flops, lr, train_loss,
+val_loss, val_bpb, tok_per_sec, mfu, peak_memory), and the same numbers as TensorBoard events beside it.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from runtime.files import whole_file
+
+
+@dataclass
+class LossSums:
+    """Loss summed over tokens, and over those that are text, whose bytes are known.
+
+    Bits per byte lets vocabularies of different sizes be compared. Special tokens are no text: they count in neither
+    its nats nor its bytes. Sums are Python floats, which are float64.
+    """
+    nats: float = 0.0
+    tokens: int = 0
+    text_nats: float = 0.0
+    text_bytes: int = 0
+
+    def add(self, losses: Tensor, targets: Tensor, token_bytes: Tensor):
+        """losses: (B, T) nats; targets: (B, T), negative ones left out; token_bytes: (V,), 0 for special tokens."""
+        losses, targets = losses.cpu().double().flatten(), targets.cpu().flatten()
+        losses, targets = losses[targets >= 0], targets[targets >= 0]
+        n_bytes = token_bytes[targets]
+        self.nats += losses.sum().item()
+        self.tokens += len(targets)
+        self.text_nats += losses[n_bytes > 0].sum().item()
+        self.text_bytes += int(n_bytes.sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+
+class MetricsLog:
+    """Appends rows to `<folder>/metrics.jsonl` and to TensorBoard events in `folder`."""
+
+    def __init__(self, folder: Path, rows: list[dict]):
+        """rows: what came before, when a run goes on; files of an earlier run are replaced by them."""
+        from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        with whole_file(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.events = SummaryWriter(folder)
+        for row in rows:
+            self._write_events(row)
+
+    def write(self, row: dict):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._write_events(row)
+        self.events.flush()
+
+    def _write_events(self, row: dict):
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.events.add_scalar(name, value, row["step"])
+
+    def close(self):
+        self.events.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl in order of step; of several rows of a step the last. A line that a crash cut off is left
+    out, and a file that is not there has no rows."""
+    rows = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
