@@ -242,13 +242,13 @@ def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
 def shuffled(place: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where each of `place`, (k,) in 0..n-1, goes under a permutation of n that (seed, epoch) choose. Returns (k,).
 
-    A four-round Feistel network on the next even power of two; what falls outside 0..n-1 goes round again (cycle
+    An eight-round Feistel network on the next even power of two; what falls outside 0..n-1 goes round again (cycle
     walking; Black and Rogaway 2002). Any part of the order is computed without the rest: no array of n, which at ten
     billion tokens would be hundreds of megabytes in every worker, and no dependence on a numpy version.
     """
     half_bits = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half_bits)) - 1)
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    digest = hashlib.sha512(f"{seed} {epoch}".encode()).digest()
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def permute(x: np.ndarray) -> np.ndarray:
@@ -324,7 +324,7 @@ class TrainLoader:
         if self.iterator is None:
             self.iterator = iter(DataLoader(
                 self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
-                num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=ignore_signals,
+                num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=own_process_group,
                 generator=torch.Generator()))  # its own: by default every start draws from torch's global generator
         batch = next(self.iterator)
         self.blocks_seen += self.batches.batch_size
@@ -340,15 +340,19 @@ class TrainLoader:
             raise BadInput(f"--data_path: the training data ({self.fingerprint}) is not what the checkpoint was trained "
                            f"on ({state['data']}): give the same data to resume")
         assert (state["seed"], state["block_size"]) == (self.batches.seed, self.batches.block_size), state
+        self.close()
         self.blocks_seen = state["blocks_seen"]
+
+    def close(self):
+        """Ends the workers. The position stays, and the next batch starts new ones."""
         self.iterator = None
 
 
-def ignore_signals(worker: int):
-    """Ctrl-C reaches every process of the terminal; the workers must live until the training process stops them."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def own_process_group(worker: int):
+    """Ctrl-C reaches every process of the terminal's group; the workers must live until the step under way has its
+    batches. They are ended by the training process, and end themselves when that is gone."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -131,8 +131,10 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
     writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest) for split in SPLITS}
     written = {split: manifest.total(split, "tokens") for split in SPLITS}
     batches = encode_documents(tokenizer, documents)
+    # the end of local text is not known; a hub dataset is taken to be larger than the threshold
+    total = config.tokens_threshold if "dataset_config" in manifest.source else None
     try:
-        with tqdm(total=config.tokens_threshold, initial=sum(written.values()), desc="tokenizing", unit="tok",
+        with tqdm(total=total, initial=sum(written.values()), desc="tokenizing", unit="tok",
                   unit_scale=True) as bar:
             while sum(written.values()) <= config.tokens_threshold and (batch := next(batches, None)):
                 ids, starts, text_bytes = batch

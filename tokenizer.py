@@ -269,8 +269,9 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
             return words
     words, at = [], 0
     for match in pattern.finditer(text):
-        words += [text[at:match.start()], match.group()]
-        at = match.end()
+        if match.group():
+            words += [text[at:match.start()], match.group()]
+            at = match.end()
     words.append(text[at:])
     return [word for word in words if word]
 

@@ -352,9 +352,12 @@ def main(argv=None):
                 loss = next_token_loss(model, batch)
             loss.backward()
         compile_in_place(model, try_step)
-    stopped_by = fit(state, loop, next_token_loss,
-                     lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
-    state.metrics.close()
+    try:
+        stopped_by = fit(state, loop, next_token_loss,
+                         lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
+    finally:
+        state.loader.close()
+        state.metrics.close()
     if stopped_by:
         print(f"stopped at step {state.step:,}, saved: `python train.py --checkpoint_path={run.checkpoint_path} "
               f"--resume_checkpoint` goes on", file=sys.stderr)

@@ -53,6 +53,8 @@ def open_source(config: SourceConfig) -> Source:
         files = find_text_files(path)
         name = {"dataset": str(path), "text_column": config.text_column, "revision": files_revision(files)}
         everything = lambda: itertools.chain.from_iterable(read_file(file, config.text_column) for file in files)
+        if not any(everything()):
+            raise BadInput(f"--dataset={path}: no text in it")
     elif path.suffix in READERS or config.dataset.count("/") > 1 or config.dataset.startswith((".", "/", "~")):
         raise BadInput(f"--dataset={config.dataset}: no such file or folder")
     else:
@@ -163,6 +165,8 @@ def open_hub(config: SourceConfig) -> Source:
     """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away."""
     import datasets
     import huggingface_hub
+    import pyarrow
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
     dataset_config = config.dataset_config or ("sample-10BT" if config.dataset == FINEWEB else None)
     given = f"--dataset={config.dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
     try:
@@ -174,6 +178,8 @@ def open_hub(config: SourceConfig) -> Source:
     except (datasets.exceptions.DatasetNotFoundError, huggingface_hub.errors.RepositoryNotFoundError,
             huggingface_hub.errors.HFValidationError):
         raise BadInput(f"{given}: neither a local file or folder nor a dataset of the hub that can be read") from None
+    except pyarrow.ArrowInvalid as error:
+        raise BadInput(f"{given}: its first file is empty or damaged ({error})") from None
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(f"{given}: {error}") from None
     except Exception as error:

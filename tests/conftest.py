@@ -1,0 +1,77 @@
+"""Fixtures: a tiny prepared data folder, a run of train.py in this process, a stand-in for the hub on loopback."""
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import download_data
+import train
+from hub import HubStandIn
+from runtime.sources import builtin_documents
+
+torch.set_num_threads(1)  # two threads on two busy cores are many times slower, and CI is busy
+REPO = Path(__file__).parent.parent
+# 2 layers x 16 channels, blocks of 16 tokens: a step takes milliseconds
+TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
+
+
+@pytest.fixture(scope="session")
+def english() -> list[str]:
+    """About 1 MB of real text, in documents."""
+    return list(itertools.islice(builtin_documents(), 150))
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory, english) -> Path:
+    """A folder prepared by download_data.py: 512 ids, several training shards."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for i, text in enumerate(english[:40]):
+        (folder / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    download_data.main([f"--dataset={folder}", f"--data_path={folder / 'data'}", "--vocab_size=512",
+                        "--val_tokens=3000", "--shard_size_threshold=9000", "--tokens_threshold=40000"])
+    return folder / "data"
+
+
+@pytest.fixture
+def run_train(data_path, tmp_path):
+    """run_train("--max_iter=3", …) -> path of the checkpoint; tiny model, quiet, in this process."""
+    def run(*flags: str, checkpoint: str = "run/gpt.pt", data: Path = data_path) -> Path:
+        path = tmp_path / checkpoint
+        defaults = [f"--data_path={data}", f"--checkpoint_path={path}", "--verbose=0", "--device=cpu"]
+        if not any(flag.startswith("--resume_checkpoint") for flag in flags):
+            defaults += [*TINY_MODEL, "--batch_size=4", "--num_batch_accum=2", "--max_iter=6", "--val_intervals=3",
+                         "--log_intervals=1", "--val_iter=2", "--warmup_iter=2", "--dataloader_num_workers=0"]
+        train.main([*defaults, *flags])
+        return path
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, flags, "words", …): the command ends with exit code 2 and one line that holds the words."""
+    def check(main, argv: list[str], *words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, error
+        drawn = error.replace("\r", "\n").splitlines()
+        line, = [line for line in drawn if line.strip() and "[00:" not in line]  # progress bars show times
+        for word in words:
+            assert word in line, line
+        return line
+    return check
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A hub on loopback. Set HF_ENDPOINT to hub.url in the environment of the command that reads it."""
+    with HubStandIn(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    return sys.executable

@@ -1,0 +1,117 @@
+"""A stand-in for the Hugging Face hub: serves dataset repositories from a folder over HTTP on loopback.
+
+It answers what `datasets` asks: revision, tree, paths-info and files (with ranges).
+"""
+import json
+import threading
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow
+import pyarrow.parquet
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubStandIn:
+    """`url` answers like the hub; `add` makes a dataset repository; `requests` lists what was asked."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.requests = folder, []
+
+    def __enter__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, dataset: str, configs: dict[str, list[list[dict]]]):
+        """configs: name -> parquet files, each a list of rows."""
+        lines = ["---", "configs:"]
+        for name, files in configs.items():
+            lines += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/*.parquet"]
+            for i, rows in enumerate(files):
+                path = self.folder / dataset / name / f"{i:03}.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                columns = list(rows[0]) if rows else ["text"]
+                table = pyarrow.table({column: pyarrow.array([row[column] for row in rows], pyarrow.string())
+                                       if not rows or isinstance(rows[0][column], str) else [row[column] for row in rows]
+                                       for column in columns})
+                pyarrow.parquet.write_table(table, path, row_group_size=7)
+        (self.folder / dataset / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubStandIn
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer()
+
+    do_GET = do_HEAD
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        self.answer(body.get("paths", []))
+
+    def answer(self, paths: list[str] = ()):
+        url = unquote(self.path.split("?")[0]).strip("/").split("/")
+        self.hub.requests.append(f"{self.command} {self.path}")
+        if url[:2] == ["api", "datasets"]:
+            dataset, verb, rest = "/".join(url[2:4]), *(url[4:5] or ["revision"]), "/".join(url[6:])
+            root = self.hub.folder / dataset
+            if not (root / "README.md").exists():
+                return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+            if verb == "revision":
+                return self.send_json({"id": dataset, "sha": COMMIT, "siblings": [], "private": False, "tags": []})
+            if verb == "paths-info":
+                return self.send_json([self.describe(root, root / path) for path in paths if (root / path).exists()])
+            if verb == "tree" and (root / rest).is_dir():
+                return self.send_json([self.describe(root, path) for path in sorted((root / rest).rglob("*"))])
+            return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        if url[:1] == ["datasets"] and url[3:4] == ["resolve"]:
+            path = self.hub.folder / url[1] / url[2] / "/".join(url[5:])
+            if not (self.hub.folder / url[1] / url[2] / "README.md").exists():
+                return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            if not path.is_file():
+                return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.send_file(path)
+        return self.send(404, b"")
+
+    def describe(self, root: Path, path: Path) -> dict:
+        kind = "directory" if path.is_dir() else "file"
+        size = path.stat().st_size if path.is_file() else 0
+        return {"type": kind, "path": path.relative_to(root).as_posix(), "size": size,
+                "oid": sha1(str(path).encode()).hexdigest()}
+
+    def send_json(self, value):
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send_file(self, path: Path):
+        data = path.read_bytes()
+        headers = {"ETag": f'"{sha1(data).hexdigest()}"', "Accept-Ranges": "bytes", "X-Repo-Commit": COMMIT}
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            first, last = int(first), min(int(last or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            return self.send(206, data[first:last + 1], headers)
+        return self.send(200, data, headers)
+
+    def send(self, status: int, data: bytes, headers: dict | None = None):
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)

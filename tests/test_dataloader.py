@@ -1,0 +1,278 @@
+import itertools
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from dataloader import (
+    BlockBatches,
+    Manifest,
+    ShardWriter,
+    TrainLoader,
+    documents_to_reach,
+    open_data,
+    shuffled,
+    val_batches,
+)
+from runtime.flags import BadInput
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def data(data_path):
+    return open_data(data_path)
+
+
+@pytest.fixture
+def copied(data_path, tmp_path):
+    """A copy of the data folder that a test may damage."""
+    return shutil.copytree(data_path, tmp_path / "data")
+
+
+def take(loader, n):
+    return [next(loader) for _ in range(n)]
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        torch.equal(a, b) for pair in zip(batches, others) for a, b in zip(*pair))
+
+
+# -- the order --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_shuffled_is_a_permutation(n):
+    for epoch in range(3):
+        assert sorted(shuffled(np.arange(n), n, seed=3, epoch=epoch)) == list(range(n))
+
+
+def test_shuffled_depends_on_seed_and_epoch_and_on_nothing_else():
+    orders = {tuple(shuffled(np.arange(50), 50, seed, epoch)) for seed, epoch in itertools.product(range(5), range(5))}
+    assert len(orders) == 25
+    parts = [shuffled(np.arange(first, first + 10), 50, 1, 2) for first in range(0, 50, 10)]
+    assert np.array_equal(np.concatenate(parts), shuffled(np.arange(50), 50, 1, 2))
+    # pinned: a change of the order would break the resuming of every run under way
+    assert shuffled(np.arange(8), 8, seed=1337, epoch=0).tolist() == PINNED_ORDER
+
+
+PINNED_ORDER = [4, 7, 6, 1, 0, 5, 2, 3]
+
+
+def test_shuffled_looks_random():
+    """Where block 0 lands over many epochs is uniform, and neighbours do not stay neighbours (5 sigma bounds)."""
+    n, epochs = 10, 2000
+    places = np.array([shuffled(np.arange(n), n, seed=0, epoch=epoch) for epoch in range(epochs)])
+    counts = np.bincount(places[:, 0], minlength=n)
+    assert np.all(abs(counts - epochs / n) < 5 * np.sqrt(epochs / n))
+    stay = (np.diff(places, axis=1) == 1).mean()
+    assert abs(stay - 1 / n) < 5 * np.sqrt(0.1 / (epochs * n))
+
+
+def test_every_block_once_an_epoch_across_shards(data):
+    tokens = data.split("train")
+    whole = np.concatenate([np.load(path) for path in tokens.paths]).astype(np.int64)
+    n_blocks = (len(whole) - 1) // BLOCK
+    assert len(tokens.paths) > 2 and n_blocks % 4, "the test wants several shards and batches that straddle epochs"
+    loader = TrainLoader(data, batch_size=4, block_size=BLOCK, seed=7)
+    rows = torch.cat([torch.cat((inputs, targets[:, -1:]), dim=1) for inputs, targets in take(loader, n_blocks)])
+    expected = sorted(whole[i * BLOCK:(i + 1) * BLOCK + 1].tolist() for i in range(n_blocks))
+    epochs = [rows[i * n_blocks:(i + 1) * n_blocks].tolist() for i in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == expected
+    assert epochs[0] != epochs[1] != sorted(epochs[1])
+    assert loader.epoch == 4.0
+
+
+def test_targets_are_the_next_token(data):
+    inputs, targets = next(TrainLoader(data, 3, BLOCK, seed=0))
+    assert inputs.shape == targets.shape == (3, BLOCK) and inputs.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_batches_do_not_depend_on_workers(data):
+    alone, helped = (TrainLoader(data, 4, BLOCK, seed=1, num_workers=n) for n in (0, 2))
+    assert equal(take(alone, 25), take(helped, 25))
+
+
+def test_batches_do_not_touch_the_global_generator(data):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(TrainLoader(data, 4, BLOCK, seed=1, num_workers=1), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("n_before", [0, 1, 5, 700])
+def test_position_is_what_was_handed_out(data, workers, n_before):
+    """With prefetched batches in flight, inside and after the first epoch."""
+    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=workers)
+    loader.blocks_seen = 4 * n_before
+    take(loader, 3)
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = take(loader, 4)
+    other = TrainLoader(data, 4, BLOCK, seed=1, num_workers=2 - workers)
+    other.load_state_dict(state)
+    assert equal(take(other, 4), expected)
+
+
+def test_another_batch_size_goes_on_with_the_same_blocks(data):
+    large, small = TrainLoader(data, 6, BLOCK, seed=1), TrainLoader(data, 3, BLOCK, seed=1)
+    next(large)
+    small.load_state_dict(large.state_dict())
+    inputs, _ = next(large)
+    assert torch.equal(inputs, torch.cat([next(small)[0], next(small)[0]]))
+
+
+def test_position_in_other_data_is_refused(data):
+    loader = TrainLoader(data, 4, BLOCK, seed=1)
+    with pytest.raises(BadInput, match="not what the checkpoint was trained on"):
+        loader.load_state_dict(loader.state_dict() | {"data": "0" * 16})
+
+
+def test_val_batches_are_fixed_and_in_order(data):
+    tokens = data.split("val").read(0, len(data.split("val"))).astype(np.int64)
+    first, second = list(val_batches(data, 3, 4, BLOCK)), list(val_batches(data, 3, 4, BLOCK))
+    assert equal(first, second)
+    assert torch.cat([inputs for inputs, _ in first]).flatten().tolist() == tokens[:3 * 4 * BLOCK].tolist()
+    everything = list(val_batches(data, 10**6, 4, BLOCK))
+    assert sum(len(inputs) for inputs, _ in everything) == (len(tokens) - 1) // BLOCK
+
+
+def test_a_pickled_loader_opens_the_shards_again(data):
+    batches = BlockBatches(data.split("train"), 2, BLOCK, seed=0)
+    expected = batches[0]
+    assert len(pickle.dumps(batches)) < 5000
+    assert equal([pickle.loads(pickle.dumps(batches))[0]], [expected])
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+def test_documents_to_reach_by_hand():
+    starts = np.array([0, 5, 9, 12])
+    assert [documents_to_reach(starts, 0, n) for n in (1, 5, 6, 9, 10, 99)] == [1, 1, 2, 2, 3, 3]
+    assert documents_to_reach(starts, 1, 4) == 2 and documents_to_reach(starts, 2, 0) == 3
+
+
+@pytest.mark.parametrize("threshold", [1, 4, 7, 8, 100])
+def test_shards_close_with_the_document_that_reaches_the_threshold(tmp_path, threshold):
+    lengths = [3, 4, 1, 9, 2, 2]
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    ids = np.arange(starts[-1])
+    manifest = Manifest({}, {}, "f", 300, "uint16")
+    writer = ShardWriter(tmp_path, "train", threshold, manifest)
+    for first, stop in ((0, 2), (2, 6)):  # what is handed over at once makes no difference
+        part = starts[first:stop + 1]
+        writer.add(ids, part, np.array(lengths[first:stop]))
+    writer.close()
+    expected, open_shard = [], []
+    for start, length in zip(starts, lengths):
+        open_shard += range(start, start + length)
+        if len(open_shard) >= threshold:
+            expected.append(open_shard)
+            open_shard = []
+    expected += [open_shard] if open_shard else []
+    paths = sorted(tmp_path.glob("*.npy"))
+    assert [np.load(path).tolist() for path in paths] == expected
+    assert [shard.tokens for shard in manifest.shards["train"]] == [len(shard) for shard in expected]
+    assert manifest.total("train", "documents") == 6 and manifest.total("train", "bytes") == sum(lengths)
+    assert Manifest.load(tmp_path) == manifest
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_large_vocabularies_take_uint32(tmp_path):
+    manifest = Manifest({}, {}, "f", 70_000, "uint32")
+    writer = ShardWriter(tmp_path, "val", 10, manifest)
+    writer.add(np.array([69_999, 1]), np.array([0, 2]), np.array([3]))
+    writer.close()
+    assert np.load(tmp_path / "val_000000.npy").tolist() == [69_999, 1]
+
+
+# -- folders that cannot be used --------------------------------------------------------------------------------------
+
+def train_flags(path, tmp_path):
+    return [f"--data_path={path}", f"--checkpoint_path={tmp_path / 'new' / 'gpt.pt'}", "--n_layer=1", "--n_head=1",
+            "--head_size=8", "--block_size=16", "--max_iter=1", "--batch_size=2", "--num_batch_accum=1", "--verbose=0",
+            "--dataloader_num_workers=0"]
+
+
+def cut_off(folder):
+    path = folder / "train_000001.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign_dtype(folder):
+    np.save(folder / "train_000001.npy", np.load(folder / "train_000001.npy").astype(np.float32))
+
+
+def not_npy(folder):
+    (folder / "train_000001.npy").write_bytes(b"not an array")
+
+
+def pickled(folder):
+    np.save(folder / "train_000001.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+def shorter(folder):
+    np.save(folder / "val_000000.npy", np.load(folder / "val_000000.npy")[:-3])
+
+
+def missing(folder):
+    (folder / "train_000000.npy").unlink()
+
+
+def stranger(folder):
+    shutil.copy(folder / "train_000000.npy", folder / "train_000077.npy")
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def foreign_manifest(folder):
+    (folder / "manifest.json").write_text('{"name": "something else"}')
+
+
+def newer_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("shards 1", "shards 9"))
+
+
+def unfinished(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"complete": true', '"complete": false'))
+
+
+def other_tokenizer(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|user|>", "<|human|>"))
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (cut_off, ["train_000001.npy", "cut off"]), (foreign_dtype, ["train_000001.npy", "float32", "uint16"]),
+    (not_npy, ["train_000001.npy", "not a .npy file"]), (pickled, ["train_000001.npy"]),
+    (shorter, ["val_000000.npy", "manifest.json says"]), (missing, ["train_000000.npy", "missing"]),
+    (stranger, ["train_000077.npy", "not in manifest.json"]), (no_manifest, ["--data_path", "download_data.py"]),
+    (foreign_manifest, ["manifest.json", "not a manifest of ours"]), (newer_manifest, ["shards 9", "shards 1"]),
+    (unfinished, ["--data_path", "did not finish"]), (other_tokenizer, ["tokenizer.json", "not the tokenizer"]),
+    (no_tokenizer, ["tokenizer.json", "no tokenizer"])])
+def test_damaged_data_is_refused(copied, tmp_path, refused, damage, words):
+    damage(copied)
+    refused(train.main, train_flags(copied, tmp_path), *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_refusals(data_path, tmp_path, refused):
+    flags = train_flags(data_path, tmp_path)
+    refused(train.main, train_flags(tmp_path / "nowhere", tmp_path), "--data_path", "no shards", "download_data.py")
+    refused(train.main, [*flags, "--vocab_size=1000"], "--vocab_size=1000", "512")
+    refused(train.main, [*flags, "--block_size=1000000"], "--block_size=1000000", "train split")
+    refused(train.main, [*flags, "--block_size=8000"], "--block_size=8000", "val split", "--val_tokens")

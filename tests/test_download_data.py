@@ -1,0 +1,201 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import dataloader
+import download_data
+from dataloader import Manifest
+from tokenizer import Tokenizer
+
+
+@pytest.fixture
+def texts(english) -> list[str]:
+    """Documents short enough for several to stand in a shard."""
+    return list(dict.fromkeys(document[:1500] for document in english))
+
+
+@pytest.fixture
+def text(tmp_path, texts):
+    """A folder of these documents, as a --dataset flag."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    with open(folder / "a.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": document}) + "\n" for document in texts)
+    return f"--dataset={folder}"
+
+
+def prepare(tmp_path, text, *flags, folder="data"):
+    path = tmp_path / folder
+    defaults = {"--vocab_size": 400, "--val_tokens": 3000, "--shard_size_threshold": 9000, "--tokens_threshold": 40000}
+    given = {flag.split("=")[0] for flag in flags} | ({"--vocab_size"} if any("tokenizer" in f for f in flags) else set())
+    download_data.main([text, f"--data_path={path}", *flags,
+                        *(f"{name}={value}" for name, value in defaults.items() if name not in given)])
+    return path
+
+
+def documents_in(path, split) -> list[str]:
+    """The texts of a split, taken apart at the separator."""
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    ids = np.concatenate([np.load(file) for file in sorted(path.glob(f"{split}_*.npy"))])
+    assert ids[0] == tokenizer.separator_id
+    starts = [*np.flatnonzero(ids == tokenizer.separator_id), len(ids)]
+    return [tokenizer.decode(ids[start + 1:stop]) for start, stop in zip(starts, starts[1:])]
+
+
+def contents(path) -> dict:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_splits_hold_the_stream_once_in_order(tmp_path, text, texts):
+    path = prepare(tmp_path, text)
+    val, train = documents_in(path, "val"), documents_in(path, "train")
+    assert val + train == texts[:len(val) + len(train)]
+    assert val and not set(val) & set(train)
+
+
+def test_thresholds(tmp_path, text):
+    path = prepare(tmp_path, text)
+    manifest = Manifest.load(path)
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+
+    def longest_at_the_end(split):
+        return len(tokenizer.encode(documents_in(path, split)[-1])) + 1
+
+    assert manifest.total("val", "tokens") >= 3000 > manifest.total("val", "tokens") - longest_at_the_end("val")
+    total = manifest.total("val", "tokens") + manifest.total("train", "tokens")
+    assert total > 40000 >= total - longest_at_the_end("train")
+    shards = manifest.shards["train"]
+    assert len(shards) > 2 and all(shard.tokens >= 9000 for shard in shards[:-1])
+
+
+def test_the_manifest_describes_the_shards(tmp_path, text):
+    path = prepare(tmp_path, text)
+    manifest, tokenizer = Manifest.load(path), Tokenizer.load(path / "tokenizer.json")
+    assert (manifest.tokenizer, manifest.vocab_size, manifest.dtype) == (tokenizer.fingerprint(), 400, "uint16")
+    assert manifest.complete and manifest.source["dataset"] == text.removeprefix("--dataset=")
+    for split in ("val", "train"):
+        for shard in manifest.shards[split]:
+            ids = np.load(path / shard.file)
+            assert ids.dtype == np.uint16 and ids.ndim == 1 and len(ids) == shard.tokens
+            assert hashlib.sha256(ids.tobytes()).hexdigest() == shard.sha256
+            assert shard.bytes == tokenizer.token_bytes()[ids].sum()
+            assert shard.documents == (ids == tokenizer.separator_id).sum()
+    assert sorted(file.name for file in path.iterdir()) == sorted(
+        ["manifest.json", "tokenizer.json", *(shard.file for split in manifest.shards.values() for shard in split)])
+
+
+def test_shard_size_does_not_change_the_tokens(tmp_path, text):
+    many, one = prepare(tmp_path, text), prepare(tmp_path, text, "--shard_size_threshold=1e9", folder="one")
+    assert documents_in(many, "train") == documents_in(one, "train")
+    assert len(list(one.glob("train_*"))) == 1
+
+
+def test_a_given_tokenizer_is_used_and_copied(tmp_path, text):
+    first = prepare(tmp_path, text, "--vocab_size=300")
+    second = prepare(tmp_path, text, f"--tokenizer_path={first / 'tokenizer.json'}", folder="second")
+    assert contents(first) == contents(second)
+
+
+def test_a_second_run_does_nothing(tmp_path, text, capsys, monkeypatch):
+    path = prepare(tmp_path, text)
+    before = contents(path)
+    capsys.readouterr()
+    monkeypatch.setattr(download_data, "open_source", None)  # not even read
+    prepare(tmp_path, text)
+    assert "finished before, nothing to do" in capsys.readouterr().out
+    assert contents(path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
+def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, stop_after):
+    expected = contents(prepare(tmp_path, text, folder="whole"))
+    opened = 0
+    open_shard = dataloader.ShardWriter._open
+
+    def stop(self):
+        nonlocal opened
+        opened += 1
+        open_shard(self)
+        if opened > stop_after:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataloader.ShardWriter, "_open", stop)
+        with pytest.raises(SystemExit) as exit:
+            prepare(tmp_path, text)
+    assert exit.value.code == (130 if error is KeyboardInterrupt else 1)
+    path = tmp_path / "data"
+    assert len(list(path.glob("*.npy"))) == stop_after and not list(path.glob("*.tmp"))
+    prepare(tmp_path, text)
+    assert contents(path) == expected
+
+
+def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
+    first = prepare(tmp_path, text, "--vocab_size=300")
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
+    prepare(tmp_path, text, "--vocab_size=300", folder="second")
+    assert contents(first) == contents(second)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
+    path = prepare(tmp_path, text)
+    before = contents(path)
+    flags = [text, f"--data_path={path}", "--val_tokens=3000", "--shard_size_threshold=9000", "--tokens_threshold=40000"]
+    refused(download_data.main, [*flags, "--vocab_size=500"], "--vocab_size=500", "400")
+    refused(download_data.main, [*flags, "--val_tokens=4000"], "--val_tokens=4000", "3000")
+    refused(download_data.main, ["--dataset=builtin", *flags[1:]], "--dataset=builtin", "was prepared with")
+    other = prepare(tmp_path, text, "--vocab_size=300", folder="other") / "tokenizer.json"
+    refused(download_data.main, [*flags, f"--tokenizer_path={other}"], "--tokenizer_path")
+    assert contents(path) == before
+
+
+def test_a_validation_split_that_takes_everything_is_taken_back(tmp_path, text, refused):
+    path = tmp_path / "data"
+    flags = [text, f"--data_path={path}", "--vocab_size=400", "--shard_size_threshold=9000"]
+    refused(download_data.main, flags, "--val_tokens=1000000", "takes all")
+    assert not list(path.glob("*.npy")) and not (path / "manifest.json").exists()
+    download_data.main([*flags, "--val_tokens=3000"])
+    assert Manifest.load(path).complete
+
+
+def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refused, english):
+    path = prepare(tmp_path, text)
+    manifest = Manifest.load(path)
+    manifest.complete = False
+    manifest.save(path)
+    before = contents(path)
+    (tmp_path / "text" / "b.txt").write_text(english[50], encoding="utf-8")
+    flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
+             "--tokens_threshold=40000"]
+    refused(download_data.main, flags, "was begun with", "choose another --data_path")
+    assert contents(path) == before
+
+
+def test_other_refusals(tmp_path, text, refused):
+    path = tmp_path / "data"
+    flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_tokens=3000"]
+    refused(download_data.main, [*flags, "--tokens_threshold=3000"], "--tokens_threshold=3000", "--val_tokens")
+    refused(download_data.main, [*flags, "--shard_size_threshold=0"], "--shard_size_threshold=0")
+    refused(download_data.main, [*flags, f"--tokenizer_path={tmp_path / 'none.json'}"], "none.json", "no tokenizer")
+    refused(download_data.main, [*flags, f"--tokenizer_path={tmp_path / 'text' / 'a.jsonl'}"], "not a tokenizer of ours")
+    refused(download_data.main, [*flags, "--vocab_size=30000"], "--vocab_size=30000", "merges for only")
+    refused(download_data.main, ["--streaming=maybe"], "--streaming", "'maybe'")
+    refused(download_data.main, ["--val_tokens=many"], "--val_tokens", "'many'")
+    assert not list(path.glob("*"))
+    other = Tokenizer.train(["aa bb"], 257, special_tokens=())
+    other.save(tmp_path / "other.json")
+    refused(download_data.main, [text, f"--data_path={path}", "--val_tokens=3000",
+                                 f"--tokenizer_path={tmp_path / 'other.json'}"], "<|endoftext|>")
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'text' / 'a.jsonl' / 'x'}", "--val_tokens=3000"],
+            "--data_path=", "cannot be written")
+    path.mkdir(exist_ok=True)
+    np.save(path / "train_000000.npy", np.zeros(3))
+    refused(download_data.main, flags, "--data_path=", "no manifest.json")
+    assert [file.name for file in path.iterdir()] == ["train_000000.npy"]

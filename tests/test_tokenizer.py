@@ -1,0 +1,261 @@
+import base64
+import json
+import random
+from collections import Counter
+
+import pytest
+import rustbpe
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as tokenizer_script
+from runtime.flags import BadInput
+from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer, learn_merges, merge_pair
+
+SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
+中文分词没有空格,一共有12个字。 日本語のテキストはカタカナとひらがなを含む。 한국어 문장은 띄어쓰기가 있다.
+النص العربي يُكتب من اليمين إلى اليسار ١٢٣. متن فارسی با نیم‌فاصله. Русский текст, ещё раз! Ελληνικά με τόνους.
+Tiếng Việt có nhiều dấu. Größe, Straße, ſ long s, ça va? हिन्दी में लिखा ३४५। ภาษาไทยไม่มีช่องว่าง
+👩‍👩‍👧‍👦 👍🏽 🇩🇪 ½ Ⅷ ² ﷽ \u2028 \u00a0nbsp\u3000wide \x00 nul \x1c \x85 e\u0301 \ufeff 'ſ
+"""
+
+
+@pytest.fixture(scope="module", params=list(PATTERNS))
+def trained(request, english) -> Tokenizer:
+    return Tokenizer.train(english[:60], 1500, request.param)
+
+
+def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    return tiktoken.Encoding("ours", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks(),
+                             special_tokens={})
+
+
+# -- oracles ----------------------------------------------------------------------------------------------------------
+
+def test_ids_equal_tiktoken(trained, english):
+    oracle = tiktoken_of(trained)
+    rng = random.Random(0)
+    noise = ["".join(chr(rng.randrange(256)) for _ in range(2000)), rng.randbytes(4000).decode("utf-8", "replace"),
+             "".join(rng.choice("ab \n'1é中") for _ in range(4000))]
+    for text in [*english[60:], "".join(english[60:]), SCRIPTS, *SCRIPTS.splitlines(), *noise, "", " ", "\n"]:
+        assert trained.encode(text) == oracle.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("char", ["a", " ", "é", "中", "\n", "1", "!"])
+def test_a_very_long_word_equals_tiktoken(trained, char):
+    text = char * 20_000 + "b"
+    assert trained.encode(text) == tiktoken_of(trained).encode_ordinary(text)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(st.characters(), max_size=60) | st.text("aA'lL sS1 \n\t.ſ\u00a0é", max_size=40))
+def test_any_text_equals_tiktoken_and_comes_back(text):
+    for tokenizer, oracle in hypothesis_pairs():
+        ids = tokenizer.encode(text)
+        assert ids == oracle.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+
+
+def hypothesis_pairs(pairs=[]):  # noqa: B006: made once, for hypothesis calls the test hundreds of times
+    if not pairs:
+        for pattern in PATTERNS:
+            tokenizer = Tokenizer.train([SCRIPTS, "it's the theory that matters, isn't it? 'Cause 2024"], 600, pattern)
+            pairs.append((tokenizer, tiktoken_of(tokenizer)))
+    return pairs
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_merges_equal_rustbpe(pattern, english):
+    oracle = rustbpe.Tokenizer()
+    texts = [*english, SCRIPTS]
+    oracle.train_from_iterator(iter(texts), 3000, pattern=PATTERNS[pattern])
+    expected = {bytes(token): rank for token, rank in oracle.get_mergeable_ranks()}
+    assert Tokenizer.train(texts, 3000 + len(SPECIAL_TOKENS), pattern).mergeable_ranks() == expected
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=8))
+def test_incremental_merges_equal_counting_anew(words):
+    assert list(learn_merges(words, 30)) == merges_by_counting_anew(words, 30)
+
+
+def merges_by_counting_anew(words: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+    """The definition: count all pairs, merge the most frequent one, start again."""
+    spelled, merges = [(list(word.encode()), count) for word, count in words.items()], []
+    for new_id in range(256, 256 + n_merges):
+        pairs = Counter()
+        for ids, count in spelled:
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        spelled = [(merge_pair(ids, merges[-1], new_id)[0], count) for ids, count in spelled]
+    return merges
+
+
+# -- by hand ----------------------------------------------------------------------------------------------------------
+
+def test_the_example_of_wikipedia():
+    """aaabdaaabac -> ZabdZabac -> ZYdZYac -> XdXac, where of the equals ab and Za the smaller pair of ids is first."""
+    tokenizer = Tokenizer.train(["aaabdaaabac"], 256 + 3, pattern=".+", special_tokens=())
+    assert [tokenizer.tokens[i] for i in (256, 257, 258)] == [b"aa", b"ab", b"aaab"]
+    assert tokenizer.encode("aaabdaaabac") == [258, ord("d"), 258, ord("a"), ord("c")]
+
+
+def test_merge_pair_reports_neighbours():
+    assert merge_pair([1, 2, 3], (1, 2), 9) == ([9, 3], [((2, 3), -1), ((9, 3), 1)])
+    assert merge_pair([1, 1, 1], (1, 1), 9)[0] == [9, 1]
+
+
+def test_lowest_rank_merges_first_not_leftmost():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 257, b"bc": 256}
+    assert Tokenizer.from_ranks(ranks, "gpt4", ()).encode("abc") == [ord("a"), 256]
+
+
+def test_default_pattern_takes_two_digits_at_a_time():
+    tokenizer = Tokenizer.train(["12345 12345"], 256 + 2, special_tokens=())
+    assert sorted(tokenizer.tokens[256:]) == [b"12", b"34"]
+
+
+# -- special tokens ---------------------------------------------------------------------------------------------------
+
+def test_special_tokens_count_in_the_vocabulary_and_never_come_out_of_text(trained):
+    assert trained.vocab_size == 1500
+    assert sorted(trained.special_tokens.values()) == list(range(1500 - len(SPECIAL_TOKENS), 1500))
+    text = "".join(SPECIAL_TOKENS)
+    ids = trained.encode(text)
+    assert not set(ids) & set(trained.special_tokens.values())
+    assert trained.decode(ids) == text
+    assert trained.decode([trained.separator_id]) == SEPARATOR
+
+
+def test_token_bytes(trained):
+    lengths = trained.token_bytes()
+    assert lengths.shape == (1500,)
+    assert lengths[trained.separator_id] == 0
+    assert lengths[trained.encode(SCRIPTS)].sum() == len(SCRIPTS.encode())
+
+
+# -- adopted vocabularies ---------------------------------------------------------------------------------------------
+
+def test_takes_over_a_vocabulary_whose_bytes_have_other_ids(trained):
+    """GPT-2's 256 single bytes do not have the ids 0..255 in order, and its ids need not be without gaps."""
+    order = list(range(256))
+    random.Random(1).shuffle(order)
+    ranks = {token: order[rank] if rank < 256 else rank + 7 for token, rank in trained.mergeable_ranks().items()}
+    adopted = Tokenizer.from_ranks(ranks, trained.pattern, {SEPARATOR: 5000})
+    oracle = tiktoken_of(adopted)
+    assert adopted.encode(SCRIPTS) == oracle.encode_ordinary(SCRIPTS)
+    assert adopted.decode(adopted.encode(SCRIPTS)) == SCRIPTS
+    assert adopted.vocab_size == 5001
+    assert Tokenizer.from_json(adopted.to_json()).encode(SCRIPTS) == adopted.encode(SCRIPTS)
+
+
+def test_refuses_a_vocabulary_that_cannot_work():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    with pytest.raises(BadInput, match="share an id"):
+        Tokenizer.from_ranks(ranks | {b"ab": 3}, "gpt2")
+    with pytest.raises(BadInput, match="byte 255"):
+        Tokenizer.from_ranks({token: rank for token, rank in ranks.items() if rank < 255}, "gpt2")
+
+
+# -- text of every kind -----------------------------------------------------------------------------------------------
+
+def test_what_is_not_unicode_becomes_the_replacement_character(trained):
+    assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
+    assert trained.decode(trained.encode("\ud83d\ude00")) == "😀"
+    assert trained.encode(b"caf\xc3\xa9 \xff") == trained.encode("café \ufffd")
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"(\w)(\w)?", r"[^ ]+", "x*"])
+def test_any_pattern_loses_nothing(pattern):
+    tokenizer = Tokenizer.train(["hello hello  world, x xx"], 262, pattern, special_tokens=())
+    for text in ["hello,  world\n", SCRIPTS]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_encode_batch_keeps_texts_apart(trained):
+    texts = ["hello", "", "hello hello", SCRIPTS]
+    ids, offsets = trained.encode_batch(texts)
+    assert ids.dtype == "uint16" and offsets.tolist()[0] == 0 and len(offsets) == len(texts) + 1
+    for i, text in enumerate(texts):
+        assert ids[offsets[i]:offsets[i + 1]].tolist() == trained.encode(text)
+    empty, offsets = trained.encode_batch([])
+    assert len(empty) == 0 and offsets.tolist() == [0]
+
+
+def test_decode_refuses_ids_outside_the_vocabulary(trained):
+    for bad in (-1, 1500):
+        with pytest.raises(ValueError, match=f"id {bad} "):
+            trained.decode([5, bad])
+
+
+def test_the_cache_of_words_changes_nothing(trained, english, monkeypatch):
+    expected = trained.encode(english[0])
+    monkeypatch.setattr(tokenizer_script, "CACHED_WORDS", 3)
+    trained.word_ids.clear()
+    assert trained.encode(english[0]) == expected and len(trained.word_ids) <= 3
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def test_save_and_load(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.pattern == trained.pattern and loaded.special_tokens == trained.special_tokens
+    assert loaded.mergeable_ranks() == trained.mergeable_ranks()
+    assert loaded.encode(SCRIPTS) == trained.encode(SCRIPTS)
+    assert loaded.fingerprint() == trained.fingerprint()
+
+
+def test_fingerprint_changes_with_everything(trained):
+    ranks, specials = trained.mergeable_ranks(), trained.special_tokens
+    other_ranks = dict(ranks)
+    other_ranks[b"a"], other_ranks[b"b"] = ranks[b"b"], ranks[b"a"]
+    others = [Tokenizer(other_ranks, trained.pattern, specials), Tokenizer(ranks, r"\w+", specials),
+              Tokenizer(ranks, trained.pattern, dict(reversed(list(zip(specials, reversed(specials.values()))))))]
+    assert len({trained.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00",
+                                     json.dumps({"format": tokenizer_script.FORMAT, "tokens": ["a"]})])
+def test_load_refuses_other_files(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(BadInput, match="tokenizer.json: not a tokenizer of ours"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_never_reads_a_pickle(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(base64.b64decode("gASVCgAAAAAAAACMAm9zlJOUKVKULg=="))
+    with pytest.raises(BadInput):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def test_command_trains_and_reports(tmp_path, english, capsys, refused):
+    (tmp_path / "text.txt").write_text("\n\n".join(english[:20]), encoding="utf-8")
+    flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'tokenizer.json'}", "--pattern=gpt2"]
+    tokenizer_script.main([*flags, "--vocab_size=600"])
+    said = capsys.readouterr()
+    assert "600 tokens (256 bytes, 339 merges, 5 special)" in said.out and "bytes per token" in said.out
+    assert "counting words" in said.err and "merging" in said.err
+    assert Tokenizer.load(tmp_path / "tokenizer.json").pattern == PATTERNS["gpt2"]
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    refused(tokenizer_script.main, [*flags, "--vocab_size=500"], "--tokenizer_path=", "exists", "--overwrite")
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    tokenizer_script.main([*flags, "--vocab_size=500", "--overwrite"])
+    assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 500
+
+
+def test_command_refuses(tmp_path, refused):
+    (tmp_path / "text.txt").write_text("only a few words")
+    flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'out' / 'tokenizer.json'}"]
+    refused(tokenizer_script.main, flags, "--vocab_size=32768", "merges for only", "smaller --vocab_size")
+    refused(tokenizer_script.main, [*flags, "--vocab_size=258"], "--vocab_size=258", "at least 261")
+    refused(tokenizer_script.main, [*flags, "--vocab_size=262", "--pattern=(["], "--pattern=([", "regular expression")
+    refused(tokenizer_script.main, [flags[0], f"--tokenizer_path={tmp_path / 'text.txt' / 'x.json'}"],
+            "--tokenizer_path=", "cannot be written")
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,306 @@
+import json
+import math
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+
+import train
+from dataloader import TrainLoader, open_data
+from model import GPT
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.metrics import read_rows
+from tokenizer import Tokenizer
+
+CLOCKS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # what differs from one run of the same steps to the next
+
+
+def rows_of(path, clocks=False):
+    rows = read_rows(path.with_suffix("") / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if clocks or name not in CLOCKS} for row in rows]
+
+
+def training_of(path):
+    blob = load_checkpoint(path)
+    training = blob["training"]
+    training.pop("seconds")
+    training["settings"] = None
+    return blob["model"], training
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Bit for bit, through nested dicts, lists and tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def stop_in(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
+    """The run gets the signal while it computes that batch of its step-th step (of 2 batches each)."""
+    loss_fn, calls = train.next_token_loss, iter(range(10**6))
+
+    def interrupted(model, parts):
+        if next(calls) == step * 2 + batch:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return loss_fn(model, parts)
+    monkeypatch.setattr(train, "next_token_loss", interrupted)
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps, flags", [
+    ((0,), []), ((1,), []), ((2,), []), ((3,), []), ((4,), []), ((1, 2, 4), []),
+    ((1,), ["--dataloader_num_workers=2"]), ((3,), ["--dtype=bf16"]), ((1, 3), ["--dtype=fp16"])])
+def test_a_stopped_run_resumes_bit_for_bit(run_train, tmp_path, monkeypatch, capsys, steps, flags):
+    """Stopped in the middle of steps, before, at and after validations (every 3 steps), in several epochs."""
+    flags = [*flags, "--batch_size=150"]  # two batches are more than half an epoch
+    expected, path, done = run_train(*flags, checkpoint="whole/gpt.pt"), tmp_path / "stopped" / "gpt.pt", 0
+    for step in steps:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            stop_in(patch, step - done, batch=step % 2)
+            run_train(*(["--resume_checkpoint"] if done else flags), checkpoint="stopped/gpt.pt")
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert f"train.py --checkpoint_path={path} --resume_checkpoint" in capsys.readouterr().err
+        done = load_checkpoint(path)["training"]["step"]
+        assert done == step + 1
+    run_train("--resume_checkpoint", checkpoint="stopped/gpt.pt")
+    assert_same(training_of(path), training_of(expected))
+    assert rows_of(path) == rows_of(expected) and len(rows_of(path)) == 7
+
+
+def test_a_killed_run_resumes_from_its_last_validation(run_train, tmp_path, monkeypatch):
+    """The checkpoint is of step 3, metrics.jsonl goes on to step 5 and ends in the middle of a row."""
+    expected = run_train(checkpoint="whole/gpt.pt")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in(patch, 5, times=2)  # a second signal does not wait for the step to end
+        run_train(checkpoint="killed/gpt.pt")
+    path = tmp_path / "killed" / "gpt.pt"
+    assert load_checkpoint(path)["training"]["step"] == 3
+    with open(tmp_path / "killed" / "gpt" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "tok')
+    run_train("--resume_checkpoint", checkpoint="killed/gpt.pt")
+    assert_same(training_of(path), training_of(expected))
+    assert rows_of(path) == rows_of(expected)
+
+
+def test_resuming_needs_no_flags_and_may_write_elsewhere(run_train, tmp_path):
+    first = run_train("--max_iter=3", "--mlp=gelu", "--learning_rate=0.003")
+    second = tmp_path / "second" / "gpt.pt"
+    train.main([f"--resume_checkpoint={first}", f"--checkpoint_path={second}", "--max_iter=6", "--verbose=0"])
+    assert load_checkpoint(first)["training"]["step"] == 3
+    blob = load_checkpoint(second)
+    assert blob["training"]["step"] == 6 and blob["config"]["mlp"] == "gelu"
+    assert blob["training"]["settings"]["learning_rate"] == 0.003
+    assert [row["step"] for row in rows_of(second)] == list(range(7))
+
+
+def test_a_changed_horizon_refits_the_schedule_and_says_so(run_train, capsys):
+    path = run_train("--max_iter=4", "--warmup_iter=0", "--cooldown_frac=0.5", "--learning_rate=0.001")
+    run_train("--resume_checkpoint", "--max_iter=8", "--verbose=1", "--sample_tokens=0")
+    assert "max_iter 4 -> 8; the learning-rate schedule now fits the new one" in capsys.readouterr().out
+    rates = [row["lr"] for row in rows_of(path)[1:]]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3] + [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_changed_learning_rate_is_obeyed_and_said(run_train, capsys):
+    path = run_train("--max_iter=4", "--warmup_iter=0", "--cooldown_frac=0")
+    run_train("--resume_checkpoint", "--max_iter=5", "--learning_rate=0.5", "--verbose=1", "--sample_tokens=0")
+    assert "learning_rate" in capsys.readouterr().out
+    assert rows_of(path)[-1]["lr"] == 0.5
+
+
+def test_a_finished_run_says_so(run_train, capsys, refused):
+    path = run_train()
+    before = path.read_bytes()
+    run_train("--resume_checkpoint")
+    assert "finished before at step 6" in capsys.readouterr().out
+    refused(train.main, ["--resume_checkpoint", f"--checkpoint_path={path}", "--max_iter=5"], "--max_iter=5", "step 6")
+    assert path.read_bytes() == before
+
+
+def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_path):
+    path = run_train("--max_iter=3")
+    before = path.read_bytes()
+    flags = ["--resume_checkpoint", f"--checkpoint_path={path}", "--max_iter=9"]
+    for changed in ("--n_layer=3", "--n_head=1", "--head_size=16", "--block_size=8", "--mlp=gelu", "--seed=1",
+                    "--vocab_size=500"):
+        name, value = changed.split("=")
+        refused(train.main, [*flags, changed], changed, f"{name.strip('-')}=", "drop the flag")
+    refused(train.main, ["--resume_checkpoint=none.pt"], "none.pt: no checkpoint")
+    blob = load_checkpoint(path)
+    for name, damaged, words in (
+            ("cut", path.read_bytes()[:-1000], ["cut.pt: damaged"]), ("text", b"hello", ["text.pt: damaged"])):
+        (tmp_path / f"{name}.pt").write_bytes(damaged)
+        refused(train.main, [f"--resume_checkpoint={tmp_path / name}.pt"], *words)
+    torch.save(blob | {"format": "gpt-workbench checkpoint 0"}, tmp_path / "old.pt")
+    refused(train.main, [f"--resume_checkpoint={tmp_path / 'old.pt'}"], "old.pt", "checkpoint 0")
+    save_checkpoint(tmp_path / "shape.pt", blob | {"config": blob["config"] | {"n_layer": 5}})
+    refused(train.main, [f"--resume_checkpoint={tmp_path / 'shape.pt'}", "--max_iter=9"], "not those of its shape")
+    save_checkpoint(tmp_path / "weights.pt", {key: blob[key] for key in ("config", "model", "tokenizer")})
+    refused(train.main, [f"--resume_checkpoint={tmp_path / 'weights.pt'}"], "weights.pt", "no training state")
+    other = shutil.copytree(data_path, tmp_path / "other")
+    manifest = (other / "manifest.json").read_text()
+    checksum = re.search('"sha256": "(.*?)"', manifest[manifest.index('"train"'):]).group(1)
+    (other / "manifest.json").write_text(manifest.replace(checksum, "0" * 64))
+    refused(train.main, [*flags, f"--data_path={other}"], "--data_path", "not what the checkpoint was trained on")
+    assert path.read_bytes() == before
+
+
+# -- what a run writes ------------------------------------------------------------------------------------------------
+
+def test_rows_of_a_run(run_train, data_path):
+    path = run_train()
+    rows, data = rows_of(path, clocks=True), open_data(data_path)
+    model = GPT.from_blob(load_checkpoint(path))
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[0]["val_loss"] == pytest.approx(math.log(512), abs=1e-3)
+    assert ["val_loss" in row for row in rows] == [True, False, False, True, False, False, True]
+    for row in rows[1:]:
+        assert row["tokens"] == row["step"] * 4 * 2 * 16
+        assert row["flops"] == row["tokens"] * model.flops_per_token()
+        assert row["tok_per_sec"] > 0 and row["peak_memory"] > 0 and row["mfu"] is None
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    # the first 2 * 4 blocks of the validation split, by hand
+    ids = torch.from_numpy(data.split("val").read(0, 8 * 16 + 1).astype("int64"))
+    with torch.no_grad():
+        losses = model(ids[:-1].view(8, 16), ids[1:].view(8, 16), reduction="none").flatten().double()
+    is_text = ids[1:] != data.tokenizer.separator_id
+    n_bytes = len(data.tokenizer.decode_bytes(ids[1:][is_text].tolist()))
+    assert rows[-1]["val_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert rows[-1]["val_bpb"] == pytest.approx(losses[is_text].sum().item() / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_a_checkpoint_is_enough_to_talk_to_the_model(run_train, data_path):
+    blob = load_checkpoint(run_train())
+    tokenizer = Tokenizer.from_json(blob["tokenizer"])
+    assert tokenizer.fingerprint() == open_data(data_path).tokenizer.fingerprint()
+    assert GPT.from_blob(blob).config.vocab_size == tokenizer.vocab_size
+    assert blob["training"]["settings"]["max_iter"] == 6
+    assert json.dumps(blob["training"]["settings"])
+
+
+def test_training_lowers_the_loss(run_train):
+    rows = rows_of(run_train("--max_iter=60", "--learning_rate=0.01", "--val_intervals=60", "--batch_size=16"))
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1.0
+
+
+def test_accumulation_equals_one_large_batch(run_train):
+    """The same blocks in the same order, 2 x 4 a step or 8 at once."""
+    accumulated = run_train("--batch_size=4", "--num_batch_accum=2", checkpoint="a/gpt.pt")
+    at_once = run_train("--batch_size=8", "--num_batch_accum=1", checkpoint="b/gpt.pt")
+    for a, b in zip(rows_of(accumulated)[1:], rows_of(at_once)[1:]):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+    for (name, a), b in zip(load_checkpoint(accumulated)["model"].items(), load_checkpoint(at_once)["model"].values()):
+        assert torch.allclose(a, b, atol=2e-4), name
+
+
+def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
+    data = open_data(data_path)
+    model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=16, vocab_size=512))
+    torch.nn.init.normal_(model.head.weight)
+    small, large = TrainLoader(data, 2, 16, seed=0), TrainLoader(data, 6, 16, seed=0)
+    for _ in range(3):
+        (train.next_token_loss(model, next(small)) / 3).backward()
+    accumulated = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    train.next_token_loss(model, next(large)).backward()
+    for parameter, grad in zip(model.parameters(), accumulated):
+        assert torch.allclose(parameter.grad, grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("flag", [
+    "--learning_rate=0.01", "--weight_decay=5", "--warmup_iter=5", "--cooldown_frac=0", "--grad_clip=0.001", "--seed=1",
+    "--batch_size=3", "--num_batch_accum=1", "--mlp=gelu", "--mlp=swiglu", "--dtype=bf16"])
+def test_every_knob_turns_something(run_train, flag):
+    usual, other = rows_of(run_train(checkpoint="a/gpt.pt")), rows_of(run_train(flag, checkpoint="b/gpt.pt"))
+    assert usual[-1]["val_loss"] != other[-1]["val_loss"]
+
+
+def test_what_watches_does_not_change_the_run(run_train):
+    usual = run_train(checkpoint="a/gpt.pt")
+    watched = run_train("--val_intervals=1", "--val_iter=5", "--log_intervals=4", "--verbose=1", "--sample_tokens=5",
+                        checkpoint="b/gpt.pt")
+    assert_same(training_of(usual), training_of(watched))
+
+
+def test_verbose(run_train, capsys):
+    run_train()
+    assert capsys.readouterr() == ("", "")
+    run_train("--verbose=1", "--sample_tokens=9", checkpoint="b/gpt.pt")
+    said = capsys.readouterr()
+    for words in ("2 layers x 16, attention and relu2, vocabulary 512", "epochs", "cpu, fp32", "step      6 | train",
+                  "nats/token", "bits/byte", "sample:"):
+        assert words in said.out, words
+    assert "6/6" in said.err and "loss=" in said.err and "tok/s=" in said.err
+
+
+# -- what is not overwritten ------------------------------------------------------------------------------------------
+
+def test_a_fresh_run_never_overwrites(run_train, refused, tmp_path, data_path):
+    path = run_train("--max_iter=3")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={path}"], "--checkpoint_path=", "--overwrite",
+            "--resume_checkpoint")
+    other = run_train("--max_iter=3", "--seed=2", checkpoint="run/other.pt")
+    refused(train.main, [f"--resume_checkpoint={path}", f"--checkpoint_path={other}", "--max_iter=9"], "exists")
+    assert {file: file.read_bytes() for file in before} == before
+    run_train("--max_iter=6", "--overwrite")
+    assert load_checkpoint(path)["training"]["step"] == 6 and len(rows_of(path)) == 7
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_train("--learning_rate=1e38", "--grad_clip=0", "--warmup_iter=0", "--max_iter=50", "--val_intervals=1000")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(r"^train.py: loss is (nan|inf) at step \d+: lower --learning_rate; .*gpt.pt holds step 0\n$", error)
+    blob = load_checkpoint(tmp_path / "run" / "gpt.pt")
+    assert all(torch.isfinite(weight).all() for weight in blob["model"].values())
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--n_layer=0", ["--n_layer=0", "at least 1"]), ("--head_size=7", ["--head_size=7", "even"]),
+    ("--learning_rate=-1", ["--learning_rate=-1.0", "above 0"]), ("--num_batch_accum=0", ["--num_batch_accum=0"]),
+    ("--batch_size=0", ["--batch_size=0"]), ("--max_iter=0", ["--max_iter=0"]), ("--val_iter=0", ["--val_iter=0"]),
+    ("--val_intervals=0", ["--val_intervals=0"]), ("--dataloader_num_workers=-1", ["--dataloader_num_workers=-1"]),
+    ("--device=cuda:9", ["--device=cuda:9", "has cpu"]), ("--dtype=fp8", ["--dtype=fp8", "bf16"]),
+    ("--mlp=kan9", ["--mlp=kan9", "relu2"]), ("--n_layers=3", ["--n_layers=3", "did you mean --n_layer?"]),
+    ("--batch_size=big", ["--batch_size", "'big'"]), ("--checkpoint_path=/dev/null/x/gpt.pt", ["--checkpoint_path"])])
+def test_bad_flags(tmp_path, data_path, refused, flag, words):
+    flags = [f"--data_path={data_path}", f"--checkpoint_path={tmp_path / 'run' / 'gpt.pt'}"]
+    refused(train.main, [*flags, "--n_layer=1", "--block_size=16", "--n_head=1", "--head_size=8", flag], *words)
+    assert not (tmp_path / "run").exists()
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+def test_where_compiling_fails_training_goes_on(run_train, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+    expected = run_train(checkpoint="a/gpt.pt")
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    with pytest.warns(UserWarning, match="no compiler here") as caught:
+        path = run_train("--compile_model", checkpoint="b/gpt.pt")
+    assert len(caught) == 1
+    assert_same(training_of(path), training_of(expected))
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(run_train):
+    eager, compiled = run_train(checkpoint="a/gpt.pt"), run_train("--compile_model", checkpoint="b/gpt.pt")
+    for a, b in zip(rows_of(eager), rows_of(compiled)):
+        assert a.get("train_loss") == pytest.approx(b.get("train_loss"), abs=1e-3)
+    assert load_checkpoint(eager)["model"].keys() == load_checkpoint(compiled)["model"].keys()
