@@ -117,7 +117,7 @@ class ShardWriter:
                 self.close()
 
     def _open(self):
-        self.file = open(self.data_path / (self.name + ".tmp"), "wb")
+        self.file = open(self.data_path / (self.name + ".tmp"), "wb")  # noqa: SIM115 (closed by close or discard)
         self.checksum = hashlib.sha256()
         self._write_header()
 

@@ -62,7 +62,7 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
         tokenizer, documents = choose_tokenizer(config, source)
         manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                             tokenizer.dtype.name)
-        tokenizer.separator_id  # a vocabulary without one is refused before anything is written
+        _ = tokenizer.separator_id  # a vocabulary without one is refused before anything is written
         tokenizer.save(config.data_path / "tokenizer.json")
         manifest.save(config.data_path)
     else:
@@ -94,7 +94,8 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     if config.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = config.vocab_size, manifest.vocab_size
     if config.tokenizer_path is not None:
-        asked["tokenizer_path"], held["tokenizer_path"] = Tokenizer.load(config.tokenizer_path).fingerprint(), manifest.tokenizer
+        asked["tokenizer_path"] = Tokenizer.load(config.tokenizer_path).fingerprint()
+        held["tokenizer_path"] = manifest.tokenizer
     for name in asked:
         if asked[name] != held[name]:
             raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held[name]}: "

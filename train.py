@@ -24,7 +24,15 @@ from generate import generate_text
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig, load_optimizer, lr_scale, make_optimizer, set_learning_rate
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.device import DeviceConfig, Machine, compile_in_place, open_machine, rng_state, seed_everything, set_rng_state
+from runtime.device import (
+    DeviceConfig,
+    Machine,
+    compile_in_place,
+    open_machine,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+)
 from runtime.files import require_writable
 from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
 from runtime.metrics import LossSums, MetricsLog, read_rows

@@ -1,4 +1,5 @@
 import base64
+import functools
 import json
 import random
 from collections import Counter
@@ -57,12 +58,11 @@ def test_any_text_equals_tiktoken_and_comes_back(text):
         assert tokenizer.decode(ids) == text
 
 
-def hypothesis_pairs(pairs=[]):  # noqa: B006: made once, for hypothesis calls the test hundreds of times
-    if not pairs:
-        for pattern in PATTERNS:
-            tokenizer = Tokenizer.train([SCRIPTS, "it's the theory that matters, isn't it? 'Cause 2024"], 600, pattern)
-            pairs.append((tokenizer, tiktoken_of(tokenizer)))
-    return pairs
+@functools.cache  # hypothesis calls the test hundreds of times
+def hypothesis_pairs() -> list[tuple[Tokenizer, tiktoken.Encoding]]:
+    texts = [SCRIPTS, "it's the theory that matters, isn't it? 'Cause 2024"]
+    tokenizers = [Tokenizer.train(texts, 600, pattern) for pattern in PATTERNS]
+    return [(tokenizer, tiktoken_of(tokenizer)) for tokenizer in tokenizers]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

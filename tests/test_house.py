@@ -1,0 +1,139 @@
+"""The rules of the repository: who may import whom, what importing does, the user's flags, and README's truth."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+# Scripts import only scripts to their left.
+ORDER = ["tokenizer", "model", "optimizer", "dataloader", "generate", "train", "finetune", "evaluate", "compare", "probes",
+         "selfplay", "export", "download_data"]
+SCRIPTS = [name for name in ORDER if (REPO / f"{name}.py").exists()]
+PACKAGES = {"runtime": {"runtime"}, "kernels": {"kernels"}, "layers": {"layers", "kernels"}}
+# Flag names that users' commands and notes hold; they never change.
+USERS_FLAGS = {
+    "download_data": "shard_size_threshold data_path tokenizer_path streaming tokens_threshold",
+    "train": "learning_rate max_iter num_batch_accum batch_size n_layer vocab_size block_size n_head head_size data_path "
+             "checkpoint_path dataloader_num_workers val_iter val_intervals resume_checkpoint verbose compile_model"}
+
+
+def tracked_python(folder: str) -> list[Path]:
+    return sorted((REPO / folder).glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """First parts of the modules that `path` imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_script_has_a_place():
+    assert {path.stem for path in REPO.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_to_their_left(script):
+    allowed = set(ORDER[:ORDER.index(script)])
+    assert imported(REPO / f"{script}.py") & set(ORDER) <= allowed
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_shared_parts_know_no_script(package):
+    ours = set(ORDER) | set(PACKAGES) | {"bench", "tests"}
+    for path in tracked_python(package):
+        assert imported(path) & ours <= PACKAGES[package], path
+
+
+def test_nothing_imports_bench_or_tests():
+    for path in [*REPO.glob("*.py"), *(path for package in PACKAGES for path in tracked_python(package))]:
+        assert not imported(path) & {"bench", "tests", "conftest", "pytest"}, path
+
+
+def test_importing_does_nothing(tmp_path):
+    """Prints nothing, writes nothing, starts no process or thread, draws no random number, opens no connection."""
+    modules = [*SCRIPTS, *(f"{package}.{path.stem}" for package in PACKAGES for path in tracked_python(package))]
+    program = f"""
+import sys, threading, random, socket
+sys.path.insert(0, {str(REPO)!r}); sys.dont_write_bytecode = True
+import numpy, torch, datasets  # what these do is not ours
+before = threading.active_count(), random.getstate()[1][:5], torch.initial_seed()
+def refuse(*args, **kwargs): raise AssertionError("a connection")
+socket.socket.connect = refuse
+for module in {modules!r}:
+    __import__(module)
+assert (threading.active_count(), random.getstate()[1][:5], torch.initial_seed()) == before
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def help_of(script: str) -> str:
+    done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    return {script: help_of(script) for script in ("tokenizer", "download_data", "train", "generate")}
+
+
+def test_the_users_flags_are_there(helps):
+    for script, flags in USERS_FLAGS.items():
+        for flag in flags.split():
+            assert re.search(rf"^ +--{flag}\b", helps[script], re.MULTILINE), f"{script}.py --{flag}"
+
+
+def test_every_flag_has_help(helps):
+    for script, text in helps.items():
+        for entry in re.split(r"\n  (?=--)", text)[1:]:
+            lines = entry.split("\n\n")[0].split("\n")
+            words = " ".join(lines).split()
+            assert len(words) > 3, f"{script}.py {entry}"
+
+
+def test_readme_tables_are_the_commands_flags(helps):
+    """Every flag that --help shows stands in README's table of that command, and the other way round."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    for script, text in helps.items():
+        section = re.search(rf"^### `{script}\.py`$(.*?)^##", readme, re.MULTILINE | re.DOTALL).group(1)
+        documented = set(re.findall(r"^\| `--(\w+)`", section, re.MULTILINE))
+        declared = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
+        assert documented == declared, script
+
+
+def test_readme_commands_have_real_flags(helps):
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python (\w+)\.py((?: +(?:--\w+\S*|\\\n))+)", readme)
+    assert len(commands) > 5
+    for script, flags in commands:
+        for flag in re.findall(r"--(\w+)", flags):
+            assert f"--{flag}" in helps[script], f"{script}.py --{flag}"
+
+
+def test_quick_start_is_one_block_of_two_lines():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Quick start$(.*?)^## ", readme, re.MULTILINE | re.DOTALL).group(1)
+    block, = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    run, test = block.splitlines()
+    assert "download_data.py --dataset=builtin" in run and "train.py" in run
+    assert "tests/requirements.txt" in test and test.endswith("pytest")
+
+
+def test_files_that_readme_names_exist():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(([\w/.]+)\)", readme))
+    named |= set(re.findall(r"`((?:bench|studies|layers|runtime|tests)/\w+\.\w+)`", readme))
+    assert named
+    for path in named:
+        assert (REPO / path).exists(), path

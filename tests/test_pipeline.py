@@ -1,0 +1,93 @@
+"""The whole path as a user runs it: commands in processes of their own."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY_MODEL
+from runtime.checkpoint import load_checkpoint
+from runtime.metrics import read_rows
+
+REPO = Path(__file__).parent.parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=ONE_THREAD, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture
+def text(tmp_path, english) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, document in enumerate(english[:30]):
+        (folder / f"{i:02}.txt").write_text(document, encoding="utf-8")
+    return folder
+
+
+def test_text_to_shards_to_model_to_text(tmp_path, text):
+    """From another folder than the repository, with every default that a test can afford."""
+    data, checkpoint = f"--data_path={tmp_path / 'data'}", f"--checkpoint_path={tmp_path / 'runs' / 'tiny.pt'}"
+    done = run("tokenizer.py", f"--dataset={text}", "--vocab_size=500", f"--tokenizer_path={tmp_path / 'tokenizer.json'}")
+    assert done.returncode == 0 and "500 tokens" in done.stdout, done.stderr
+    done = run("download_data.py", f"--dataset={text}", data, f"--tokenizer_path={tmp_path / 'tokenizer.json'}",
+               "--val_tokens=3000")
+    assert done.returncode == 0 and "train: " in done.stdout, done.stderr
+    flags = [*TINY_MODEL, "--batch_size=8", "--num_batch_accum=2", "--learning_rate=0.01", "--val_intervals=10"]
+    done = run("train.py", data, checkpoint, *flags, "--max_iter=20", "--vocab_size=500")
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"val (\d+\.\d+) nats/token", done.stdout)]
+    assert len(losses) == 3 and losses[0] == pytest.approx(6.2146, abs=1e-3) and losses[2] < losses[0]
+    assert "sample:" in done.stdout and done.stdout.split("sample:")[1].strip()
+    done = run("train.py", checkpoint, "--resume_checkpoint", "--max_iter=25")
+    assert done.returncode == 0 and "going on from step 20" in done.stdout, done.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")] == [0, 10, 20, 25]
+    done = run("generate.py", checkpoint, "--prompt=def ", "--max_new_tokens=10")
+    assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+@pytest.mark.parametrize("number, to_group", [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True)])
+def test_a_signal_saves_and_the_run_resumes(tmp_path, data_path, number, to_group):
+    """Ctrl-C in a terminal reaches the whole process group, workers and all."""
+    path = tmp_path / "gpt.pt"
+    flags = [f"--data_path={data_path}", f"--checkpoint_path={path}", *TINY_MODEL, "--batch_size=4",
+             "--num_batch_accum=2", "--max_iter=100000", "--val_intervals=100000", "--val_iter=1", "--log_intervals=1",
+             "--dataloader_num_workers=2"]
+    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *flags], env=ONE_THREAD, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for(lambda: len(read_rows(tmp_path / "gpt" / "metrics.jsonl")) > 5, process)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error and "saved" in error
+    step = load_checkpoint(path)["training"]["step"]
+    rows = read_rows(tmp_path / "gpt" / "metrics.jsonl")
+    assert step >= 5 and rows[-1]["step"] == step
+    done = run("train.py", f"--checkpoint_path={path}", "--resume_checkpoint", f"--max_iter={step + 2}", "--verbose=0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    for script, flag in (("train.py", "--data_path"), ("download_data.py", "--dataset"), ("tokenizer.py", "--dataset"),
+                         ("generate.py", "--checkpoint_path")):
+        done = run(script, f"{flag}={tmp_path / 'nowhere.txt'}", *(
+            [f"--data_path={tmp_path / 'data'}"] if script == "download_data.py" else
+            [f"--tokenizer_path={tmp_path / 'tokenizer.json'}"] if script == "tokenizer.py" else []))
+        assert done.returncode == 2 and done.stdout == "", done
+        assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr and done.stderr.startswith(script)
