@@ -10,13 +10,13 @@ from model import GPT
 from runtime.flags import check_flags, flag
 
 # Learning rate of a group, relative to --learning_rate, which is that of the matrices. See bench/learning_rates.py.
-EMBED_RATE, HEAD_RATE = 30.0, 1.0
+EMBED_RATE, HEAD_RATE = 50.0, 10.0
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer."""
-    learning_rate: float = flag(1e-3, "peak learning rate of the matrices; the other groups keep their ratio to it",
+    learning_rate: float = flag(6e-4, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
     weight_decay: float = flag(0.1, "of the matrices inside the blocks, per step and learning rate", at_least=0)
     warmup_iter: int = flag(100, "steps of linear warmup", at_least=0)

@@ -43,7 +43,7 @@ from tokenizer import Tokenizer
 class LoopConfig:
     """How long to train and how often to look."""
     max_iter: int = flag(5_000, "optimizer steps; each sees batch_size * num_batch_accum * block_size tokens", at_least=1)
-    num_batch_accum: int = flag(8, "batches whose gradients are averaged in a step", at_least=1)
+    num_batch_accum: int = flag(16, "batches whose gradients are averaged in a step", at_least=1)
     val_intervals: int = flag(250, "steps between validations, each of which writes the checkpoint", at_least=1)
     log_intervals: int = flag(10, "steps between rows of metrics.jsonl", at_least=1)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
@@ -59,7 +59,7 @@ class RunConfig:
     resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
                                         "their\nvalue, and the run continues exactly as if never stopped", bare="1")
     overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    batch_size: int = flag(8, "blocks of text in a batch", at_least=1)
+    batch_size: int = flag(4, "blocks of text in a batch", at_least=1)
     val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1)
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0)
     compile_model: bool = flag(False, "torch.compile: a slow start, then faster steps")

@@ -1,11 +1,20 @@
 """The rules of the repository: who may import whom, what importing does, the user's flags, and README's truth."""
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import download_data
+import generate
+import tokenizer
+import train
+from runtime.device import DeviceConfig
+from runtime.flags import value_type
+from runtime.sources import SourceConfig
 
 REPO = Path(__file__).parent.parent
 # Scripts import only scripts to their left.
@@ -85,7 +94,7 @@ def help_of(script: str) -> str:
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    return {script: help_of(script) for script in ("tokenizer", "download_data", "train", "generate")}
+    return {script: help_of(script) for script in COMMANDS}
 
 
 def test_the_users_flags_are_there(helps):
@@ -102,14 +111,32 @@ def test_every_flag_has_help(helps):
             assert len(words) > 3, f"{script}.py {entry}"
 
 
-def test_readme_tables_are_the_commands_flags(helps):
-    """Every flag that --help shows stands in README's table of that command, and the other way round."""
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    for script, text in helps.items():
-        section = re.search(rf"^### `{script}\.py`$(.*?)^##", readme, re.MULTILINE | re.DOTALL).group(1)
-        documented = set(re.findall(r"^\| `--(\w+)`", section, re.MULTILINE))
-        declared = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
-        assert documented == declared, script
+COMMANDS = {
+    "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
+    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig)}
+
+
+def flag_table(configs: tuple) -> str:
+    """README's table of the flags of a command."""
+    rows = ["| flag | default | what |", "|---|---|---|"]
+    for field in (field for config in configs for field in dataclasses.fields(config)):
+        default = "" if field.default is None else field.default
+        if value_type(field) is bool:
+            default = int(field.default)
+        elif isinstance(default, int) and default >= 100_000:
+            default = f"{default:_}"
+        choices = field.metadata["choices"]
+        words = " ".join(field.metadata["help"].split()) + (f": {', '.join(choices)}" if choices else "")
+        rows.append(f"| `--{field.name}` | {default} | {words} |")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_readme_tables_are_the_commands_flags(script, helps):
+    readme, table = (REPO / "README.md").read_text(encoding="utf-8"), flag_table(COMMANDS[script])
+    expected = f"### `{script}.py`\n\n{table}\n"
+    assert expected in readme, f"README's table is out of date; it should be:\n\n{expected}"
+    assert re.findall(r"^\| `--(\w+)`", table, re.MULTILINE) == re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
 
 
 def test_readme_commands_have_real_flags(helps):
