@@ -10,7 +10,10 @@ import hashlib
 import itertools
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -74,7 +77,13 @@ class Manifest:
             if blob["format"] != FORMAT:
                 raise ValueError(f"its format is {blob['format']!r}, expected {FORMAT!r}")
             blob["shards"] = {split: [Shard(**shard) for shard in blob["shards"][split]] for split in SPLITS}
-            return cls(**blob)
+            manifest = cls(**blob)
+            numbers = [manifest.vocab_size, *(n for split in SPLITS for shard in manifest.shards[split]
+                                              for n in (shard.tokens, shard.bytes, shard.documents))]
+            if manifest.dtype not in ("uint16", "uint32") or not all(type(n) is int for n in numbers) or not all(
+                    type(shard.file) is str for split in SPLITS for shard in manifest.shards[split]):
+                raise ValueError("a value in it is none that we write")
+            return manifest
         except OSError as error:
             raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
                            f"run `python download_data.py --data_path={data_path}`") from None
@@ -166,13 +175,13 @@ class ShardedTokens:
     Raises BadInput, naming the file, for a shard that is missing, cut off, foreign or not in the manifest.
     """
 
-    def __init__(self, data_path: Path, manifest: Manifest, split: str):
+    def __init__(self, data_path: Path, manifest: Manifest, split: str, separator_id: int):
         self.paths = [data_path / shard.file for shard in manifest.shards[split]]
         lengths = [shard.tokens for shard in manifest.shards[split]]
         self.stops = np.cumsum([0, *lengths])
         self.maps: list[np.ndarray] | None = None
         for path, length in zip(self.paths, lengths):
-            check_shard(path, length, np.dtype(manifest.dtype))
+            check_shard(path, length, manifest, separator_id)
         if strangers := set(data_path.glob(f"{split}_*.npy")) - set(self.paths):
             raise BadInput(f"{min(strangers)}: not in manifest.json: move it away or prepare the data again")
 
@@ -195,18 +204,21 @@ class ShardedTokens:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def check_shard(path: Path, tokens: int, dtype: np.dtype):
-    """Raises BadInput unless `path` is a .npy file of exactly so many tokens. Reads the header only."""
-    repair = "prepare the data again"
+def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
+    """Raises BadInput unless `path` is a .npy file of so many tokens that begins with a document. Reads its beginning
+    only: a shard may hold gigabytes."""
+    repair = "delete the folder and run `python download_data.py` again"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise BadInput(f"{path}: listed in manifest.json but missing: {repair}") from None
     except (ValueError, OSError, EOFError) as error:
         raise BadInput(f"{path}: cut off, or not a .npy file ({error}): {repair}") from None
-    if getattr(found, "dtype", None) != dtype or found.shape != (tokens,):
+    if getattr(found, "dtype", None) != np.dtype(manifest.dtype) or found.shape != (tokens,):
         raise BadInput(f"{path}: holds {getattr(found, 'dtype', 'no array')} {getattr(found, 'shape', '')}, "
-                       f"manifest.json says {dtype} ({tokens},): {repair}")
+                       f"manifest.json says {manifest.dtype} ({tokens},): {repair}")
+    if tokens and (found[0] != separator_id or found[:1 << 20].max() >= manifest.vocab_size):
+        raise BadInput(f"{path}: not tokens of this vocabulary, or not led by the document separator: {repair}")
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,7 @@ class Data:
     tokenizer: Tokenizer
 
     def split(self, name: str) -> ShardedTokens:
-        return ShardedTokens(self.path, self.manifest, name)
+        return ShardedTokens(self.path, self.manifest, name, self.tokenizer.separator_id)
 
 
 def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
@@ -228,9 +240,10 @@ def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
         raise BadInput(f"--data_path={data_path}: the preparation did not finish: run `python download_data.py` with "
                        f"the same flags again to go on")
     tokenizer = Tokenizer.load(data_path / "tokenizer.json")
-    if tokenizer.fingerprint() != manifest.tokenizer:
+    if (tokenizer.fingerprint(), tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
         raise BadInput(f"{data_path / 'tokenizer.json'}: not the tokenizer these shards were made with (fingerprint "
-                       f"{tokenizer.fingerprint()}, manifest.json says {manifest.tokenizer}): put the right one back")
+                       f"{tokenizer.fingerprint()} of {tokenizer.vocab_size}, manifest.json says {manifest.tokenizer} of "
+                       f"{manifest.vocab_size}): put the right one back")
     if vocab_size not in (None, manifest.vocab_size):
         raise BadInput(f"--vocab_size={vocab_size}: the data in {data_path} has {manifest.vocab_size}: "
                        f"drop the flag, or prepare other data")
@@ -315,17 +328,14 @@ class TrainLoader:
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
 
-    @property
-    def epoch(self) -> float:
-        return self.blocks_seen / self.batches.n_blocks
-
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 (batch_size, block_size)."""
         if self.iterator is None:
-            self.iterator = iter(DataLoader(
-                self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
-                num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=own_process_group,
-                generator=torch.Generator()))  # its own: by default every start draws from torch's global generator
+            with no_interrupt():
+                self.iterator = iter(DataLoader(
+                    self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
+                    num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=outlive_signals,
+                    generator=torch.Generator()))  # its own: by default a start draws from torch's global generator
         batch = next(self.iterator)
         self.blocks_seen += self.batches.batch_size
         return batch
@@ -345,14 +355,30 @@ class TrainLoader:
 
     def close(self):
         """Ends the workers. The position stays, and the next batch starts new ones."""
+        # by hand: while an exception is handled, its traceback keeps the iterator, and so the workers, alive
+        getattr(self.iterator, "_shutdown_workers", lambda: None)()
         self.iterator = None
 
 
-def own_process_group(worker: int):
-    """Ctrl-C reaches every process of the terminal's group; the workers must live until the step under way has its
-    batches. They are ended by the training process, and end themselves when that is gone."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+@contextmanager
+def no_interrupt():
+    """Processes started meanwhile ignore Ctrl-C from their first moment on."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python does not allow handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def outlive_signals(worker: int):
+    """Ctrl-C and SIGTERM may reach the workers too, which must live until the step under way has its batches: Ctrl-C
+    is ignored, and SIGTERM ends a worker after half a minute. They end themselves when the training process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *args: signal.alarm(30))
 
 
 def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:

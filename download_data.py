@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach
+from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach, open_data
 from runtime.files import require_writable
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
-from runtime.sources import Source, SourceConfig, open_source, take_text
+from runtime.sources import Source, SourceConfig, open_source, source_flags, take_text
 from tokenizer import TRAINING_BYTES, Tokenizer, as_text
 
 BATCH_BYTES = 1 << 20  # of text are encoded at once
@@ -48,16 +48,21 @@ class PrepareConfig:
 def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
     """Fills `config.data_path`, or goes on filling it; does nothing where it is full.
 
-    Raises BadInput when the flags, the folder and the text do not fit; the folder is then as it was before.
+    Raises BadInput when the flags, the folder and the text do not fit. Whatever stops it, finished shards stay; where
+    there are none, or the text has no training shard to give, the folder is as it was before.
     """
     if config.tokens_threshold <= config.val_tokens:
         raise BadInput(f"--tokens_threshold={config.tokens_threshold}: must be above --val_tokens={config.val_tokens}, "
                        f"or nothing is left to train on")
     manifest = find_manifest(config, source_config)
     if manifest is not None and manifest.complete:
+        data = open_data(config.data_path)
+        for split in SPLITS:
+            data.split(split)  # a damaged folder is not a finished one
         return manifest
     require_writable(config.data_path / "manifest.json", "--data_path")
-    source = open_source(source_config)
+    source = open_source(source_config, revision=manifest.source["revision"] if manifest else None)
+    had_tokenizer = (config.data_path / "tokenizer.json").exists()
     if manifest is None:
         tokenizer, documents = choose_tokenizer(config, source)
         manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
@@ -73,8 +78,13 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
         documents = source.documents(skip=sum(manifest.total(split, "documents") for split in SPLITS))
     try:
         write_shards(config, manifest, tokenizer, documents)
-    except BadInput:
-        remove(config.data_path, manifest)
+    except BaseException as error:
+        n_shards = sum(map(len, manifest.shards.values()))
+        if n_shards == 0 or (isinstance(error, BadInput) and not manifest.shards["train"]):
+            take_back(config.data_path, manifest, with_tokenizer=not had_tokenizer)
+        elif not isinstance(error, BadInput):
+            tqdm.write(f"{n_shards} finished shards stay in {config.data_path}; the same command goes on after them",
+                       file=sys.stderr)
         raise
     manifest.complete = True
     manifest.save(config.data_path)
@@ -89,15 +99,15 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
             raise BadInput(f"--data_path={folder}: holds {stray[0].name} but no manifest.json: choose another folder")
         return None
     manifest = Manifest.load(folder)
-    asked = config.settings() | {"dataset": source_config.dataset}
-    held = manifest.settings | {"dataset": manifest.source["dataset"]}
+    asked = config.settings() | source_flags(source_config)
+    held = manifest.settings | manifest.source
     if config.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = config.vocab_size, manifest.vocab_size
     if config.tokenizer_path is not None:
         asked["tokenizer_path"] = Tokenizer.load(config.tokenizer_path).fingerprint()
         held["tokenizer_path"] = manifest.tokenizer
     for name in asked:
-        if asked[name] != held[name]:
+        if asked[name] != held.get(name):
             raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held[name]}: "
                            f"give that, or choose another --data_path")
     return manifest
@@ -113,11 +123,12 @@ def choose_tokenizer(config: PrepareConfig, source: Source) -> tuple[Tokenizer, 
         tokenizer = Tokenizer.train(texts, config.vocab_size or 32_768, progress=True)
         return tokenizer, itertools.chain(head, documents)
     tokenizer = Tokenizer.load(path)
+    print(f"using the tokenizer {path}")
     if beside.exists() and Tokenizer.load(beside).fingerprint() != tokenizer.fingerprint():
         raise BadInput(f"--tokenizer_path={path}: {beside} is another tokenizer: choose another --data_path")
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise BadInput(f"--vocab_size={config.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
-                       f"drop one of the two flags")
+                       f"drop the flag, or choose another tokenizer or folder")
     return tokenizer, source.documents()
 
 
@@ -153,17 +164,13 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
                     if split == "val" and written["val"] >= config.val_tokens:
                         writers["val"].close()
         if written["train"] == 0:
-            raise BadInput(f"--val_tokens={config.val_tokens}: takes all {written['val']:,} tokens of the text: "
-                           f"give more text, or about {max(written['val'] // 20, 1)}")
+            raise BadInput(f"--val_tokens={config.val_tokens}: takes all {written['val']:,} tokens of the text: give more "
+                           f"text or a smaller number (a document is never divided between the splits)")
         for writer in writers.values():
             writer.close()
-    except BaseException as error:
+    except BaseException:
         for writer in writers.values():
             writer.discard()
-        if not isinstance(error, BadInput):
-            n_shards = sum(map(len, manifest.shards.values()))
-            tqdm.write(f"{n_shards} finished shards stay in {config.data_path}; the same command goes on after them",
-                       file=sys.stderr)
         raise
 
 
@@ -178,11 +185,13 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         yield ids, offsets + np.arange(len(offsets)), text_bytes
 
 
-def remove(data_path: Path, manifest: Manifest):
-    """Takes back what a preparation has written."""
+def take_back(data_path: Path, manifest: Manifest, with_tokenizer: bool):
+    """Removes what a preparation has written; the manifest last, without which the rest would be strangers."""
     for split in SPLITS:
         for shard in manifest.shards[split]:
             (data_path / shard.file).unlink(missing_ok=True)
+    if with_tokenizer:
+        (data_path / "tokenizer.json").unlink()
     (data_path / "manifest.json").unlink()
 
 

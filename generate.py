@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, reading
 from runtime.device import DeviceConfig, open_machine
 from runtime.flags import check_flags, command, flag, parse_flags
 from tokenizer import Tokenizer
@@ -23,9 +23,9 @@ class GenerateConfig:
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to sample from")
     prompt: str = flag("", "text to go on from (default: the start of a document)")
     max_new_tokens: int = flag(200, "tokens to make", at_least=1)
-    temperature: float = flag(0.8, "below 1 prefers likely tokens, 0 always takes the likeliest", at_least=0)
+    temperature: float = flag(0.8, "below 1 prefers likely tokens, 0 always takes the likeliest", at_least=0, at_most=100)
     top_k: int = flag(50, "sample among so many likeliest tokens; 0 is all", at_least=0)
-    seed: int = flag(0, "of the sampling", at_least=0)
+    seed: int = flag(0, "of the sampling", at_least=0, at_most=2**63 - 1)
     __post_init__ = check_flags
 
 
@@ -81,7 +81,8 @@ def main(argv=None):
     config, device_config = parse_flags(main.__doc__, argv, GenerateConfig, DeviceConfig)
     machine = open_machine(device_config)
     blob = load_checkpoint(config.checkpoint_path)
-    model, tokenizer = GPT.from_blob(blob).to(machine.device), Tokenizer.from_json(blob["tokenizer"])
+    with reading(config.checkpoint_path):
+        model, tokenizer = GPT.from_blob(blob).to(machine.device), Tokenizer.from_json(blob["tokenizer"])
     print(config.prompt, end="", flush=True)
     with machine.autocast():
         for text in generate_text(model, tokenizer, config.prompt, config.max_new_tokens, config.temperature,

@@ -5,6 +5,7 @@
 
 Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/gpt/metrics.jsonl and TensorBoard events.
 """
+import argparse
 import dataclasses
 import math
 import signal
@@ -23,7 +24,7 @@ from dataloader import Data, TrainLoader, open_data, val_batches
 from generate import generate_text
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig, load_optimizer, lr_scale, make_optimizer, set_learning_rate
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import load_checkpoint, reading, save_checkpoint
 from runtime.device import (
     DeviceConfig,
     Machine,
@@ -34,7 +35,7 @@ from runtime.device import (
     set_rng_state,
 )
 from runtime.files import require_writable
-from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
+from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, parse_bool, read_flags
 from runtime.metrics import LossSums, MetricsLog, read_rows
 from tokenizer import Tokenizer
 
@@ -64,7 +65,7 @@ class RunConfig:
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0)
     compile_model: bool = flag(False, "torch.compile: a slow start, then faster steps")
     sample_tokens: int = flag(128, "tokens of text to make from the trained model at the end", at_least=0)
-    seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0)
+    seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1)
     __post_init__ = check_flags
 
 
@@ -72,7 +73,7 @@ CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
 # What a resumed run may not change, what it may but is then another run, and what is no part of a run.
 FIXED = {"seed", *(field.name for field in dataclasses.fields(GPTConfig))}
 CHANGEABLE = {"max_iter", "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "warmup_iter",
-              "cooldown_frac", "grad_clip", "dtype"}
+              "cooldown_frac", "grad_clip", "dtype", "val_iter", "val_intervals"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "verbose"}
 
 
@@ -88,15 +89,18 @@ class TrainState:
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     machine: Machine
-    metrics: MetricsLog
     checkpoint_path: Path
     settings: dict               # the run's flags, from which it resumes
+    metrics: MetricsLog | None = None
     step: int = 0                # optimizer steps done
     tokens: int = 0              # tokens trained on
     seconds: float = 0.0         # spent training, without validation and writing
-    saved_step: int = -1
+    saved_step: int = -1         # that `checkpoint_path` holds; -1 before this run has written it
 
     def save(self):
+        """Raises FloatingPointError rather than replace a good checkpoint by weights that are no longer finite."""
+        if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
+            raise diverged(self, "the weights are no longer finite")
         save_checkpoint(self.checkpoint_path, self.model.to_blob() | {
             "tokenizer": self.tokenizer.to_json(),
             "training": {
@@ -113,7 +117,6 @@ class TrainState:
             self.scaler.load_state_dict(training["scaler"])
         self.loader.load_state_dict(training["loader"])
         set_rng_state(training["rng"])
-        self.saved_step = self.step
 
 
 def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callable) -> int | None:
@@ -137,28 +140,29 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
             bar.update()
             is_val = state.step % loop.val_intervals == 0 or state.step == loop.max_iter
             if is_val or state.step % loop.log_intervals == 0 or stop.signal:
-                train_loss = finite_loss(state, loss)
+                train_loss = loss.item()  # waits for the device, so not at every step
+                if not math.isfinite(train_loss):
+                    raise diverged(state, f"loss is {train_loss}")
                 seconds = time.perf_counter() - clock
                 state.seconds += seconds
                 if is_val or state.step % loop.log_intervals == 0:
                     row = measure(state, train_loss, (state.tokens - clock_tokens) / seconds)
-                    record(state, bar, row | on_eval(state) if is_val else row)
+                    if is_val:
+                        row |= on_eval(state)
+                        if not math.isfinite(row["val_loss"]):
+                            raise diverged(state, f"validation loss is {row['val_loss']}")
+                    record(state, bar, row)
                 if is_val or stop.signal:
                     state.save()
                 clock, clock_tokens = time.perf_counter(), state.tokens
         if state.saved_step != state.step:  # the signal came between the last look at it and the end of the loop
-            finite_loss(state, loss)
             state.save()
         return stop.signal
 
 
-def finite_loss(state: TrainState, loss: Tensor) -> float:
-    """The loss as a number. Waits for the device, so it is not called at every step."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"loss is {value} at step {state.step}: lower --learning_rate; "
-                                 f"{state.checkpoint_path} holds step {state.saved_step}")
-    return value
+def diverged(state: TrainState, what: str) -> FloatingPointError:
+    held = f"holds step {state.saved_step}" if state.saved_step >= 0 else "is as it was"
+    return FloatingPointError(f"{what} at step {state.step}: lower --learning_rate; {state.checkpoint_path} {held}")
 
 
 def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable) -> tuple[Tensor, int]:
@@ -257,17 +261,21 @@ def read_command(argv) -> tuple[dict, dict | None]:
     parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
     add_flags(parser, *CONFIGS)
     values = vars(parser.parse_args(argv))
-    if values["resume_checkpoint"] in (None, "0"):
+    try:
+        resumes, path = parse_bool(values["resume_checkpoint"] or "0"), values["checkpoint_path"]
+    except argparse.ArgumentTypeError:  # neither yes nor no: a path
+        resumes, path = True, Path(values["resume_checkpoint"])
+    if not resumes:
         return values | {"resume_checkpoint": None}, None
     parser = Parser(None)
     add_flags(parser, *CONFIGS, suppress=True)
     given = vars(parser.parse_args(argv))
-    path = values["checkpoint_path"] if values["resume_checkpoint"] == "1" else Path(values["resume_checkpoint"])
     blob = load_checkpoint(path)
     if "training" not in blob:
         raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to go on with")
-    saved = {name: Path(value) if isinstance(values[name], Path) else value
-             for name, value in blob["training"]["settings"].items()}
+    with reading(path):
+        saved = {name: Path(value) if isinstance(values[name], Path) else value
+                 for name, value in blob["training"]["settings"].items()}
     for name in sorted(given.keys() & FIXED & saved.keys()):
         if given[name] != saved[name]:
             raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed run "
@@ -276,9 +284,9 @@ def read_command(argv) -> tuple[dict, dict | None]:
 
 
 def run_folder(checkpoint_path: Path) -> Path:
-    """Where a run's metrics go: checkpoints/gpt.pt -> checkpoints/gpt."""
-    name = checkpoint_path.name.removesuffix(".pt")
-    return checkpoint_path.with_name(name if name != checkpoint_path.name else name + "_run")
+    """Where a run's metrics go: checkpoints/gpt.pt -> checkpoints/gpt, and checkpoints/a -> checkpoints/a.run."""
+    name = checkpoint_path.name
+    return checkpoint_path.with_name(name.removesuffix(".pt") if name.endswith(".pt") and name != ".pt" else name + ".run")
 
 
 def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
@@ -288,14 +296,18 @@ def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopCon
     if path.exists() and not run.overwrite and not (resumed and path.samefile(resumed)):
         raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
                        f"--overwrite, or choose another path")
+    if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
+        raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
+                       f"--overwrite, or choose another path")
     machine = open_machine(device)
     data = open_data(run.data_path, None if blob else gpt.vocab_size)
     seed_everything(run.seed)
     loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
                          pin_memory=machine.device.type == "cuda")
     if blob:
-        loader.load_state_dict(blob["training"]["loader"])
-        model = GPT.from_blob(blob)
+        with reading(Path(resumed)):
+            loader.load_state_dict(blob["training"]["loader"])
+            model = GPT.from_blob(blob)
     else:
         model = GPT(dataclasses.replace(gpt, vocab_size=data.manifest.vocab_size))
     next(val_batches(data, 1, 1, gpt.block_size))  # validation data that are too few are refused now
@@ -305,14 +317,15 @@ def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopCon
                 if name not in NOT_SAVED}
     require_writable(path, "--checkpoint_path")
     require_writable(run_folder(path) / "metrics.jsonl", "--checkpoint_path")
+    state = TrainState(model, data.tokenizer, make_optimizer(model, schedule), schedule, machine.grad_scaler(), loader,
+                       machine, path, settings)
     rows = []
     if blob:
-        rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl")
-                if row["step"] <= blob["training"]["step"]]
-    state = TrainState(model, data.tokenizer, make_optimizer(model, schedule), schedule, machine.grad_scaler(), loader,
-                       machine, MetricsLog(run_folder(path), rows), path, settings)
-    if blob:
-        state.load(blob["training"])
+        with reading(Path(resumed)):
+            state.load(blob["training"])
+        state.saved_step = state.step if path.exists() and path.samefile(resumed) else -1
+        rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= state.step]
+    state.metrics = MetricsLog(run_folder(path), rows)  # last: from here on files are written
     return state, data, loop, run
 
 
@@ -343,9 +356,12 @@ def main(argv=None):
     values, blob = read_command(argv)
     if blob and values["max_iter"] <= blob["training"]["step"]:
         done = blob["training"]["step"]
+        for config in CONFIGS:
+            read_flags(config, values)
         if values["max_iter"] < done:
             raise BadInput(f"--max_iter={values['max_iter']}: the checkpoint is at step {done} already: give more")
-        print(f"{values['checkpoint_path']}: finished before at step {done:,}; a larger --max_iter trains on")
+        if values["verbose"]:
+            print(f"{values['resume_checkpoint']}: finished before at step {done:,}; a larger --max_iter trains on")
         return
     state, data, loop, run = open_run(values, blob)
     if loop.verbose:
@@ -363,6 +379,9 @@ def main(argv=None):
     try:
         stopped_by = fit(state, loop, next_token_loss,
                          lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"--batch_size={run.batch_size}: {str(error).splitlines()[0]}: halve it and double "
+                          f"--num_batch_accum; {run.checkpoint_path} holds step {state.saved_step}") from None
     finally:
         state.loader.close()
         state.metrics.close()

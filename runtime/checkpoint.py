@@ -1,4 +1,5 @@
 """The checkpoint file: one file of tensors and plain values, written whole or not at all, read without running code."""
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,11 +24,23 @@ def load_checkpoint(path: Path) -> dict:
     try:
         blob = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, struct and torch errors, depending on which byte is wrong
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: damaged, or not a checkpoint ({reason[:100]}): use another") from None
+        raise BadInput(f"{path}: damaged, or not a checkpoint ({type(error).__name__} on reading): use another") from None
     if not isinstance(blob, dict) or "format" not in blob:
         raise BadInput(f"{path}: not a checkpoint of ours: use one that train.py wrote")
     if blob["format"] != FORMAT:
         raise BadInput(f"{path}: its format is {blob['format']!r}, this version reads {FORMAT!r}: use the version that "
                        f"wrote it")
     return blob
+
+
+@contextmanager
+def reading(path: Path):
+    """Turns what a part of a checkpoint that is missing or of the wrong kind raises into one line with the file's name."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise BadInput(f"{path}: a part of it is missing or damaged ({type(error).__name__}: {reason}): use "
+                       f"another") from None

@@ -1,6 +1,7 @@
 """The machine: device, autocast dtype, torch.compile where it works, peak FLOP/s, memory, random generators."""
 import json
 import random
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -48,19 +49,14 @@ class Machine:
         """fp16 gradients underflow unless the loss is scaled up; for other dtypes this does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
 
-    def synchronize(self):
-        """Waits for the device, before a clock is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
     def peak_flops(self) -> float | None:
         """FLOP/s that MFU is a share of; None where the peak is not known."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peaks.get(self.dtype) for part, peaks in PEAK_FLOPS.items() if part in name), None)
+        if "Laptop" in name:  # a laptop's RTX 4090 is another chip than the desktop's
+            return None
+        return next((peaks.get(self.dtype) for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
     def peak_memory(self) -> int:
         """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""

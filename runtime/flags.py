@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import os
 import sys
 import typing
 from pathlib import Path
@@ -75,7 +76,13 @@ def parse_float(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: Path}
+def parse_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, give a path")  # Path("") would be the current folder
+    return Path(text)
+
+
+PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: parse_path}
 
 
 def value_type(field) -> type:
@@ -147,11 +154,17 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         name = Path(sys.modules[main.__module__].__file__).name
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a young model writes characters that not every terminal has
         try:
             return main(argv)
         except BadInput as error:
             code, message = 2, str(error)
-        except (OSError, FloatingPointError) as error:
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except (OSError, FloatingPointError, MemoryError) as error:
             code, message = 1, str(error) or type(error).__name__
         except KeyboardInterrupt:
             code, message = 130, "interrupted"

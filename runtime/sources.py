@@ -44,22 +44,36 @@ class Source:
         return self.documents_from(skip)
 
 
-def open_source(config: SourceConfig) -> Source:
-    """Raises BadInput when there is no such dataset, file or column, or nothing in it."""
+def source_flags(config: SourceConfig) -> dict:
+    """The flags that decide which text this is, as `Source.name` holds them."""
+    if config.dataset == "builtin":
+        return {"dataset": "builtin"}
+    if Path(config.dataset).exists():
+        return {"dataset": str(Path(config.dataset)), "text_column": config.text_column}
+    dataset_config = config.dataset_config or ("sample-10BT" if config.dataset == FINEWEB else None)
+    return {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column}
+
+
+def open_source(config: SourceConfig, revision: str | None = None) -> Source:
+    """revision: of the hub, where a preparation goes on; by default what it has now. Raises BadInput when there is no such
+    dataset, file or column, or nothing in it."""
+    if not config.dataset:
+        raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     path = Path(config.dataset)
     if config.dataset == "builtin":
-        name, everything = {"dataset": "builtin", "revision": builtin_revision()}, builtin_documents
+        name, everything = {"revision": builtin_revision()}, builtin_documents
     elif path.exists():
         files = find_text_files(path)
-        name = {"dataset": str(path), "text_column": config.text_column, "revision": files_revision(files)}
+        name = {"revision": files_revision(files)}
         everything = lambda: itertools.chain.from_iterable(read_file(file, config.text_column) for file in files)
         if not any(everything()):
             raise BadInput(f"--dataset={path}: no text in it")
-    elif path.suffix in READERS or config.dataset.count("/") > 1 or config.dataset.startswith((".", "/", "~")):
+    elif path.suffix in READERS or (path.suffix and "/" not in config.dataset) or config.dataset.count("/") > 1 or (
+            config.dataset.startswith((".", "/", "~"))):
         raise BadInput(f"--dataset={config.dataset}: no such file or folder")
     else:
-        return open_hub(config)
-    return Source(name, lambda skip: itertools.islice(filter(None, everything()), skip, None))
+        return open_hub(config, revision)
+    return Source(source_flags(config) | name, lambda skip: itertools.islice(filter(None, everything()), skip, None))
 
 
 def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
@@ -115,14 +129,14 @@ def read_parquet(path: Path, text_column: str) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}: line {number} is not JSON ({error})") from None
+            except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or brackets 100,000 deep
+                raise BadInput(f"{path}: line {number} is not JSON that can be read ({error})") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{path}: line {number} is not a JSON object")
             require_column(text_column, list(row), f"{path}, line {number}")
@@ -161,17 +175,18 @@ def require_text(text, text_column: str, where) -> str:
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
-def open_hub(config: SourceConfig) -> Source:
+def open_hub(config: SourceConfig, revision: str | None) -> Source:
     """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away."""
     import datasets
     import huggingface_hub
     import pyarrow
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
-    dataset_config = config.dataset_config or ("sample-10BT" if config.dataset == FINEWEB else None)
+    huggingface_hub.utils.logging.set_verbosity_error()
+    dataset_config = source_flags(config)["dataset_config"]
     given = f"--dataset={config.dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
     try:
         # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-        revision = huggingface_hub.HfApi().dataset_info(config.dataset, revision="main").sha
+        revision = huggingface_hub.HfApi().dataset_info(config.dataset, revision=revision or "main").sha
         rows = datasets.load_dataset(config.dataset, dataset_config, split="train", streaming=config.streaming,
                                      revision=revision)
         first = next(iter(rows), None)
@@ -191,13 +206,19 @@ def open_hub(config: SourceConfig) -> Source:
         raise BadInput(f"{given}: the dataset is empty")
     require_column(config.text_column, list(first), config.dataset)
 
-    def documents(skip: int) -> Iterator[str]:
-        texts = (require_text(row[config.text_column], config.text_column, config.dataset) for row in rows)
-        return itertools.islice(filter(None, texts), skip, None)
+    def texts() -> Iterator[str]:
+        try:
+            for row in rows:
+                yield require_text(row[config.text_column], config.text_column, config.dataset)
+        except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, datasets.table.CastError) as error:
+            raise BadInput(f"{given}: a file of it cannot be read ({str(error).splitlines()[0]})") from None
+        except Exception as error:
+            if not is_network_error(error):
+                raise
+            raise ConnectionError(f"{given}: the hub stopped answering ({type(error).__name__}: {error})") from None
 
-    name = {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column,
-            "revision": revision}
-    return Source(name, documents)
+    return Source(source_flags(config) | {"revision": revision},
+                  lambda skip: itertools.islice(filter(None, texts()), skip, None))
 
 
 def is_network_error(error: Exception) -> bool:

@@ -1,6 +1,5 @@
 """Fixtures: a tiny prepared data folder, a run of train.py in this process, a stand-in for the hub on loopback."""
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,8 +69,3 @@ def hub(tmp_path_factory):
     """A hub on loopback. Set HF_ENDPOINT to hub.url in the environment of the command that reads it."""
     with HubStandIn(tmp_path_factory.mktemp("hub")) as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    return sys.executable

@@ -85,7 +85,7 @@ def test_every_block_once_an_epoch_across_shards(data):
     for epoch in epochs:
         assert sorted(epoch) == expected
     assert epochs[0] != epochs[1] != sorted(epochs[1])
-    assert loader.epoch == 4.0
+    assert loader.blocks_seen == 4 * n_blocks
 
 
 def test_targets_are_the_next_token(data):

@@ -125,7 +125,7 @@ def test_a_changed_learning_rate_is_obeyed_and_said(run_train, capsys):
 def test_a_finished_run_says_so(run_train, capsys, refused):
     path = run_train()
     before = path.read_bytes()
-    run_train("--resume_checkpoint")
+    run_train("--resume_checkpoint", "--verbose=1")
     assert "finished before at step 6" in capsys.readouterr().out
     refused(train.main, ["--resume_checkpoint", f"--checkpoint_path={path}", "--max_iter=5"], "--max_iter=5", "step 6")
     assert path.read_bytes() == before
