@@ -153,21 +153,37 @@ def command(main):
     """
     @functools.wraps(main)
     def run(argv=None):
-        name = Path(sys.modules[main.__module__].__file__).name
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a young model writes characters that not every terminal has
-        try:
-            return main(argv)
-        except BadInput as error:
-            code, message = 2, str(error)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        except (OSError, FloatingPointError, MemoryError) as error:
-            code, message = 1, str(error) or type(error).__name__
-        except KeyboardInterrupt:
-            code, message = 130, "interrupted"
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(code)
+        code, message = call(main, argv)
+        if message:
+            name = Path(sys.modules[main.__module__].__file__).name
+            print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        if argv is None and "pyarrow" in sys.modules:
+            # Its threads may still be reading ahead of a stream that we have left, and would abort the process when the
+            # interpreter is taken down under them: https://github.com/apache/arrow/issues/45214
+            sys.stderr.flush()
+            os._exit(code)
+        if code:
+            raise SystemExit(code)
     return run
+
+
+def call(main, argv) -> tuple[int, str]:
+    """Runs `main(argv)`; returns the exit code and the line to end with, if any."""
+    try:
+        main(argv)
+        sys.stdout.flush()
+        return 0, ""
+    except SystemExit as stop:  # --help, and a run that a signal stopped
+        return stop.code or 0, ""
+    except BadInput as error:
+        return 2, str(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, ""
+    except (OSError, FloatingPointError, MemoryError) as error:
+        return 1, str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        return 130, "interrupted"

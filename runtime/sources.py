@@ -179,7 +179,6 @@ def open_hub(config: SourceConfig, revision: str | None) -> Source:
     """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away."""
     import datasets
     import huggingface_hub
-    import pyarrow
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
     huggingface_hub.utils.logging.set_verbosity_error()
     dataset_config = source_flags(config)["dataset_config"]
@@ -193,15 +192,17 @@ def open_hub(config: SourceConfig, revision: str | None) -> Source:
     except (datasets.exceptions.DatasetNotFoundError, huggingface_hub.errors.RepositoryNotFoundError,
             huggingface_hub.errors.HFValidationError):
         raise BadInput(f"{given}: neither a local file or folder nor a dataset of the hub that can be read") from None
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"{given}: its first file is empty or damaged ({error})") from None
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(f"{given}: {error}") from None
     except Exception as error:
-        if not is_network_error(error):
+        if is_damage(error):
+            reason = f"its first file is empty or damaged ({error})"
+        elif isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
+            reason = str(error)
+        elif is_network_error(error):
+            reason = (f"the hub cannot be reached ({type(error).__name__}): check the network, or give a local file or "
+                      f"`builtin`")
+        else:
             raise
-        raise BadInput(f"{given}: the hub cannot be reached ({type(error).__name__}): check the network, or give a "
-                       f"local file or `builtin`") from None
+        raise BadInput(f"{given}: {reason}") from None
     if first is None:
         raise BadInput(f"{given}: the dataset is empty")
     require_column(config.text_column, list(first), config.dataset)
@@ -210,15 +211,21 @@ def open_hub(config: SourceConfig, revision: str | None) -> Source:
         try:
             for row in rows:
                 yield require_text(row[config.text_column], config.text_column, config.dataset)
-        except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, datasets.table.CastError) as error:
-            raise BadInput(f"{given}: a file of it cannot be read ({str(error).splitlines()[0]})") from None
         except Exception as error:
+            if is_damage(error) or isinstance(error, (datasets.exceptions.DatasetsError, datasets.table.CastError)):
+                raise BadInput(f"{given}: a file of it cannot be read ({str(error).splitlines()[0]})") from None
             if not is_network_error(error):
                 raise
             raise ConnectionError(f"{given}: the hub stopped answering ({type(error).__name__}: {error})") from None
 
     return Source(source_flags(config) | {"revision": revision},
                   lambda skip: itertools.islice(filter(None, texts()), skip, None))
+
+
+def is_damage(error: Exception) -> bool:
+    """pyarrow reports bad bytes as an exception of its own or, from deeper down, as a bare OSError without a number."""
+    import pyarrow
+    return isinstance(error, pyarrow.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def is_network_error(error: Exception) -> bool:

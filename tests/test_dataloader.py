@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing
 import pickle
 import shutil
 
@@ -118,6 +119,16 @@ def test_position_is_what_was_handed_out(data, workers, n_before):
     other = TrainLoader(data, 4, BLOCK, seed=1, num_workers=2 - workers)
     other.load_state_dict(state)
     assert equal(take(other, 4), expected)
+
+
+def test_close_ends_the_workers_and_keeps_the_position(data):
+    loader, other = (TrainLoader(data, 4, BLOCK, seed=1, num_workers=n) for n in (2, 0))
+    take(loader, 3), take(other, 3)
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    assert not multiprocessing.active_children()
+    assert equal(take(loader, 2), take(other, 2))
+    loader.close()
 
 
 def test_another_batch_size_goes_on_with_the_same_blocks(data):
@@ -256,7 +267,25 @@ def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 
+def foreign_values(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"vocab_size": 512', '"vocab_size": "512"'))
+
+
+def ids_of_another_vocabulary(folder):
+    ids = np.load(folder / "train_000001.npy")
+    ids[5] = 512
+    np.save(folder / "train_000001.npy", ids)
+
+
+def cut_in_a_document(folder):
+    np.save(folder / "train_000001.npy", np.roll(np.load(folder / "train_000001.npy"), 1))
+
+
 @pytest.mark.parametrize("damage, words", [
+    (foreign_values, ["manifest.json", "not a manifest of ours"]),
+    (ids_of_another_vocabulary, ["train_000001.npy", "not tokens of this vocabulary"]),
+    (cut_in_a_document, ["train_000001.npy", "separator"]),
     (cut_off, ["train_000001.npy", "cut off"]), (foreign_dtype, ["train_000001.npy", "float32", "uint16"]),
     (not_npy, ["train_000001.npy", "not a .npy file"]), (pickled, ["train_000001.npy"]),
     (shorter, ["val_000000.npy", "manifest.json says"]), (missing, ["train_000000.npy", "missing"]),

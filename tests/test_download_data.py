@@ -129,6 +129,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, 
     assert exit.value.code == (130 if error is KeyboardInterrupt else 1)
     path = tmp_path / "data"
     assert len(list(path.glob("*.npy"))) == stop_after and not list(path.glob("*.tmp"))
+    assert stop_after or not list(path.iterdir())  # without a finished shard, nothing is left behind
     prepare(tmp_path, text)
     assert contents(path) == expected
 
@@ -151,6 +152,7 @@ def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     refused(download_data.main, [*flags, "--vocab_size=500"], "--vocab_size=500", "400")
     refused(download_data.main, [*flags, "--val_tokens=4000"], "--val_tokens=4000", "3000")
     refused(download_data.main, ["--dataset=builtin", *flags[1:]], "--dataset=builtin", "was prepared with")
+    refused(download_data.main, [*flags, "--text_column=body"], "--text_column=body", "text_column=text")
     other = prepare(tmp_path, text, "--vocab_size=300", folder="other") / "tokenizer.json"
     refused(download_data.main, [*flags, f"--tokenizer_path={other}"], "--tokenizer_path")
     assert contents(path) == before
@@ -160,9 +162,26 @@ def test_a_validation_split_that_takes_everything_is_taken_back(tmp_path, text, 
     path = tmp_path / "data"
     flags = [text, f"--data_path={path}", "--vocab_size=400", "--shard_size_threshold=9000"]
     refused(download_data.main, flags, "--val_tokens=1000000", "takes all")
-    assert not list(path.glob("*.npy")) and not (path / "manifest.json").exists()
+    assert not list(path.iterdir())
     download_data.main([*flags, "--val_tokens=3000"])
     assert Manifest.load(path).complete
+
+
+def test_a_tokenizer_that_was_there_is_not_taken_back(tmp_path, text, refused):
+    first = prepare(tmp_path, text, "--vocab_size=300")
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
+    refused(download_data.main, [text, f"--data_path={second}"], "--val_tokens=1000000", "takes all")
+    assert contents(second) == {"tokenizer.json": (first / "tokenizer.json").read_bytes()}
+
+
+def test_a_damaged_folder_is_not_a_finished_one(tmp_path, text, refused):
+    path = prepare(tmp_path, text)
+    shard = path / "train_000001.npy"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(download_data.main, [text, f"--data_path={path}", "--val_tokens=3000", "--shard_size_threshold=9000",
+                                 "--tokens_threshold=40000"], "train_000001.npy", "cut off")
 
 
 def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refused, english):

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime import device as device_script
-from runtime.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from runtime.checkpoint import FORMAT, load_checkpoint, reading, save_checkpoint
 from runtime.device import (
     DeviceConfig,
     Machine,
@@ -55,7 +55,7 @@ def test_flags_are_read():
     (["--rate=0"], "--rate=0.0: must be above 0"), (["--rate=2"], "at most 1"), (["--rate=nan"], "--rate=nan"),
     (["--rate=x"], "'x' is not a number"), (["--kind=c"], "--kind=c: choose one of a, b"), (["--size"], "give it a value"),
     (["--fast=perhaps"], "neither 1 nor 0"), (["--sise=3"], "no such flag, did you mean --size?"),
-    (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag")])
+    (["--path="], "--path: is empty, give a path"), (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag")])
 def test_flags_are_refused(argv, words):
     with pytest.raises(BadInput) as error:
         parse_flags("d", argv, Example)
@@ -128,6 +128,13 @@ def test_checkpoints_that_cannot_be_read(tmp_path, capsys):
     assert "this code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [KeyError("model"), RuntimeError("size mismatch\nfor w"), TypeError("x")])
+def test_a_part_that_cannot_be_read_is_named_with_its_file(error):
+    with pytest.raises(BadInput, match="^a.pt: a part of it is missing or damaged") as caught, reading(Path("a.pt")):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
 # -- device -----------------------------------------------------------------------------------------------------------
 
 def test_random_generators_come_back():
@@ -174,8 +181,9 @@ def test_cpu_is_fp32_and_only_fp16_scales():
 def test_peak_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     assert Machine(torch.device("cuda"), "bf16").peak_flops() == 756e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 480")
-    assert Machine(torch.device("cuda"), "fp16").peak_flops() is None
+    for unknown in ("NVIDIA GeForce GTX 480", "NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: unknown)  # noqa: B023
+        assert Machine(torch.device("cuda"), "fp16").peak_flops() is None
 
 
 def test_where_nothing_compiles_one_warning_and_no_more(monkeypatch):

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -69,6 +70,11 @@ def test_the_revision_changes_with_the_files(tmp_path):
     assert open_source(SourceConfig(dataset=str(tmp_path))).name != name
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert read(tmp_path / "a.jsonl") == ["one"]
+
+
 def test_take_text_by_hand():
     assert list(take_text(["ab", "é", "c", "d"], 4)) == ["ab", "é"]
     assert list(take_text(["ab"], 100)) == ["ab"] and list(take_text([], 1)) == []
@@ -92,6 +98,8 @@ def test_builtin_text_is_english_megabytes_in_a_fixed_order(english):
     (b'{"text": "a"}', "body", ["--text_column=body", "text"]),
     (b'{"text": "a"', "text", ["a.jsonl: line 1 is not JSON"]),
     (b'["a"]', "text", ["a.jsonl: line 1 is not a JSON object"]),
+    (b'{"text": ' + b"[" * 100_000, "text", ["a.jsonl: line 1 is not JSON that can be read"]),
+    (b'{"text": ' + b"9" * 5_000 + b"}", "text", ["a.jsonl: line 1 is not JSON that can be read"]),
     (b'{"text": "\xff"}', "text", ["a.jsonl: not UTF-8"]),
     (b"", "text", ["no text in it"]), (b'{"text": ""}\n\n{"text": null}\n', "text", ["no text in it"])])
 def test_jsonl_that_cannot_be_read(tmp_path, content, column, words):
@@ -117,6 +125,8 @@ def test_paths_that_cannot_be_read(tmp_path):
     for missing in (tmp_path / "none", tmp_path / "none.parquet", "./none", "none.txt"):
         with pytest.raises(BadInput, match="no such file or folder"):
             read(missing)
+    with pytest.raises(BadInput, match="--dataset=: is empty"):
+        read("")
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(BadInput, match=r"cannot read \.pdf"):
         read(tmp_path / "a.pdf")
@@ -178,6 +188,41 @@ def test_streaming_stops_reading_at_the_threshold(prepare_from_hub, hub, tmp_pat
 def test_what_the_hub_does_not_have(prepare_from_hub, tmp_path, flags, words):
     assert_refused(prepare_from_hub(f"--data_path={tmp_path / 'data'}", *flags), words)
     assert not list((tmp_path / "data").glob("*"))
+
+
+def test_a_damaged_file_of_the_hub(prepare_from_hub, hub, tmp_path):
+    rows = [{"text": f"Document {i} of many is about the number {i * i}."} for i in range(40)]
+    hub.add("someone/damaged", {"default": [rows, rows]})
+    second = hub.folder / "someone" / "damaged" / "default" / "001.parquet"
+    data = second.read_bytes()
+    second.write_bytes(data[:100] + bytes(len(data) - 200) + data[-100:])
+    done = prepare_from_hub("--dataset=someone/damaged", f"--data_path={tmp_path / 'data'}", "--tokenizer_bytes=1000",
+                            "--shard_size_threshold=100")
+    assert_refused(done, ["--dataset=someone/damaged", "a file of it cannot be read"])
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("timed out")])
+def test_a_hub_that_stops_answering_is_no_bad_input(monkeypatch, error):
+    import datasets
+    import huggingface_hub
+
+    def rows():
+        yield {"text": "one"}
+        yield {"text": "two"}
+        raise error
+
+    class Rows:
+        def __iter__(self):
+            return rows()
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append(kwargs["revision"]) or Rows())
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, revision: argparse.Namespace(sha=revision))
+    documents = open_source(SourceConfig(dataset="some/one"), revision="abc").documents()
+    assert asked == ["abc"]  # a preparation that goes on reads the state of the hub that it began with
+    assert [next(documents), next(documents)] == ["one", "two"]
+    with pytest.raises(ConnectionError, match="--dataset=some/one: the hub stopped answering"):
+        next(documents)
 
 
 def test_no_network(prepare_from_hub, tmp_path):

@@ -3,10 +3,12 @@ import math
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import generate
 import train
 from dataloader import TrainLoader, open_data
 from model import GPT
@@ -151,6 +153,12 @@ def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_p
     refused(train.main, [f"--resume_checkpoint={tmp_path / 'shape.pt'}", "--max_iter=9"], "not those of its shape")
     save_checkpoint(tmp_path / "weights.pt", {key: blob[key] for key in ("config", "model", "tokenizer")})
     refused(train.main, [f"--resume_checkpoint={tmp_path / 'weights.pt'}"], "weights.pt", "no training state")
+    for part in ("model", "tokenizer", "config"):
+        save_checkpoint(tmp_path / "part.pt", {name: value for name, value in blob.items() if name != part})
+        for command in (train.main, generate.main) if part != "tokenizer" else (generate.main,):
+            name = "resume_checkpoint" if command is train.main else "checkpoint_path"
+            refused(command, [f"--{name}={tmp_path / 'part.pt'}", *(["--max_iter=9"] if command is train.main else [])],
+                    "part.pt", "missing or damaged")
     other = shutil.copytree(data_path, tmp_path / "other")
     manifest = (other / "manifest.json").read_text()
     checksum = re.search('"sha256": "(.*?)"', manifest[manifest.index('"train"'):]).group(1)
@@ -269,6 +277,37 @@ def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
     assert re.search(r"^train.py: loss is (nan|inf) at step \d+: lower --learning_rate; .*gpt.pt holds step 0\n$", error)
     blob = load_checkpoint(tmp_path / "run" / "gpt.pt")
     assert all(torch.isfinite(weight).all() for weight in blob["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_train, tmp_path, monkeypatch, capsys):
+    """The loss of a batch can be finite while a weight that it does not reach is not."""
+    step = train.train_step
+
+    def poisoned(state, loop, loss_fn):
+        done = step(state, loop, loss_fn)
+        if state.step == 4:
+            state.model.embed.weight.data[3] = torch.nan
+        return done
+    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": 1.0, "val_bpb": 1.0})
+    with pytest.raises(SystemExit) as stop:
+        run_train()
+    assert stop.value.code == 1
+    assert re.search("no longer finite at step 6.*holds step 3", capsys.readouterr().err)
+    assert load_checkpoint(tmp_path / "run" / "gpt.pt")["training"]["step"] == 3
+
+
+def test_metrics_without_their_checkpoint_are_not_overwritten(run_train, refused, data_path):
+    path = run_train("--max_iter=2")
+    path.unlink()
+    before = (path.with_suffix("") / "metrics.jsonl").read_bytes()
+    refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={path}"], "--checkpoint_path=", "metrics of an")
+    assert (path.with_suffix("") / "metrics.jsonl").read_bytes() == before
+
+
+def test_where_metrics_go():
+    names = {"a/gpt.pt": "a/gpt", "a/gpt": "a/gpt.run", "a/v1.0.pt": "a/v1.0", ".pt": ".pt.run"}
+    assert {name: str(train.run_folder(Path(name))) for name in names} == names
 
 
 @pytest.mark.parametrize("flag, words", [
