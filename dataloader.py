@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from tokenizer import Tokenizer
 
 FORMAT = "gpt-workbench shards 1"
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
+PREPARE_AGAIN = "delete the folder and run `python download_data.py` again"
 IGNORE_INDEX = -100        # targets that carry no loss; the value F.cross_entropy skips by itself
 
 
@@ -76,20 +77,35 @@ class Manifest:
             blob = json.loads(path.read_text(encoding="utf-8"))
             if blob["format"] != FORMAT:
                 raise ValueError(f"its format is {blob['format']!r}, expected {FORMAT!r}")
-            blob["shards"] = {split: [Shard(**shard) for shard in blob["shards"][split]] for split in SPLITS}
-            manifest = cls(**blob)
-            numbers = [manifest.vocab_size, *(n for split in SPLITS for shard in manifest.shards[split]
-                                              for n in (shard.tokens, shard.bytes, shard.documents))]
-            if manifest.dtype not in ("uint16", "uint32") or not all(type(n) is int for n in numbers) or not all(
-                    type(shard.file) is str for split in SPLITS for shard in manifest.shards[split]):
-                raise ValueError("a value in it is none that we write")
+            blob["shards"] = {split: [typed(Shard, shard) for shard in blob["shards"][split]] for split in SPLITS}
+            manifest = typed(cls, blob)
+            for split in SPLITS:
+                for i, shard in enumerate(manifest.shards[split]):
+                    if shard.file != shard_name(split, i):
+                        raise ValueError(f"shard {i} of {split} is {shard.file!r}")
+            if manifest.dtype not in ("uint16", "uint32") or "revision" not in manifest.source:
+                raise ValueError(f"dtype {manifest.dtype!r}, source {manifest.source}")
             return manifest
         except OSError as error:
             raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
                            f"run `python download_data.py --data_path={data_path}`") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path}: not a manifest of ours ({type(error).__name__}: {error}): "
                            f"prepare the data again into another --data_path") from None
+
+
+def typed(kind: type, values: dict):
+    """`kind(**values)`, a dataclass. Raises TypeError where a plain field has another type than it declares."""
+    made = kind(**values)
+    for declared in fields(kind):
+        value = getattr(made, declared.name)
+        if declared.type in (int, str, bool, dict) and type(value) is not declared.type:
+            raise TypeError(f"{declared.name} is {value!r}")
+    return made
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:06d}.npy"
 
 
 class ShardWriter:
@@ -106,7 +122,7 @@ class ShardWriter:
 
     @property
     def name(self) -> str:
-        return f"{self.split}_{len(self.manifest.shards[self.split]):06d}.npy"
+        return shard_name(self.split, len(self.manifest.shards[self.split]))
 
     def add(self, ids: np.ndarray, starts: np.ndarray, text_bytes: np.ndarray):
         """Appends whole documents: document i is ids[starts[i]:starts[i + 1]], of text_bytes[i] bytes of text."""
@@ -156,8 +172,9 @@ class ShardWriter:
     def discard(self):
         """Removes the open shard: its documents will be read again."""
         if self.file is not None:
-            self.file.close()
-            self.file = None
+            file, self.file = self.file, None
+            with suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+                file.close()
             (self.data_path / (self.name + ".tmp")).unlink(missing_ok=True)
 
 
@@ -166,7 +183,7 @@ def documents_to_reach(starts: np.ndarray, at: int, tokens: int) -> int:
 
     starts, (documents + 1,): document i is tokens starts[i]..starts[i + 1]. [0, 5, 9, 12], 0, 6 -> 2
     """
-    return min(int(np.searchsorted(starts, starts[at] + max(tokens, 1))), len(starts) - 1)
+    return int(np.searchsorted(starts, min(int(starts[at]) + max(tokens, 1), int(starts[-1]))))
 
 
 class ShardedTokens:
@@ -207,18 +224,17 @@ class ShardedTokens:
 def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
     """Raises BadInput unless `path` is a .npy file of so many tokens that begins with a document. Reads its beginning
     only: a shard may hold gigabytes."""
-    repair = "delete the folder and run `python download_data.py` again"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise BadInput(f"{path}: listed in manifest.json but missing: {repair}") from None
+        raise BadInput(f"{path}: listed in manifest.json but missing: {PREPARE_AGAIN}") from None
     except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path}: cut off, or not a .npy file ({error}): {repair}") from None
+        raise BadInput(f"{path}: cut off, or not a .npy file ({error}): {PREPARE_AGAIN}") from None
     if getattr(found, "dtype", None) != np.dtype(manifest.dtype) or found.shape != (tokens,):
         raise BadInput(f"{path}: holds {getattr(found, 'dtype', 'no array')} {getattr(found, 'shape', '')}, "
-                       f"manifest.json says {manifest.dtype} ({tokens},): {repair}")
+                       f"manifest.json says {manifest.dtype} ({tokens},): {PREPARE_AGAIN}")
     if tokens and (found[0] != separator_id or found[:1 << 20].max() >= manifest.vocab_size):
-        raise BadInput(f"{path}: not tokens of this vocabulary, or not led by the document separator: {repair}")
+        raise BadInput(f"{path}: not tokens of this vocabulary, or not led by the document separator: {PREPARE_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -323,7 +339,7 @@ class TrainLoader:
     def __init__(self, data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
                  pin_memory: bool = False):
         self.batches = BlockBatches(require_a_block(data, "train", block_size), batch_size, block_size, seed)
-        self.fingerprint = data.manifest.fingerprint()
+        self.data, self.fingerprint = data, data.manifest.fingerprint()
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
@@ -336,20 +352,30 @@ class TrainLoader:
                     self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
                     num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=outlive_signals,
                     generator=torch.Generator()))  # its own: by default a start draws from torch's global generator
-        batch = next(self.iterator)
+        try:
+            batch = next(self.iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"--dataloader_num_workers={self.num_workers}: a process that reads data died ("
+                          f"{str(error).splitlines()[0]}); 0 does without them") from None
         self.blocks_seen += self.batches.batch_size
-        return batch
+        return require_vocabulary(batch, self.data)
 
     def state_dict(self) -> dict:
         return {"blocks_seen": self.blocks_seen, "seed": self.batches.seed, "block_size": self.batches.block_size,
                 "data": self.fingerprint}
 
     def load_state_dict(self, state: dict):
-        """Raises BadInput when the position belongs to other data. Batch size and workers may have changed."""
+        """Raises BadInput when the position belongs to other data, ValueError when it is none. Batch size and workers may
+        have changed."""
         if state["data"] != self.fingerprint:
             raise BadInput(f"--data_path: the training data ({self.fingerprint}) is not what the checkpoint was trained "
                            f"on ({state['data']}): give the same data to resume")
-        assert (state["seed"], state["block_size"]) == (self.batches.seed, self.batches.block_size), state
+        if (state["seed"], state["block_size"]) != (self.batches.seed, self.batches.block_size):
+            raise ValueError(f"a position of seed {state['seed']} and block_size {state['block_size']}")
+        if type(state["blocks_seen"]) is not int or state["blocks_seen"] < 0:
+            raise ValueError(f"blocks_seen is {state['blocks_seen']!r}")
         self.close()
         self.blocks_seen = state["blocks_seen"]
 
@@ -389,7 +415,15 @@ def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) ->
     batches = BlockBatches(require_a_block(data, "val", block_size), batch_size, block_size, seed=None)
     blocks = np.arange(min(n_batches * batch_size, batches.n_blocks))
     for first in range(0, len(blocks), batch_size):
-        yield batches.read(blocks[first:first + batch_size])
+        yield require_vocabulary(batches.read(blocks[first:first + batch_size]), data)
+
+
+def require_vocabulary(batch: tuple[Tensor, Tensor], data: Data) -> tuple[Tensor, Tensor]:
+    """`batch`, whose ids an embedding can look up: on a GPU a stray one ends in an error that names nothing."""
+    if (largest := max(int(part.max()) for part in batch)) >= data.manifest.vocab_size:
+        raise BadInput(f"--data_path={data.path}: a shard holds id {largest}, beyond the vocabulary of "
+                       f"{data.manifest.vocab_size}: it is damaged: {PREPARE_AGAIN}")
+    return batch
 
 
 def require_a_block(data: Data, split: str, block_size: int) -> ShardedTokens:

@@ -8,7 +8,6 @@ The stream's first documents become the validation split, the rest the training 
 interruption: the same command goes on after the last of them.
 """
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach, open_d
 from runtime.files import require_writable
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import Source, SourceConfig, open_source, source_flags, take_text
-from tokenizer import TRAINING_BYTES, Tokenizer, as_text
+from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, as_text
 
 BATCH_BYTES = 1 << 20  # of text are encoded at once
 
@@ -31,8 +30,8 @@ class PrepareConfig:
     """The shards."""
     data_path: Path = flag(Path("data"), "folder for the shards, manifest.json and tokenizer.json")
     tokenizer_path: Path = flag(None, "a tokenizer.json to use (default: train one on the head of the text)")
-    vocab_size: int = flag(None, "size of the tokenizer that is trained (default: 32768), "
-                                 "or what the one at --tokenizer_path must have", at_least=256)
+    vocab_size: int = flag(None, "size of the tokenizer that is trained (default: 32768), or what the one at "
+                                 "--tokenizer_path must have", at_least=256, at_most=MAX_VOCAB_SIZE)
     tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text, from the head of the stream, to train a tokenizer on",
                                 at_least=1)
     shard_size_threshold: int = flag(100_000_000, "tokens at which a shard is closed", at_least=1)
@@ -42,14 +41,15 @@ class PrepareConfig:
 
     def settings(self) -> dict:
         """What, besides source and tokenizer, decides the bytes of the shards."""
-        return {name: getattr(self, name) for name in ("shard_size_threshold", "tokens_threshold", "val_tokens")}
+        return {name: getattr(self, name) for name in ("shard_size_threshold", "tokens_threshold", "val_tokens",
+                                                       "tokenizer_bytes")}
 
 
-def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
-    """Fills `config.data_path`, or goes on filling it; does nothing where it is full.
+def prepare(config: PrepareConfig, source_config: SourceConfig) -> tuple[Manifest, bool]:
+    """Fills `config.data_path`, or goes on filling it. Returns its manifest, and whether it was full already.
 
-    Raises BadInput when the flags, the folder and the text do not fit. Whatever stops it, finished shards stay; where
-    there are none, or the text has no training shard to give, the folder is as it was before.
+    Raises BadInput when the flags, the folder and the text do not fit. Whatever stops it, finished shards stay; a folder
+    that this call began is as it was before where it has none, or no training shard can be made of the text.
     """
     if config.tokens_threshold <= config.val_tokens:
         raise BadInput(f"--tokens_threshold={config.tokens_threshold}: must be above --val_tokens={config.val_tokens}, "
@@ -58,18 +58,16 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
     if manifest is not None and manifest.complete:
         data = open_data(config.data_path)
         for split in SPLITS:
-            data.split(split)  # a damaged folder is not a finished one
-        return manifest
-    require_writable(config.data_path / "manifest.json", "--data_path")
+            data.split(split)  # a folder whose damage is plain to see is not a finished one
+        return manifest, True
+    require_writable(config.data_path / "manifest.json", f"--data_path={config.data_path}")
     source = open_source(source_config, revision=manifest.source["revision"] if manifest else None)
-    had_tokenizer = (config.data_path / "tokenizer.json").exists()
-    if manifest is None:
+    began, had_tokenizer = manifest is None, (config.data_path / "tokenizer.json").exists()
+    if began:
         tokenizer, documents = choose_tokenizer(config, source)
         manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                             tokenizer.dtype.name)
         _ = tokenizer.separator_id  # a vocabulary without one is refused before anything is written
-        tokenizer.save(config.data_path / "tokenizer.json")
-        manifest.save(config.data_path)
     else:
         if source.name != manifest.source:
             raise BadInput(f"--data_path={config.data_path}: was begun with {manifest.source}, but the text is now "
@@ -77,18 +75,34 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> Manifest:
         tokenizer = Tokenizer.load(config.data_path / "tokenizer.json")
         documents = source.documents(skip=sum(manifest.total(split, "documents") for split in SPLITS))
     try:
+        if began:
+            tokenizer.save(config.data_path / "tokenizer.json")
+            manifest.save(config.data_path)
         write_shards(config, manifest, tokenizer, documents)
-    except BaseException as error:
-        n_shards = sum(map(len, manifest.shards.values()))
-        if n_shards == 0 or (isinstance(error, BadInput) and not manifest.shards["train"]):
-            take_back(config.data_path, manifest, with_tokenizer=not had_tokenizer)
-        elif not isinstance(error, BadInput):
-            tqdm.write(f"{n_shards} finished shards stay in {config.data_path}; the same command goes on after them",
-                       file=sys.stderr)
-        raise
-    manifest.complete = True
-    manifest.save(config.data_path)
-    return manifest
+        manifest.complete = True
+        manifest.save(config.data_path)
+    except (BadInput, OSError, KeyboardInterrupt) as error:
+        reason = str(error) if getattr(error, "errno", None) is None else f"{config.data_path}: {error.strerror}"
+        kept = keep_or_take_back(config.data_path, began, had_tokenizer, isinstance(error, BadInput))
+        kind = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
+        raise kind("; ".join(filter(None, (reason or "interrupted", kept)))) from None
+    return manifest, False
+
+
+def keep_or_take_back(folder: Path, began: bool, had_tokenizer: bool, is_bad_input: bool) -> str:
+    """What becomes of a folder whose preparation has just failed, and the words that say so."""
+    manifest = Manifest.load(folder) if (folder / "manifest.json").exists() else None
+    n_shards = {split: len(manifest.shards[split]) if manifest else 0 for split in SPLITS}
+    if began and (not any(n_shards.values()) or (is_bad_input and not n_shards["train"])):
+        # there were none before, see find_manifest; the manifest goes last, without which the rest would be strangers
+        for split in SPLITS:
+            for shard in folder.glob(f"{split}_*.npy"):
+                shard.unlink()
+        if not had_tokenizer:
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        return ""
+    return f"{sum(n_shards.values())} finished shards stay in {folder}, and the same command goes on after them"
 
 
 def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifest | None:
@@ -103,13 +117,13 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     held = manifest.settings | manifest.source
     if config.vocab_size is not None:
         asked["vocab_size"], held["vocab_size"] = config.vocab_size, manifest.vocab_size
-    if config.tokenizer_path is not None:
-        asked["tokenizer_path"] = Tokenizer.load(config.tokenizer_path).fingerprint()
-        held["tokenizer_path"] = manifest.tokenizer
     for name in asked:
         if asked[name] != held.get(name):
-            raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held[name]}: "
+            raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held.get(name)}: "
                            f"give that, or choose another --data_path")
+    if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint() != manifest.tokenizer:
+        raise BadInput(f"--tokenizer_path={config.tokenizer_path}: {folder} was prepared with another tokenizer, its "
+                       f"tokenizer.json: drop the flag, or choose another --data_path")
     return manifest
 
 
@@ -123,12 +137,12 @@ def choose_tokenizer(config: PrepareConfig, source: Source) -> tuple[Tokenizer, 
         tokenizer = Tokenizer.train(texts, config.vocab_size or 32_768, progress=True)
         return tokenizer, itertools.chain(head, documents)
     tokenizer = Tokenizer.load(path)
-    print(f"using the tokenizer {path}")
     if beside.exists() and Tokenizer.load(beside).fingerprint() != tokenizer.fingerprint():
         raise BadInput(f"--tokenizer_path={path}: {beside} is another tokenizer: choose another --data_path")
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise BadInput(f"--vocab_size={config.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
                        f"drop the flag, or choose another tokenizer or folder")
+    print(f"using the tokenizer {path}")
     return tokenizer, source.documents()
 
 
@@ -164,6 +178,9 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
                     if split == "val" and written["val"] >= config.val_tokens:
                         writers["val"].close()
         if written["train"] == 0:
+            if written["val"] > config.tokens_threshold:
+                raise BadInput(f"--tokens_threshold={config.tokens_threshold}: the documents that fill --val_tokens="
+                               f"{config.val_tokens} hold {written['val']:,} tokens already: give a larger number")
             raise BadInput(f"--val_tokens={config.val_tokens}: takes all {written['val']:,} tokens of the text: give more "
                            f"text or a smaller number (a document is never divided between the splits)")
         for writer in writers.values():
@@ -185,23 +202,12 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         yield ids, offsets + np.arange(len(offsets)), text_bytes
 
 
-def take_back(data_path: Path, manifest: Manifest, with_tokenizer: bool):
-    """Removes what a preparation has written; the manifest last, without which the rest would be strangers."""
-    for split in SPLITS:
-        for shard in manifest.shards[split]:
-            (data_path / shard.file).unlink(missing_ok=True)
-    if with_tokenizer:
-        (data_path / "tokenizer.json").unlink()
-    (data_path / "manifest.json").unlink()
-
-
 @command
 def main(argv=None):
     """Turns a hub dataset, local files or the built-in text into token shards."""
     config, source_config = parse_flags(main.__doc__, argv, PrepareConfig, SourceConfig)
     start = time.perf_counter()
-    was_complete = (config.data_path / "manifest.json").exists() and Manifest.load(config.data_path).complete
-    manifest = prepare(config, source_config)
+    manifest, was_complete = prepare(config, source_config)
     for split in SPLITS:
         tokens, n_bytes = manifest.total(split, "tokens"), manifest.total(split, "bytes")
         documents = manifest.total(split, "documents")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
-from runtime.device import DeviceConfig, open_machine
+from runtime.device import DeviceConfig, explain_out_of_memory, open_machine
 from runtime.flags import check_flags, command, flag, parse_flags
 from tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
 
 def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
     """(B, V) logits -> (B, 1) ids."""
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by it would overflow
         return logits.argmax(dim=-1, keepdim=True)
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -81,10 +81,10 @@ def main(argv=None):
     config, device_config = parse_flags(main.__doc__, argv, GenerateConfig, DeviceConfig)
     machine = open_machine(device_config)
     blob = load_checkpoint(config.checkpoint_path)
-    with reading(config.checkpoint_path):
-        model, tokenizer = GPT.from_blob(blob).to(machine.device), Tokenizer.from_json(blob["tokenizer"])
-    print(config.prompt, end="", flush=True)
-    with machine.autocast():
+    with explain_out_of_memory("try a smaller model, or --device=cpu"), machine.autocast():
+        with reading(config.checkpoint_path):
+            model, tokenizer = GPT.from_blob(blob).to(machine.device), Tokenizer.from_json(blob["tokenizer"])
+        print(config.prompt, end="", flush=True)
         for text in generate_text(model, tokenizer, config.prompt, config.max_new_tokens, config.temperature,
                                   config.top_k, config.seed):
             print(text, end="", flush=True)

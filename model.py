@@ -23,10 +23,10 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at once: 128 MiB in fp32 at 32k i
 @dataclass(frozen=True)
 class GPTConfig:
     """The model."""
-    n_layer: int = flag(12, "blocks", at_least=1)
-    n_head: int = flag(12, "attention heads; the width is n_head * head_size", at_least=1)
-    head_size: int = flag(64, "channels of a head, an even number", at_least=2)
-    block_size: int = flag(1024, "tokens of context", at_least=1)
+    n_layer: int = flag(12, "blocks", at_least=1, at_most=10_000)
+    n_head: int = flag(12, "attention heads; the width is n_head * head_size", at_least=1, at_most=10_000)
+    head_size: int = flag(64, "channels of a head, an even number", at_least=2, at_most=10_000)
+    block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
     vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
     mlp: str = flag("relu2", "feed-forward layer", choices=tuple(MLPS))
     mixer: str = flag("attention", "layer that mixes positions", choices=tuple(MIXERS))
@@ -80,11 +80,13 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list | None = None,
                 reduction: str = "mean") -> Tensor:
         """idx: (B, T) int64. Returns logits (B, T, V) in fp32; with targets (B, T), the loss in nats/token: a scalar,
-        or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX.
+        or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Under autocast the logits have its
+        precision; softmax and sums are fp32 all the same.
 
         The loss path never holds (B, T, V): head and cross-entropy run in chunks and are recomputed in backward.
         cache: what `init_cache` made; idx then continues what it holds, and it takes idx in.
         """
+        assert reduction in ("mean", "none"), reduction
         x = rms_norm(self.embed(idx))
         for i, block in enumerate(self.blocks):
             x = block(x, cache[i] if cache is not None else None)
@@ -138,5 +140,6 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(blob["model"])
         except RuntimeError as error:
-            raise BadInput(f"the checkpoint's weights are not those of its shape {blob['config']} ({error})") from None
+            reason = " ".join(str(error).split())[:120]
+            raise BadInput(f"the checkpoint's weights are not those of its shape {blob['config']} ({reason})") from None
         return model

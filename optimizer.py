@@ -38,11 +38,17 @@ def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     """Takes over the moments of `state` but keeps the learning rates and decay `optimizer` was made with, so that a
-    resumed run obeys its flags."""
+    resumed run obeys its flags. Raises ValueError when the moments are not those of its parameters."""
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, option in zip(optimizer.param_groups, options):
         group.update(option)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(optimizer.state) not in (0, len(parameters)):
+        raise ValueError(f"moments of {len(optimizer.state)} of {len(parameters)} parameters")
+    for parameter, moments in optimizer.state.items():
+        if any(value.shape not in ((), parameter.shape) for value in moments.values()):
+            raise ValueError("moments of another shape than the parameter")  # the fused kernels do not look
 
 
 def lr_scale(step: int, max_iter: int, config: OptimizerConfig) -> float:

@@ -10,7 +10,9 @@ the whole text, again and again. Source: Sennrich et al. 2016, arXiv:1508.07909;
 """
 import hashlib
 import heapq
+import itertools
 import json
+import operator
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
 }
 TRAINING_BYTES = 100_000_000  # of text are plenty for 32k merges; --tokenizer_bytes changes it
+MAX_VOCAB_SIZE = 10_000_000
 CACHED_WORDS = 1 << 19        # a word's ids are kept until so many are; then the cache starts again
 
 
@@ -57,8 +60,8 @@ class Tokenizer:
         by_id |= {token_id: name.encode() for name, token_id in self.special_tokens.items()}
         if len(by_id) < len(self.ranks) + len(self.special_tokens):
             raise BadInput("two tokens share an id: give every rank and special token its own")
-        if min(by_id, default=0) < 0 or max(by_id, default=0) > 10_000_000:
-            raise BadInput("token ids must lie between 0 and 10,000,000")
+        if min(by_id, default=0) < 0 or max(by_id, default=0) >= MAX_VOCAB_SIZE:
+            raise BadInput(f"token ids must lie between 0 and {MAX_VOCAB_SIZE - 1:,}")
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
             raise BadInput(f"no token for byte {missing[0]} alone: a byte-level vocabulary has all 256")
         # the bytes of each id, special tokens by name; ids that an adopted vocabulary leaves out are empty
@@ -107,6 +110,8 @@ class Tokenizer:
         special_tokens: names, which get the ids after the highest rank, or a mapping name -> id.
         """
         if not isinstance(special_tokens, Mapping):
+            if len(set(special_tokens)) < len(special_tokens):
+                raise BadInput(f"a special token stands twice in {', '.join(special_tokens)}")
             first = max(ranks.values(), default=-1) + 1
             special_tokens = {name: first + i for i, name in enumerate(special_tokens)}
         return cls(ranks, pattern, special_tokens)
@@ -138,10 +143,18 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
         """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError on anything else."""
-        blob = json.loads(text)
+        try:
+            blob = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if blob.get("format") != FORMAT:
             raise ValueError(f"its format is {blob.get('format')!r}, expected {FORMAT!r}")
-        ranks = {token.encode("latin-1"): token_id for token_id, token in enumerate(blob["tokens"]) if token is not None}
+        in_order = {token_id: token for token_id, token in enumerate(blob["tokens"]) if token is not None}
+        ranks = {token.encode("latin-1"): token_id for token_id, token in in_order.items()}
+        if len(ranks) < len(in_order) or b"" in ranks:
+            raise ValueError("a token is empty or stands twice")
+        if not all(type(token_id) is int for token_id in blob["special_tokens"].values()):
+            raise ValueError("an id is not a whole number")
         return cls(ranks, blob["pattern"], blob["special_tokens"])
 
     def fingerprint(self) -> str:
@@ -217,7 +230,7 @@ class Tokenizer:
         """The bytes of `ids`, special tokens by name. Raises ValueError on an id outside the vocabulary."""
         tokens = self.tokens
         try:
-            ids = [int(i) for i in ids]
+            ids = [operator.index(i) for i in ids]
             if ids and min(ids) < 0:
                 raise IndexError
             return b"".join([tokens[i] for i in ids])
@@ -241,12 +254,17 @@ class Tokenizer:
 
 
 def compile_pattern(pattern: str) -> regex.Pattern:
-    """Raises BadInput for what is not a regular expression."""
+    """Raises BadInput for what is not a regular expression that can split text."""
+    given = f"--pattern={pattern[:100]}: neither one of {', '.join(PATTERNS)} nor a regular expression to split text with"
+    if regex.fullmatch(r"[\w-]*", pattern):
+        raise BadInput(given)  # a misspelt name would be a pattern that hardly ever matches
     try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise BadInput(f"--pattern={pattern}: neither one of {', '.join(PATTERNS)} nor a regular expression "
-                       f"({error})") from None
+        compiled = regex.compile(pattern)
+    except (regex.error, ValueError, RecursionError) as error:
+        raise BadInput(f"{given} ({error})") from None
+    if compiled.flags & regex.REVERSE:
+        raise BadInput(f"{given}: it matches from the end")
+    return compiled
 
 
 def as_text(text: str | bytes) -> str:
@@ -360,7 +378,8 @@ def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> tuple[list
 class TokenizerConfig:
     """The vocabulary."""
     tokenizer_path: Path = flag(Path("tokenizer.json"), "file to write")
-    vocab_size: int = flag(32_768, "tokens in all: 256 bytes, merges and special tokens", at_least=256)
+    vocab_size: int = flag(32_768, "tokens in all: 256 bytes, merges and special tokens", at_least=256,
+                           at_most=MAX_VOCAB_SIZE)
     pattern: str = flag("default", f"how text is split into words: {', '.join(PATTERNS)}, or any regular expression")
     tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text, from the head of the stream, to learn from", at_least=1)
     overwrite: bool = flag(False, "replace an existing file")
@@ -371,16 +390,17 @@ class TokenizerConfig:
 def main(argv=None):
     """Trains a byte-level BPE tokenizer on a sample of text and writes tokenizer.json."""
     config, source_config = parse_flags(main.__doc__, argv, TokenizerConfig, SourceConfig)
-    require_writable(config.tokenizer_path, "--tokenizer_path")
+    require_writable(config.tokenizer_path, f"--tokenizer_path={config.tokenizer_path}")
     if config.tokenizer_path.exists() and not config.overwrite:
         raise BadInput(f"--tokenizer_path={config.tokenizer_path}: exists: choose another path or add --overwrite")
     start = time.perf_counter()
-    source = open_source(source_config)
-    texts = take_text(source.documents(), config.tokenizer_bytes)
+    documents = open_source(source_config).documents()
+    sample = list(take_text(documents, min(config.tokenizer_bytes, 1_000_000)))
+    n_bytes = sum(len(as_text(text).encode()) for text in sample)
+    texts = itertools.chain(sample, take_text(documents, config.tokenizer_bytes - n_bytes))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.pattern, progress=True)
     tokenizer.save(config.tokenizer_path)
-    sample = list(take_text(source.documents(), min(config.tokenizer_bytes, 1_000_000)))
-    n_bytes, n_tokens = sum(len(as_text(text).encode()) for text in sample), len(tokenizer.encode_batch(sample)[0])
+    n_tokens = len(tokenizer.encode_batch(sample)[0])
     print(f"{config.tokenizer_path}: {tokenizer.vocab_size:,} tokens (256 bytes, {len(tokenizer.ranks) - 256:,} merges, "
           f"{len(tokenizer.special_tokens)} special), {n_bytes / n_tokens:.2f} bytes per token on the first "
           f"{n_bytes / 1e6:.1f} MB of its text, {time.perf_counter() - start:.1f} s")

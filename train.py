@@ -29,6 +29,7 @@ from runtime.device import (
     DeviceConfig,
     Machine,
     compile_in_place,
+    explain_out_of_memory,
     open_machine,
     rng_state,
     seed_everything,
@@ -60,9 +61,10 @@ class RunConfig:
     resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
                                         "their\nvalue, and the run continues exactly as if never stopped", bare="1")
     overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    batch_size: int = flag(4, "blocks of text in a batch", at_least=1)
+    batch_size: int = flag(4, "blocks of text in a batch", at_least=1, at_most=1_000_000)
     val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1)
-    dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0)
+    dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0,
+                                        at_most=1000)
     compile_model: bool = flag(False, "torch.compile: a slow start, then faster steps")
     sample_tokens: int = flag(128, "tokens of text to make from the trained model at the end", at_least=0)
     seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1)
@@ -73,7 +75,7 @@ CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
 # What a resumed run may not change, what it may but is then another run, and what is no part of a run.
 FIXED = {"seed", *(field.name for field in dataclasses.fields(GPTConfig))}
 CHANGEABLE = {"max_iter", "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "warmup_iter",
-              "cooldown_frac", "grad_clip", "dtype", "val_iter", "val_intervals"}
+              "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "verbose"}
 
 
@@ -90,8 +92,8 @@ class TrainState:
     loader: TrainLoader
     machine: Machine
     checkpoint_path: Path
+    metrics: MetricsLog
     settings: dict               # the run's flags, from which it resumes
-    metrics: MetricsLog | None = None
     step: int = 0                # optimizer steps done
     tokens: int = 0              # tokens trained on
     seconds: float = 0.0         # spent training, without validation and writing
@@ -101,20 +103,26 @@ class TrainState:
         """Raises FloatingPointError rather than replace a good checkpoint by weights that are no longer finite."""
         if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
             raise diverged(self, "the weights are no longer finite")
+        self.metrics.open()
         save_checkpoint(self.checkpoint_path, self.model.to_blob() | {
             "tokenizer": self.tokenizer.to_json(),
             "training": {
                 "settings": self.settings, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "loader": self.loader.state_dict(), "rng": rng_state()}})
+                "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}})
         self.saved_step = self.step
 
+    def kept(self) -> str:
+        """What a run that fails now leaves behind."""
+        return f"{self.checkpoint_path} " + (f"holds step {self.saved_step}" if self.saved_step >= 0 else "is as it was")
+
     def load(self, training: dict):
-        """Takes over what `save` put under "training". The weights are the model's own business."""
+        """Takes over what `save` put under "training". The weights are the model's own business. Raises KeyError,
+        TypeError or ValueError when it is damaged."""
         self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
         load_optimizer(self.optimizer, training["optimizer"])
-        if self.scaler.is_enabled() and training["scaler"]:
-            self.scaler.load_state_dict(training["scaler"])
+        if (scaler := training["scaler"]) and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
         self.loader.load_state_dict(training["loader"])
         set_rng_state(training["rng"])
 
@@ -128,41 +136,44 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
     Raises FloatingPointError when the loss is no longer finite; the checkpoint is then the last one written.
     """
     with StopSignals() as stop, progress_bar(state, loop) as bar:
-        if state.step == 0:
-            record(state, bar, {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | on_eval(state))
+        if state.step == 0 and not state.metrics.rows:
+            row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | on_eval(state)
+            state.metrics.write(row)
             state.save()
-        clock, clock_tokens = time.perf_counter(), state.tokens
-        while state.step < loop.max_iter and not stop.signal:
+            show(bar, row)
+        stopped, clock, clock_tokens = None, time.perf_counter(), state.tokens
+        while state.step < loop.max_iter and not stopped:
             set_learning_rate(state.optimizer, lr_scale(state.step, loop.max_iter, state.schedule))
             loss, n_tokens = train_step(state, loop, loss_fn)
             state.step += 1
             state.tokens += n_tokens
             bar.update()
+            stopped = stop.signal
             is_val = state.step % loop.val_intervals == 0 or state.step == loop.max_iter
-            if is_val or state.step % loop.log_intervals == 0 or stop.signal:
+            is_log = is_val or state.step % loop.log_intervals == 0
+            if is_log or stopped:
                 train_loss = loss.item()  # waits for the device, so not at every step
                 if not math.isfinite(train_loss):
                     raise diverged(state, f"loss is {train_loss}")
                 seconds = time.perf_counter() - clock
                 state.seconds += seconds
-                if is_val or state.step % loop.log_intervals == 0:
-                    row = measure(state, train_loss, (state.tokens - clock_tokens) / seconds)
-                    if is_val:
-                        row |= on_eval(state)
-                        if not math.isfinite(row["val_loss"]):
-                            raise diverged(state, f"validation loss is {row['val_loss']}")
-                    record(state, bar, row)
-                if is_val or stop.signal:
+                row = measure(state, train_loss, (state.tokens - clock_tokens) / seconds)
+                if is_val:
+                    row |= on_eval(state)
+                    if not math.isfinite(row["val_loss"]):
+                        raise diverged(state, f"validation loss is {row['val_loss']}")
+                if is_log:
+                    state.metrics.write(row)
+                if is_val or stopped:
                     state.save()
+                if is_log:
+                    show(bar, row)  # last: where nobody reads any more, it ends the run
                 clock, clock_tokens = time.perf_counter(), state.tokens
-        if state.saved_step != state.step:  # the signal came between the last look at it and the end of the loop
-            state.save()
-        return stop.signal
+        return stopped if state.step < loop.max_iter else None
 
 
 def diverged(state: TrainState, what: str) -> FloatingPointError:
-    held = f"holds step {state.saved_step}" if state.saved_step >= 0 else "is as it was"
-    return FloatingPointError(f"{what} at step {state.step}: lower --learning_rate; {state.checkpoint_path} {held}")
+    return FloatingPointError(f"{what} at step {state.step}: lower --learning_rate; {state.kept()}")
 
 
 def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable) -> tuple[Tensor, int]:
@@ -197,13 +208,13 @@ def measure(state: TrainState, train_loss: float, tok_per_sec: float) -> dict:
 
 def progress_bar(state: TrainState, loop: LoopConfig) -> tqdm:
     # where nobody watches, a line every half minute is enough for a log
+    interval = 0.2 if sys.stderr.isatty() else 30
     return tqdm(total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
+                mininterval=interval, maxinterval=max(interval, 10))
 
 
-def record(state: TrainState, bar: tqdm, row: dict):
-    """Writes a row, and shows it: every row in the bar, validations as a line of their own as well."""
-    state.metrics.write(row)
+def show(bar: tqdm, row: dict):
+    """Every row in the bar, validations as a line of their own as well."""
     shown = {"loss": f"{row['train_loss']:.3f}", "tok/s": f"{row['tok_per_sec']:,.0f}"} if "train_loss" in row else {}
     if row.get("mfu"):
         shown["mfu"] = f"{row['mfu']:.1%}"
@@ -215,7 +226,9 @@ def record(state: TrainState, bar: tqdm, row: dict):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM let the step under way finish; `signal` then says which came. A second one stops at once."""
+    """Ctrl-C and SIGTERM let the step under way finish; `signal` then says which came. A second one stops at once, unless
+    it comes within half a second: a terminal and a parent process may both pass on the same Ctrl-C."""
+    AT_ONCE = 0.5
 
     def __init__(self):
         self.signal: int | None = None
@@ -231,9 +244,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def request(self, number: int, frame):
-        if self.signal:
+        if not self.signal:
+            self.signal, self.came = number, time.monotonic()
+        elif time.monotonic() - self.came >= self.AT_ONCE:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 # -- pretraining ------------------------------------------------------------------------------------------------------
@@ -261,12 +275,14 @@ def read_command(argv) -> tuple[dict, dict | None]:
     parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
     add_flags(parser, *CONFIGS)
     values = vars(parser.parse_args(argv))
+    resume, path = values["resume_checkpoint"], values["checkpoint_path"]
+    if resume == "":
+        raise BadInput("--resume_checkpoint=: is empty: give a path, or the bare flag to go on with --checkpoint_path")
     try:
-        resumes, path = parse_bool(values["resume_checkpoint"] or "0"), values["checkpoint_path"]
+        if resume is None or not parse_bool(resume):
+            return values | {"resume_checkpoint": None}, None
     except argparse.ArgumentTypeError:  # neither yes nor no: a path
-        resumes, path = True, Path(values["resume_checkpoint"])
-    if not resumes:
-        return values | {"resume_checkpoint": None}, None
+        path = Path(resume).expanduser()
     parser = Parser(None)
     add_flags(parser, *CONFIGS, suppress=True)
     given = vars(parser.parse_args(argv))
@@ -274,8 +290,15 @@ def read_command(argv) -> tuple[dict, dict | None]:
     if "training" not in blob:
         raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to go on with")
     with reading(path):
+        training = blob["training"]
+        if type(training["step"]) is not int or training["step"] < 0:
+            raise ValueError(f"step is {training['step']!r}")
+        if missing := values.keys() - NOT_SAVED - training["settings"].keys():
+            raise BadInput(f"does not say what {min(missing)} its run had: resume it with the version that wrote it")
         saved = {name: Path(value) if isinstance(values[name], Path) else value
-                 for name, value in blob["training"]["settings"].items()}
+                 for name, value in training["settings"].items() if name in values}
+        for config in CONFIGS:
+            read_flags(config, values | saved)
     for name in sorted(given.keys() & FIXED & saved.keys()):
         if given[name] != saved[name]:
             raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed run "
@@ -293,6 +316,8 @@ def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopCon
     """Everything a run needs, new or as `blob` left it. Raises BadInput before any file is written."""
     run, gpt, schedule, loop, device = (read_flags(config, values) for config in CONFIGS)
     path, resumed = run.checkpoint_path, run.resume_checkpoint
+    if path.is_dir():
+        raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
     if path.exists() and not run.overwrite and not (resumed and path.samefile(resumed)):
         raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
                        f"--overwrite, or choose another path")
@@ -315,27 +340,29 @@ def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopCon
     values = values | {"vocab_size": model.config.vocab_size}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()
                 if name not in NOT_SAVED}
-    require_writable(path, "--checkpoint_path")
-    require_writable(run_folder(path) / "metrics.jsonl", "--checkpoint_path")
-    state = TrainState(model, data.tokenizer, make_optimizer(model, schedule), schedule, machine.grad_scaler(), loader,
-                       machine, path, settings)
+    require_writable(path, f"--checkpoint_path={path}")
+    require_writable(run_folder(path) / "metrics.jsonl", f"--checkpoint_path={path}")
     rows = []
+    if blob:
+        step = blob["training"]["step"]
+        rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
+    state = TrainState(model, data.tokenizer, make_optimizer(model, schedule), schedule, machine.grad_scaler(), loader,
+                       machine, path, MetricsLog(run_folder(path), rows), settings)
     if blob:
         with reading(Path(resumed)):
             state.load(blob["training"])
         state.saved_step = state.step if path.exists() and path.samefile(resumed) else -1
-        rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= state.step]
-    state.metrics = MetricsLog(run_folder(path), rows)  # last: from here on files are written
     return state, data, loop, run
 
 
-def report_changes(values: dict, blob: dict):
-    """Says which flags make the rest of a resumed run differ from what it would have been."""
-    saved = blob["training"]["settings"]
+def report_changes(values: dict, state: TrainState, training: dict):
+    """Says what makes the rest of a resumed run, or its numbers, differ from what they would have been."""
     for name in sorted(CHANGEABLE):
-        if values[name] != saved[name]:
+        if values[name] != training["settings"][name]:
             note = "; the learning-rate schedule now fits the new one" if name == "max_iter" else ""
-            print(f"changed on resuming: {name} {saved[name]} -> {values[name]}{note}")
+            print(f"changed on resuming: {name} {training['settings'][name]} -> {values[name]}{note}")
+    if str(state.machine) != training.get("machine"):
+        print(f"changed on resuming: machine {training.get('machine')} -> {state.machine}")
 
 
 def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
@@ -347,8 +374,8 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
           f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token")
     print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; {loop.max_iter:,} steps of {step_tokens:,} "
           f"see {loop.max_iter * step_tokens / train_tokens:.2f} epochs")
-    print(f"machine  {state.machine.device}, {state.machine.dtype}" + (
-        f", going on from step {state.step:,} of {state.checkpoint_path}" if state.step else ""))
+    print(f"machine  {state.machine}" + (
+        f"; going on from step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
 
 
 @command
@@ -363,11 +390,18 @@ def main(argv=None):
         if values["verbose"]:
             print(f"{values['resume_checkpoint']}: finished before at step {done:,}; a larger --max_iter trains on")
         return
-    state, data, loop, run = open_run(values, blob)
-    if loop.verbose:
-        describe(state, data, loop, run)
-        if blob:
-            report_changes(values, blob)
+    with explain_out_of_memory("halve --batch_size and double --num_batch_accum, or train a smaller model"):
+        state, data, loop, run = open_run(values, blob)
+        if loop.verbose:
+            describe(state, data, loop, run)
+            if blob:
+                report_changes(values, state, blob["training"])
+        del blob  # as large as model and optimizer together
+        train(state, data, loop, run)
+
+
+def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
+    """From an opened run to the sample of its text. Raises SystemExit when a signal stops it."""
     model, machine = state.model, state.machine
     if run.compile_model:
         def try_step():
@@ -379,9 +413,10 @@ def main(argv=None):
     try:
         stopped_by = fit(state, loop, next_token_loss,
                          lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"--batch_size={run.batch_size}: {str(error).splitlines()[0]}: halve it and double "
-                          f"--num_batch_accum; {run.checkpoint_path} holds step {state.saved_step}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"{error}; {state.kept()}: `--resume_checkpoint` goes on") from None
     finally:
         state.loader.close()
         state.metrics.close()

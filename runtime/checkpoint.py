@@ -1,4 +1,5 @@
 """The checkpoint file: one file of tensors and plain values, written whole or not at all, read without running code."""
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,12 @@ FORMAT = "gpt-workbench checkpoint 1"
 def save_checkpoint(path: Path, blob: dict):
     """blob: nested dicts and lists of tensors, numbers, text and None."""
     with whole_file(path) as file:
-        torch.save({"format": FORMAT, **blob}, file)
+        try:
+            torch.save({"format": FORMAT, **blob}, file)
+        except RuntimeError as error:  # torch's zip writer covers what stopped it with an error of its own
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -22,6 +28,9 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python train.py "
                        f"--checkpoint_path={path}`")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums it writes
+                raise zipfile.BadZipFile(damaged)
         blob = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, struct and torch errors, depending on which byte is wrong
         raise BadInput(f"{path}: damaged, or not a checkpoint ({type(error).__name__} on reading): use another") from None
@@ -40,7 +49,9 @@ def reading(path: Path):
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]
         raise BadInput(f"{path}: a part of it is missing or damaged ({type(error).__name__}: {reason}): use "
                        f"another") from None

@@ -4,7 +4,7 @@ import random
 import re
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,14 @@ from runtime.flags import BadInput, check_flags, flag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense matrix-product peak in FLOP/s with fp32 accumulation, by a part of the device's name; from the makers' data
-# sheets. The first that fits counts.
+# Dense matrix-product peak in FLOP/s, by a part of the device's name; from the makers' data sheets. The first that fits
+# counts.
 PEAK_FLOPS = {
     "H200": {"bf16": 989e12, "fp16": 989e12}, "H100 PCIe": {"bf16": 756e12, "fp16": 756e12},
     "H100": {"bf16": 989e12, "fp16": 989e12}, "A100": {"bf16": 312e12, "fp16": 312e12},
-    "L4": {"bf16": 121e12, "fp16": 121e12}, "V100": {"fp16": 125e12, "fp32": 15.7e12},
-    "T4": {"fp16": 65e12, "fp32": 8.1e12}, "P100": {"fp16": 21.2e12, "fp32": 10.6e12},
+    "L4": {"bf16": 121e12, "fp16": 121e12}, "T4": {"fp16": 65e12, "fp32": 8.1e12},
+    "V100-PCIE": {"fp16": 112e12, "fp32": 14e12}, "V100": {"fp16": 125e12, "fp32": 15.7e12},
+    "P100-PCIE": {"fp16": 18.7e12, "fp32": 9.3e12}, "P100": {"fp16": 21.2e12, "fp32": 10.6e12},
     "RTX 4090": {"bf16": 165e12, "fp16": 165e12}, "RTX 3090": {"bf16": 71e12, "fp16": 71e12},
 }
 
@@ -30,7 +31,7 @@ class DeviceConfig:
     """The machine."""
     device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is, in this order")
     dtype: str = flag("auto", "of matrix products; auto is bf16 on a GPU that computes it, fp16 with a loss scaler on "
-                              "an older one, else fp32", choices=("auto", *DTYPES))
+                              "an older one, else fp32,\nwhich newer GPUs compute as TF32", choices=("auto", *DTYPES))
     __post_init__ = check_flags
 
 
@@ -39,6 +40,9 @@ class Machine:
     """A device and the dtype matrix products run in. Weights and optimizer states are fp32 always."""
     device: torch.device
     dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.device}, {self.dtype}"
 
     def autocast(self):
         if self.dtype == "fp32":
@@ -90,6 +94,18 @@ def open_machine(config: DeviceConfig) -> Machine:
     return Machine(device, dtype)
 
 
+@contextmanager
+def explain_out_of_memory(advice: str):
+    """Turns torch's several errors for too little memory into a MemoryError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a bare one
+        reason = (str(error).splitlines() or [""])[0]
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason or "out of memory" in reason:
+            raise MemoryError(f"too little memory: {advice} ({reason[:200]})") from None
+        raise
+
+
 def compile_in_place(model: torch.nn.Module, try_step) -> bool:
     """Compiles `model` and runs `try_step()`, where a machine that cannot compile fails; then it stays uncompiled with
     one warning. Returns whether it is compiled. In place, because torch.compile(model) would rename every weight."""
@@ -97,6 +113,8 @@ def compile_in_place(model: torch.nn.Module, try_step) -> bool:
         model.compile()
         try_step()
         return True
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, an old GPU, an operation it does not know: each its own type
         model._compiled_call_impl = None
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -119,7 +137,8 @@ def rng_state() -> dict:
     """All generators, in types that a checkpoint can hold: numpy's state is not, so it is JSON text."""
     kind, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": json.dumps([kind, keys.tolist(), *rest]),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
 
 
 def set_rng_state(state: dict):
@@ -128,3 +147,5 @@ def set_rng_state(state: dict):
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.backends.mps.is_available() and state["mps"] is not None:
+        torch.mps.set_rng_state(state["mps"])

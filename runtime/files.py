@@ -10,8 +10,9 @@ from runtime.flags import BadInput
 def whole_file(path: Path, mode: str = "wb"):
     """A file beside `path` that takes its name only when the block ends well and its bytes are on disk.
 
-    A reader, a crash half-way or a full disk sees the old file or the new one.
+    A reader, a crash half-way or a full disk sees the old file or the new one. Raises OSError naming `path`.
     """
+    path = Path(os.path.realpath(path))  # a link stays a link to what is written
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
@@ -19,10 +20,13 @@ def whole_file(path: Path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:  # a full disk names no file
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path):
@@ -35,14 +39,20 @@ def sync_folder(folder: Path):
             os.close(descriptor)
 
 
-def require_writable(path: Path, flag: str):
-    """Raises BadInput now, before hours of work, when `path` cannot be written. Makes its folder."""
-    probe = path.with_name(path.name + ".tmp")
+def require_writable(path: Path, given: str):
+    """Raises BadInput now, before hours of work, when `path` cannot be written. Makes its folder.
+
+    given: the flag as the user gave it, `--data_path=data`, for the message.
+    """
     try:
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a file" if not path.is_dir() else "a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "is a folder")
-        probe.touch()
-        probe.unlink()
+        probe = path.with_name(path.name + ".tmp")
+        left_over = probe.exists()
+        open(probe, "ab").close()
+        if not left_over:
+            probe.unlink()
     except OSError as error:
-        raise BadInput(f"{flag}={path}: cannot be written ({error.strerror}): choose another path") from None
+        raise BadInput(f"{given}: cannot be written ({error.strerror}): choose another path") from None

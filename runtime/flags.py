@@ -58,15 +58,17 @@ def parse_bool(text: str) -> bool:
 def parse_int(text: str) -> int:
     """'250', '10_000' and '1e9' are whole numbers; '1.5' is not."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        pass
-    try:
-        if (value := float(text)).is_integer():
-            return int(value)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        try:
+            value = int(float(text)) if float(text).is_integer() else None
+        except ValueError:
+            value = None
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if abs(value) >= 2**63:  # what numpy and torch count with
+        raise argparse.ArgumentTypeError(f"{text!r} is too large")
+    return value
 
 
 def parse_float(text: str) -> float:
@@ -79,7 +81,9 @@ def parse_float(text: str) -> float:
 def parse_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty, give a path")  # Path("") would be the current folder
-    return Path(text)
+    if max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > 255:
+        raise argparse.ArgumentTypeError("is longer than file names can be")
+    return Path(text).expanduser()  # a shell does not expand the ~ of --data_path=~/data
 
 
 PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: parse_path}
@@ -185,5 +189,5 @@ def call(main, argv) -> tuple[int, str]:
         return 1, ""
     except (OSError, FloatingPointError, MemoryError) as error:
         return 1, str(error) or type(error).__name__
-    except KeyboardInterrupt:
-        return 130, "interrupted"
+    except KeyboardInterrupt as error:
+        return 130, str(error) or "interrupted"

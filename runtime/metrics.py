@@ -5,6 +5,7 @@ val_loss, val_bpb, tok_per_sec, mfu, peak_memory), and the same numbers as Tenso
 """
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,26 +47,39 @@ class LossSums:
 
 
 class MetricsLog:
-    """Appends rows to `<folder>/metrics.jsonl` and to TensorBoard events in `folder`."""
+    """Appends rows to `<folder>/metrics.jsonl` and to TensorBoard events in `folder`.
+
+    rows: what came before, when a run goes on; they replace the files of an earlier run, but not before the first row or
+    checkpoint of this one is written.
+    """
 
     def __init__(self, folder: Path, rows: list[dict]):
-        """rows: what came before, when a run goes on; files of an earlier run are replaced by them."""
+        self.folder, self.rows, self.events = folder, rows, None
+
+    def open(self):
+        """Makes the files hold `rows`. Does nothing the second time. Raises OSError naming the file."""
+        if self.events is not None:
+            return
         from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        with whole_file(self.path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        for old in folder.glob("events.out.tfevents.*"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self.events = SummaryWriter(folder)
-        for row in rows:
+        self.events = SummaryWriter(self.folder)
+        for row in self.rows:
             self._write_events(row)
 
     def write(self, row: dict):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self._write_events(row)
-        self.events.flush()
+        self.open()
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self._write_events(row)
+            self.events.flush()
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
 
     def _write_events(self, row: dict):
         for name, value in row.items():
@@ -73,18 +87,19 @@ class MetricsLog:
                 self.events.add_scalar(name, value, row["step"])
 
     def close(self):
-        self.events.close()
+        if self.events is not None:
+            with suppress(OSError):  # of a full disk, which `write` has told of
+                self.events.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl in order of step; of several rows of a step the last. A line that a crash cut off is left
-    out, and a file that is not there has no rows."""
+    """Rows of a metrics.jsonl in order of step; of several rows of a step the last. A line that a crash cut off, or that
+    is no row, is left out, and a file that is not there has no rows."""
     rows = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows[row["step"]] = row
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

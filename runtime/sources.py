@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import platform
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from pathlib import Path
 from runtime.flags import BadInput, check_flags, flag
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-TXT_BYTES = 16_384  # a .txt file is cut at the first blank line after so many bytes, so that it gives several documents
-LINES_BYTES = 1 << 20  # a document of a .txt file without blank lines ends at the first line end after so many
+# A .txt file gives several documents: it is cut at the first blank line after so many characters, or, where there are
+# no blank lines, at the first line end after LINES_LENGTH.
+TXT_LENGTH, LINES_LENGTH = 16_384, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,19 @@ def source_flags(config: SourceConfig) -> dict:
     """The flags that decide which text this is, as `Source.name` holds them."""
     if config.dataset == "builtin":
         return {"dataset": "builtin"}
-    if Path(config.dataset).exists():
-        return {"dataset": str(Path(config.dataset)), "text_column": config.text_column}
+    if path := local_path(config.dataset):
+        return {"dataset": str(path), "text_column": config.text_column}
     dataset_config = config.dataset_config or ("sample-10BT" if config.dataset == FINEWEB else None)
     return {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column}
+
+
+def local_path(dataset: str) -> Path | None:
+    """The file or folder `dataset` names, if there is one."""
+    try:
+        path = Path(dataset).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # names that no file can have
+        return None
 
 
 def open_source(config: SourceConfig, revision: str | None = None) -> Source:
@@ -59,17 +70,18 @@ def open_source(config: SourceConfig, revision: str | None = None) -> Source:
     dataset, file or column, or nothing in it."""
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
-    path = Path(config.dataset)
+    path = local_path(config.dataset)
+    if config.dataset_config and (path or config.dataset == "builtin"):
+        raise BadInput(f"--dataset_config={config.dataset_config}: only datasets of the hub have configurations: drop it")
     if config.dataset == "builtin":
         name, everything = {"revision": builtin_revision()}, builtin_documents
-    elif path.exists():
+    elif path:
         files = find_text_files(path)
         name = {"revision": files_revision(files)}
         everything = lambda: itertools.chain.from_iterable(read_file(file, config.text_column) for file in files)
         if not any(everything()):
             raise BadInput(f"--dataset={path}: no text in it")
-    elif path.suffix in READERS or (path.suffix and "/" not in config.dataset) or config.dataset.count("/") > 1 or (
-            config.dataset.startswith((".", "/", "~"))):
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
         raise BadInput(f"--dataset={config.dataset}: no such file or folder")
     else:
         return open_hub(config, revision)
@@ -89,11 +101,11 @@ def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
 def find_text_files(path: Path) -> list[Path]:
     """`path` itself, or the parquet, jsonl and txt files below it in order of name. Raises BadInput if there are none."""
     if path.is_file():
-        if path.suffix not in READERS:
+        if path.suffix.lower() not in READERS:
             raise BadInput(f"--dataset={path}: cannot read {path.suffix or 'a file without ending'}: "
                            f"give {', '.join(READERS)} or a folder of such")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
         raise BadInput(f"--dataset={path}: no {', '.join(READERS)} file in this folder")
     return files
@@ -108,9 +120,9 @@ def files_revision(files: list[Path]) -> str:
 def read_file(path: Path, text_column: str) -> Iterator[str]:
     """Documents of one local file. Raises BadInput naming the file and what in it cannot be read."""
     try:
-        yield from READERS[path.suffix](path, text_column)
+        yield from READERS[path.suffix.lower()](path, text_column)
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start:,}): convert it") from None
+        raise BadInput(f"{path}: not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -144,13 +156,13 @@ def read_jsonl(path: Path, text_column: str) -> Iterator[str]:
 
 
 def read_txt(path: Path, text_column: str) -> Iterator[str]:
-    """The file in pieces of about TXT_BYTES characters, cut at blank lines; joined they are the file."""
-    with open(path, encoding="utf-8", newline="") as file:  # newline="": \r\n stays as it is
+    """The file in pieces of about TXT_LENGTH characters, cut at blank lines; joined they are the file."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # newline="": \r\n stays as it is
         lines, length = [], 0
         for line in file:
             lines.append(line)
             length += len(line)
-            if (length >= TXT_BYTES and not line.strip()) or length >= LINES_BYTES:
+            if (length >= TXT_LENGTH and not line.strip()) or length >= LINES_LENGTH:
                 yield "".join(lines)
                 lines, length = [], 0
         yield "".join(lines)
@@ -176,7 +188,8 @@ def require_text(text, text_column: str, where) -> str:
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 def open_hub(config: SourceConfig, revision: str | None) -> Source:
-    """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away."""
+    """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away; its
+    documents raise ConnectionError when the hub stops answering."""
     import datasets
     import huggingface_hub
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
@@ -189,20 +202,11 @@ def open_hub(config: SourceConfig, revision: str | None) -> Source:
         rows = datasets.load_dataset(config.dataset, dataset_config, split="train", streaming=config.streaming,
                                      revision=revision)
         first = next(iter(rows), None)
-    except (datasets.exceptions.DatasetNotFoundError, huggingface_hub.errors.RepositoryNotFoundError,
-            huggingface_hub.errors.HFValidationError):
-        raise BadInput(f"{given}: neither a local file or folder nor a dataset of the hub that can be read") from None
     except Exception as error:
-        if is_damage(error):
-            reason = f"its first file is empty or damaged ({error})"
-        elif isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
-            reason = str(error)
-        elif is_network_error(error):
-            reason = (f"the hub cannot be reached ({type(error).__name__}): check the network, or give a local file or "
-                      f"`builtin`")
-        else:
-            raise
-        raise BadInput(f"{given}: {reason}") from None
+        if is_network_error(error):
+            raise BadInput(f"{given}: the hub cannot be reached ({short(error)}): check the network, or give a local file "
+                           f"or `builtin`") from None
+        raise hub_failure(error, given) from None
     if first is None:
         raise BadInput(f"{given}: the dataset is empty")
     require_column(config.text_column, list(first), config.dataset)
@@ -211,26 +215,51 @@ def open_hub(config: SourceConfig, revision: str | None) -> Source:
         try:
             for row in rows:
                 yield require_text(row[config.text_column], config.text_column, config.dataset)
+        except BadInput:
+            raise
         except Exception as error:
-            if is_damage(error) or isinstance(error, (datasets.exceptions.DatasetsError, datasets.table.CastError)):
-                raise BadInput(f"{given}: a file of it cannot be read ({str(error).splitlines()[0]})") from None
-            if not is_network_error(error):
-                raise
-            raise ConnectionError(f"{given}: the hub stopped answering ({type(error).__name__}: {error})") from None
+            if is_network_error(error):
+                raise ConnectionError(f"{given}: the hub stopped answering ({short(error)})") from None
+            raise hub_failure(error, given) from None
 
     return Source(source_flags(config) | {"revision": revision},
                   lambda skip: itertools.islice(filter(None, texts()), skip, None))
 
 
-def is_damage(error: Exception) -> bool:
-    """pyarrow reports bad bytes as an exception of its own or, from deeper down, as a bare OSError without a number."""
-    import pyarrow
-    return isinstance(error, pyarrow.ArrowException) or (type(error) is OSError and error.errno is None)
-
-
 def is_network_error(error: Exception) -> bool:
-    """The HTTP libraries below `datasets` changed over its versions and their errors have no common base."""
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in {"httpx", "httpx2", "requests", "aiohttp"}
+    """The HTTP libraries below `datasets` changed over its versions, and their errors have no common base."""
+    from huggingface_hub import errors
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+        return False  # an answer, though it comes as an HTTP error
+    return isinstance(error, (ConnectionError, TimeoutError, errors.HfHubHTTPError)) or type(error).__module__.split(
+        ".")[0] in {"httpx", "httpx2", "requests", "urllib3", "aiohttp", "socket", "ssl"}
+
+
+def hub_failure(error: Exception, given: str) -> Exception:
+    """What to raise for an error, not of the network, that comes out of `datasets` or a library below it: OSError where
+    a local disk is the trouble, otherwise BadInput, for it is the dataset that cannot be read."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+    from huggingface_hub import errors
+    if isinstance(error, DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, errors.GatedRepoError):
+        reason = "is gated: accept its terms on its page and log in with `hf auth login`"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        reason = "the hub no longer has the revision this preparation began with: choose another --data_path"
+    elif isinstance(error, (DatasetNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError)):
+        reason = "neither a local file or folder nor a dataset of the hub that can be read"
+    elif type(error) is ValueError or isinstance(error, DatasetsError):
+        reason = short(error)  # written for the user: which configurations and splits there are
+    elif isinstance(error, OSError) and error.errno is not None:
+        return OSError(f"{given}: the local copy of it, in the folder that HF_HOME sets: {error}")
+    else:  # pyarrow's, gzip's, yaml's, codecs' …
+        reason = f"cannot be read, perhaps a file of it is damaged ({short(error)})"
+    return BadInput(f"{given}: {reason}")
+
+
+def short(error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
 
 
 # -- built in ---------------------------------------------------------------------------------------------------------

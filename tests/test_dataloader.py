@@ -1,13 +1,16 @@
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 
+import dataloader
 import train
 from dataloader import (
     BlockBatches,
@@ -167,6 +170,7 @@ def test_documents_to_reach_by_hand():
     starts = np.array([0, 5, 9, 12])
     assert [documents_to_reach(starts, 0, n) for n in (1, 5, 6, 9, 10, 99)] == [1, 1, 2, 2, 3, 3]
     assert documents_to_reach(starts, 1, 4) == 2 and documents_to_reach(starts, 2, 0) == 3
+    assert documents_to_reach(starts, 1, 2**63 - 1) == 3
 
 
 @pytest.mark.parametrize("threshold", [1, 4, 7, 8, 100])
@@ -174,7 +178,7 @@ def test_shards_close_with_the_document_that_reaches_the_threshold(tmp_path, thr
     lengths = [3, 4, 1, 9, 2, 2]
     starts = np.concatenate(([0], np.cumsum(lengths)))
     ids = np.arange(starts[-1])
-    manifest = Manifest({}, {}, "f", 300, "uint16")
+    manifest = Manifest({"revision": "r"}, {}, "f", 300, "uint16")
     writer = ShardWriter(tmp_path, "train", threshold, manifest)
     for first, stop in ((0, 2), (2, 6)):  # what is handed over at once makes no difference
         part = starts[first:stop + 1]
@@ -272,6 +276,20 @@ def foreign_values(folder):
     (folder / "manifest.json").write_text(text.replace('"vocab_size": 512', '"vocab_size": "512"'))
 
 
+def changed(**values):
+    """A damage: a value of the manifest, or of the first validation shard in it, is another."""
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, value in values.items():
+            (manifest if name in manifest else manifest["shards"]["val"][0])[name] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return damage
+
+
+def nested_deeply(folder):
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
 def ids_of_another_vocabulary(folder):
     ids = np.load(folder / "train_000001.npy")
     ids[5] = 512
@@ -283,7 +301,12 @@ def cut_in_a_document(folder):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (foreign_values, ["manifest.json", "not a manifest of ours"]),
+    (foreign_values, ["manifest.json", "not a manifest of ours", "vocab_size"]),
+    (changed(source=None), ["manifest.json", "not a manifest of ours", "source"]), (changed(source={}), ["not a manifest"]),
+    (changed(settings=[]), ["not a manifest of ours", "settings"]), (changed(sha256=7), ["not a manifest", "sha256"]),
+    (changed(complete="no"), ["not a manifest of ours", "complete"]), (changed(dtype="int8"), ["not a manifest", "int8"]),
+    (changed(file="../val_000000.npy"), ["not a manifest of ours", "../val_000000.npy"]),
+    (nested_deeply, ["not a manifest of ours"]),
     (ids_of_another_vocabulary, ["train_000001.npy", "not tokens of this vocabulary"]),
     (cut_in_a_document, ["train_000001.npy", "separator"]),
     (cut_off, ["train_000001.npy", "cut off"]), (foreign_dtype, ["train_000001.npy", "float32", "uint16"]),
@@ -297,6 +320,29 @@ def test_damaged_data_is_refused(copied, tmp_path, refused, damage, words):
     damage(copied)
     refused(train.main, train_flags(copied, tmp_path), *words)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_id_beyond_the_vocabulary_deep_in_a_shard(copied, tmp_path, refused, monkeypatch):
+    """Opening a shard looks at its first million ids only."""
+    monkeypatch.setattr(dataloader, "check_shard", lambda *args: None)
+    for split, number in (("val", 0), ("train", 1)):
+        path = copied / f"{split}_{number:06d}.npy"
+        whole = np.load(path)
+        damaged = whole.copy()
+        damaged[:] = 600
+        np.save(path, damaged)
+        refused(train.main, [*train_flags(copied, tmp_path), "--batch_size=1500", "--overwrite"], "id 600", "512", "damaged")
+        np.save(path, whole)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+def test_a_worker_that_dies_is_told_in_a_line(data):
+    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=1)
+    next(loader)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="--dataloader_num_workers=1: a process that reads data died"):
+        take(loader, 10)
+    loader.close()
 
 
 def test_other_refusals(data_path, tmp_path, refused):

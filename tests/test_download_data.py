@@ -1,11 +1,17 @@
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dataloader
 import download_data
+from conftest import REPO
 from dataloader import Manifest
 from tokenizer import Tokenizer
 
@@ -134,6 +140,97 @@ def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, 
     assert contents(path) == expected
 
 
+def interrupt_at(event: int, functions: set[str] | None):
+    """A trace function that raises KeyboardInterrupt at that line executed in `functions` of the two files that write."""
+    left = event
+
+    def trace(frame, what, arg):
+        nonlocal left
+        if Path(frame.f_code.co_filename).name not in {"dataloader.py", "files.py"} or (
+                functions and frame.f_code.co_name not in functions):
+            return None
+        if what == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+    return trace
+
+
+@pytest.mark.parametrize("functions", [{"close"}, pytest.param(None, marks=pytest.mark.slow)])
+def test_interrupted_at_any_line_it_goes_on(tmp_path, text, texts, functions):
+    """Ctrl-C in each line that closes a shard, or that writes anything at all; and once more when it goes on."""
+    tokenizer = f"--tokenizer_path={prepare(tmp_path, text, folder='first') / 'tokenizer.json'}"
+    flags = [tokenizer, "--val_tokens=500", "--shard_size_threshold=1000"]
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4]))
+    expected, interruptions = contents(prepare(tmp_path, text, *flags, folder="whole")), 0
+    for event in range(1, 10**6):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        for _ in range(2):
+            sys.settrace(interrupt_at(event, functions))
+            try:
+                prepare(tmp_path, text, *flags)
+            except SystemExit as stop:
+                assert stop.code == 130
+                interruptions += 1
+            finally:
+                sys.settrace(None)
+        prepare(tmp_path, text, *flags)
+        assert contents(tmp_path / "data") == expected, event
+        if not interruptions:
+            break  # the preparation has fewer lines than this
+        interruptions = 0
+    assert event > 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.parametrize("limit", [500, 2_000, 5_000, 19_000])
+def test_a_disk_that_takes_no_more(tmp_path, text, limit):
+    """A file may grow to so many bytes: tokenizer, validation shard or a training shard cannot be written."""
+    expected = contents(prepare(tmp_path, text, folder="whole"))
+
+    def limited():
+        import resource
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+             "--shard_size_threshold=9000", "--tokens_threshold=40000"]
+    done = subprocess.run([sys.executable, str(REPO / "download_data.py"), *flags], capture_output=True, text=True,
+                          preexec_fn=limited, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "[00:" not in line]
+    assert done.returncode == 1 and len(lines) == 1 and "File too large" in lines[0], done.stderr
+    assert str(tmp_path / "data") in lines[0] and not list((tmp_path / "data").glob("*.tmp"))
+    prepare(tmp_path, text)
+    assert contents(tmp_path / "data") == expected
+
+
+def test_a_bad_row_met_on_going_on_leaves_what_was_finished(tmp_path, text, monkeypatch, refused, capsys):
+    """The first time it is interrupted after the validation shard, the second time it comes to a line that is no JSON."""
+    with open(tmp_path / "text" / "a.jsonl", "a") as file:
+        file.write("{bad")
+    monkeypatch.setattr(download_data, "BATCH_BYTES", 10_000)  # so that the bad line is not met before anything is written
+    close = dataloader.ShardWriter.close
+
+    def stop(self):
+        close(self)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dataloader.ShardWriter, "close", stop)
+        prepare(tmp_path, text, "--tokens_threshold=1e9", "--tokenizer_bytes=30000", "--vocab_size=400")
+    before = contents(tmp_path / "data")
+    assert "val_000000.npy" in before and "1 finished shards stay" in capsys.readouterr().err
+    refused(download_data.main, [
+        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=1e9",
+        "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "--shard_size_threshold")
+    refused(download_data.main, [
+        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
+        "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "a.jsonl: line", "is not JSON", "finished shards stay")
+    assert before.items() - contents(tmp_path / "data").items() <= {("manifest.json", before["manifest.json"])}
+
+
 def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
     first = prepare(tmp_path, text, "--vocab_size=300")
     second = tmp_path / "second"
@@ -154,7 +251,7 @@ def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     refused(download_data.main, ["--dataset=builtin", *flags[1:]], "--dataset=builtin", "was prepared with")
     refused(download_data.main, [*flags, "--text_column=body"], "--text_column=body", "text_column=text")
     other = prepare(tmp_path, text, "--vocab_size=300", folder="other") / "tokenizer.json"
-    refused(download_data.main, [*flags, f"--tokenizer_path={other}"], "--tokenizer_path")
+    refused(download_data.main, [*flags, f"--tokenizer_path={other}"], f"--tokenizer_path={other}", "another tokenizer")
     assert contents(path) == before
 
 
@@ -207,6 +304,8 @@ def test_other_refusals(tmp_path, text, refused):
     refused(download_data.main, [*flags, "--vocab_size=30000"], "--vocab_size=30000", "merges for only")
     refused(download_data.main, ["--streaming=maybe"], "--streaming", "'maybe'")
     refused(download_data.main, ["--val_tokens=many"], "--val_tokens", "'many'")
+    refused(download_data.main, [*flags, "--val_tokens=1", "--tokens_threshold=2"], "--tokens_threshold=2", "--val_tokens=1")
+    refused(download_data.main, [*flags, "--tokens_threshold=1e19"], "--tokens_threshold", "too large")
     assert not list(path.glob("*"))
     other = Tokenizer.train(["aa bb"], 257, special_tokens=())
     other.save(tmp_path / "other.json")

@@ -12,11 +12,11 @@ import download_data
 import generate
 import tokenizer
 import train
+from conftest import REPO
 from runtime.device import DeviceConfig
 from runtime.flags import value_type
 from runtime.sources import SourceConfig
 
-REPO = Path(__file__).parent.parent
 # Scripts import only scripts to their left.
 ORDER = ["tokenizer", "model", "optimizer", "dataloader", "generate", "train", "finetune", "evaluate", "compare", "probes",
          "selfplay", "export", "download_data"]
@@ -74,12 +74,14 @@ def test_importing_does_nothing(tmp_path):
 import sys, threading, random, socket
 sys.path.insert(0, {str(REPO)!r}); sys.dont_write_bytecode = True
 import numpy, torch, datasets  # what these do is not ours
-before = threading.active_count(), random.getstate()[1][:5], torch.initial_seed()
+def state(): return (threading.active_count(), random.getstate(), torch.get_rng_state().tolist(), torch.initial_seed(),
+                     numpy.random.get_state()[1].tolist())
+before = state()
 def refuse(*args, **kwargs): raise AssertionError("a connection")
 socket.socket.connect = refuse
 for module in {modules!r}:
     __import__(module)
-assert (threading.active_count(), random.getstate()[1][:5], torch.initial_seed()) == before
+assert state() == before
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -104,11 +106,10 @@ def test_the_users_flags_are_there(helps):
 
 
 def test_every_flag_has_help(helps):
-    for script, text in helps.items():
-        for entry in re.split(r"\n  (?=--)", text)[1:]:
-            lines = entry.split("\n\n")[0].split("\n")
-            words = " ".join(lines).split()
-            assert len(words) > 3, f"{script}.py {entry}"
+    for script, configs in COMMANDS.items():
+        for field in (field for config in configs for field in dataclasses.fields(config)):
+            words = field.metadata["help"].replace("\n", " ").split()
+            assert words and " ".join(words) in " ".join(helps[script].split()), f"{script}.py --{field.name}"
 
 
 COMMANDS = {

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY_MODEL
+from conftest import REPO, TINY_MODEL
 from runtime.checkpoint import load_checkpoint
 from runtime.metrics import read_rows
 
-REPO = Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -1,4 +1,5 @@
 """flags, files, checkpoint, device and metrics: what several commands share."""
+import io
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from runtime.device import (
     DeviceConfig,
     Machine,
     compile_in_place,
+    explain_out_of_memory,
     open_machine,
     rng_state,
     seed_everything,
@@ -47,7 +49,8 @@ def test_flags_are_read():
     assert parse_flags("d", [], Example) == [Example()]
     assert parse_flags("d", ["--fast=0", "--resume=a.pt"], Example) == [Example(resume="a.pt")]
     assert parse_flags("d", ["--fast=1"], Example) == [Example(fast=True)]
-    assert parse_int("1e9") == 10**9
+    assert parse_int("1e9") == 10**9 and parse_int(str(2**63 - 1)) == 2**63 - 1
+    assert parse_flags("d", ["--path=~/x"], Example) == [Example(path=Path.home() / "x")]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -55,7 +58,9 @@ def test_flags_are_read():
     (["--rate=0"], "--rate=0.0: must be above 0"), (["--rate=2"], "at most 1"), (["--rate=nan"], "--rate=nan"),
     (["--rate=x"], "'x' is not a number"), (["--kind=c"], "--kind=c: choose one of a, b"), (["--size"], "give it a value"),
     (["--fast=perhaps"], "neither 1 nor 0"), (["--sise=3"], "no such flag, did you mean --size?"),
-    (["--path="], "--path: is empty, give a path"), (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag")])
+    (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
+    (["--size=1e19"], "'1e19' is too large"), (["--size=inf"], "'inf' is not a whole number"),
+    (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag")])
 def test_flags_are_refused(argv, words):
     with pytest.raises(BadInput) as error:
         parse_flags("d", argv, Example)
@@ -83,12 +88,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_require_writable(tmp_path):
-    require_writable(tmp_path / "new" / "deep" / "a.pt", "--x")
+    require_writable(tmp_path / "new" / "deep" / "a.pt", "--x=new")
     assert not list((tmp_path / "new" / "deep").iterdir())
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file" / "a.pt", tmp_path / "new"):
-        with pytest.raises(BadInput, match="--x=.*cannot be written"):
-            require_writable(path, "--x")
+    for path in (tmp_path / "file" / "a.pt", tmp_path / "new", Path("."), Path("/"), Path("/dev/null")):
+        with pytest.raises(BadInput, match="--x=it: cannot be written"):
+            require_writable(path, "--x=it")
+    (tmp_path / "mine.tmp").write_text("the user's")
+    require_writable(tmp_path / "mine", "--x=mine")
+    assert (tmp_path / "mine.tmp").read_text() == "the user's"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "latest.pt").symlink_to(tmp_path / "disk" / "real.pt")
+    with whole_file(tmp_path / "latest.pt", "w") as file:
+        file.write("new")
+    assert (tmp_path / "latest.pt").is_symlink() and (tmp_path / "disk" / "real.pt").read_text() == "new"
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="a.txt: cannot be written .No space left on device"), \
+            whole_file(tmp_path / "a.txt", "w"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 # -- checkpoint -------------------------------------------------------------------------------------------------------
@@ -104,6 +127,31 @@ def test_checkpoint_round_trip(tmp_path):
 class Evil:
     def __reduce__(self):
         return (print, ("this code ran",))
+
+
+def test_a_checkpoint_with_a_wrong_bit_is_refused(tmp_path):
+    """torch.load would return it with other weights."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model": {"w": torch.zeros(10_000)}})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["model"]["w"].count_nonzero() == 1
+    with pytest.raises(BadInput, match="a.pt: damaged"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_stops_the_writing_of_a_checkpoint_is_told(tmp_path, monkeypatch, error):
+    save_checkpoint(tmp_path / "a.pt", {"n": 1})
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise error
+    with monkeypatch.context() as patch, pytest.raises(type(error), match="cannot be written|^$"):
+        patch.setattr("builtins.open", lambda path, mode: Full(path, mode))
+        save_checkpoint(tmp_path / "a.pt", {"w": torch.zeros(100_000)})
+    assert load_checkpoint(tmp_path / "a.pt")["n"] == 1 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_checkpoints_that_cannot_be_read(tmp_path, capsys):
@@ -179,11 +227,23 @@ def test_cpu_is_fp32_and_only_fp16_scales():
 
 
 def test_peak_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert Machine(torch.device("cuda"), "bf16").peak_flops() == 756e12
+    for name, dtype, peak in (("NVIDIA H100 PCIe", "bf16", 756e12), ("Tesla P100-PCIE-16GB", "fp32", 9.3e12),
+                              ("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("Tesla V100-SXM2-16GB", "fp16", 125e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)  # noqa: B023
+        assert Machine(torch.device("cuda"), dtype).peak_flops() == peak
     for unknown in ("NVIDIA GeForce GTX 480", "NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: unknown)  # noqa: B023
         assert Machine(torch.device("cuda"), "fp16").peak_flops() is None
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried …"), RuntimeError("MPS backend out of memory (MPS allocated …"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …")])
+def test_too_little_memory_says_what_to_do(error):
+    with pytest.raises(MemoryError, match="too little memory: halve it"), explain_out_of_memory("halve it"):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory("halve it"):
+        raise RuntimeError("another\nerror")
 
 
 def test_where_nothing_compiles_one_warning_and_no_more(monkeypatch):
@@ -222,16 +282,19 @@ def test_sums_are_float64():
 
 
 def test_rows_come_back_and_the_last_of_a_step_wins(tmp_path):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("of an earlier run")
     log = MetricsLog(tmp_path / "run", [{"step": 0, "val_loss": 9.0}])
+    assert path.read_text() == "of an earlier run"  # until there is something to replace it by
     log.write({"step": 1, "train_loss": 5.0, "mfu": None})
     log.write({"step": 2, "train_loss": 4.0})
     log.close()
-    path = tmp_path / "run" / "metrics.jsonl"
-    with open(path, "a") as file:
-        file.write('{"step": 1, "train_loss": 3.0}\n{"step": 7, "trai')  # a second run of step 1, and a crash
+    with open(path, "ab") as file:  # a second run of step 1, what is no row, and a crash
+        file.write(b'{"step": 1, "train_loss": 3.0}\n\xff\xfe\n{}\n[1]\n{"step": "x"}\n{"step": 7, "trai')
     assert read_rows(path) == [{"step": 0, "val_loss": 9.0}, {"step": 1, "train_loss": 3.0}, {"step": 2, "train_loss": 4.0}]
     assert read_rows(tmp_path / "none.jsonl") == []
-    assert all(json.loads(line) for line in path.read_text().splitlines()[:3])
+    assert all(json.loads(line) for line in path.read_bytes().splitlines()[:3])
 
 
 def test_tensorboard_shows_the_rows_once(tmp_path):

@@ -1,15 +1,18 @@
 import argparse
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from runtime.flags import BadInput
-from runtime.sources import SourceConfig, builtin_documents, open_source, take_text
+from runtime.sources import SourceConfig, builtin_documents, hub_failure, is_network_error, open_source, take_text
 
 TEXTS = ["first text", "zweiter Text: ä", "第三", "four\r\nlines\n"]
 
@@ -72,7 +75,8 @@ def test_the_revision_changes_with_the_files(tmp_path):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    assert read(tmp_path / "a.jsonl") == ["one"]
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\r\n")
+    assert read(tmp_path) == ["one", "two\r\n"]
 
 
 def test_take_text_by_hand():
@@ -127,11 +131,18 @@ def test_paths_that_cannot_be_read(tmp_path):
             read(missing)
     with pytest.raises(BadInput, match="--dataset=: is empty"):
         read("")
-    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(BadInput, match="no such file or folder"):
+        read("x/" * 3000)
+    write(tmp_path / "a.jsonl", TEXTS).rename(tmp_path / "A.JSONL")
+    assert read(tmp_path / "A.JSONL") == TEXTS
+    with pytest.raises(BadInput, match="--dataset_config=en: only datasets of the hub"):
+        read(tmp_path / "A.JSONL", dataset_config="en")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.pdf").write_text("x")
     with pytest.raises(BadInput, match=r"cannot read \.pdf"):
-        read(tmp_path / "a.pdf")
+        read(tmp_path / "only" / "a.pdf")
     with pytest.raises(BadInput, match=r"no \.parquet, \.jsonl, \.txt file in this folder"):
-        read(tmp_path)
+        read(tmp_path / "only")
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -156,7 +167,8 @@ def test_streaming_and_downloading_give_the_same_shards(prepare_from_hub, hub, t
     for streaming in (1, 0):
         done = prepare_from_hub(f"--data_path={tmp_path / str(streaming)}", f"--streaming={streaming}")
         assert done.returncode == 0, done.stderr
-        assert "90 documents" not in done.stdout and "train:" in done.stdout
+        counts = [int(count) for count in re.findall(r"(\d+) documents", done.stdout)]
+        assert len(counts) == 2 and sum(counts) == 90 and min(counts) > 0
         assert any("sample-10BT/002.parquet" in request for request in hub.requests)
     streamed, downloaded = tmp_path / "1", tmp_path / "0"
     for name in ("val_000000.npy", "train_000000.npy", "tokenizer.json", "manifest.json"):
@@ -198,7 +210,45 @@ def test_a_damaged_file_of_the_hub(prepare_from_hub, hub, tmp_path):
     second.write_bytes(data[:100] + bytes(len(data) - 200) + data[-100:])
     done = prepare_from_hub("--dataset=someone/damaged", f"--data_path={tmp_path / 'data'}", "--tokenizer_bytes=1000",
                             "--shard_size_threshold=100")
-    assert_refused(done, ["--dataset=someone/damaged", "a file of it cannot be read"])
+    assert_refused(done, ["--dataset=someone/damaged", "perhaps a file of it is damaged"])
+
+
+@pytest.mark.parametrize("readme, name, content, words", [
+    ("hello", "things.py", b"import datasets\n", ["scripts are no longer supported"]),
+    ("---\nconfigs: [\n---\n", "header.jsonl", b'{"text": "a"}\n', ["damaged", "ParserError"]),
+    ("hello", "notes.xyz", b"no data", ["No (supported) data files"]),
+    ("hello", "latin.jsonl", b'{"text": "\xff\xfe"}\n', ["damaged", "UnicodeDecodeError"])])
+def test_what_cannot_be_read_from_the_hub(prepare_from_hub, hub, tmp_path, readme, name, content, words):
+    dataset = f"someone/{Path(name).stem}"
+    folder = hub.folder / dataset
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(readme)
+    (folder / name).write_bytes(content)
+    assert_refused(prepare_from_hub(f"--dataset={dataset}", f"--data_path={tmp_path / 'data'}"), [dataset, *words])
+
+
+def test_causes_of_a_hub_that_does_not_answer_are_told_apart():
+    import datasets
+    import pyarrow
+    from huggingface_hub import errors
+    answer = argparse.Namespace(headers={}, status_code=503, request=None)
+    for error in (ConnectionResetError(104, "reset"), TimeoutError("late"), socket.gaierror(-2, "Name or service not known"),
+                  errors.HfHubHTTPError("503 Server Error", response=answer)):
+        assert is_network_error(error), error
+    caused = datasets.exceptions.DatasetGenerationError("An error occurred")
+    caused.__cause__ = EOFError("Compressed file ended")
+    for error, words in (
+            (errors.GatedRepoError("403", response=answer), "is gated"), (caused, "EOFError: Compressed file ended"),
+            (errors.RevisionNotFoundError("404", response=answer), "no longer has the revision"),
+            (errors.RepositoryNotFoundError("404", response=answer), "nor a dataset of the hub"),
+            (ValueError("BuilderConfig 'x' not found"), "BuilderConfig 'x' not found"),
+            (pyarrow.ArrowInvalid("bad\nbytes"), "damaged (ArrowInvalid: bad bytes)"),
+            (OSError("Couldn't deserialize thrift"), "damaged")):
+        assert not is_network_error(error), error
+        told = hub_failure(error, "--dataset=a/b")
+        assert isinstance(told, BadInput) and str(told).startswith("--dataset=a/b: ") and words in str(told)
+    full = hub_failure(OSError(28, "No space left on device"), "--dataset=a/b")
+    assert type(full) is OSError and "HF_HOME" in str(full) and "No space left" in str(full)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("timed out")])

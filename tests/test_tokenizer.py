@@ -1,6 +1,6 @@
-import base64
 import functools
 import json
+import pickle
 import random
 from collections import Counter
 
@@ -157,6 +157,8 @@ def test_refuses_a_vocabulary_that_cannot_work():
     ranks = {bytes([byte]): byte for byte in range(256)}
     with pytest.raises(BadInput, match="share an id"):
         Tokenizer.from_ranks(ranks | {b"ab": 3}, "gpt2")
+    with pytest.raises(BadInput, match="twice in x, x"):
+        Tokenizer.from_ranks(ranks, "gpt2", ("x", "x"))
     with pytest.raises(BadInput, match="byte 255"):
         Tokenizer.from_ranks({token: rank for token, rank in ranks.items() if rank < 255}, "gpt2")
 
@@ -176,6 +178,13 @@ def test_any_pattern_loses_nothing(pattern):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("pattern", ["", "GPT4", "gpt-4", r"(?r)\w+", "([", "(?a)(?u)b", "(" * 3000])
+def test_patterns_that_cannot_split(pattern):
+    with pytest.raises(BadInput, match="neither one of default, gpt4, gpt2 nor a regular expression") as error:
+        Tokenizer.train(["hello"], 262, pattern)
+    assert len(str(error.value)) < 400
+
+
 def test_encode_batch_keeps_texts_apart(trained):
     texts = ["hello", "", "hello hello", SCRIPTS]
     ids, offsets = trained.encode_batch(texts)
@@ -190,6 +199,9 @@ def test_decode_refuses_ids_outside_the_vocabulary(trained):
     for bad in (-1, 1500):
         with pytest.raises(ValueError, match=f"id {bad} "):
             trained.decode([5, bad])
+    for wrong in ([2.7], "12"):
+        with pytest.raises(TypeError):
+            trained.decode(wrong)
 
 
 def test_the_cache_of_words_changes_nothing(trained, english, monkeypatch):
@@ -219,18 +231,38 @@ def test_fingerprint_changes_with_everything(trained):
     assert len({trained.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00",
-                                     json.dumps({"format": tokenizer_script.FORMAT, "tokens": ["a"]})])
+def like_ours(**changes) -> str:
+    """A tokenizer.json of the 256 bytes and the separator, with a part changed."""
+    tokens = [bytes([byte]).decode("latin-1") for byte in range(256)]
+    return json.dumps({"format": tokenizer_script.FORMAT, "pattern": r"\w+", "special_tokens": {SEPARATOR: 256},
+                       "tokens": tokens + changes.pop("more", [])} | changes)
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00", "[" * 100_000, like_ours(tokens=["a"]),
+    like_ours(more=["a"]), like_ours(more=[""]), like_ours(special_tokens={SEPARATOR: 256.5}), like_ours(pattern=None),
+    like_ours(special_tokens={SEPARATOR: 3}), like_ours(special_tokens=[SEPARATOR]), like_ours(pattern="([")])
 def test_load_refuses_other_files(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(like_ours())
+    assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 257
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(BadInput, match="tokenizer.json: not a tokenizer of ours"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
 def test_never_reads_a_pickle(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(base64.b64decode("gASVCgAAAAAAAACMAm9zlJOUKVKULg=="))
+    (tmp_path / "tokenizer.json").write_bytes(pickle.dumps(Evil(tmp_path / "it ran"), protocol=0))
     with pytest.raises(BadInput):
         Tokenizer.load(tmp_path / "tokenizer.json")
+    assert not (tmp_path / "it ran").exists()
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import re
@@ -51,14 +52,18 @@ def assert_same(a, b, where="checkpoint"):
 
 def stop_in(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
     """The run gets the signal while it computes that batch of its step-th step (of 2 batches each)."""
+    at_batch(monkeypatch, step * 2 + batch, lambda: [signal.raise_signal(number) for _ in range(times)])
+
+
+def at_batch(monkeypatch, batch, act):
+    """`act()` is called before the loss of that batch of the run is computed."""
     loss_fn, calls = train.next_token_loss, iter(range(10**6))
 
-    def interrupted(model, parts):
-        if next(calls) == step * 2 + batch:
-            for _ in range(times):
-                signal.raise_signal(number)
+    def watched(model, parts):
+        if next(calls) == batch:
+            act()
         return loss_fn(model, parts)
-    monkeypatch.setattr(train, "next_token_loss", interrupted)
+    monkeypatch.setattr(train, "next_token_loss", watched)
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -87,7 +92,8 @@ def test_a_killed_run_resumes_from_its_last_validation(run_train, tmp_path, monk
     """The checkpoint is of step 3, metrics.jsonl goes on to step 5 and ends in the middle of a row."""
     expected = run_train(checkpoint="whole/gpt.pt")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_in(patch, 5, times=2)  # a second signal does not wait for the step to end
+        stop_in(patch, 5, times=2)
+        patch.setattr(train.StopSignals, "AT_ONCE", 0)  # a second signal does not wait for the step to end
         run_train(checkpoint="killed/gpt.pt")
     path = tmp_path / "killed" / "gpt.pt"
     assert load_checkpoint(path)["training"]["step"] == 3
@@ -96,6 +102,31 @@ def test_a_killed_run_resumes_from_its_last_validation(run_train, tmp_path, monk
     run_train("--resume_checkpoint", checkpoint="killed/gpt.pt")
     assert_same(training_of(path), training_of(expected))
     assert rows_of(path) == rows_of(expected)
+
+
+def test_a_run_killed_in_its_first_step_resumes(run_train, tmp_path, monkeypatch):
+    expected = run_train(checkpoint="whole/gpt.pt")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in(patch, 0, times=2)
+        patch.setattr(train.StopSignals, "AT_ONCE", 0)
+        run_train(checkpoint="killed/gpt.pt")
+    run_train("--resume_checkpoint", checkpoint="killed/gpt.pt")
+    assert_same(training_of(tmp_path / "killed" / "gpt.pt"), training_of(expected))
+    assert rows_of(tmp_path / "killed" / "gpt.pt") == rows_of(expected)
+    lines = (tmp_path / "killed" / "gpt" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(rows_of(expected))  # the row of step 0 stands there once
+
+
+def test_the_same_signal_twice_at_once_is_one(run_train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_in(patch, 1, number=signal.SIGINT, times=2)
+        run_train(checkpoint="a/gpt.pt")
+    assert stop.value.code == 130 and load_checkpoint(tmp_path / "a" / "gpt.pt")["training"]["step"] == 2
+
+
+def test_a_signal_in_the_last_step_changes_nothing(run_train, monkeypatch):
+    stop_in(monkeypatch, 5)
+    assert load_checkpoint(run_train())["training"]["step"] == 6
 
 
 def test_resuming_needs_no_flags_and_may_write_elsewhere(run_train, tmp_path):
@@ -142,6 +173,7 @@ def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_p
         name, value = changed.split("=")
         refused(train.main, [*flags, changed], changed, f"{name.strip('-')}=", "drop the flag")
     refused(train.main, ["--resume_checkpoint=none.pt"], "none.pt: no checkpoint")
+    refused(train.main, [f"--checkpoint_path={path}", "--resume_checkpoint="], "--resume_checkpoint=: is empty")
     blob = load_checkpoint(path)
     for name, damaged, words in (
             ("cut", path.read_bytes()[:-1000], ["cut.pt: damaged"]), ("text", b"hello", ["text.pt: damaged"])):
@@ -159,6 +191,16 @@ def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_p
             name = "resume_checkpoint" if command is train.main else "checkpoint_path"
             refused(command, [f"--{name}={tmp_path / 'part.pt'}", *(["--max_iter=9"] if command is train.main else [])],
                     "part.pt", "missing or damaged")
+    for damage in (lambda t: t.pop("step"), lambda t: t.update(step=-3), lambda t: t.update(step="3"),
+                   lambda t: t.pop("scaler"), lambda t: t["settings"].pop("grad_clip"),
+                   lambda t: t["settings"].update(batch_size="x"), lambda t: t["settings"].update(batch_size=0),
+                   lambda t: t["loader"].update(seed=5), lambda t: t["loader"].update(blocks_seen="x"),
+                   lambda t: t["optimizer"]["state"].pop(0), lambda t: t["rng"].pop("torch"),
+                   lambda t: t["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))):
+        damaged = copy.deepcopy(blob)
+        damage(damaged["training"])
+        save_checkpoint(tmp_path / "part.pt", damaged)
+        refused(train.main, [f"--resume_checkpoint={tmp_path / 'part.pt'}", "--max_iter=9"], "part.pt: ")
     other = shutil.copytree(data_path, tmp_path / "other")
     manifest = (other / "manifest.json").read_text()
     checksum = re.search('"sha256": "(.*?)"', manifest[manifest.index('"train"'):]).group(1)
@@ -244,6 +286,23 @@ def test_what_watches_does_not_change_the_run(run_train):
     assert_same(training_of(usual), training_of(watched))
 
 
+def test_clipping_is_of_unscaled_gradients(run_train):
+    """With fp16's loss scale left in the gradient, every step would be clipped to next to nothing."""
+    flags = "--grad_clip=0.5", "--max_iter=20", "--val_intervals=20", "--learning_rate=0.01"
+    exact, half = (rows_of(run_train(*flags, f"--dtype={dtype}", checkpoint=f"{dtype}/gpt.pt"))[-1]["val_loss"]
+                   for dtype in ("fp32", "fp16"))
+    assert half == pytest.approx(exact, abs=0.02) and exact < 6.2
+
+
+def test_mfu_is_the_share_of_the_peak(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(train.Machine, "peak_flops", lambda self: 1e10)
+    path = run_train("--verbose=1", "--sample_tokens=0")
+    flops = GPT.from_blob(load_checkpoint(path)).flops_per_token()
+    for row in rows_of(path, clocks=True)[1:]:
+        assert row["mfu"] == pytest.approx(row["tok_per_sec"] * flops / 1e10, abs=1e-4) and row["mfu"] > 0
+    assert "mfu=" in capsys.readouterr().err
+
+
 def test_verbose(run_train, capsys):
     run_train()
     assert capsys.readouterr() == ("", "")
@@ -262,11 +321,62 @@ def test_a_fresh_run_never_overwrites(run_train, refused, tmp_path, data_path):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={path}"], "--checkpoint_path=", "--overwrite",
             "--resume_checkpoint")
+    refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={path.with_suffix('')}", "--overwrite"],
+            "--checkpoint_path=", "is a folder: give a file")
     other = run_train("--max_iter=3", "--seed=2", checkpoint="run/other.pt")
     refused(train.main, [f"--resume_checkpoint={path}", f"--checkpoint_path={other}", "--max_iter=9"], "exists")
     assert {file: file.read_bytes() for file in before} == before
     run_train("--max_iter=6", "--overwrite")
     assert load_checkpoint(path)["training"]["step"] == 6 and len(rows_of(path)) == 7
+
+
+def test_overwriting_begins_when_there_is_something_to_write(run_train, monkeypatch, tmp_path):
+    """A fresh run that is stopped in its first validation leaves the earlier one whole."""
+    run_train("--max_iter=3")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "validate", interrupted)
+        run_train("--overwrite")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_closed_terminal_loses_no_checkpoint(run_train, monkeypatch, tmp_path):
+    def closed(bar, row):
+        if row["step"] == 3:
+            raise BrokenPipeError
+    monkeypatch.setattr(train, "show", closed)
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr("os.dup2", lambda *args: None)
+        run_train()
+    assert load_checkpoint(tmp_path / "run" / "gpt.pt")["training"]["step"] == 3
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(run_train, monkeypatch, tmp_path, capsys):
+    save = train.save_checkpoint
+
+    def full(path, blob):
+        if blob["training"]["step"] == 6:
+            raise OSError(f"{path}: cannot be written (No space left on device)")
+        save(path, blob)
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    with pytest.raises(SystemExit) as stop:
+        run_train()
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert re.search(r"gpt.pt: cannot be written \(No space.*gpt.pt holds step 3: `--resume_checkpoint` goes on", error)
+
+
+def test_too_little_memory_is_one_line(run_train, monkeypatch, tmp_path, capsys):
+    def too_much():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried …")
+    at_batch(monkeypatch, 3, too_much)
+    with pytest.raises(SystemExit) as stop:
+        run_train()
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "too little memory: halve --batch_size" in error
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
@@ -297,6 +407,15 @@ def test_weights_that_are_not_finite_are_never_saved(run_train, tmp_path, monkey
     assert load_checkpoint(tmp_path / "run" / "gpt.pt")["training"]["step"] == 3
 
 
+def test_a_validation_that_is_not_finite_stops_the_run(run_train, monkeypatch, tmp_path, capsys):
+    values = iter([6.2, 6.1, math.nan])
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": next(values), "val_bpb": 1.0})
+    with pytest.raises(SystemExit) as stop:
+        run_train()
+    assert stop.value.code == 1 and re.search("validation loss is nan at step 6.*holds step 3", capsys.readouterr().err)
+    assert load_checkpoint(tmp_path / "run" / "gpt.pt")["training"]["step"] == 3
+
+
 def test_metrics_without_their_checkpoint_are_not_overwritten(run_train, refused, data_path):
     path = run_train("--max_iter=2")
     path.unlink()
@@ -317,6 +436,7 @@ def test_where_metrics_go():
     ("--val_intervals=0", ["--val_intervals=0"]), ("--dataloader_num_workers=-1", ["--dataloader_num_workers=-1"]),
     ("--device=cuda:9", ["--device=cuda:9", "has cpu"]), ("--dtype=fp8", ["--dtype=fp8", "bf16"]),
     ("--mlp=kan9", ["--mlp=kan9", "relu2"]), ("--n_layers=3", ["--n_layers=3", "did you mean --n_layer?"]),
+    ("--n_head=1000000", ["--n_head=1000000", "at most"]), ("--batch_size=1e9", ["--batch_size=1000000000", "at most"]),
     ("--batch_size=big", ["--batch_size", "'big'"]), ("--checkpoint_path=/dev/null/x/gpt.pt", ["--checkpoint_path"])])
 def test_bad_flags(tmp_path, data_path, refused, flag, words):
     flags = [f"--data_path={data_path}", f"--checkpoint_path={tmp_path / 'run' / 'gpt.pt'}"]
