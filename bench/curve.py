@@ -27,7 +27,7 @@ def main():
         train = [(row["tokens"] / 1e6, row["train_loss"]) for row in rows if "train_loss" in row]
         val = [(row["tokens"] / 1e6, row["val_loss"], row["val_bpb"], row["seconds"]) for row in rows if "val_loss" in row]
         name = path.parent.name
-        line, = loss_axis.plot(*zip(*train), linewidth=0.8, alpha=0.5, label=f"{name}: training, each batch")
+        line, = loss_axis.plot(*zip(*train), linewidth=0.8, alpha=0.5, label=f"{name}: training, single batches")
         loss_axis.plot([row[0] for row in val], [row[1] for row in val], "o-", markersize=3, color=line.get_color(),
                        label=f"{name}: validation")
         bpb_axis.plot([row[0] for row in val], [row[2] for row in val], "o-", markersize=3, color=line.get_color(),
