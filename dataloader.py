@@ -352,13 +352,7 @@ class TrainLoader:
                     self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
                     num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=outlive_signals,
                     generator=torch.Generator()))  # its own: by default a start draws from torch's global generator
-        try:
-            batch = next(self.iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(f"--dataloader_num_workers={self.num_workers}: a process that reads data died ("
-                          f"{str(error).splitlines()[0]}); 0 does without them") from None
+        batch = next(self.iterator)
         self.blocks_seen += self.batches.batch_size
         return require_vocabulary(batch, self.data)
 

@@ -417,6 +417,12 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
         raise
     except OSError as error:
         raise OSError(f"{error}; {state.kept()}: `--resume_checkpoint` goes on") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises it wherever the main thread happens to be
+            raise
+        raise OSError(f"--dataloader_num_workers={run.dataloader_num_workers}: a process that reads data died ("
+                      f"{str(error).splitlines()[0]}); 0 does without; {state.kept()}: `--resume_checkpoint` goes "
+                      f"on") from None
     finally:
         state.loader.close()
         state.metrics.close()

@@ -1,10 +1,8 @@
 import itertools
 import json
 import multiprocessing
-import os
 import pickle
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -333,16 +331,6 @@ def test_an_id_beyond_the_vocabulary_deep_in_a_shard(copied, tmp_path, refused, 
         np.save(path, damaged)
         refused(train.main, [*train_flags(copied, tmp_path), "--batch_size=1500", "--overwrite"], "id 600", "512", "damaged")
         np.save(path, whole)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
-def test_a_worker_that_dies_is_told_in_a_line(data):
-    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=1)
-    next(loader)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(OSError, match="--dataloader_num_workers=1: a process that reads data died"):
-        take(loader, 10)
-    loader.close()
 
 
 def test_other_refusals(data_path, tmp_path, refused):

@@ -1,9 +1,12 @@
 import copy
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -367,6 +370,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(run_train, monkeypatch, tmp_path,
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
     assert re.search(r"gpt.pt: cannot be written \(No space.*gpt.pt holds step 3: `--resume_checkpoint` goes on", error)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_dead_worker_is_one_line(run_train, monkeypatch, tmp_path, capsys):
+    def kill():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(0.2)  # torch hears of it by a signal
+    at_batch(monkeypatch, 3, kill)
+    with pytest.raises(SystemExit) as stop:
+        run_train("--dataloader_num_workers=1")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert "--dataloader_num_workers=1: a process that reads data died" in error and "holds step 0" in error
 
 
 def test_too_little_memory_is_one_line(run_train, monkeypatch, tmp_path, capsys):
