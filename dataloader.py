@@ -28,7 +28,7 @@ from tokenizer import Tokenizer
 
 FORMAT = "gpt-workbench shards 1"
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
-PREPARE_AGAIN = "delete the folder and run `python download_data.py` again"
+PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
 IGNORE_INDEX = -100        # targets that carry no loss; the value F.cross_entropy skips by itself
 
 
@@ -87,6 +87,9 @@ class Manifest:
                 raise ValueError(f"dtype {manifest.dtype!r}, source {manifest.source}")
             return manifest
         except OSError as error:
+            if shards := sorted(data_path.glob("*.npy")):
+                raise BadInput(f"--data_path={data_path}: holds {shards[0].name} but no manifest.json: put that back, or "
+                               f"choose another folder") from None
             raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
                            f"run `python download_data.py --data_path={data_path}`") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -255,6 +258,9 @@ def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
     if not manifest.complete:
         raise BadInput(f"--data_path={data_path}: the preparation did not finish: run `python download_data.py` with "
                        f"the same flags again to go on")
+    if not (data_path / "tokenizer.json").exists():
+        raise BadInput(f"{data_path / 'tokenizer.json'}: missing: put back the one these shards were made with, or prepare "
+                       f"them again")
     tokenizer = Tokenizer.load(data_path / "tokenizer.json")
     if (tokenizer.fingerprint(), tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
         raise BadInput(f"{data_path / 'tokenizer.json'}: not the tokenizer these shards were made with (fingerprint "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach, open_data
 from runtime.files import require_writable
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
-from runtime.sources import Source, SourceConfig, open_source, source_flags, take_text
+from runtime.sources import Source, SourceConfig, local_revision, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, as_text
 
 BATCH_BYTES = 1 << 20  # of text are encoded at once
@@ -62,14 +62,14 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> tuple[Manifes
         return manifest, True
     require_writable(config.data_path / "manifest.json", f"--data_path={config.data_path}")
     source = open_source(source_config, revision=manifest.source["revision"] if manifest else None)
-    began, had_tokenizer = manifest is None, (config.data_path / "tokenizer.json").exists()
+    began, before = manifest is None, [path.exists() for path in (config.data_path, config.data_path / "tokenizer.json")]
     if began:
         tokenizer, documents = choose_tokenizer(config, source)
         manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                             tokenizer.dtype.name)
         _ = tokenizer.separator_id  # a vocabulary without one is refused before anything is written
     else:
-        if source.name != manifest.source:
+        if source.name != manifest.source:  # other packages, whose documentation the built-in text is
             raise BadInput(f"--data_path={config.data_path}: was begun with {manifest.source}, but the text is now "
                            f"{source.name}: choose another --data_path")
         tokenizer = Tokenizer.load(config.data_path / "tokenizer.json")
@@ -83,13 +83,13 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> tuple[Manifes
         manifest.save(config.data_path)
     except (BadInput, OSError, KeyboardInterrupt) as error:
         reason = str(error) if getattr(error, "errno", None) is None else f"{config.data_path}: {error.strerror}"
-        kept = keep_or_take_back(config.data_path, began, had_tokenizer, isinstance(error, BadInput))
+        kept = keep_or_take_back(config.data_path, began, *before, isinstance(error, BadInput))
         kind = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
         raise kind("; ".join(filter(None, (reason or "interrupted", kept)))) from None
     return manifest, False
 
 
-def keep_or_take_back(folder: Path, began: bool, had_tokenizer: bool, is_bad_input: bool) -> str:
+def keep_or_take_back(folder: Path, began: bool, had_folder: bool, had_tokenizer: bool, is_bad_input: bool) -> str:
     """What becomes of a folder whose preparation has just failed, and the words that say so."""
     manifest = Manifest.load(folder) if (folder / "manifest.json").exists() else None
     n_shards = {split: len(manifest.shards[split]) if manifest else 0 for split in SPLITS}
@@ -101,6 +101,8 @@ def keep_or_take_back(folder: Path, began: bool, had_tokenizer: bool, is_bad_inp
         if not had_tokenizer:
             (folder / "tokenizer.json").unlink(missing_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)
+        if not had_folder and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
         return ""
     return f"{sum(n_shards.values())} finished shards stay in {folder}, and the same command goes on after them"
 
@@ -119,8 +121,11 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
         asked["vocab_size"], held["vocab_size"] = config.vocab_size, manifest.vocab_size
     for name in asked:
         if asked[name] != held.get(name):
-            raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with {name}={held.get(name)}: "
-                           f"give that, or choose another --data_path")
+            raise BadInput(f"--{name}={asked[name]}: {folder} was prepared with --{name}={held.get(name)}: give that, or "
+                           f"choose another --data_path")
+    if local_revision(source_config.dataset) not in (None, manifest.source["revision"]):
+        raise BadInput(f"--dataset={source_config.dataset}: its files have changed since {folder} was prepared from them: "
+                       f"choose another --data_path")
     if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint() != manifest.tokenizer:
         raise BadInput(f"--tokenizer_path={config.tokenizer_path}: {folder} was prepared with another tokenizer, its "
                        f"tokenizer.json: drop the flag, or choose another --data_path")

@@ -1,6 +1,6 @@
 """Sampling text from a trained model.
 
-    python generate.py --checkpoint_path=checkpoints/gpt.pt --prompt="The "
+    python generate.py --checkpoint_path=checkpoints/gpt.pt --prompt="The history of"
 """
 import codecs
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from tokenizer import Tokenizer
 class GenerateConfig:
     """The text to make."""
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to sample from")
-    prompt: str = flag("", "text to go on from (default: the start of a document)")
+    prompt: str = flag("", "text to go on from, without a space at its end (default: the start of a document)")
     max_new_tokens: int = flag(200, "tokens to make", at_least=1)
     temperature: float = flag(0.8, "below 1 prefers likely tokens, 0 always takes the likeliest", at_least=0, at_most=100)
     top_k: int = flag(50, "sample among so many likeliest tokens; 0 is all", at_least=0)

@@ -89,6 +89,8 @@ class Tokenizer:
         The most frequent pair merges first; among equals the one with the smallest left id, then right id.
         Raises BadInput when the text holds too few different pairs for that many merges.
         """
+        if isinstance(texts, (str, bytes)):
+            raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
         n_merges = vocab_size - 256 - len(special_tokens)
         if n_merges < 0:
             raise BadInput(f"--vocab_size={vocab_size}: must be at least {vocab_size - n_merges} "
@@ -98,8 +100,8 @@ class Tokenizer:
         for left, right in learn_merges(words, n_merges, progress):
             tokens.append(tokens[left] + tokens[right])
         if len(tokens) < 256 + n_merges:
-            raise BadInput(f"--vocab_size={vocab_size}: the text has merges for only {len(tokens) + len(special_tokens)}"
-                           f": give more text or a smaller --vocab_size")
+            raise BadInput(f"--vocab_size={vocab_size}: the text has merges for only {len(tokens) + len(special_tokens)} "
+                           f"tokens: give more text or a smaller --vocab_size")
         return cls.from_ranks({token: rank for rank, token in enumerate(tokens)}, pattern, special_tokens)
 
     @classmethod

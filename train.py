@@ -394,6 +394,8 @@ def main(argv=None):
         state, data, loop, run = open_run(values, blob)
         if loop.verbose:
             describe(state, data, loop, run)
+            if run.checkpoint_path.exists() and state.saved_step < 0:
+                print(f"replacing {run.checkpoint_path}")
             if blob:
                 report_changes(values, state, blob["training"])
         del blob  # as large as model and optimizer together
@@ -431,9 +433,10 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
               f"--resume_checkpoint` goes on", file=sys.stderr)
         raise SystemExit(128 + stopped_by)
     if loop.verbose:
-        print(f"saved {run.checkpoint_path} and {run_folder(run.checkpoint_path)}/metrics.jsonl")
+        print(f"saved {run.checkpoint_path} and {run_folder(run.checkpoint_path)}/metrics.jsonl; "
+              f"`python generate.py --checkpoint_path={run.checkpoint_path}` samples from it")
         if run.sample_tokens:
-            print("sample:")
+            print("sample, the start of a document:")
             with machine.autocast():
                 print("".join(generate_text(model, state.tokenizer, "", run.sample_tokens, 0.8, 50, run.seed)).strip())
 

@@ -15,6 +15,7 @@ def whole_file(path: Path, mode: str = "wb"):
     path = Path(os.path.realpath(path))  # a link stays a link to what is written
     part = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
@@ -40,7 +41,7 @@ def sync_folder(folder: Path):
 
 
 def require_writable(path: Path, given: str):
-    """Raises BadInput now, before hours of work, when `path` cannot be written. Makes its folder.
+    """Raises BadInput now, before hours of work, when `path` or its folder cannot be written. Leaves nothing behind.
 
     given: the flag as the user gave it, `--data_path=data`, for the message.
     """
@@ -48,8 +49,8 @@ def require_writable(path: Path, given: str):
         path = Path(os.path.realpath(path))
         if path.exists() and not path.is_file():
             raise OSError(0, "not a file" if not path.is_dir() else "a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(path.name + ".tmp")
+        folder = next(folder for folder in path.parents if folder.exists())
+        probe = folder / (path.name + ".tmp")
         left_over = probe.exists()
         open(probe, "ab").close()
         if not left_over:

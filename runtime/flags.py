@@ -125,13 +125,13 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
                 continue
             is_bool = value_type(field) is bool
             bare = True if is_bool else field.metadata["bare"]
-            shown = "" if field.default is None else f" (default: {int(field.default) if is_bool else field.default})"
+            shown = "" if field.default in (None, "") else f" (default: {int(field.default) if is_bool else field.default})"
             choices = field.metadata["choices"]
             listed = f": {', '.join(choices)}" if choices else ""
             group.add_argument(
                 f"--{field.name}", type=PARSERS[value_type(field)],
                 default=argparse.SUPPRESS if suppress else field.default,
-                metavar="0|1" if is_bool else field.name.split("_")[-1].upper(),
+                metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[value_type(field)],
                 help=field.metadata["help"].replace("%", "%%") + listed + shown,
                 **({"nargs": "?", "const": bare} if bare is not None else {}))
 

@@ -61,7 +61,6 @@ class MetricsLog:
         if self.events is not None:
             return
         from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
-        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         for old in self.folder.glob("events.out.tfevents.*"):

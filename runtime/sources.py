@@ -65,6 +65,12 @@ def local_path(dataset: str) -> Path | None:
         return None
 
 
+def local_revision(dataset: str) -> str | None:
+    """Of the text files `dataset` names, if they are local."""
+    path = local_path(dataset)
+    return files_revision(find_text_files(path)) if path else None
+
+
 def open_source(config: SourceConfig, revision: str | None = None) -> Source:
     """revision: of the hub, where a preparation goes on; by default what it has now. Raises BadInput when there is no such
     dataset, file or column, or nothing in it."""
@@ -148,7 +154,8 @@ def read_jsonl(path: Path, text_column: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or brackets 100,000 deep
-                raise BadInput(f"{path}: line {number} is not JSON that can be read ({error})") from None
+                reason = getattr(error, "msg", error)
+                raise BadInput(f"{path}: line {number} is not JSON that can be read ({reason})") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{path}: line {number} is not a JSON object")
             require_column(text_column, list(row), f"{path}, line {number}")
@@ -173,7 +180,7 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 def require_column(text_column: str, columns: list[str], where):
     if text_column not in columns:
-        raise BadInput(f"--text_column={text_column}: {where} has {', '.join(columns) or 'no columns'}")
+        raise BadInput(f"--text_column={text_column}: no such column in {where}, which has {', '.join(columns) or 'none'}")
 
 
 def require_text(text, text_column: str, where) -> str:

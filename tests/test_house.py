@@ -12,7 +12,7 @@ import download_data
 import generate
 import tokenizer
 import train
-from conftest import REPO
+from conftest import REPO, TINY_MODEL
 from runtime.device import DeviceConfig
 from runtime.flags import value_type
 from runtime.sources import SourceConfig
@@ -165,3 +165,29 @@ def test_files_that_readme_names_exist():
     assert named
     for path in named:
         assert (REPO / path).exists(), path
+
+
+def test_readmes_recipe_for_an_architecture(tmp_path, data_path):
+    """Copied into the two files as README says, it trains."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    recipe = re.search(r"```python\n# at the end of layers/mlp.py\n(.*?)\n# in layers/__init__.py, in place of.*?\n(.*?)```",
+                       readme, re.DOTALL)
+    for path in [*REPO.glob("*.py"), *REPO.glob("layers/*.py"), *REPO.glob("runtime/*.py")]:
+        copy = tmp_path / path.relative_to(REPO)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    with open(tmp_path / "layers" / "mlp.py", "a", encoding="utf-8") as file:
+        file.write("\n\n" + recipe.group(1))
+    init = tmp_path / "layers" / "__init__.py"
+    lines = init.read_text(encoding="utf-8").splitlines()
+    replaced = [line for line in lines if not line.startswith(("from layers.mlp import", "MLPS ="))]
+    assert len(lines) == len(replaced) + 2
+    init.write_text("\n".join([*replaced, recipe.group(2)]), encoding="utf-8")
+    done = subprocess.run([sys.executable, "train.py", f"--data_path={data_path}", *TINY_MODEL, "--mlp=squared",
+                           "--max_iter=1", "--num_batch_accum=1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "attention and squared" in done.stdout, done.stderr
+
+
+def test_readmes_python_runs():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(from tokenizer import.*?)```", readme, re.DOTALL).group(1), {})

@@ -71,7 +71,7 @@ def test_help_tells_flag_meaning_and_default(capsys):
     with pytest.raises(SystemExit):
         parse_flags("d", ["--help"], Example)
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("Things to set", "--size SIZE a size (default: 3)", "100 % at most", "a, b (default: a)", "(default: 0)"):
+    for words in ("Things to set", "--size N a size (default: 3)", "100 % at most", "a, b (default: a)", "(default: 0)"):
         assert words in text
 
 
@@ -89,8 +89,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_require_writable(tmp_path):
     require_writable(tmp_path / "new" / "deep" / "a.pt", "--x=new")
-    assert not list((tmp_path / "new" / "deep").iterdir())
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
+    (tmp_path / "new").mkdir()
     for path in (tmp_path / "file" / "a.pt", tmp_path / "new", Path("."), Path("/"), Path("/dev/null")):
         with pytest.raises(BadInput, match="--x=it: cannot be written"):
             require_writable(path, "--x=it")

@@ -282,6 +282,11 @@ def test_command_trains_and_reports(tmp_path, english, capsys, refused):
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 500
 
 
+def test_one_text_is_not_many():
+    with pytest.raises(TypeError, match="give a list of texts"):
+        Tokenizer.train("hello hello", 262)
+
+
 def test_command_refuses(tmp_path, refused):
     (tmp_path / "text.txt").write_text("only a few words")
     flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'out' / 'tokenizer.json'}"]
@@ -290,4 +295,4 @@ def test_command_refuses(tmp_path, refused):
     refused(tokenizer_script.main, [*flags, "--vocab_size=262", "--pattern=(["], "--pattern=([", "regular expression")
     refused(tokenizer_script.main, [flags[0], f"--tokenizer_path={tmp_path / 'text.txt' / 'x.json'}"],
             "--tokenizer_path=", "cannot be written")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

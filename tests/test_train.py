@@ -15,6 +15,7 @@ import torch
 import generate
 import train
 from dataloader import TrainLoader, open_data
+from layers import MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.metrics import read_rows
@@ -73,7 +74,8 @@ def at_batch(monkeypatch, batch, act):
 
 @pytest.mark.parametrize("steps, flags", [
     ((0,), []), ((1,), []), ((2,), []), ((3,), []), ((4,), []), ((1, 2, 4), []),
-    ((1,), ["--dataloader_num_workers=2"]), ((3,), ["--dtype=bf16"]), ((1, 3), ["--dtype=fp16"])])
+    ((1,), ["--dataloader_num_workers=2"]), ((3,), ["--dtype=bf16"]), ((1, 3), ["--dtype=fp16"]),
+    *(((1,), [f"--mlp={mlp}"]) for mlp in MLPS), *(((1,), [f"--mixer={mixer}"]) for mixer in MIXERS)])
 def test_a_stopped_run_resumes_bit_for_bit(run_train, tmp_path, monkeypatch, capsys, steps, flags):
     """Stopped in the middle of steps, before, at and after validations (every 3 steps), in several epochs."""
     flags = [*flags, "--batch_size=150"]  # two batches are more than half an epoch
@@ -312,14 +314,14 @@ def test_verbose(run_train, capsys):
     run_train("--verbose=1", "--sample_tokens=9", checkpoint="b/gpt.pt")
     said = capsys.readouterr()
     for words in ("2 layers x 16, attention and relu2, vocabulary 512", "epochs", "cpu, fp32", "step      6 | train",
-                  "nats/token", "bits/byte", "sample:"):
+                  "nats/token", "bits/byte", "sample, the start", "generate.py --checkpoint_path="):
         assert words in said.out, words
     assert "6/6" in said.err and "loss=" in said.err and "tok/s=" in said.err
 
 
 # -- what is not overwritten ------------------------------------------------------------------------------------------
 
-def test_a_fresh_run_never_overwrites(run_train, refused, tmp_path, data_path):
+def test_a_fresh_run_never_overwrites(run_train, refused, tmp_path, data_path, capsys):
     path = run_train("--max_iter=3")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={path}"], "--checkpoint_path=", "--overwrite",
@@ -329,8 +331,9 @@ def test_a_fresh_run_never_overwrites(run_train, refused, tmp_path, data_path):
     other = run_train("--max_iter=3", "--seed=2", checkpoint="run/other.pt")
     refused(train.main, [f"--resume_checkpoint={path}", f"--checkpoint_path={other}", "--max_iter=9"], "exists")
     assert {file: file.read_bytes() for file in before} == before
-    run_train("--max_iter=6", "--overwrite")
+    run_train("--max_iter=6", "--overwrite", "--verbose=1", "--sample_tokens=0")
     assert load_checkpoint(path)["training"]["step"] == 6 and len(rows_of(path)) == 7
+    assert f"replacing {path}" in capsys.readouterr().out
 
 
 def test_overwriting_begins_when_there_is_something_to_write(run_train, monkeypatch, tmp_path):
