@@ -82,11 +82,18 @@ def prepare(config: PrepareConfig, source_config: SourceConfig) -> tuple[Manifes
         manifest.complete = True
         manifest.save(config.data_path)
     except (BadInput, OSError, KeyboardInterrupt) as error:
-        reason = str(error) if getattr(error, "errno", None) is None else f"{config.data_path}: {error.strerror}"
         kept = keep_or_take_back(config.data_path, began, *before, isinstance(error, BadInput))
-        kind = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
-        raise kind("; ".join(filter(None, (reason or "interrupted", kept)))) from None
+        raise retold(error, config.data_path, kept) from None
     return manifest, False
+
+
+def retold(error: BaseException, folder: Path, kept: str) -> BaseException:
+    """`error` again, of a kind with the same exit code, in words that name the folder and what stays in it."""
+    reason = str(error) or "interrupted"
+    if getattr(error, "errno", None) is not None:  # the system's own words, which name no file when a disk is full
+        reason = f"{folder}: {error.strerror}"
+    kind = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
+    return kind(f"{reason}; {kept}" if kept else reason)
 
 
 def keep_or_take_back(folder: Path, began: bool, had_folder: bool, had_tokenizer: bool, is_bad_input: bool) -> str:
