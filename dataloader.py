@@ -387,6 +387,19 @@ class TrainLoader:
 
 
 @contextmanager
+def explain_dead_worker(num_workers: int):
+    """Around all that happens while a TrainLoader is in use: torch hears of a worker's death by a signal, and raises
+    wherever the main thread happens to be. Raises OSError instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"--dataloader_num_workers={num_workers}: a process that reads data died ("
+                      f"{str(error).splitlines()[0]}); 0 does without") from None
+
+
+@contextmanager
 def no_interrupt():
     """Processes started meanwhile ignore Ctrl-C from their first moment on."""
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python does not allow handlers

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import Data, TrainLoader, open_data, val_batches
+from dataloader import Data, TrainLoader, explain_dead_worker, open_data, val_batches
 from generate import generate_text
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig, load_optimizer, lr_scale, make_optimizer, set_learning_rate
@@ -77,6 +77,7 @@ FIXED = {"seed", *(field.name for field in dataclasses.fields(GPTConfig))}
 CHANGEABLE = {"max_iter", "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "warmup_iter",
               "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "verbose"}
+LESS_MEMORY = "halve --batch_size and double --num_batch_accum, or train a smaller model"
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -114,7 +115,9 @@ class TrainState:
 
     def kept(self) -> str:
         """What a run that fails now leaves behind."""
-        return f"{self.checkpoint_path} " + (f"holds step {self.saved_step}" if self.saved_step >= 0 else "is as it was")
+        if self.saved_step >= 0:
+            return f"{self.checkpoint_path} holds step {self.saved_step}, from which --resume_checkpoint goes on"
+        return f"{self.checkpoint_path} " + ("is as it was" if self.checkpoint_path.exists() else "was not written")
 
     def load(self, training: dict):
         """Takes over what `save` put under "training". The weights are the model's own business. Raises KeyError,
@@ -232,6 +235,7 @@ class StopSignals:
 
     def __init__(self):
         self.signal: int | None = None
+        self.came = 0.0  # when
 
     def __enter__(self):
         self.before = {}
@@ -312,13 +316,15 @@ def run_folder(checkpoint_path: Path) -> Path:
     return checkpoint_path.with_name(name.removesuffix(".pt") if name.endswith(".pt") and name != ".pt" else name + ".run")
 
 
-def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
-    """Everything a run needs, new or as `blob` left it. Raises BadInput before any file is written."""
-    run, gpt, schedule, loop, device = (read_flags(config, values) for config in CONFIGS)
+def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
+    """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS, read from `values`. Raises
+    BadInput before any file is written."""
+    run, gpt, schedule, loop, device = configs
     path, resumed = run.checkpoint_path, run.resume_checkpoint
+    in_place = bool(resumed) and path.exists() and path.samefile(resumed)
     if path.is_dir():
         raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
-    if path.exists() and not run.overwrite and not (resumed and path.samefile(resumed)):
+    if path.exists() and not run.overwrite and not in_place:
         raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
                        f"--overwrite, or choose another path")
     if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
@@ -351,7 +357,7 @@ def open_run(values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopCon
     if blob:
         with reading(Path(resumed)):
             state.load(blob["training"])
-        state.saved_step = state.step if path.exists() and path.samefile(resumed) else -1
+        state.saved_step = state.step if in_place else -1
     return state, data, loop, run
 
 
@@ -381,17 +387,16 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
 @command
 def main(argv=None):
     values, blob = read_command(argv)
+    configs = [read_flags(config, values) for config in CONFIGS]
     if blob and values["max_iter"] <= blob["training"]["step"]:
         done = blob["training"]["step"]
-        for config in CONFIGS:
-            read_flags(config, values)
         if values["max_iter"] < done:
             raise BadInput(f"--max_iter={values['max_iter']}: the checkpoint is at step {done} already: give more")
         if values["verbose"]:
             print(f"{values['resume_checkpoint']}: finished before at step {done:,}; a larger --max_iter trains on")
         return
-    with explain_out_of_memory("halve --batch_size and double --num_batch_accum, or train a smaller model"):
-        state, data, loop, run = open_run(values, blob)
+    with explain_out_of_memory(LESS_MEMORY):
+        state, data, loop, run = open_run(configs, values, blob)
         if loop.verbose:
             describe(state, data, loop, run)
             if run.checkpoint_path.exists() and state.saved_step < 0:
@@ -413,18 +418,14 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
             loss.backward()
         compile_in_place(model, try_step)
     try:
-        stopped_by = fit(state, loop, next_token_loss,
-                         lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
+        with explain_out_of_memory(LESS_MEMORY), explain_dead_worker(run.dataloader_num_workers):
+            stopped_by = fit(state, loop, next_token_loss,
+                             lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise OSError(f"{error}; {state.kept()}: `--resume_checkpoint` goes on") from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch raises it wherever the main thread happens to be
-            raise
-        raise OSError(f"--dataloader_num_workers={run.dataloader_num_workers}: a process that reads data died ("
-                      f"{str(error).splitlines()[0]}); 0 does without; {state.kept()}: `--resume_checkpoint` goes "
-                      f"on") from None
+    except (OSError, MemoryError) as error:
+        kind = MemoryError if isinstance(error, MemoryError) else OSError
+        raise kind(f"{error}; {state.kept()}") from None
     finally:
         state.loader.close()
         state.metrics.close()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.device import is_out_of_memory
 from runtime.files import whole_file
 from runtime.flags import BadInput
 
@@ -49,9 +50,9 @@ def reading(path: Path):
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    except torch.OutOfMemoryError:
-        raise
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise BadInput(f"{path}: a part of it is missing or damaged ({type(error).__name__}: {reason}): use "
                        f"another") from None

@@ -99,11 +99,16 @@ def explain_out_of_memory(advice: str):
     """Turns torch's several errors for too little memory into a MemoryError that says what to do."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a bare one
-        reason = (str(error).splitlines() or [""])[0]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason or "out of memory" in reason:
-            raise MemoryError(f"too little memory: {advice} ({reason[:200]})") from None
-        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"too little memory: {advice} ({str(error).splitlines()[0][:200]})") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError is a GPU's; the allocators of CPU and mps raise a bare RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory")))
 
 
 def compile_in_place(model: torch.nn.Module, try_step) -> bool:
@@ -113,9 +118,9 @@ def compile_in_place(model: torch.nn.Module, try_step) -> bool:
         model.compile()
         try_step()
         return True
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a missing compiler, an old GPU, an operation it does not know: each its own type
+        if is_out_of_memory(error):
+            raise
         model._compiled_call_impl = None
         reason = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"--compile_model: torch.compile does not work here ({reason[:120]}); going on without",

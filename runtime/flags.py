@@ -9,6 +9,7 @@
 line on stderr and exit code 2.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -167,7 +168,9 @@ def command(main):
         if argv is None and "pyarrow" in sys.modules:
             # Its threads may still be reading ahead of a stream that we have left, and would abort the process when the
             # interpreter is taken down under them: https://github.com/apache/arrow/issues/45214
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # a reader that is gone
+                    stream.flush()
             os._exit(code)
         if code:
             raise SystemExit(code)

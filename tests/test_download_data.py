@@ -13,6 +13,7 @@ import dataloader
 import download_data
 from conftest import REPO
 from dataloader import Manifest
+from runtime import sources
 from tokenizer import Tokenizer
 
 
@@ -292,6 +293,20 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
              "--tokens_threshold=40000"]
     refused(download_data.main, flags, "--dataset=", "its files have changed", "choose another --data_path")
     assert contents(path) == before
+
+
+def test_builtin_text_of_other_packages_is_not_gone_on_with(tmp_path, english, refused, monkeypatch):
+    monkeypatch.setattr(sources, "builtin_documents", lambda: iter(english))
+    flags = ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=3000",
+             "--tokenizer_bytes=30000"]
+    download_data.main(flags)
+    manifest = Manifest.load(tmp_path / "data")
+    manifest.complete = False
+    manifest.save(tmp_path / "data")
+    before = contents(tmp_path / "data")
+    monkeypatch.setattr(sources, "builtin_revision", lambda: "python 2.7")
+    refused(download_data.main, flags, "was begun with", "python 2.7", "choose another --data_path")
+    assert contents(tmp_path / "data") == before
 
 
 def test_other_refusals(tmp_path, text, refused):

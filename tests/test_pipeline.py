@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import REPO, TINY_MODEL
@@ -16,8 +18,9 @@ from runtime.metrics import read_rows
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(script: str, *flags: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=ONE_THREAD, capture_output=True, text=True)
+def run(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=ONE_THREAD | environment, capture_output=True,
+                          text=True)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -48,8 +51,20 @@ def test_text_to_shards_to_model_to_text(tmp_path, text):
     done = run("train.py", checkpoint, "--resume_checkpoint", "--max_iter=25")
     assert done.returncode == 0 and "going on from step 20" in done.stdout, done.stderr
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")] == [0, 10, 20, 25]
-    done = run("generate.py", checkpoint, "--prompt=def ", "--max_new_tokens=10")
-    assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+    done = run("generate.py", checkpoint, "--prompt=défi ", "--max_new_tokens=10", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith("d?fi "), done.stderr  # a terminal that knows no é
+
+
+@pytest.mark.parametrize("vocab_size, code", [(300, 0), (100_000, 2)])
+def test_a_command_that_read_parquet_ends_without_a_tear_down(tmp_path, english, vocab_size, code):
+    """The threads of pyarrow would abort it, now and then; what was printed before must not be lost in a pipe."""
+    table = pyarrow.table({"text": english[:20]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    program = "import atexit; atexit.register(print, 'torn down'); import tokenizer; print('begun'); tokenizer.main()"
+    done = subprocess.run([sys.executable, "-c", program, f"--dataset={tmp_path / 'a.parquet'}",
+                           f"--vocab_size={vocab_size}", f"--tokenizer_path={tmp_path / 'tokenizer.json'}"],
+                          cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.startswith("begun\n") and "torn down" not in done.stdout, done
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")

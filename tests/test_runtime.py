@@ -184,6 +184,11 @@ def test_a_part_that_cannot_be_read_is_named_with_its_file(error):
     assert "\n" not in str(caught.value)
 
 
+def test_too_little_memory_is_no_damaged_checkpoint():
+    with pytest.raises(RuntimeError, match="can't allocate memory"), reading(Path("a.pt")):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")
+
+
 # -- device -----------------------------------------------------------------------------------------------------------
 
 def test_random_generators_come_back():

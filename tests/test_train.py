@@ -372,7 +372,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(run_train, monkeypatch, tmp_path,
         run_train()
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert re.search(r"gpt.pt: cannot be written \(No space.*gpt.pt holds step 3: `--resume_checkpoint` goes on", error)
+    assert re.search(r"gpt.pt: cannot be written \(No space.*gpt.pt holds step 3, from which --resume_checkpoint", error)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
@@ -396,6 +396,7 @@ def test_too_little_memory_is_one_line(run_train, monkeypatch, tmp_path, capsys)
         run_train()
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1 and "too little memory: halve --batch_size" in error
+    assert "holds step 0" in error
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
@@ -403,7 +404,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
         run_train("--learning_rate=1e38", "--grad_clip=0", "--warmup_iter=0", "--max_iter=50", "--val_intervals=1000")
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert re.search(r"^train.py: loss is (nan|inf) at step \d+: lower --learning_rate; .*gpt.pt holds step 0\n$", error)
+    assert re.search(r"^train.py: loss is (nan|inf) at step \d+: lower --learning_rate; .*gpt.pt holds step 0,.*\n$", error)
     blob = load_checkpoint(tmp_path / "run" / "gpt.pt")
     assert all(torch.isfinite(weight).all() for weight in blob["model"].values())
 
