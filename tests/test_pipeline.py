@@ -16,6 +16,7 @@ from runtime.checkpoint import load_checkpoint
 from runtime.metrics import read_rows
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+BUFFERED = {name: value for name, value in ONE_THREAD.items() if name != "PYTHONUNBUFFERED"}
 
 
 def run(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -55,16 +56,27 @@ def test_text_to_shards_to_model_to_text(tmp_path, text):
     assert done.returncode == 0 and done.stdout.startswith("d?fi "), done.stderr  # a terminal that knows no é
 
 
-@pytest.mark.parametrize("vocab_size, code", [(300, 0), (100_000, 2)])
-def test_a_command_that_read_parquet_ends_without_a_tear_down(tmp_path, english, vocab_size, code):
+@pytest.mark.parametrize("ends_with", ["0", "2"])
+def test_a_command_that_read_parquet_ends_without_a_tear_down(tmp_path, english, ends_with):
     """The threads of pyarrow would abort it, now and then; what was printed before must not be lost in a pipe."""
-    table = pyarrow.table({"text": english[:20]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    program = "import atexit; atexit.register(print, 'torn down'); import tokenizer; print('begun'); tokenizer.main()"
-    done = subprocess.run([sys.executable, "-c", program, f"--dataset={tmp_path / 'a.parquet'}",
-                           f"--vocab_size={vocab_size}", f"--tokenizer_path={tmp_path / 'tokenizer.json'}"],
-                          cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == code and done.stdout.startswith("begun\n") and "torn down" not in done.stdout, done
+    pyarrow.parquet.write_table(pyarrow.table({"text": english[:20]}), tmp_path / "a.parquet")
+    program = """
+import atexit, sys, tokenizer
+from runtime.flags import BadInput
+ends_with = int(sys.argv.pop(1))
+def save(tokenizer, path):
+    print("printed late")
+    if ends_with:
+        raise BadInput("no")
+atexit.register(print, "torn down")
+tokenizer.Tokenizer.save = save
+tokenizer.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, ends_with, f"--dataset={tmp_path / 'a.parquet'}",
+                           "--vocab_size=300", f"--tokenizer_path={tmp_path / 'tokenizer.json'}"],
+                          cwd=REPO, capture_output=True, text=True, env=BUFFERED)
+    assert done.returncode == int(ends_with) and done.stdout.startswith("printed late\n"), done
+    assert "torn down" not in done.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
