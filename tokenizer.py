@@ -7,15 +7,18 @@ Owns the split patterns, the special tokens and the `tokenizer.json` format.
 A text is split into words by a regular expression, each word is UTF-8 bytes, and inside a word the adjacent pair of
 tokens with the lowest rank is merged until none is left. Training makes the ranks: it merges the most frequent pair of
 the whole text, again and again. Source: Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2 (Radford 2019).
+The loops over bytes are compiled: `kernels/bpe.py`.
 """
+import functools
 import hashlib
-import heapq
 import itertools
 import json
 import operator
+import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
+from kernels import bpe
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import SourceConfig, open_source, take_text
@@ -41,7 +45,7 @@ PATTERNS = {
 }
 TRAINING_BYTES = 100_000_000  # of text are plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 10_000_000
-CACHED_WORDS = 1 << 19        # a word's ids are kept until so many are; then the cache starts again
+CHUNK_CHARACTERS = 1 << 20    # texts of so many together are encoded or counted in one call
 
 
 class Tokenizer:
@@ -66,7 +70,8 @@ class Tokenizer:
             raise BadInput(f"no token for byte {missing[0]} alone: a byte-level vocabulary has all 256")
         # the bytes of each id, special tokens by name; ids that an adopted vocabulary leaves out are empty
         self.tokens = [by_id.get(token_id, b"") for token_id in range(max(by_id) + 1)]
-        self.word_ids: dict[str, list[int]] = {}
+        self.splitter = find_splitter(self.pattern)
+        self.caches: list[bpe.Cache] = []  # those that no thread is using
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +100,7 @@ class Tokenizer:
         if n_merges < 0:
             raise BadInput(f"--vocab_size={vocab_size}: must be at least {vocab_size - n_merges} "
                            f"(256 bytes and {len(special_tokens)} special tokens)")
-        words = count_words(texts, compile_pattern(PATTERNS.get(pattern, pattern)), progress)
+        words = count_words(texts, PATTERNS.get(pattern, pattern), progress)
         tokens = [bytes([byte]) for byte in range(256)]
         for left, right in learn_merges(words, n_merges, progress):
             tokens.append(tokens[left] + tokens[right])
@@ -167,66 +172,54 @@ class Tokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`; special tokens written in it are ordinary text. See `as_text` for what is not valid Unicode."""
-        ids: list[int] = []
-        for word in split(self.split_regex, as_text(text)):
-            word_ids = self.word_ids.get(word)
-            if word_ids is None:
-                word_ids = self.merge(word.encode())
-                if len(self.word_ids) >= CACHED_WORDS:
-                    self.word_ids.clear()
-                self.word_ids[word] = word_ids
-            ids += word_ids
-        return ids
+        return self.encode_chunk([text])[0].tolist()
 
-    def encode_batch(self, texts: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64.
 
-        Text i owns ids[offsets[i]:offsets[i + 1]]; nothing merges across texts and no separator is added.
+        Text i owns ids[offsets[i]:offsets[i + 1]]; nothing merges across texts and no separator is added. threads: how
+        many encode side by side (default: one a core); their number changes nothing else. `texts` is read as it is needed.
         """
-        encoded = [np.array(self.encode(text), dtype=self.dtype) for text in texts]
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
-        return np.concatenate(encoded) if encoded else np.zeros(0, self.dtype), offsets
+        if isinstance(texts, (str, bytes)):
+            raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
+        encoded = list(map_in_threads(self.encode_chunk, chunks(texts), threads or available_cores()))
+        ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
+        return ids, np.concatenate([[0], *(lengths for _, lengths in encoded)], dtype=np.int64).cumsum()
+
+    def encode_chunk(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `texts` end to end, and how many each has. Several threads may call it."""
+        text, offsets = pack(texts)
+        ids, id_offsets = np.empty(len(text) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
+        cache = self.take_cache()
+        if self.splitter is not None:
+            bpe.encode_documents(text, offsets, self.splitter, self.vocabulary, cache, ids, id_offsets)
+        else:
+            for i, ends in enumerate(split_documents(self.split_regex, text, offsets)):
+                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, id_offsets[i])
+        self.caches.append(cache)
+        return ids[:id_offsets[-1]].astype(self.dtype), np.diff(id_offsets)
+
+    @functools.cached_property
+    def vocabulary(self) -> bpe.Vocabulary:
+        """The tables that encoding needs; made when they first are, as decoding does without."""
+        tokens = [b""] * self.vocab_size
+        for token, token_id in self.ranks.items():
+            tokens[token_id] = token
+        return bpe.make_vocabulary(tokens)
+
+    def take_cache(self) -> bpe.Cache:
+        try:
+            cache = self.caches.pop()
+        except IndexError:
+            return bpe.make_cache(self.vocabulary)
+        if cache.room[0] == 0:
+            bpe.forget_words(cache, self.vocabulary)
+        return cache
 
     @property
     def dtype(self) -> np.dtype:
         """uint16 halves the shards and holds ids up to 65,535."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
-    def merge(self, word: bytes) -> list[int]:
-        """Ids of one word: the adjacent pair of lowest rank, the leftmost of equals, merges until none is left.
-
-        A heap keeps this O(n log n), so that a "word" of 300,000 letters takes seconds and not days.
-        """
-        if word in self.ranks:
-            return [self.ranks[word]]
-        # Part i is word[i:stop[i]]; stop is 0 where no part starts any more, and before[j] is the part that ends at j.
-        stop = list(range(1, len(word) + 1)) + [0]
-        before = list(range(-1, len(word)))
-        heap = []
-
-        def offer(left: int):
-            """Queues the merge of the part at `left` with the one after it, if the vocabulary has their sum."""
-            end = stop[stop[left]]
-            if end and (rank := self.ranks.get(word[left:end])) is not None:
-                heapq.heappush(heap, (rank, left, end))
-
-        for left in range(len(word)):
-            offer(left)
-        while heap:
-            _, left, end = heapq.heappop(heap)
-            right = stop[left]
-            if right == 0 or right == end or stop[right] != end:
-                continue  # one of the two was merged away since
-            stop[left], stop[right], before[end] = end, 0, left
-            offer(left)
-            if before[left] >= 0:
-                offer(before[left])
-        ids, at = [], 0
-        while at < len(word):
-            ids.append(self.ranks[word[at:stop[at]]])
-            at = stop[at]
-        return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, special tokens by name. Raises ValueError on an id outside the vocabulary."""
@@ -281,6 +274,35 @@ def as_text(text: str | bytes) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
+@functools.cache
+def character_classes() -> np.ndarray:
+    """(0x110000,) uint8: the class of every code point in Unicode 16. (`regex` knows a later version with every release.)"""
+    classes = np.full(0x110000, bpe.OTHER, np.uint8)
+    kinds = {"L": bpe.LETTER, "N": bpe.NUMBER, "s": bpe.SPACE}
+    for line in Path(bpe.__file__).with_name("unicode16.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            kind, first, last = line.split()
+            classes[int(first, 16):int(last, 16) + 1] = kinds[kind]
+    classes[[ord("\r"), ord("\n")]] = bpe.NEWLINE
+    classes[[ord(" "), ord("'")]] = bpe.BLANK, bpe.APOSTROPHE
+    return classes
+
+
+def find_splitter(pattern: str) -> bpe.Splitter | None:
+    """The compiled equal of a pattern in PATTERNS; None for others, whose words `regex` has to find."""
+    for name, max_digits in (("default", 2), ("gpt4", 3)):
+        if pattern == PATTERNS[name]:
+            return bpe.gpt4_splitter(character_classes(), max_digits)
+    return bpe.gpt2_splitter(character_classes()) if pattern == PATTERNS["gpt2"] else None
+
+
+def split_documents(pattern: regex.Pattern, text: np.ndarray, offsets: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields where each document's words end: word i of it is text[ends[i]:ends[i + 1]]."""
+    for start, stop in itertools.pairwise(offsets):
+        words = split(pattern, text[start:stop].tobytes().decode())
+        yield np.array([start, *(len(word.encode()) for word in words)]).cumsum()
+
+
 def split(pattern: regex.Pattern, text: str) -> list[str]:
     """Words of `text`; joined they are the text, also where `pattern` matches nothing."""
     if not pattern.groups:  # with groups, findall would return those instead of the match
@@ -296,84 +318,83 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def count_words(texts: Iterable[str | bytes], pattern: regex.Pattern, progress: bool) -> Counter:
-    """How often each word occurs in `texts`."""
-    words: Counter = Counter()
+def utf8(text: str | bytes) -> bytes:
+    """`text` as valid UTF-8; see `as_text`."""
+    try:
+        return text.encode()
+    except (UnicodeEncodeError, AttributeError):
+        return as_text(text).encode()
+
+
+def pack(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """A buffer (n,) uint8 as the kernels read it, and where each text starts in it and the last ends, (texts + 1,) int64."""
+    parts = [utf8(text) for text in texts]
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return bpe.padded(parts), offsets
+
+
+def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
+    """`texts` in lists of about CHUNK_CHARACTERS together."""
+    chunk, n = [], 0
+    for text in texts:
+        chunk.append(text)
+        n += len(text)
+        if n >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, n = [], 0
+    if chunk:
+        yield chunk
+
+
+def map_in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """map(function, items) by several threads, a few items ahead of what is taken."""
+    items = iter(items)
+    ahead = list(itertools.islice(items, 2))
+    if threads == 1 or len(ahead) < 2:
+        yield from map(function, itertools.chain(ahead, items))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        try:
+            for item in itertools.chain(ahead, items):
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left_over in waiting:
+                left_over.cancel()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> bpe.Words:
+    """How often each word occurs in `texts`, of which only a few are held at a time."""
+    words, split_regex, splitter = bpe.no_words(), compile_pattern(pattern), find_splitter(pattern)
     with tqdm(desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
-        for text in texts:
-            text = as_text(text)
-            words.update(split(pattern, text))
-            bar.update(len(text))
+        for chunk in chunks(texts):
+            text, offsets = pack(chunk)
+            if splitter is not None:
+                words = bpe.count_documents(words, text, offsets, splitter)
+            else:
+                for ends in split_documents(split_regex, text, offsets):
+                    for i in range(0, len(ends) - 1, bpe.BLOCK):
+                        words = bpe.count_words(words, text, ends[i:i + bpe.BLOCK + 1])
+            bar.update(int(offsets[-1]))
     return words
 
 
-def learn_merges(words: Mapping[str, int], n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
-    """Yields up to `n_merges` pairs of ids, the i-th of which becomes id 256 + i; fewer when no pair is left.
-
-    words: word -> how often it occurs. Only words that hold the merged pair are looked at, and only pairs beside a
-    merge change their count.
-    """
-    spelled, counts = [list(word.encode()) for word in words], list(words.values())
-    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
-    holders: dict[tuple[int, int], list[int]] = defaultdict(list)  # words that had the pair; some no longer do
-    for w, ids in enumerate(spelled):
-        for pair in zip(ids, ids[1:]):
-            pair_counts[pair] += counts[w]
-            holders[pair].append(w)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]  # equal counts: smallest pair of ids first
-    heapq.heapify(heap)
-    for new_id in tqdm(range(256, 256 + n_merges), desc="merging", unit="merge", disable=not progress):
-        pair = pop_most_frequent(heap, pair_counts)
-        if pair is None:
-            return
-        yield pair
-        changes: dict[tuple[int, int], int] = defaultdict(int)
-        for w in dict.fromkeys(holders.pop(pair)):
-            spelled[w], changed = merge_pair(spelled[w], pair, new_id)
-            for other, sign in changed:
-                changes[other] += sign * counts[w]
-                if sign > 0:
-                    holders[other].append(w)
-        for other, change in changes.items():
-            pair_counts[other] += change
-            if change > 0:  # only pairs with the new id can grow; the others are found stale when they reach the top
-                heapq.heappush(heap, (-pair_counts[other], other))
-        del pair_counts[pair]
-
-
-def pop_most_frequent(heap: list, pair_counts: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:
-    """The pair with the highest count now. Counts in the heap may be too high, as they only ever fall."""
-    while heap:
-        count, pair = heapq.heappop(heap)
-        current = pair_counts.get(pair, 0)
-        if current == -count:
-            return pair
-        if current > 0:
-            heapq.heappush(heap, (-current, pair))
-    return None
-
-
-def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> tuple[list[int], list[tuple[tuple, int]]]:
-    """Replaces `pair` by `new_id` from left to right. [1, 2, 3], (1, 2), 9 -> [9, 3], [((2, 3), -1), ((9, 3), 1)].
-
-    Returns the new ids and the neighbouring pairs that went (-1) and came (+1).
-    """
-    left, right = pair
-    merged: list[int] = []
-    changed = []
-    i, last = 0, len(ids) - 1
-    while i <= last:
-        if i < last and ids[i] == left and ids[i + 1] == right:
-            if merged:
-                changed += [((merged[-1], left), -1), ((merged[-1], new_id), 1)]
-            if i + 1 < last:
-                changed += [((right, ids[i + 2]), -1), ((new_id, ids[i + 2]), 1)]
-            merged.append(new_id)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return merged, changed
+def learn_merges(words: bpe.Words, n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
+    """Yields up to `n_merges` pairs of ids, the i-th of which becomes id 256 + i; fewer when no pair is left."""
+    with tqdm(total=n_merges, desc="merging", unit="merge", disable=not progress) as bar:
+        for merges in bpe.learn(words, n_merges):
+            yield from merges.tolist()
+            bar.update(len(merges))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import functools
+import itertools
 import json
 import pickle
 import random
-from collections import Counter
 
 import pytest
 import rustbpe
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tokenizer as tokenizer_script
 from runtime.flags import BadInput
-from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer, as_text, learn_merges, merge_pair
+from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer, as_text
 
 SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
 中文分词没有空格,一共有12个字。 日本語のテキストはカタカナとひらがなを含む。 한국어 문장은 띄어쓰기가 있다.
@@ -65,6 +65,20 @@ def hypothesis_pairs() -> list[tuple[Tokenizer, tiktoken.Encoding]]:
     return [(tokenizer, tiktoken_of(tokenizer)) for tokenizer in tokenizers]
 
 
+@pytest.mark.parametrize("pattern", ["default", pytest.param("gpt4", marks=pytest.mark.slow),
+                                     pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_every_code_point_equals_tiktoken(pattern):
+    """Between letters, spaces, digits, line breaks, and before what could be a contraction."""
+    tokenizer = Tokenizer.train([SCRIPTS], 600, pattern)
+    oracle = tiktoken_of(tokenizer)
+    code_points = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for i in range(0, len(code_points), 4096):
+        texts = ["a{0}b {0} 1{0}\n{0}'s  {0}{0}'{0}".format(chr(code)) for code in code_points[i:i + 4096]]
+        ids, offsets = tokenizer.encode_batch(texts, threads=1)
+        for text, start, stop in zip(texts, offsets, offsets[1:]):
+            assert ids[start:stop].tolist() == oracle.encode_ordinary(text), ascii(text)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_merges_equal_rustbpe(pattern, english):
     oracle = rustbpe.Tokenizer()
@@ -74,27 +88,6 @@ def test_merges_equal_rustbpe(pattern, english):
     assert Tokenizer.train(texts, 3000 + len(SPECIAL_TOKENS), pattern).mergeable_ranks() == expected
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.text("abcd", min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=8))
-def test_incremental_merges_equal_counting_anew(words):
-    assert list(learn_merges(words, 30)) == merges_by_counting_anew(words, 30)
-
-
-def merges_by_counting_anew(words: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """The definition: count all pairs, merge the most frequent one, start again."""
-    spelled, merges = [(list(word.encode()), count) for word, count in words.items()], []
-    for new_id in range(256, 256 + n_merges):
-        pairs = Counter()
-        for ids, count in spelled:
-            for pair in zip(ids, ids[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        spelled = [(merge_pair(ids, merges[-1], new_id)[0], count) for ids, count in spelled]
-    return merges
-
-
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
 def test_the_example_of_wikipedia():
@@ -102,11 +95,6 @@ def test_the_example_of_wikipedia():
     tokenizer = Tokenizer.train(["aaabdaaabac"], 256 + 3, pattern=".+", special_tokens=())
     assert [tokenizer.tokens[i] for i in (256, 257, 258)] == [b"aa", b"ab", b"aaab"]
     assert tokenizer.encode("aaabdaaabac") == [258, ord("d"), 258, ord("a"), ord("c")]
-
-
-def test_merge_pair_reports_neighbours():
-    assert merge_pair([1, 2, 3], (1, 2), 9) == ([9, 3], [((2, 3), -1), ((9, 3), 1)])
-    assert merge_pair([1, 1, 1], (1, 1), 9)[0] == [9, 1]
 
 
 def test_lowest_rank_merges_first_not_leftmost():
@@ -204,11 +192,51 @@ def test_decode_refuses_ids_outside_the_vocabulary(trained):
             trained.decode(wrong)
 
 
-def test_the_cache_of_words_changes_nothing(trained, english, monkeypatch):
-    expected = trained.encode(english[0])
-    monkeypatch.setattr(tokenizer_script, "CACHED_WORDS", 3)
-    trained.word_ids.clear()
-    assert trained.encode(english[0]) == expected and len(trained.word_ids) <= 3
+def test_one_thread_equals_many(trained, english, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 3000)
+    texts = [*english[:40], "", SCRIPTS, "x" * 50_000]
+    expected = [trained.encode(text) for text in texts]
+    for threads in (1, 2, 7, None):
+        ids, offsets = trained.encode_batch(iter(texts), threads)
+        assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == expected
+
+
+def test_threads_raise_what_goes_wrong(trained, english, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 3000)
+    with pytest.raises(AttributeError):
+        trained.encode_batch([*english[:9], "x" * 5000, ["no text"], *english[9:20]], threads=2)
+    with pytest.raises(TypeError, match="give a list of texts"):
+        trained.encode_batch("hello")
+
+
+def test_texts_are_read_as_they_are_needed(trained, monkeypatch):
+    """Few more than are being encoded, so that a stream of any length fits into memory."""
+    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 10)
+    taken, encoded = itertools.count(), itertools.count()
+
+    class Counted(str):
+        def encode(self):
+            next(encoded)
+            return super().encode()
+
+    def texts():
+        for i in range(300):
+            next(taken)
+            assert i - next(encoded) < 25
+            yield Counted("ten letters")
+
+    assert len(trained.encode_batch(texts(), threads=2)[1]) == 301
+
+
+def test_many_special_tokens(english):
+    names = [f"<|special {i}|>" for i in range(10_000)]
+    tokenizer = Tokenizer.train(english[:20], 10_400, special_tokens=names)
+    assert tokenizer.vocab_size == 10_400 and tokenizer.special_tokens[names[-1]] == 10_399
+    text = "".join(names[:50]) + english[3]
+    assert tokenizer.encode(text) == tiktoken_of(tokenizer).encode_ordinary(text)
+    assert tokenizer.decode([10_399, *tokenizer.encode(text)]) == names[-1] + text
+    again = Tokenizer.from_json(tokenizer.to_json())
+    assert again.encode(text) == tokenizer.encode(text) and again.fingerprint() == tokenizer.fingerprint()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

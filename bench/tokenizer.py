@@ -1,0 +1,260 @@
+"""Our tokenizer against rustbpe, gigabpe and tiktoken: seconds, memory, threads and start.
+
+    python bench/tokenizer.py --train docs_train.parquet --val docs_val.parquet
+
+Installs the peers from bench/tokenizer_requirements.txt. Every measurement is a process of its own, the sides take turns,
+and medians are compared. The table goes into README.md, between the lines that name this file, and as a picture into
+studies/tokenizer.png.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path[0] = str(REPO)  # this file has the name of the module that it measures
+
+from runtime.sources import SourceConfig, open_source  # noqa: E402
+
+SPECIALS = 5  # of our vocabulary; the peers learn as many merges without them
+
+
+# -- what is measured: each runs in a process of its own and returns what it measured ---------------------------------
+
+def documents(path: str) -> Iterator[str]:
+    return open_source(SourceConfig(dataset=path)).documents()
+
+
+def peak_memory() -> float:
+    """MB that this process has held at most. (ru_maxrss would begin with the parent's.)"""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1e3
+
+
+def train_ours(texts, vocab_size: int, pattern: str):
+    from tokenizer import Tokenizer
+    return Tokenizer.train(texts, vocab_size, pattern)
+
+
+def train_rustbpe(texts, vocab_size: int):
+    import rustbpe
+
+    from tokenizer import PATTERNS
+    trained = rustbpe.Tokenizer()
+    trained.train_from_iterator(iter(texts), vocab_size - SPECIALS, pattern=PATTERNS["default"])
+    return trained
+
+
+def seconds_of(work) -> float:
+    """CPU seconds of this process, all threads."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def train_seconds_ours(args, pattern: str = "default") -> float:
+    texts = list(documents(args.train))
+    train_ours(texts[:20], 300, pattern)  # loads the kernels; their start is measured by itself
+    return seconds_of(lambda: train_ours(texts, args.vocab_size, pattern))
+
+
+def train_seconds_ours_gpt2(args) -> float:
+    return train_seconds_ours(args, "gpt2")
+
+
+def train_seconds_rustbpe(args) -> float:
+    texts = list(documents(args.train))
+    return seconds_of(lambda: train_rustbpe(texts, args.vocab_size))
+
+
+def train_seconds_gigabpe(args) -> float:
+    import gigabpe
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write("\n".join(documents(args.train)))
+        file.flush()
+        return seconds_of(lambda: gigabpe.train_bpe([file.name], args.vocab_size - SPECIALS, threads=1, special_tokens=[]))
+
+
+def train_memory_ours(args) -> float:
+    train_ours(documents(args.train), args.vocab_size, "default")
+    return peak_memory()
+
+
+def train_memory_rustbpe(args) -> float:
+    train_rustbpe(documents(args.train), args.vocab_size)
+    return peak_memory()
+
+
+def encode_seconds_ours(args) -> float:
+    from tokenizer import Tokenizer
+    tokenizer, texts = Tokenizer.load(args.tokenizer), list(documents(args.val))
+    tokenizer.encode("loads the kernels")
+    return seconds_of(lambda: tokenizer.encode_batch(texts, threads=1))
+
+
+def encode_seconds_tiktoken(args) -> float:
+    import tiktoken
+
+    from tokenizer import Tokenizer
+    tokenizer, texts = Tokenizer.load(args.tokenizer), list(documents(args.val))
+    peer = tiktoken.Encoding("ours", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks(),
+                             special_tokens={})
+    peer.encode_ordinary("the first call")
+    return seconds_of(lambda: [peer.encode_ordinary(text) for text in texts])
+
+
+def wall_seconds(args, threads: int) -> float:
+    """Of encoding the training text, after one pass over it."""
+    from tokenizer import Tokenizer
+    tokenizer, texts = Tokenizer.load(args.tokenizer), list(documents(args.train))
+    tokenizer.encode_batch(texts, threads)
+    start = time.perf_counter()
+    tokenizer.encode_batch(texts, threads)
+    return time.perf_counter() - start
+
+
+def one_thread(args) -> float:
+    return wall_seconds(args, 1)
+
+
+def two_threads(args) -> float:
+    return wall_seconds(args, 2)
+
+
+ARMS = {arm.__name__: arm for arm in (
+    train_seconds_ours, train_seconds_ours_gpt2, train_seconds_rustbpe, train_seconds_gigabpe, train_memory_ours,
+    train_memory_rustbpe, encode_seconds_ours, encode_seconds_tiktoken, one_thread, two_threads)}
+
+
+# -- running and comparing --------------------------------------------------------------------------------------------
+
+def run(arm: str, args) -> float:
+    """The figure of one arm, from a fresh process with one thread."""
+    done = subprocess.run([sys.executable, __file__, f"--arm={arm}", *flags(args)], capture_output=True, text=True,
+                          env=os.environ | {"RAYON_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_seconds(args, compiled: bool) -> float:
+    """Wall seconds from the start of a process until it has encoded a document."""
+    program = f"from tokenizer import Tokenizer; Tokenizer.load({str(args.tokenizer)!r}).encode('a first document')"
+    with tempfile.TemporaryDirectory() as empty:
+        environment = dict(os.environ) if compiled else os.environ | {"NUMBA_CACHE_DIR": empty}
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], cwd=REPO, env=environment, check=True)
+        return time.perf_counter() - start
+
+
+def flags(args) -> list[str]:
+    return [f"--train={args.train}", f"--val={args.val}", f"--vocab_size={args.vocab_size}", f"--tokenizer={args.tokenizer}"]
+
+
+def compare(args, ours: str, peer: str) -> tuple[float, float]:
+    """Medians of two arms that take turns."""
+    figures = {ours: [], peer: []}
+    for _ in range(args.rounds):
+        for arm, seen in figures.items():
+            seen.append(run(arm, args))
+            print(f"  {arm}: {seen[-1]:.3f}", file=sys.stderr, flush=True)
+    return statistics.median(figures[ours]), statistics.median(figures[peer])
+
+
+def measure(args) -> list[tuple[str, str, str, str, float]]:
+    """Rows: what, ratio, ours, peer, ratio as a number."""
+    megabytes = {name: sum(len(text.encode()) for text in documents(path)) / 1e6
+                 for name, path in (("train", args.train), ("val", args.val))}
+    rows = []
+
+    def add(what: str, ours: str, peer: str, show, ratio):
+        mine, theirs = compare(args, ours, peer)
+        factor = ratio(mine, theirs)
+        rows.append((what, f"**{factor:.2f}×**", show(mine), show(theirs), factor))
+
+    faster = lambda mine, theirs: theirs / mine
+    less = lambda mine, theirs: mine / theirs
+    of_train = f"training on {megabytes['train']:.0f} MB"
+    add(f"{of_train} against rustbpe: times as fast", "train_seconds_ours", "train_seconds_rustbpe",
+        lambda value: f"{value:.2f} s", faster)
+    add(f"{of_train}, GPT-2's pattern, against gigabpe: times as fast", "train_seconds_ours_gpt2", "train_seconds_gigabpe",
+        lambda value: f"{value:.2f} s", faster)
+    add(f"encoding {megabytes['val']:.1f} MB of unseen documents, first pass, against tiktoken: times as fast",
+        "encode_seconds_ours", "encode_seconds_tiktoken", lambda value: f"{megabytes['val'] / value:.0f} MB/s", faster)
+    add(f"encoding {megabytes['train']:.0f} MB, two threads against one (wall time): times as fast", "two_threads",
+        "one_thread", lambda value: f"{megabytes['train'] / value:.0f} MB/s", faster)
+    add(f"{of_train}, peak memory of the process against rustbpe's: times as much", "train_memory_ours",
+        "train_memory_rustbpe", lambda value: f"{value:.0f} MB", less)
+    cached = statistics.median(start_seconds(args, True) for _ in range(args.rounds))
+    fresh = statistics.median(start_seconds(args, False) for _ in range(3))
+    rows.append(("process start to first encoded document, kernels cached", "", f"{cached:.2f} s", "", 0))
+    rows.append(("the same, kernels never compiled", "", f"{fresh:.1f} s", "", 0))
+    return rows
+
+
+def table(rows, args) -> str:
+    lines = ["| what | ratio | ours | peer |", "|---|---|---|---|"]
+    lines += [f"| {what} | {ratio} | {ours} | {peer} |" for what, ratio, ours, peer, _ in rows]
+    machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name")), platform.machine())
+    lines.append(f"\nMedians of {args.rounds} runs, CPU seconds of one thread where nothing else is said, vocabulary "
+                 f"{args.vocab_size:,}, {machine}, {os.cpu_count()} cores, Python {platform.python_version()}: "
+                 f"`python bench/tokenizer.py --train {Path(args.train).name} --val {Path(args.val).name}`.")
+    return "\n".join(lines)
+
+
+def write_into_readme(text: str):
+    readme = REPO / "README.md"
+    before, after = "<!-- bench/tokenizer.py -->\n", "<!-- end of bench/tokenizer.py -->"
+    head, rest = readme.read_text(encoding="utf-8").split(before)
+    readme.write_text(head + before + text + "\n" + after + rest.split(after)[1], encoding="utf-8")
+
+
+def draw(rows, path: Path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    bars = [row for row in rows if row[4]][::-1]
+    figure, axis = plt.subplots(figsize=(10, 0.6 * len(bars) + 1.2), layout="constrained")
+    axis.barh([row[0].replace(": times", "\ntimes") for row in bars], [row[4] for row in bars], color="#4878a8")
+    for i, (_, _, ours, peer, factor) in enumerate(bars):
+        axis.text(factor, i, f"  {factor:.2f}  ({ours}, {peer})", va="center", fontsize=8)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xlim=(0, 1.35 * max(row[4] for row in bars)), title="Our tokenizer against its peers (ours, peer)")
+    axis.tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", required=True, help="text to train on: parquet, jsonl or txt")
+    parser.add_argument("--val", required=True, help="other text, to encode")
+    parser.add_argument("--vocab_size", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--arm", choices=ARMS, help="measure only this, here, and print the figure")
+    parser.add_argument("--tokenizer", help="used with --arm")
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(ARMS[args.arm](args)))
+        return
+    peers = Path(__file__).with_name("tokenizer_requirements.txt")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", peers], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        args.tokenizer = f"{folder}/tokenizer.json"
+        train_ours(documents(args.train), args.vocab_size, "default").save(args.tokenizer)
+        rows = measure(args)
+    text = table(rows, args)
+    print(text)
+    write_into_readme(text)
+    draw(rows, REPO / "studies" / "tokenizer.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,914 @@
+"""Compiled loops of byte-level BPE: split text into words, count them, learn merges, encode.
+
+A text is one buffer of UTF-8 bytes with `PADDING` zeros after it, so that 8 bytes may be read anywhere; documents lie in
+it end to end. Tables are arrays in a namedtuple. What looks odd has a reason: numba takes uint64 and int64 together for a
+float, a signed index costs a check for < 0, and a slice that is assigned to costs a second of compilation.
+
+numba compiles a function when it is first called, some seconds in all, and keeps the machine code in `__pycache__`.
+"""
+from collections import namedtuple
+
+import numpy as np
+from numba import int64, njit, uint8, uint32, uint64
+
+compiled = njit(cache=True, nogil=True)  # without the GIL, threads encode side by side
+
+PADDING = 16
+BLOCK = 256  # words are scanned so many at a time, so that the memory accesses of their look-ups overlap
+
+
+def padded(parts: list[bytes]) -> np.ndarray:
+    """`parts` end to end as a text."""
+    return np.frombuffer(bytearray().join([*parts, bytes(PADDING)]), np.uint8)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def load8(text, at):
+    """8 bytes as one little-endian number. LLVM makes a single load of it; unsigned indices need no check for < 0."""
+    i = uint64(at)
+    return (uint64(text[i]) | uint64(text[i + uint64(1)]) << uint64(8) | uint64(text[i + uint64(2)]) << uint64(16)
+            | uint64(text[i + uint64(3)]) << uint64(24) | uint64(text[i + uint64(4)]) << uint64(32)
+            | uint64(text[i + uint64(5)]) << uint64(40) | uint64(text[i + uint64(6)]) << uint64(48)
+            | uint64(text[i + uint64(7)]) << uint64(56))
+
+
+@compiled
+def load(text, at, n):
+    """The first n (1 to 8) bytes as a number."""
+    return load8(text, at) & (~uint64(0) >> uint64(64 - 8 * n))
+
+
+@compiled
+def mix(low, high):
+    """A hash of 16 bytes whose lowest bits depend on all of them."""
+    mixed = (low ^ (high * uint64(0x9E3779B97F4A7C15))) * uint64(0xD6E8FEB86659FD93)
+    mixed ^= mixed >> uint64(32)
+    return mixed * uint64(0xD6E8FEB86659FD93) >> uint64(20)
+
+
+@compiled
+def hash_bytes(text, at, n):
+    hashed = uint64(n)
+    while n > 8:
+        hashed = mix(load8(text, at), hashed)
+        at += 8
+        n -= 8
+    return mix(load(text, at, n), hashed)
+
+
+@compiled
+def same_bytes(a, at_a, b, at_b, n):
+    while n > 8:
+        if load8(a, at_a) != load8(b, at_b):
+            return False
+        at_a += 8
+        at_b += 8
+        n -= 8
+    return load(a, at_a, n) == load(b, at_b, n)
+
+
+# -- scanning: where words end ----------------------------------------------------------------------------------------
+
+# Classes of characters; a table (0x110000,) uint8 holds that of every code point.
+OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE, APOSTROPHE = range(7)  # BLANK is " ", NEWLINE \r or \n, SPACE the rest of \s
+N_CLASSES = 8
+
+# States of the scanner: what the word under way is so far.
+START, LETTERS, ONE_OTHER, OTHERS, LINE_END, ONE_BLANK, ONE_SPACE, DIGITS = range(8)  # DIGITS + i: i + 1 of at most 3
+AT_APOSTROPHE, AT_SPACES = 10, 11  # where a word ends is decided by more than the next character
+N_STATES = 12
+ENDS = 0x80  # set in a transition before which the word under way ends
+
+# How a text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes as above; whether contractions
+# may be upper case; whether whitespace splits after a line break.
+Splitter = namedtuple("Splitter", "transitions classes any_case newline_splits")
+
+
+def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
+    r"""GPT-4's pattern with up to `max_digits` (1 to 3) digits a word.
+
+    '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,max_digits}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+ | whitespace
+    """
+    table = first_of_a_word({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: AT_SPACES,
+                             APOSTROPHE: AT_APOSTROPHE, OTHER: ONE_OTHER})
+    spaces = {BLANK: AT_SPACES, SPACE: AT_SPACES, NEWLINE: AT_SPACES}
+    others = {OTHER: OTHERS, APOSTROPHE: OTHERS, NEWLINE: LINE_END}
+    goes_on(table, LETTERS, {LETTER: LETTERS})
+    goes_on(table, ONE_OTHER, others | {LETTER: LETTERS})
+    goes_on(table, OTHERS, others)
+    goes_on(table, LINE_END, {NEWLINE: LINE_END})
+    goes_on(table, ONE_BLANK, spaces | {LETTER: LETTERS, OTHER: OTHERS, APOSTROPHE: OTHERS})
+    goes_on(table, ONE_SPACE, spaces | {LETTER: LETTERS})
+    for n in range(1, max_digits):
+        goes_on(table, DIGITS + n - 1, {NUMBER: DIGITS + n})
+    return Splitter(table.reshape(-1), classes, True, True)
+
+
+def gpt2_splitter(classes: np.ndarray) -> Splitter:
+    r"""GPT-2's: '(?:[sdmt]|ll|ve|re) | ?\p{L}++ | ?\p{N}++ | ?[^\s\p{L}\p{N}]++ | whitespace"""
+    table = first_of_a_word({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: ONE_SPACE,
+                             APOSTROPHE: AT_APOSTROPHE, OTHER: OTHERS})
+    spaces = {BLANK: AT_SPACES, SPACE: AT_SPACES, NEWLINE: AT_SPACES}
+    goes_on(table, LETTERS, {LETTER: LETTERS})
+    goes_on(table, DIGITS, {NUMBER: DIGITS})
+    goes_on(table, OTHERS, {OTHER: OTHERS, APOSTROPHE: OTHERS})
+    goes_on(table, ONE_OTHER, {OTHER: OTHERS, APOSTROPHE: OTHERS})
+    goes_on(table, ONE_BLANK, spaces | {LETTER: LETTERS, NUMBER: DIGITS, OTHER: OTHERS, APOSTROPHE: OTHERS})
+    goes_on(table, ONE_SPACE, spaces)
+    return Splitter(table.reshape(-1), classes, False, False)
+
+
+def first_of_a_word(states: dict[int, int]) -> np.ndarray:
+    """A table in which every character ends the word before it. states: class of a word's first character -> state."""
+    table = np.zeros((N_STATES, N_CLASSES), np.uint8)
+    for kind, state in states.items():
+        table[START, kind], table[START + 1:, kind] = state, state | ENDS
+    return table
+
+
+def goes_on(table: np.ndarray, state: int, states: dict[int, int]):
+    """Classes of characters that do not end a word in `state`."""
+    for kind, after in states.items():
+        table[state, kind] = after
+
+
+@compiled
+def character(text, at, classes):
+    """Class of the character that starts at `at`, and where the next one starts. The text is valid UTF-8."""
+    byte = int64(text[at])
+    if byte < 0x80:
+        return classes[byte], at + 1
+    second = int64(text[at + 1]) & 0x3F
+    if byte < 0xE0:
+        return classes[(byte & 0x1F) << 6 | second], at + 2
+    third = int64(text[at + 2]) & 0x3F
+    if byte < 0xF0:
+        return classes[(byte & 0x0F) << 12 | second << 6 | third], at + 3
+    return classes[(byte & 0x07) << 18 | second << 12 | third << 6 | (int64(text[at + 3]) & 0x3F)], at + 4
+
+
+@compiled
+def scan(text, stop, splitter, ends):
+    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns how many; at most len(ends) - 1.
+
+    One step a character and no branch that depends on where words end: a processor foresees it all in ordinary text.
+    """
+    transitions, classes, any_case, newline_splits = splitter
+    state, n, at, full = START, 0, ends[0], len(ends) - 1
+    while at < stop and n < full:
+        kind, after = character(text, at, classes)
+        transition = transitions[state * N_CLASSES + kind]
+        ends[n + 1] = at
+        n += transition >> 7
+        state = transition & 0x7F
+        if state >= AT_APOSTROPHE and n < full:
+            start = ends[n]
+            if state == AT_SPACES:
+                after, state = spaces_end(text, start, stop, classes, newline_splits), START
+            else:
+                after, state = contraction_end(text, start, stop, any_case), START
+                if after == start:
+                    after, state = start + 1, ONE_OTHER
+            if state == START:
+                n += 1
+                ends[n] = after
+        at = after
+    if n < full and ends[n] < stop:
+        n += 1
+        ends[n] = stop
+    return n
+
+
+@compiled
+def spaces_end(text, at, stop, classes, newline_splits):
+    r"""`\s*[\r\n]|\s+(?!\S)|\s+`, without the first if not `newline_splits`.
+
+    Whitespace ends after its last line break, else before its last character, which goes with the next word.
+    """
+    end = last = at
+    after_newline = -1
+    while end < stop:
+        kind, after = character(text, end, classes)
+        if kind != BLANK and kind != SPACE and kind != NEWLINE:
+            break
+        if kind == NEWLINE:
+            after_newline = after
+        last, end = end, after
+    if newline_splits and after_newline >= 0:
+        return after_newline
+    return end if end == stop or last == at else last
+
+
+S, D, M, T, L, V, R, E = b"sdmtlvre"
+
+
+@compiled
+def contraction_end(text, at, stop, any_case):
+    """The end of 's, 'd, 'm, 't, 'll, 've or 're at the apostrophe `at`, else `at`."""
+    case = uint8(0x20) if any_case else uint8(0)
+    first, second = text[at + 1] | case, text[at + 2] | case
+    if at + 2 <= stop and first in (S, D, M, T):
+        return at + 2
+    if at + 3 <= stop:
+        if (first == L and second == L) or (second == E and first in (V, R)):
+            return at + 3
+        if any_case and text[at + 1] == 0xC5 and text[at + 2] == 0xBF:  # U+017F, a long s, is an s in another case
+            return at + 3
+    return at
+
+
+# -- counting words ---------------------------------------------------------------------------------------------------
+
+SHORT = 15  # bytes of a word that fit into its key
+LONG = uint64(0xFF << 56)
+
+# A hash table of words. slots (n, 3) uint64: a key of two numbers and how often the word occurs, 0 where none is. A short
+# word is its own key: its bytes and, in the topmost byte, its length. The key of a longer one is its hash and LONG + its
+# place among the long words, whose bytes lie end to end. long_ends (n + 1,) int64 into long_bytes. used: words, long words.
+Words = namedtuple("Words", "slots long_bytes long_ends used")
+
+
+def no_words() -> Words:
+    """An empty table, to count into."""
+    return Words(np.zeros((1 << 12, 3), np.uint64), np.zeros(1 << 12, np.uint8), np.zeros(1 << 8, np.int64),
+                 np.zeros(2, np.int64))
+
+
+@compiled
+def short_key(text, at, n):
+    """Bytes and length of a word of up to SHORT bytes."""
+    if n <= 8:
+        return load(text, at, n), uint64(n) << uint64(56)
+    return load8(text, at), load(text, at + 8, n - 8) | uint64(n) << uint64(56)
+
+
+@compiled
+def word_slot(slots, low, high):
+    """The row of the word with this key, or the free one where it belongs."""
+    mask = len(slots) - 1
+    slot = int64(mix(low, high)) & mask
+    while slots[slot, 1] and (slots[slot, 0] != low or slots[slot, 1] != high):
+        slot = (slot + 1) & mask
+    return slot
+
+
+@compiled
+def with_room(array, n):
+    """`array`, or a larger copy if it has fewer than n entries."""
+    if n <= len(array):
+        return array
+    larger = np.zeros(2 * n, array.dtype)
+    for i in range(len(array)):
+        larger[i] = array[i]
+    return larger
+
+
+@compiled
+def with_more_slots(slots):
+    """The same words in a table of twice the size."""
+    larger = np.zeros((2 * len(slots), 3), np.uint64)
+    mask = len(larger) - 1
+    for i in range(len(slots)):
+        if slots[i, 2]:
+            low, high = slots[i, 0], slots[i, 1]
+            at = int64(mix(low, uint64(0) if high >= LONG else high)) & mask
+            while larger[at, 2]:
+                at = (at + 1) & mask
+            larger[at, 0], larger[at, 1], larger[at, 2] = low, high, slots[i, 2]
+    return larger
+
+
+@compiled
+def count_long_word(words, text, at, n):
+    """Adds one to the count of a word that is longer than SHORT. Returns the words, whose arrays may have grown."""
+    slots, long_bytes, long_ends, used = words
+    hashed = hash_bytes(text, at, n)
+    mask = len(slots) - 1
+    slot = int64(mix(hashed, uint64(0))) & mask
+    while slots[slot, 2]:
+        if slots[slot, 0] == hashed and slots[slot, 1] >= LONG:
+            place = int64(slots[slot, 1] - LONG)
+            start = long_ends[place]
+            if long_ends[place + 1] - start == n and same_bytes(long_bytes, start, text, at, n):
+                slots[slot, 2] += uint64(1)
+                return words
+        slot = (slot + 1) & mask
+    place = used[1]
+    start = long_ends[place]
+    long_bytes, long_ends = with_room(long_bytes, start + n + PADDING), with_room(long_ends, place + 2)
+    for i in range(n):
+        long_bytes[start + i] = text[at + i]
+    long_ends[place + 1] = start + n
+    slots[slot, 0], slots[slot, 1], slots[slot, 2] = hashed, LONG + uint64(place), uint64(1)
+    used += 1
+    return Words(slots, long_bytes, long_ends, used)
+
+
+@compiled
+def count_words(words, text, ends):
+    """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have grown."""
+    while 2 * (words.used[0] + len(ends)) > len(words.slots):
+        words = Words(with_more_slots(words.slots), words.long_bytes, words.long_ends, words.used)
+    slots = words.slots
+    for i in range(len(ends) - 1):
+        at = ends[i]
+        n = ends[i + 1] - at
+        if n > SHORT:
+            words = count_long_word(words, text, at, n)
+            continue
+        low, high = short_key(text, at, n)
+        slot = word_slot(slots, low, high)
+        if not slots[slot, 2]:
+            slots[slot, 0], slots[slot, 1] = low, high
+            words.used[0] += 1
+        slots[slot, 2] += uint64(1)
+    return words
+
+
+@compiled
+def count_documents(words, text, offsets, splitter):
+    """Counts the words of the documents text[offsets[i]:offsets[i + 1]]."""
+    ends = np.empty(BLOCK + 1, np.int64)
+    for i in range(len(offsets) - 1):
+        n, ends[0] = 0, offsets[i]
+        while ends[n] < offsets[i + 1]:
+            ends[0] = ends[n]
+            n = scan(text, offsets[i + 1], splitter, ends)
+            words = count_words(words, text, ends[:n + 1])
+    return words
+
+
+# -- a heap -----------------------------------------------------------------------------------------------------------
+
+# heap (room, 2) uint64, of which the first `size` rows are in use; row 0 is the smallest, second numbers break ties.
+
+
+@compiled
+def heap_push(heap, size, first, second):
+    at = size
+    while at > 0:
+        above = (at - 1) >> 1
+        if heap[above, 0] < first or (heap[above, 0] == first and heap[above, 1] <= second):
+            break
+        heap[at, 0], heap[at, 1] = heap[above, 0], heap[above, 1]
+        at = above
+    heap[at, 0], heap[at, 1] = first, second
+
+
+@compiled
+def heap_pop(heap, size):
+    """Removes row 0; `size` is that before."""
+    first, second = heap[size - 1, 0], heap[size - 1, 1]
+    at = 0
+    while 2 * at + 1 < size - 1:
+        below = 2 * at + 1
+        if below + 1 < size - 1 and (heap[below + 1, 0] < heap[below, 0] or (
+                heap[below + 1, 0] == heap[below, 0] and heap[below + 1, 1] < heap[below, 1])):
+            below += 1
+        if first < heap[below, 0] or (first == heap[below, 0] and second <= heap[below, 1]):
+            break
+        heap[at, 0], heap[at, 1] = heap[below, 0], heap[below, 1]
+        at = below
+    heap[at, 0], heap[at, 1] = first, second
+
+
+# -- learning merges --------------------------------------------------------------------------------------------------
+
+# The different words, as parts that merge. parts (n, 2) int32 holds, at the first and at the last byte of a part, its id,
+# so that the next part starts at i + lengths[id] and the one before ends at i - 1: no linked list is needed. What stands
+# inside a part is never looked at; NOTHING stands between words. Its second column is the place of the word in `counts`.
+Corpus = namedtuple("Corpus", "parts counts lengths")
+NOTHING, INSIDE = -1, -2
+
+# Pairs of adjacent parts. slots (power of 2, 2) uint64: left << 32 | right, and 1 + its row in `rows`. rows (n, 3) int64:
+# how often the pair occurs, and where its positions lie in `positions`: from, how many. A pair can only arise together
+# with the later of its two tokens, so its positions are written once, and are skipped when found stale. heap: of
+# (-count, left << 32 | right), with counts that may be too high, as they only ever fall. used: rows, positions, heap.
+Pairs = namedtuple("Pairs", "slots rows positions heap used")
+
+# What stands on one side of a merge: an array (vocabulary + 1, 3) int64. Columns: how often, and at how many positions, the
+# token of this row was there; and, from the top, the tokens that were, their number in the last row. The loops over
+# positions take arrays and not the namedtuples that hold them: each attribute costs two atomic operations on a counter.
+COUNT, POSITIONS, TOKEN = range(3)
+
+
+def learn(words: Words, n_merges: int, per_call: int = 256):
+    """Yields arrays (up to per_call, 2) of pairs of ids, the i-th of all becoming id 256 + i; ends when no pair is left.
+
+    The most frequent pair is next; among equals the one with the smallest left id, then right id.
+    """
+    # similar words beside each other share cache lines
+    order = np.argsort(words.slots[:, 0].byteswap())
+    words = words._replace(slots=words.slots[order[words.slots[order, 1] > 0]])
+    n_words, n_parts = corpus_size(words)
+    corpus = Corpus(np.zeros((n_parts, 2), np.int32), np.zeros(n_words, np.int64), np.ones(256 + n_merges, np.int64))
+    spell(words, corpus)
+    del words, order
+    # every merge takes one part away and adds at most two positions
+    positions = np.empty(3 * n_parts, np.int32 if n_parts < MANY_PARTS else np.int64)
+    pairs = Pairs(np.zeros((2 * PAIRS, 2), np.uint64), np.zeros((PAIRS, 3), np.int64), positions,
+                  np.zeros((PAIRS, 2), np.uint64), np.zeros(3, np.int64))
+    find_byte_pairs(corpus, pairs)
+    before, after = np.zeros((2, 256 + n_merges + 1, 3), np.int64)
+    merges, n = np.zeros((n_merges, 2), np.int64), 0
+    while n < n_merges and pairs.used[2]:
+        known = n
+        n = learn_merges(corpus, pairs, before, after, merges, known, min(known + per_call, n_merges))
+        yield merges[known:n]
+        if n < min(known + per_call, n_merges):
+            pairs = with_more_pairs(pairs)
+
+
+PAIRS = 1 << 17        # room at first; all pairs of bytes fit
+MANY_PARTS = 1 << 31  # need positions of 64 bits
+
+
+def with_more_pairs(pairs: Pairs) -> Pairs:
+    slots = np.zeros((2 * len(pairs.slots), 2), np.uint64)
+    move_pairs(pairs.slots, slots)
+    rows, heap = (np.concatenate([array, np.zeros_like(array)]) for array in (pairs.rows, pairs.heap))
+    return Pairs(slots, rows, pairs.positions, heap, pairs.used)
+
+
+@compiled
+def corpus_size(words):
+    """Words of more than one byte; and their bytes, with a NOTHING before and after each word."""
+    n, size = 0, 1
+    for i in range(len(words.slots)):
+        length = word_length(words, i)
+        if length > 1:
+            n += 1
+            size += length + 1
+    return n, size
+
+
+@compiled
+def word_length(words, slot):
+    high = words.slots[slot, 1]
+    if high < LONG:
+        return int64(high >> uint64(56))
+    place = int64(high - LONG)
+    return words.long_ends[place + 1] - words.long_ends[place]
+
+
+@compiled
+def spell(words, corpus):
+    """Writes the bytes of the words into `corpus`."""
+    at, word = 0, 0
+    corpus.parts[0, 0] = NOTHING
+    for i in range(len(words.slots)):
+        length = word_length(words, i)
+        if length == 1:
+            continue
+        for j in range(length):
+            if length <= SHORT:
+                byte = int64(words.slots[i, j >> 3] >> uint64(8 * (j & 7)) & uint64(0xFF))
+            else:
+                byte = int64(words.long_bytes[words.long_ends[int64(words.slots[i, 1] - LONG)] + j])
+            corpus.parts[at + 1 + j, 0], corpus.parts[at + 1 + j, 1] = byte, word
+        corpus.counts[word] = int64(words.slots[i, 2])
+        word += 1
+        at += length + 1
+        corpus.parts[at, 0] = NOTHING
+
+
+@compiled
+def as_pair(left, right):
+    return uint64(left) << uint64(32) | uint64(right)
+
+
+@compiled
+def pair_slot(slots, pair):
+    """The row of `pair`, or the free one where it belongs."""
+    mask = len(slots) - 1
+    slot = int64(mix(pair, uint64(0))) & mask
+    while slots[slot, 1] and slots[slot, 0] != pair:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@compiled
+def move_pairs(slots, larger):
+    for i in range(len(slots)):
+        if slots[i, 1]:
+            slot = pair_slot(larger, slots[i, 0])
+            larger[slot, 0], larger[slot, 1] = slots[i, 0], slots[i, 1]
+
+
+@compiled
+def queue(pairs, pair, count):
+    heap_push(pairs.heap, pairs.used[2], uint64(-count), pair)
+    pairs.used[2] += 1
+
+
+@compiled
+def add_pair(pairs, pair, count, n):
+    """A new pair that stands at n positions. Returns from where on in `positions` these are to be written."""
+    row, start = pairs.used[0], pairs.used[1]
+    slot = pair_slot(pairs.slots, pair)
+    pairs.slots[slot, 0], pairs.slots[slot, 1] = pair, uint64(row + 1)
+    pairs.rows[row, 0], pairs.rows[row, 1], pairs.rows[row, 2] = count, start, n
+    pairs.used[0] += 1
+    pairs.used[1] += n
+    queue(pairs, pair, count)
+    return start
+
+
+@compiled
+def find_byte_pairs(corpus, pairs):
+    """Fills `pairs` with those of bytes: first how many there are of each, then where."""
+    parts = corpus.parts
+    counts, n = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
+    for i in range(1, len(parts) - 1):
+        if parts[i, 0] >= 0 and parts[i + 1, 0] >= 0:
+            pair = parts[i, 0] << 8 | parts[i + 1, 0]
+            counts[pair] += corpus.counts[parts[i, 1]]
+            n[pair] += 1
+    for pair in range(1 << 16):
+        if n[pair]:
+            n[pair] = add_pair(pairs, as_pair(pair >> 8, pair & 0xFF), counts[pair], n[pair])
+    for i in range(1, len(parts) - 1):
+        if parts[i, 0] >= 0 and parts[i + 1, 0] >= 0:
+            pair = parts[i, 0] << 8 | parts[i + 1, 0]
+            pairs.positions[n[pair]] = i
+            n[pair] += 1
+
+
+@compiled
+def learn_merges(corpus, pairs, before, after, merges, n_merges, stop):
+    """Goes on from `n_merges` merges to `stop`. Returns how many there are; fewer when no pair is left, or when one of the
+    arrays of `pairs` has no room for what the next merge may add."""
+    while n_merges < stop:
+        row, pair = pop_most_frequent(pairs)
+        if row < 0:
+            break
+        new = 256 + n_merges
+        start, n = pairs.rows[row, 1], pairs.rows[row, 2]
+        room = min(len(pairs.slots) // 2, len(pairs.rows), len(pairs.heap))
+        if max(pairs.used[0], pairs.used[2]) + 2 * min(n, new) + 1 > room:
+            queue(pairs, pair, pairs.rows[row, 0])
+            break
+        left, right = int64(pair >> uint64(32)), int64(pair & uint64(0xFFFFFFFF))
+        merges[n_merges, 0], merges[n_merges, 1] = left, right
+        corpus.lengths[new] = corpus.lengths[left] + corpus.lengths[right]
+        n = merge_pair(corpus, pairs.positions[start:start + n], left, right, new, before, after)
+        for i in range(before[-1, TOKEN]):
+            lower(pairs, as_pair(before[i, TOKEN], left), before[before[i, TOKEN], COUNT])
+        for i in range(after[-1, TOKEN]):
+            lower(pairs, as_pair(right, after[i, TOKEN]), after[after[i, TOKEN], COUNT])
+        pairs.rows[row, 0] = 0
+        forget(before)
+        forget(after)
+        add_pairs_with(corpus, pairs, start, n, new, before, after)
+        forget(before)
+        forget(after)
+        n_merges += 1
+    return n_merges
+
+
+@compiled
+def pop_most_frequent(pairs):
+    """The row of the pair that occurs most often, and the pair; row -1 when none is left."""
+    while pairs.used[2]:
+        count, pair = -int64(pairs.heap[0, 0]), pairs.heap[0, 1]
+        heap_pop(pairs.heap, pairs.used[2])
+        pairs.used[2] -= 1
+        row = int64(pairs.slots[pair_slot(pairs.slots, pair), 1]) - 1
+        current = pairs.rows[row, 0]
+        if count == current:
+            return row, pair
+        if current:
+            queue(pairs, pair, current)
+    return -1, uint64(0)
+
+
+@compiled
+def merge_pair(corpus, positions, left, right, new, before, after):
+    """Replaces the pair by `new` at those of its positions where it still is; returns how many, now the first of them.
+
+    Positions ascend, so of "aaa" the first two merge. Notes what stood beside it.
+    """
+    parts, counts, lengths = corpus
+    merged = 0
+    for i in range(len(positions)):
+        at = int64(positions[i])
+        middle, last = at + lengths[left], at + lengths[new] - 1
+        if parts[at, 0] != left or parts[middle, 0] != right:
+            continue
+        note_neighbours(parts, counts, at, last + 1, new, before, after)
+        parts[middle, 0] = INSIDE
+        parts[at, 0] = parts[last, 0] = new
+        positions[merged] = at
+        merged += 1
+    return merged
+
+
+@compiled
+def note_neighbours(parts, counts, at, end, token, before, after):
+    """Notes the parts on both sides of the `token` that is, or is about to be, from `at` to `end`."""
+    left, right = int64(parts[at - 1, 0]), int64(parts[end, 0])
+    count = counts[parts[at, 1]]
+    if left >= 0 and left != token:  # of two equal ones, the left one notes the right one
+        note(before, left, count)
+    if right >= 0:
+        note(after, right, count)
+
+
+@compiled
+def note(beside, token, count):
+    if beside[token, POSITIONS] == 0:
+        beside[beside[-1, TOKEN], TOKEN] = token
+        beside[-1, TOKEN] += 1
+    beside[token, COUNT] += count
+    beside[token, POSITIONS] += 1
+
+
+@compiled
+def forget(beside):
+    for i in range(beside[-1, TOKEN]):
+        beside[beside[i, TOKEN], COUNT] = beside[beside[i, TOKEN], POSITIONS] = 0
+    beside[-1, TOKEN] = 0
+
+
+@compiled
+def lower(pairs, pair, count):
+    pairs.rows[int64(pairs.slots[pair_slot(pairs.slots, pair), 1]) - 1, 0] -= count
+
+
+@compiled
+def add_pairs_with(corpus, pairs, start, n, new, before, after):
+    """Adds the pairs that `new` is in, and their positions, which ascend as those of `new` do."""
+    parts, counts, lengths = corpus
+    positions = pairs.positions
+    for i in range(start, start + n):
+        at = int64(positions[i])
+        note_neighbours(parts, counts, at, at + lengths[new], new, before, after)
+    for i in range(before[-1, TOKEN]):
+        token = before[i, TOKEN]
+        before[token, POSITIONS] = add_pair(pairs, as_pair(token, new), before[token, COUNT], before[token, POSITIONS])
+    for i in range(after[-1, TOKEN]):
+        token = after[i, TOKEN]
+        after[token, POSITIONS] = add_pair(pairs, as_pair(new, token), after[token, COUNT], after[token, POSITIONS])
+    # now POSITIONS is where in `positions` the next one goes
+    for i in range(start, start + n):
+        at = int64(positions[i])
+        left, right = int64(parts[at - 1, 0]), int64(parts[at + lengths[new], 0])
+        if left >= 0 and left != new:
+            positions[before[left, POSITIONS]] = at - lengths[left]
+            before[left, POSITIONS] += 1
+        if right >= 0:
+            positions[after[right, POSITIONS]] = at
+            after[right, POSITIONS] += 1
+
+
+# -- encoding ---------------------------------------------------------------------------------------------------------
+
+NONE = 0xFFFFFFFF  # no such id
+
+# A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the
+# bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: id + 1, by a hash of
+# the bytes, 0 where free; pairs (power of 2, 2) uint64: left << 32 | right, and 1 + the id of both together. known (power
+# of 2, 4) uint64: a row for each short word that is one token, as in a cache.
+Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
+
+# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, its first two ids, its third id and how many it
+# has. room (1,) int64: how many more words go in. Every thread has a cache of its own.
+Cache = namedtuple("Cache", "rows room")
+CACHED_IDS = 3
+CACHED_WORDS = 1 << 16  # besides those that are one token; in English text of 5 MB there are 50,000
+SCANNED = 64  # bytes of the longest word that is merged without a heap
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
+    """tokens: by id; all 256 single bytes among them, and b"" for an id that does not come out of text."""
+    starts = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum([len(token) for token in tokens], out=starts[1:])
+    vocabulary = Vocabulary(
+        np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), padded(tokens), starts,
+        np.zeros(power_of_two(2 * len(tokens)), np.uint32), np.zeros((power_of_two(3 * len(tokens)), 2), np.uint64),
+        np.zeros((power_of_two(2 * (len(tokens) + CACHED_WORDS)), 4), np.uint64))
+    add_tokens(vocabulary)
+    while (n := add_pairs(vocabulary)) > most_pairs(vocabulary.pairs):
+        vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(2 * n), 2), np.uint64))
+    return vocabulary
+
+
+def make_cache(vocabulary: Vocabulary) -> Cache:
+    return Cache(vocabulary.known.copy(), np.full(1, CACHED_WORDS))
+
+
+@compiled
+def most_pairs(pairs):
+    """How full the table may be."""
+    return len(pairs) * 3 // 5
+
+
+def forget_words(cache: Cache, vocabulary: Vocabulary):
+    """Leaves in the cache only the words that are one token."""
+    cache.rows[:], cache.room[:] = vocabulary.known, CACHED_WORDS
+
+
+@compiled
+def find_token(vocabulary, text, at, n):
+    """The id of the token text[at:at + n], or NONE."""
+    mask = len(vocabulary.tokens) - 1
+    slot = int64(hash_bytes(text, at, n)) & mask
+    while vocabulary.tokens[slot]:
+        token = int64(vocabulary.tokens[slot]) - 1
+        start = vocabulary.starts[token]
+        if vocabulary.starts[token + 1] - start == n and same_bytes(vocabulary.token_bytes, start, text, at, n):
+            return token
+        slot = (slot + 1) & mask
+    return NONE
+
+
+@compiled
+def add_tokens(vocabulary):
+    """Fills all but `pairs` from the bytes of the tokens."""
+    token_bytes, starts, known = vocabulary.token_bytes, vocabulary.starts, vocabulary.known
+    mask = len(vocabulary.tokens) - 1
+    for token in range(len(starts) - 1):
+        start, n = starts[token], starts[token + 1] - starts[token]
+        if n == 0:
+            continue
+        slot = int64(hash_bytes(token_bytes, start, n)) & mask
+        while vocabulary.tokens[slot]:
+            slot = (slot + 1) & mask
+        vocabulary.tokens[slot] = token + 1
+        first = int64(token_bytes[start])
+        if n == 1:
+            vocabulary.byte_ids[first] = token
+        elif n == 2:
+            vocabulary.byte_pairs[first << 8 | int64(token_bytes[start + 1])] = token
+        if n <= SHORT:
+            low, high = short_key(token_bytes, start, n)
+            slot = word_slot(known, low, high)
+            known[slot, 0], known[slot, 1], known[slot, 2], known[slot, 3] = low, high, uint64(token), uint64(1 << 32)
+
+
+@compiled
+def add_pairs(vocabulary):
+    """Fills `pairs`: every way to put two tokens together into a third, not only that by which it was learnt; tiktoken
+    merges any two parts whose bytes together are a token. Returns how many there are; they may be too many for `pairs`."""
+    token_bytes, starts, pairs = vocabulary.token_bytes, vocabulary.starts, vocabulary.pairs
+    n = 0
+    for token in range(len(starts) - 1):
+        start, stop = starts[token], starts[token + 1]
+        for middle in range(start + 1, stop):
+            left = find_token(vocabulary, token_bytes, start, middle - start)
+            right = find_token(vocabulary, token_bytes, middle, stop - middle) if left != NONE else NONE
+            if right != NONE:
+                n += 1
+                if n <= most_pairs(pairs):
+                    pair = as_pair(left, right)
+                    slot = pair_slot(pairs, pair)
+                    pairs[slot, 0], pairs[slot, 1] = pair, uint64(token + 1)
+    return n
+
+
+@compiled
+def find_pair(pairs, left, right):
+    """The id of two tokens together, or NONE."""
+    found = int64(pairs[pair_slot(pairs, as_pair(left, right)), 1])
+    return found - 1 if found else NONE
+
+
+@compiled
+def merge_word(text, at, n, vocabulary, parts, ranks):
+    """Writes the ids of the word text[at:at + n] into `parts`; returns how many. Both arrays have room for n.
+
+    The adjacent pair of lowest rank merges, the leftmost of equals, until none is left. Looks at all pairs each time.
+    """
+    for i in range(n):
+        parts[i] = vocabulary.byte_ids[text[at + i]]
+        ranks[i] = vocabulary.byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
+    n -= 1  # now the number of pairs
+    while n > 0:
+        best, lowest = 0, ranks[0]
+        for i in range(1, n):
+            if ranks[i] < lowest:
+                best, lowest = i, ranks[i]
+        if lowest == NONE:
+            break
+        parts[best] = lowest
+        n -= 1
+        for i in range(best + 1, n + 1):
+            parts[i], ranks[i] = parts[i + 1], ranks[i + 1]
+        if best < n:
+            ranks[best] = find_pair(vocabulary.pairs, parts[best], parts[best + 1])
+        if best > 0:
+            ranks[best - 1] = find_pair(vocabulary.pairs, parts[best - 1], parts[best])
+    return n + 1
+
+
+@compiled
+def merge_long_word(text, at, n, vocabulary, parts, ranks):
+    """As `merge_word`, with a heap that keeps it O(n log n): a "word" may have 300,000 letters.
+
+    As in `Corpus`, a part's id stands at its first and its last byte.
+    """
+    starts, pairs = vocabulary.starts, vocabulary.pairs
+    heap, size = np.empty((3 * n, 2), np.uint64), 0
+    for i in range(n):
+        parts[i] = vocabulary.byte_ids[text[at + i]]
+        ranks[i] = vocabulary.byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])] if i + 1 < n else NONE
+        if ranks[i] != NONE:
+            heap_push(heap, size, uint64(ranks[i]), uint64(i))
+            size += 1
+    while size:
+        rank, left = int64(heap[0, 0]), int64(heap[0, 1])
+        heap_pop(heap, size)
+        size -= 1
+        if ranks[left] != rank:
+            continue  # one of the two was merged away since
+        right = left + starts[parts[left] + 1] - starts[parts[left]]
+        end = right + starts[parts[right] + 1] - starts[parts[right]]
+        before = left - (starts[parts[left - 1] + 1] - starts[parts[left - 1]]) if left else -1
+        parts[left] = parts[end - 1] = rank
+        ranks[right] = NONE
+        ranks[left] = find_pair(pairs, parts[left], parts[end]) if end < n else NONE
+        if ranks[left] != NONE:
+            heap_push(heap, size, uint64(ranks[left]), uint64(left))
+            size += 1
+        if before >= 0:
+            ranks[before] = find_pair(pairs, parts[before], parts[left])
+            if ranks[before] != NONE:
+                heap_push(heap, size, uint64(ranks[before]), uint64(before))
+                size += 1
+    m, i = 0, 0
+    while i < n:
+        token = parts[i]
+        parts[m] = token
+        m += 1
+        i += starts[token + 1] - starts[token]
+    return m
+
+
+@compiled
+def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
+    """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns where they end."""
+    rows, room = cache
+    parts, ranks = np.empty(SCANNED, np.int64), np.empty(SCANNED, np.int64)
+    for i in range(n_words):
+        at = ends[i]
+        length = ends[i + 1] - at
+        if length <= SHORT:
+            low, high = short_key(text, at, length)
+            slot = word_slot(rows, low, high)
+            if not rows[slot, 1]:
+                m = merge_word(text, at, length, vocabulary, parts, ranks)
+                if m > CACHED_IDS or room[0] == 0:
+                    n = append(ids, n, parts, m)
+                    continue
+                room[0] -= 1
+                rows[slot, 0], rows[slot, 1] = low, high
+                # beyond m these are left-overs; the third must not reach into the number
+                rows[slot, 2] = uint64(parts[0]) | uint64(parts[1]) << uint64(32)
+                rows[slot, 3] = uint64(uint32(parts[2])) | uint64(m) << uint64(32)
+            two, third = rows[slot, 2], rows[slot, 3]
+            # all three are written, which is faster than asking how many there are
+            ids[n], ids[n + 1], ids[n + 2] = uint32(two), uint32(two >> uint64(32)), uint32(third)
+            n += int64(third >> uint64(32))
+            continue
+        token = find_token(vocabulary, text, at, length)
+        if token != NONE:  # as tiktoken: also where merging would not lead there
+            ids[n] = token
+            n += 1
+        elif length <= SCANNED:
+            n = append(ids, n, parts, merge_word(text, at, length, vocabulary, parts, ranks))
+        else:
+            longer = np.empty(length, np.int64)
+            n = append(ids, n, longer, merge_long_word(text, at, length, vocabulary, longer, np.empty(length, np.int64)))
+    return n
+
+
+@compiled
+def append(ids, n, parts, m):
+    """Writes the first m of `parts` from ids[n] on; returns where they end."""
+    for i in range(m):
+        ids[n + i] = parts[i]
+    return n + m
+
+
+@compiled
+def encode_documents(text, offsets, splitter, vocabulary, cache, ids, id_offsets):
+    """Ids of the documents text[offsets[i]:offsets[i + 1]], into ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for
+    `PADDING` more than the text has bytes."""
+    ends = np.empty(BLOCK + 1, np.int64)
+    id_offsets[0] = 0
+    for i in range(len(offsets) - 1):
+        at = id_offsets[i]
+        n, ends[0] = 0, offsets[i]
+        while ends[n] < offsets[i + 1]:
+            ends[0] = ends[n]
+            n = scan(text, offsets[i + 1], splitter, ends)
+            at = encode_words(text, ends, n, vocabulary, cache, ids, at)
+        id_offsets[i + 1] = at

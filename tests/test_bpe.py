@@ -1,0 +1,220 @@
+"""Each compiled loop against a slow, obvious twin."""
+import heapq
+import random
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import bpe
+from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, pack, split
+
+# what the patterns tell apart, often enough to meet; and any character
+TEXT = st.text(st.sampled_from("aA'lLvVeErRsSdmtT 1٢½\n\r\t\u00a0\u2028.!-\u0301éſ中🙂\0\x1c\x85")
+               | st.characters(exclude_categories=["Cs", "Cn"]), max_size=50)
+
+
+# -- scanning ---------------------------------------------------------------------------------------------------------
+
+def scan_all(text: str, pattern: str, block: int = 400) -> list[str]:
+    """Words of `text` as the compiled scanner finds them, `block` at a time."""
+    buffer, offsets = pack([text])
+    words, at = [], 0
+    while at < offsets[1]:
+        ends = np.full(block + 1, -1)
+        ends[0] = at
+        n = bpe.scan(buffer, offsets[1], find_splitter(PATTERNS[pattern]), ends)
+        assert 0 < n <= block
+        words += [buffer[start:stop].tobytes().decode() for start, stop in zip(ends[:n], ends[1:n + 1])]
+        at = ends[n]
+    return words
+
+
+@settings(deadline=None, max_examples=400)
+@given(TEXT, st.integers(1, 5))
+def test_scanner_equals_regex(text, block):
+    for pattern, expression in PATTERNS.items():
+        assert scan_all(text, pattern, block) == regex.findall(expression, text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_scanner_equals_regex_on_real_text(pattern, english):
+    text = "".join(english[:60])
+    assert scan_all(text, pattern) == regex.findall(PATTERNS[pattern], text)
+
+
+def test_scanner_by_hand():
+    text = "I'll SHE'LL 'Cause don't!! (a) 12345 x  y\t\tz \n\n  end \n"
+    assert scan_all(text, "default") == [
+        "I", "'ll", " SHE", "'LL", " '", "Cause", " don", "'t", "!!", " (", "a", ")", " ", "12", "34", "5", " x", " ", " y",
+        "\t", "\tz", " \n\n", " ", " end", " \n"]
+    assert scan_all(text, "gpt2") == [
+        "I", "'ll", " SHE", "'", "LL", " '", "Cause", " don", "'t", "!!", " (", "a", ")", " 12345", " x", " ", " y",
+        "\t", "\t", "z", " \n\n ", " end", " \n"]
+
+
+def test_words_end_with_their_document():
+    """What follows in the buffer is another document, even where its letters would go on with the word."""
+    text, offsets = pack(["ab", "cd", "'", "s", " ", " ", "中", "文", "", "1", "2"])
+    words = bpe.count_documents(bpe.no_words(), text, offsets, find_splitter(PATTERNS["default"]))
+    assert as_counter(words) == Counter(["ab", "cd", "'", "s", " ", " ", "中", "文", "1", "2"])
+
+
+def test_classes_are_those_of_regex():
+    """Of all characters that Python knows; `regex` may know younger ones. (All others are compared with tiktoken's.)"""
+    classes = character_classes()
+    characters = "".join(chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Cn"))
+    classes = np.where([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)], bpe.OTHER, classes)
+    for pattern, kinds in ((r"\p{L}", {bpe.LETTER}), (r"\p{N}", {bpe.NUMBER}), (r"\s", {bpe.BLANK, bpe.SPACE, bpe.NEWLINE}),
+                           (r"[\r\n]", {bpe.NEWLINE}), (" ", {bpe.BLANK}), ("'", {bpe.APOSTROPHE})):
+        expected = [ord(char) for char in regex.findall(pattern, characters)]
+        assert np.flatnonzero(np.isin(classes, list(kinds))).tolist() == expected
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+def as_counter(words: bpe.Words) -> Counter:
+    """{word: count}, read from the table."""
+    found = Counter()
+    for low, high, count in words.slots.tolist():
+        if high >= int(bpe.LONG):
+            start, stop = words.long_ends[high - int(bpe.LONG):][:2]
+            found[words.long_bytes[start:stop].tobytes().decode()] += count
+        elif high:
+            found[(low.to_bytes(8, "little") + high.to_bytes(8, "little"))[:high >> 56].decode()] += count
+    return found
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"[^ ]+| ", r"(?s).+"])
+def test_counts_equal_those_of_a_counter(pattern, english):
+    rng = random.Random(2)
+    # words of every length around those that a key holds, NUL bytes in them, and many words, so that the tables grow
+    words = ["\0" * n for n in range(40)] + ["a" * n + "\0" * (20 - n) for n in range(20)]
+    words += ["".join(rng.choices("abc\0", k=rng.randrange(1, 40))) for _ in range(9000)]
+    texts = [*english[:10], " ".join(words), " ".join(rng.choices(words, k=9000)), "", "x" * 100_000, "x" * 100_000]
+    expected = Counter(word for text in texts for word in split(regex.compile(PATTERNS.get(pattern, pattern)), text))
+    assert as_counter(count_words(texts, PATTERNS.get(pattern, pattern), progress=False)) == expected
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+def merges_by_counting_anew(words: dict[str, int], n_merges: int) -> list[list[int]]:
+    """The definition: count all pairs, merge the most frequent one, start again."""
+    spelled, merges = [(list(word.encode()), count) for word, count in words.items()], []
+    for new_id in range(256, 256 + n_merges):
+        pairs = Counter()
+        for ids, count in spelled:
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        spelled = [(replace(ids, merges[-1], new_id), count) for ids, count in spelled]
+    return [list(pair) for pair in merges]
+
+
+def replace(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """[1, 1, 1, 2], (1, 1), 9 -> [9, 1, 2]."""
+    replaced = []
+    while ids:
+        if tuple(ids[:2]) == pair:
+            replaced.append(new_id)
+            ids = ids[2:]
+        else:
+            replaced.append(ids[0])
+            ids = ids[1:]
+    return replaced
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text("abcd", min_size=1, max_size=25), st.integers(1, 5), min_size=1, max_size=8), st.booleans())
+def test_incremental_merges_equal_counting_anew(words, one_at_a_time):
+    counted = count_words([word for word, count in words.items() for _ in range(count)], "[a-d]+", progress=False)
+    expected = merges_by_counting_anew(words, 30)
+    learnt = bpe.learn(counted, 30, per_call=1 if one_at_a_time else 256)
+    assert [pair for merges in learnt for pair in merges.tolist()] == expected
+
+
+def test_tables_of_pairs_grow(english, monkeypatch):
+    def learn():
+        return list(learn_merges(count_words(english[:40], PATTERNS["gpt2"], progress=False), 700))
+    expected = learn()
+    grown = []
+    monkeypatch.setattr(bpe, "with_more_pairs", lambda pairs, grow=bpe.with_more_pairs: grown.append(1) or grow(pairs))
+    monkeypatch.setattr(bpe, "PAIRS", 1 << 12)  # room for the pairs of bytes, and few more
+    assert learn() == expected and len(grown) > 1
+
+
+def test_positions_of_more_than_32_bits_are_the_same(english, monkeypatch):
+    def learn():
+        return list(learn_merges(count_words(english[:5], PATTERNS["gpt2"], progress=False), 100))
+    expected = learn()
+    monkeypatch.setattr(bpe, "MANY_PARTS", 0)
+    assert learn() == expected
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+def merge_slowly(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """The definition: merge the pair of lowest rank, the leftmost of equals, until there is none."""
+    parts = [word] if word in ranks else [bytes([byte]) for byte in word]
+    while True:
+        best = min(((ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks), default=None)
+        if best is None:
+            return [ranks[part] for part in parts]
+        parts[best[1]:best[1] + 2] = [b"".join(parts[best[1]:best[1] + 2])]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab", min_size=2, max_size=20), unique=True, max_size=30),
+       st.lists(st.text("abc", min_size=1, max_size=200), max_size=5), st.randoms(use_true_random=False))
+def test_merging_equals_the_definition(tokens, words, rng):
+    """With tokens that no training would make: some cannot be reached by merging, some in several ways."""
+    tokens = [bytes([byte]) for byte in range(256)] + [token.encode() for token in tokens]
+    rng.shuffle(tokens)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    tokenizer = Tokenizer(ranks, r"[^ ]+| +", {})
+    text = " ".join(words + words)  # again, from the cache
+    assert tokenizer.encode(text) == [
+        token_id for word in regex.findall(r"[^ ]+| +", text) for token_id in merge_slowly(word.encode(), ranks)]
+
+
+def test_every_way_to_put_two_tokens_together_fits(monkeypatch):
+    """A vocabulary of runs has more such ways than there is room for at first."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"a" * n: 254 + n for n in range(2, 200)}
+    text = "a" * 1000
+    assert Tokenizer(ranks, "gpt2", {}).encode(text) == merge_slowly(text.encode(), ranks)
+
+
+def test_a_full_cache_changes_nothing(english, monkeypatch):
+    tokenizer = Tokenizer.train(english[:20], 400)
+    expected = [tokenizer.encode(text) for text in english[:5]]
+    monkeypatch.setattr(bpe, "CACHED_WORDS", 3)
+    small = Tokenizer.from_ranks(tokenizer.ranks, "default")
+    assert [small.encode(text) for text in english[:5]] == expected
+    assert small.caches[0].room[0] == 0
+    assert small.encode("unheard-of unicorns") == tokenizer.encode("unheard-of unicorns") and small.caches[0].room[0] < 3
+
+
+# -- the heap ---------------------------------------------------------------------------------------------------------
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**64 - 1)) | st.none(), max_size=60))
+def test_heap_equals_heapq(commands):
+    """A pair is pushed, None pops."""
+    heap, twin = np.zeros((60, 2), np.uint64), []
+    for command in commands:
+        if command is not None:
+            bpe.heap_push(heap, len(twin), *map(np.uint64, command))
+            heapq.heappush(twin, command)
+        elif twin:
+            assert tuple(heap[0].tolist()) == twin[0]
+            bpe.heap_pop(heap, len(twin))
+            heapq.heappop(twin)
+    for i in range(len(twin), 0, -1):
+        assert tuple(heap[0].tolist()) == heapq.heappop(twin)
+        bpe.heap_pop(heap, i)
