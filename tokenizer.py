@@ -100,9 +100,8 @@ class Tokenizer:
         if n_merges < 0:
             raise BadInput(f"--vocab_size={vocab_size}: must be at least {vocab_size - n_merges} "
                            f"(256 bytes and {len(special_tokens)} special tokens)")
-        words = count_words(texts, PATTERNS.get(pattern, pattern), progress)
         tokens = [bytes([byte]) for byte in range(256)]
-        for left, right in learn_merges(words, n_merges, progress):
+        for left, right in learn_merges(count_words(texts, PATTERNS.get(pattern, pattern), progress), n_merges, progress):
             tokens.append(tokens[left] + tokens[right])
         if len(tokens) < 256 + n_merges:
             raise BadInput(f"--vocab_size={vocab_size}: the text has merges for only {len(tokens) + len(special_tokens)} "
@@ -391,8 +390,10 @@ def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> b
 
 def learn_merges(words: bpe.Words, n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
     """Yields up to `n_merges` pairs of ids, the i-th of which becomes id 256 + i; fewer when no pair is left."""
+    learnt = bpe.learn(words, n_merges)
+    del words  # which `learn` lets go once it has spelled them
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=not progress) as bar:
-        for merges in bpe.learn(words, n_merges):
+        for merges in learnt:
             yield from merges.tolist()
             bar.update(len(merges))
 

@@ -110,33 +110,28 @@ def encode_seconds_tiktoken(args) -> float:
     return seconds_of(lambda: [peer.encode_ordinary(text) for text in texts])
 
 
-def wall_seconds(args, threads: int) -> float:
-    """Of encoding the training text, after one pass over it."""
+def threads_seconds(args) -> tuple[float, float]:
+    """Wall seconds of encoding the training text with two threads and with one, which take turns."""
     from tokenizer import Tokenizer
     tokenizer, texts = Tokenizer.load(args.tokenizer), list(documents(args.train))
-    tokenizer.encode_batch(texts, threads)
-    start = time.perf_counter()
-    tokenizer.encode_batch(texts, threads)
-    return time.perf_counter() - start
-
-
-def one_thread(args) -> float:
-    return wall_seconds(args, 1)
-
-
-def two_threads(args) -> float:
-    return wall_seconds(args, 2)
+    seconds = {2: [], 1: []}
+    for _ in range(args.rounds + 1):
+        for threads, seen in seconds.items():
+            start = time.perf_counter()
+            tokenizer.encode_batch(texts, threads)
+            seen.append(time.perf_counter() - start)
+    return tuple(statistics.median(seen[1:]) for seen in seconds.values())  # the first round warms up
 
 
 ARMS = {arm.__name__: arm for arm in (
     train_seconds_ours, train_seconds_ours_gpt2, train_seconds_rustbpe, train_seconds_gigabpe, train_memory_ours,
-    train_memory_rustbpe, encode_seconds_ours, encode_seconds_tiktoken, one_thread, two_threads)}
+    train_memory_rustbpe, encode_seconds_ours, encode_seconds_tiktoken, threads_seconds)}
 
 
 # -- running and comparing --------------------------------------------------------------------------------------------
 
-def run(arm: str, args) -> float:
-    """The figure of one arm, from a fresh process with one thread."""
+def run(arm: str, args):
+    """The figure of one arm, from a fresh process; Rust's worker threads are one."""
     done = subprocess.run([sys.executable, __file__, f"--arm={arm}", *flags(args)], capture_output=True, text=True,
                           env=os.environ | {"RAYON_NUM_THREADS": "1"})
     if done.returncode:
@@ -146,16 +141,18 @@ def run(arm: str, args) -> float:
 
 def start_seconds(args, compiled: bool) -> float:
     """Wall seconds from the start of a process until it has encoded a document."""
-    program = f"from tokenizer import Tokenizer; Tokenizer.load({str(args.tokenizer)!r}).encode('a first document')"
+    program = ("import time; from tokenizer import Tokenizer; "
+               f"Tokenizer.load({str(args.tokenizer)!r}).encode('a first document'); print(time.time())")
     with tempfile.TemporaryDirectory() as empty:
         environment = dict(os.environ) if compiled else os.environ | {"NUMBA_CACHE_DIR": empty}
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], cwd=REPO, env=environment, check=True)
-        return time.perf_counter() - start
+        start = time.time()
+        done = subprocess.run([sys.executable, "-c", program], cwd=REPO, env=environment, check=True, capture_output=True)
+        return float(done.stdout) - start
 
 
 def flags(args) -> list[str]:
-    return [f"--train={args.train}", f"--val={args.val}", f"--vocab_size={args.vocab_size}", f"--tokenizer={args.tokenizer}"]
+    return [f"--train={args.train}", f"--val={args.val}", f"--vocab_size={args.vocab_size}", f"--tokenizer={args.tokenizer}",
+            f"--rounds={args.rounds}"]
 
 
 def compare(args, ours: str, peer: str) -> tuple[float, float]:
@@ -174,24 +171,25 @@ def measure(args) -> list[tuple[str, str, str, str, float]]:
                  for name, path in (("train", args.train), ("val", args.val))}
     rows = []
 
-    def add(what: str, ours: str, peer: str, show, ratio):
-        mine, theirs = compare(args, ours, peer)
+    def add(what: str, mine: float, theirs: float, show, ratio):
         factor = ratio(mine, theirs)
         rows.append((what, f"**{factor:.2f}×**", show(mine), show(theirs), factor))
 
     faster = lambda mine, theirs: theirs / mine
-    less = lambda mine, theirs: mine / theirs
+    seconds = lambda value: f"{value:.2f} s"
     of_train = f"training on {megabytes['train']:.0f} MB"
-    add(f"{of_train} against rustbpe: times as fast", "train_seconds_ours", "train_seconds_rustbpe",
-        lambda value: f"{value:.2f} s", faster)
-    add(f"{of_train}, GPT-2's pattern, against gigabpe: times as fast", "train_seconds_ours_gpt2", "train_seconds_gigabpe",
-        lambda value: f"{value:.2f} s", faster)
+    add(f"{of_train} against rustbpe: times as fast",
+        *compare(args, "train_seconds_ours", "train_seconds_rustbpe"), seconds, faster)
+    add(f"{of_train}, GPT-2's pattern, against gigabpe: times as fast",
+        *compare(args, "train_seconds_ours_gpt2", "train_seconds_gigabpe"), seconds, faster)
     add(f"encoding {megabytes['val']:.1f} MB of unseen documents, first pass, against tiktoken: times as fast",
-        "encode_seconds_ours", "encode_seconds_tiktoken", lambda value: f"{megabytes['val'] / value:.0f} MB/s", faster)
-    add(f"encoding {megabytes['train']:.0f} MB, two threads against one (wall time): times as fast", "two_threads",
-        "one_thread", lambda value: f"{megabytes['train'] / value:.0f} MB/s", faster)
-    add(f"{of_train}, peak memory of the process against rustbpe's: times as much", "train_memory_ours",
-        "train_memory_rustbpe", lambda value: f"{value:.0f} MB", less)
+        *compare(args, "encode_seconds_ours", "encode_seconds_tiktoken"),
+        lambda value: f"{megabytes['val'] / value:.0f} MB/s", faster)
+    add(f"encoding {megabytes['train']:.0f} MB, two threads against one (wall time): times as fast",
+        *run("threads_seconds", args), lambda value: f"{megabytes['train'] / value:.0f} MB/s", faster)
+    add(f"{of_train}, peak memory of the process against rustbpe's: times as much",
+        *compare(args, "train_memory_ours", "train_memory_rustbpe"), lambda value: f"{value:.0f} MB",
+        lambda mine, theirs: mine / theirs)
     cached = statistics.median(start_seconds(args, True) for _ in range(args.rounds))
     fresh = statistics.median(start_seconds(args, False) for _ in range(3))
     rows.append(("process start to first encoded document, kernels cached", "", f"{cached:.2f} s", "", 0))

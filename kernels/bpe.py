@@ -4,14 +4,15 @@ A text is one buffer of UTF-8 bytes with `PADDING` zeros after it, so that 8 byt
 it end to end. Tables are arrays in a namedtuple. What looks odd has a reason: numba takes uint64 and int64 together for a
 float, a signed index costs a check for < 0, and a slice that is assigned to costs a second of compilation.
 
-numba compiles a function when it is first called, some seconds in all, and keeps the machine code in `__pycache__`.
+numba compiles a kernel when it is first called, some seconds each, and keeps the machine code in `__pycache__`.
 """
 from collections import namedtuple
 
 import numpy as np
 from numba import int64, njit, uint8, uint32, uint64
 
-compiled = njit(cache=True, nogil=True)  # without the GIL, threads encode side by side
+compiled = njit(nogil=True)
+kernel = njit(nogil=True, cache=True)  # what Python calls: without the GIL, threads encode side by side
 
 PADDING = 16
 BLOCK = 256  # words are scanned so many at a time, so that the memory accesses of their look-ups overlap
@@ -150,7 +151,7 @@ def character(text, at, classes):
     return classes[(byte & 0x07) << 18 | second << 12 | third << 6 | (int64(text[at + 3]) & 0x3F)], at + 4
 
 
-@compiled
+@kernel
 def scan(text, stop, splitter, ends):
     """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns how many; at most len(ends) - 1.
 
@@ -307,7 +308,7 @@ def count_long_word(words, text, at, n):
     return Words(slots, long_bytes, long_ends, used)
 
 
-@compiled
+@kernel
 def count_words(words, text, ends):
     """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have grown."""
     while 2 * (words.used[0] + len(ends)) > len(words.slots):
@@ -328,7 +329,7 @@ def count_words(words, text, ends):
     return words
 
 
-@compiled
+@kernel
 def count_documents(words, text, offsets, splitter):
     """Counts the words of the documents text[offsets[i]:offsets[i + 1]]."""
     ends = np.empty(BLOCK + 1, np.int64)
@@ -400,17 +401,16 @@ def learn(words: Words, n_merges: int, per_call: int = 256):
 
     The most frequent pair is next; among equals the one with the smallest left id, then right id.
     """
-    # similar words beside each other share cache lines
-    order = np.argsort(words.slots[:, 0].byteswap())
-    words = words._replace(slots=words.slots[order[words.slots[order, 1] > 0]])
+    slots = words.slots[words.slots[:, 1] > 0]
+    words = words._replace(slots=slots[np.argsort(slots[:, 0].byteswap())])  # similar words share cache lines
     n_words, n_parts = corpus_size(words)
     corpus = Corpus(np.zeros((n_parts, 2), np.int32), np.zeros(n_words, np.int64), np.ones(256 + n_merges, np.int64))
     spell(words, corpus)
-    del words, order
+    del words, slots
     # every merge takes one part away and adds at most two positions
     positions = np.empty(3 * n_parts, np.int32 if n_parts < MANY_PARTS else np.int64)
-    pairs = Pairs(np.zeros((2 * PAIRS, 2), np.uint64), np.zeros((PAIRS, 3), np.int64), positions,
-                  np.zeros((PAIRS, 2), np.uint64), np.zeros(3, np.int64))
+    pairs = Pairs(np.zeros((PAIR_SLOTS, 2), np.uint64), np.zeros((PAIR_SLOTS * 3 // 5, 3), np.int64), positions,
+                  np.zeros((PAIR_SLOTS * 3 // 5, 2), np.uint64), np.zeros(3, np.int64))
     find_byte_pairs(corpus, pairs)
     before, after = np.zeros((2, 256 + n_merges + 1, 3), np.int64)
     merges, n = np.zeros((n_merges, 2), np.int64), 0
@@ -418,22 +418,24 @@ def learn(words: Words, n_merges: int, per_call: int = 256):
         known = n
         n = learn_merges(corpus, pairs, before, after, merges, known, min(known + per_call, n_merges))
         yield merges[known:n]
-        if n < min(known + per_call, n_merges):
+        if pairs.used[2] and n < min(known + per_call, n_merges):
             pairs = with_more_pairs(pairs)
 
 
-PAIRS = 1 << 17        # room at first; all pairs of bytes fit
+PAIR_SLOTS = 1 << 17  # at first; all pairs of bytes fit
 MANY_PARTS = 1 << 31  # need positions of 64 bits
 
 
 def with_more_pairs(pairs: Pairs) -> Pairs:
+    """The same pairs with twice the room."""
     slots = np.zeros((2 * len(pairs.slots), 2), np.uint64)
     move_pairs(pairs.slots, slots)
-    rows, heap = (np.concatenate([array, np.zeros_like(array)]) for array in (pairs.rows, pairs.heap))
-    return Pairs(slots, rows, pairs.positions, heap, pairs.used)
+    for array in (pairs.rows, pairs.heap):
+        array.resize((2 * len(array), array.shape[1]), refcheck=False)  # in place, as memory is scarcest here
+    return pairs._replace(slots=slots)
 
 
-@compiled
+@kernel
 def corpus_size(words):
     """Words of more than one byte; and their bytes, with a NOTHING before and after each word."""
     n, size = 0, 1
@@ -454,7 +456,7 @@ def word_length(words, slot):
     return words.long_ends[place + 1] - words.long_ends[place]
 
 
-@compiled
+@kernel
 def spell(words, corpus):
     """Writes the bytes of the words into `corpus`."""
     at, word = 0, 0
@@ -490,7 +492,7 @@ def pair_slot(slots, pair):
     return slot
 
 
-@compiled
+@kernel
 def move_pairs(slots, larger):
     for i in range(len(slots)):
         if slots[i, 1]:
@@ -517,7 +519,7 @@ def add_pair(pairs, pair, count, n):
     return start
 
 
-@compiled
+@kernel
 def find_byte_pairs(corpus, pairs):
     """Fills `pairs` with those of bytes: first how many there are of each, then where."""
     parts = corpus.parts
@@ -537,18 +539,17 @@ def find_byte_pairs(corpus, pairs):
             n[pair] += 1
 
 
-@compiled
+@kernel
 def learn_merges(corpus, pairs, before, after, merges, n_merges, stop):
-    """Goes on from `n_merges` merges to `stop`. Returns how many there are; fewer when no pair is left, or when one of the
-    arrays of `pairs` has no room for what the next merge may add."""
+    """Goes on from `n_merges` merges to `stop`. Returns how many there are; fewer when no pair is left, or when `pairs` has
+    no room for what the next merge may add."""
     while n_merges < stop:
         row, pair = pop_most_frequent(pairs)
         if row < 0:
             break
         new = 256 + n_merges
         start, n = pairs.rows[row, 1], pairs.rows[row, 2]
-        room = min(len(pairs.slots) // 2, len(pairs.rows), len(pairs.heap))
-        if max(pairs.used[0], pairs.used[2]) + 2 * min(n, new) + 1 > room:
+        if max(pairs.used[0], pairs.used[2]) + 2 * min(n, new + 1) + 1 > len(pairs.rows):
             queue(pairs, pair, pairs.rows[row, 0])
             break
         left, right = int64(pair >> uint64(32)), int64(pair & uint64(0xFFFFFFFF))
@@ -693,22 +694,19 @@ def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
     np.cumsum([len(token) for token in tokens], out=starts[1:])
     vocabulary = Vocabulary(
         np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), padded(tokens), starts,
-        np.zeros(power_of_two(2 * len(tokens)), np.uint32), np.zeros((power_of_two(3 * len(tokens)), 2), np.uint64),
-        np.zeros((power_of_two(2 * (len(tokens) + CACHED_WORDS)), 4), np.uint64))
+        np.zeros(power_of_two(2 * len(tokens)), np.uint32), np.zeros((1, 2), np.uint64),
+        np.zeros((power_of_two((len(tokens) + CACHED_WORDS) * 4 // 3), 4), np.uint64))
     add_tokens(vocabulary)
-    while (n := add_pairs(vocabulary)) > most_pairs(vocabulary.pairs):
-        vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(2 * n), 2), np.uint64))
+    n_pairs, room = len(tokens) * 9 // 4, 0  # as many as a vocabulary of English has
+    while n_pairs > room:
+        room = n_pairs
+        vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(room * 5 // 3), 2), np.uint64))
+        n_pairs = add_pairs(vocabulary, room)
     return vocabulary
 
 
 def make_cache(vocabulary: Vocabulary) -> Cache:
     return Cache(vocabulary.known.copy(), np.full(1, CACHED_WORDS))
-
-
-@compiled
-def most_pairs(pairs):
-    """How full the table may be."""
-    return len(pairs) * 3 // 5
 
 
 def forget_words(cache: Cache, vocabulary: Vocabulary):
@@ -730,7 +728,7 @@ def find_token(vocabulary, text, at, n):
     return NONE
 
 
-@compiled
+@kernel
 def add_tokens(vocabulary):
     """Fills all but `pairs` from the bytes of the tokens."""
     token_bytes, starts, known = vocabulary.token_bytes, vocabulary.starts, vocabulary.known
@@ -754,10 +752,12 @@ def add_tokens(vocabulary):
             known[slot, 0], known[slot, 1], known[slot, 2], known[slot, 3] = low, high, uint64(token), uint64(1 << 32)
 
 
-@compiled
-def add_pairs(vocabulary):
-    """Fills `pairs`: every way to put two tokens together into a third, not only that by which it was learnt; tiktoken
-    merges any two parts whose bytes together are a token. Returns how many there are; they may be too many for `pairs`."""
+@kernel
+def add_pairs(vocabulary, room):
+    """Fills `pairs` with up to `room` ways to put two tokens together into a third; returns how many there are.
+
+    Not only those by which it was learnt: as in tiktoken, any two parts merge whose bytes together are a token.
+    """
     token_bytes, starts, pairs = vocabulary.token_bytes, vocabulary.starts, vocabulary.pairs
     n = 0
     for token in range(len(starts) - 1):
@@ -767,7 +767,7 @@ def add_pairs(vocabulary):
             right = find_token(vocabulary, token_bytes, middle, stop - middle) if left != NONE else NONE
             if right != NONE:
                 n += 1
-                if n <= most_pairs(pairs):
+                if n <= room:
                     pair = as_pair(left, right)
                     slot = pair_slot(pairs, pair)
                     pairs[slot, 0], pairs[slot, 1] = pair, uint64(token + 1)
@@ -852,7 +852,7 @@ def merge_long_word(text, at, n, vocabulary, parts, ranks):
     return m
 
 
-@compiled
+@kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns where they end."""
     rows, room = cache
@@ -898,7 +898,7 @@ def append(ids, n, parts, m):
     return n + m
 
 
-@compiled
+@kernel
 def encode_documents(text, offsets, splitter, vocabulary, cache, ids, id_offsets):
     """Ids of the documents text[offsets[i]:offsets[i + 1]], into ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for
     `PADDING` more than the text has bytes."""

@@ -145,7 +145,7 @@ def test_tables_of_pairs_grow(english, monkeypatch):
     expected = learn()
     grown = []
     monkeypatch.setattr(bpe, "with_more_pairs", lambda pairs, grow=bpe.with_more_pairs: grown.append(1) or grow(pairs))
-    monkeypatch.setattr(bpe, "PAIRS", 1 << 12)  # room for the pairs of bytes, and few more
+    monkeypatch.setattr(bpe, "PAIR_SLOTS", 1 << 12)  # room for the pairs of bytes, and few more
     assert learn() == expected and len(grown) > 1
 
 

@@ -161,7 +161,7 @@ def test_quick_start_is_one_block_of_two_lines():
 def test_files_that_readme_names_exist():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([\w/.]+)\)", readme))
-    named |= set(re.findall(r"`((?:bench|studies|layers|runtime|tests)/\w+\.\w+)`", readme))
+    named |= set(re.findall(r"`((?:bench|studies|layers|kernels|runtime|tests)/\w+\.\w+)`", readme))
     assert named
     for path in named:
         assert (REPO / path).exists(), path
@@ -172,7 +172,7 @@ def test_readmes_recipe_for_an_architecture(tmp_path, data_path):
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     recipe = re.search(r"```python\n# at the end of layers/mlp.py\n(.*?)\n# in layers/__init__.py, in place of.*?\n(.*?)```",
                        readme, re.DOTALL)
-    for path in [*REPO.glob("*.py"), *REPO.glob("layers/*.py"), *REPO.glob("runtime/*.py")]:
+    for path in [*REPO.glob("*.py"), *REPO.glob("layers/*.py"), *REPO.glob("runtime/*.py"), *REPO.glob("kernels/*.*")]:
         copy = tmp_path / path.relative_to(REPO)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")

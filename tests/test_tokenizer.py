@@ -3,6 +3,9 @@ import itertools
 import json
 import pickle
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import rustbpe
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tokenizer_script
+from conftest import REPO
 from runtime.flags import BadInput
 from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer, as_text
 
@@ -308,6 +312,49 @@ def test_command_trains_and_reports(tmp_path, english, capsys, refused):
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     tokenizer_script.main([*flags, "--vocab_size=500", "--overwrite"])
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 500
+
+
+@pytest.mark.parametrize("moment", ["counting words", "merging"])
+def test_ctrl_c_leaves_nothing(tmp_path, english, moment):
+    (tmp_path / "text.txt").write_text("\n\n".join(english), encoding="utf-8")
+    flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'out' / 'tokenizer.json'}"]
+    process = subprocess.Popen([sys.executable, REPO / "tokenizer.py", *flags, "--vocab_size=3000"], stderr=subprocess.PIPE)
+    said = b""
+    while moment.encode() not in said:
+        byte = process.stderr.read(1)
+        assert byte, said
+        said += byte
+    process.send_signal(signal.SIGINT)
+    said += process.stderr.read()
+    assert process.wait() == 130 and b"Traceback" not in said and said.endswith(b"interrupted\n"), said.decode()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_learnt_from_in_little_memory():
+    """Built-in text under 60 ciphers, so that new words keep coming: more of them than 1 GB of English has."""
+    program = """
+import random, re, string
+from pathlib import Path
+from runtime.sources import builtin_documents
+from tokenizer import Tokenizer
+n_bytes = 0
+def texts():
+    global n_bytes
+    documents = list(builtin_documents())
+    while n_bytes < 1e9:
+        cipher = random.Random(n_bytes % 60).sample(string.ascii_lowercase, 26)
+        table = str.maketrans(string.ascii_letters, "".join(cipher) + "".join(cipher).upper())
+        for text in documents:
+            n_bytes += len(text.encode())
+            yield text.translate(table)
+tokenizer = Tokenizer.train(texts(), 32_768)
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+print(n_bytes, tokenizer.vocab_size, peak)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
+    n_bytes, vocab_size, peak = map(int, done.stdout.split())
+    assert n_bytes >= 1e9 and vocab_size == 32_768 and peak < 1.5e6, done
 
 
 def test_one_text_is_not_many():
