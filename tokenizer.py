@@ -171,7 +171,7 @@ class Tokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`; special tokens written in it are ordinary text. See `as_text` for what is not valid Unicode."""
-        return self.encode_chunk([text])[0].tolist()
+        return self.encode_chunk([text])[0].tolist() if text else []
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64.

@@ -12,7 +12,15 @@ import numpy as np
 from numba import int64, njit, uint8, uint32, uint64
 
 compiled = njit(nogil=True)
-kernel = njit(nogil=True, cache=True)  # what Python calls: without the GIL, threads encode side by side
+
+
+def kernel(function):
+    """What Python calls: without the GIL, so that threads encode side by side, and compiled once on a machine."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep the machine code in: every process compiles its own
+        return compiled(function)
+
 
 PADDING = 16
 BLOCK = 256  # words are scanned so many at a time, so that the memory accesses of their look-ups overlap
@@ -667,7 +675,8 @@ def add_pairs_with(corpus, pairs, start, n, new, before, after):
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
-NONE = 0xFFFFFFFF  # no such id
+NONE = 0xFFFFFFFF  # no such id; above all ids
+END = 1 << 32      # stands after the last part of a word that is being merged
 
 # A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the
 # bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: id + 1, by a hash of
@@ -692,12 +701,13 @@ def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
     """tokens: by id; all 256 single bytes among them, and b"" for an id that does not come out of text."""
     starts = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum([len(token) for token in tokens], out=starts[1:])
+    n_tokens = sum(map(bool, tokens))
     vocabulary = Vocabulary(
         np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), padded(tokens), starts,
-        np.zeros(power_of_two(2 * len(tokens)), np.uint32), np.zeros((1, 2), np.uint64),
-        np.zeros((power_of_two((len(tokens) + CACHED_WORDS) * 4 // 3), 4), np.uint64))
+        np.zeros(power_of_two(2 * n_tokens), np.uint32), np.zeros((1, 2), np.uint64),
+        np.zeros((power_of_two((n_tokens + CACHED_WORDS) * 4 // 3), 4), np.uint64))
     add_tokens(vocabulary)
-    n_pairs, room = len(tokens) * 9 // 4, 0  # as many as a vocabulary of English has
+    n_pairs, room = n_tokens * 9 // 4, 0  # as many as a vocabulary of English has
     while n_pairs > room:
         room = n_pairs
         vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(room * 5 // 3), 2), np.uint64))
@@ -783,30 +793,33 @@ def find_pair(pairs, left, right):
 
 @compiled
 def merge_word(text, at, n, vocabulary, parts, ranks):
-    """Writes the ids of the word text[at:at + n] into `parts`; returns how many. Both arrays have room for n.
+    """Writes the ids of the word text[at:at + n] into `parts`; returns how many. Both arrays have room for n + 1.
 
-    The adjacent pair of lowest rank merges, the leftmost of equals, until none is left. Looks at all pairs each time.
+    The adjacent pair of lowest rank merges, the leftmost of equals, until none is left. Looks at all pairs each time. Loops
+    end at END rather than after n steps, for LLVM would make vector loops of those, which are slower for so few.
     """
     for i in range(n):
         parts[i] = vocabulary.byte_ids[text[at + i]]
         ranks[i] = vocabulary.byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
-    n -= 1  # now the number of pairs
-    while n > 0:
-        best, lowest = 0, ranks[0]
-        for i in range(1, n):
+    ranks[n - 1] = END
+    while True:
+        best, i = 0, 1
+        lowest = ranks[0]
+        while ranks[i - 1] != END:
             if ranks[i] < lowest:
                 best, lowest = i, ranks[i]
-        if lowest == NONE:
-            break
+            i += 1
+        if lowest >= NONE:
+            return i
         parts[best] = lowest
-        n -= 1
-        for i in range(best + 1, n + 1):
+        i = best + 1
+        last = ranks[i] == END
+        while ranks[i] != END:
             parts[i], ranks[i] = parts[i + 1], ranks[i + 1]
-        if best < n:
-            ranks[best] = find_pair(vocabulary.pairs, parts[best], parts[best + 1])
+            i += 1
+        ranks[best] = END if last else find_pair(vocabulary.pairs, parts[best], parts[best + 1])
         if best > 0:
             ranks[best - 1] = find_pair(vocabulary.pairs, parts[best - 1], parts[best])
-    return n + 1
 
 
 @compiled
@@ -856,7 +869,7 @@ def merge_long_word(text, at, n, vocabulary, parts, ranks):
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns where they end."""
     rows, room = cache
-    parts, ranks = np.empty(SCANNED, np.int64), np.empty(SCANNED, np.int64)
+    parts, ranks = np.empty(SCANNED + 1, np.int64), np.empty(SCANNED + 1, np.int64)
     for i in range(n_words):
         at = ends[i]
         length = ends[i + 1] - at

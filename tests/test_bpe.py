@@ -1,6 +1,8 @@
 """Each compiled loop against a slow, obvious twin."""
 import heapq
 import random
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
 
@@ -10,6 +12,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import REPO
 from kernels import bpe
 from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, pack, split
 
@@ -188,6 +191,16 @@ def test_every_way_to_put_two_tokens_together_fits(monkeypatch):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"a" * n: 254 + n for n in range(2, 200)}
     text = "a" * 1000
     assert Tokenizer(ranks, "gpt2", {}).encode(text) == merge_slowly(text.encode(), ranks)
+
+
+def test_works_where_no_machine_code_can_be_kept():
+    program = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+from tokenizer import Tokenizer
+assert Tokenizer.train(["hello hello"], 258, special_tokens=()).encode("hell") == [257, ord("l")]
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True)
 
 
 def test_a_full_cache_changes_nothing(english, monkeypatch):
