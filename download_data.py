@@ -22,7 +22,7 @@ from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import Source, SourceConfig, local_revision, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, as_text
 
-BATCH_BYTES = 1 << 24  # of text are encoded at once, by all cores
+BATCH_BYTES = 1 << 24  # of text are encoded at once, in threads
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,9 @@ class Tokenizer:
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}: must be at least 1")
+        _ = self.vocabulary  # before several threads each make one
         encoded = list(map_in_threads(self.encode_chunk, chunks(texts), threads or available_cores()))
         ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
         return ids, np.concatenate([[0], *(lengths for _, lengths in encoded)], dtype=np.int64).cumsum()
@@ -307,7 +310,7 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
     if not pattern.groups:  # with groups, findall would return those instead of the match
         words = pattern.findall(text)
         if sum(map(len, words)) == len(text):
-            return words
+            return [word for word in words if word]  # an expression may match nothing between others
     words, at = [], 0
     for match in pattern.finditer(text):
         if match.group():
@@ -379,11 +382,11 @@ def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> b
         for chunk in chunks(texts):
             text, offsets = pack(chunk)
             if splitter is not None:
-                words = bpe.count_documents(words, text, offsets, splitter)
+                words = bpe.add_documents(words, text, offsets, splitter)
             else:
                 for ends in split_documents(split_regex, text, offsets):
                     for i in range(0, len(ends) - 1, bpe.BLOCK):
-                        words = bpe.count_words(words, text, ends[i:i + bpe.BLOCK + 1])
+                        words = bpe.add_words(words, text, ends[i:i + bpe.BLOCK + 1])
             bar.update(int(offsets[-1]))
     return words
 

@@ -291,7 +291,7 @@ def with_more_slots(slots):
 
 
 @compiled
-def count_long_word(words, text, at, n):
+def add_long_word(words, text, at, n):
     """Adds one to the count of a word that is longer than SHORT. Returns the words, whose arrays may have grown."""
     slots, long_bytes, long_ends, used = words
     hashed = hash_bytes(text, at, n)
@@ -317,7 +317,7 @@ def count_long_word(words, text, at, n):
 
 
 @kernel
-def count_words(words, text, ends):
+def add_words(words, text, ends):
     """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have grown."""
     while 2 * (words.used[0] + len(ends)) > len(words.slots):
         words = Words(with_more_slots(words.slots), words.long_bytes, words.long_ends, words.used)
@@ -326,7 +326,7 @@ def count_words(words, text, ends):
         at = ends[i]
         n = ends[i + 1] - at
         if n > SHORT:
-            words = count_long_word(words, text, at, n)
+            words = add_long_word(words, text, at, n)
             continue
         low, high = short_key(text, at, n)
         slot = word_slot(slots, low, high)
@@ -338,7 +338,7 @@ def count_words(words, text, ends):
 
 
 @kernel
-def count_documents(words, text, offsets, splitter):
+def add_documents(words, text, offsets, splitter):
     """Counts the words of the documents text[offsets[i]:offsets[i + 1]]."""
     ends = np.empty(BLOCK + 1, np.int64)
     for i in range(len(offsets) - 1):
@@ -346,7 +346,7 @@ def count_documents(words, text, offsets, splitter):
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]
             n = scan(text, offsets[i + 1], splitter, ends)
-            words = count_words(words, text, ends[:n + 1])
+            words = add_words(words, text, ends[:n + 1])
     return words
 
 
@@ -387,8 +387,10 @@ def heap_pop(heap, size):
 # -- learning merges --------------------------------------------------------------------------------------------------
 
 # The different words, as parts that merge. parts (n, 2) int32 holds, at the first and at the last byte of a part, its id,
-# so that the next part starts at i + lengths[id] and the one before ends at i - 1: no linked list is needed. What stands
-# inside a part is never looked at; NOTHING stands between words. Its second column is the place of the word in `counts`.
+# so that the next part starts at i + lengths[id] and the one before ends at i - 1: no linked list is needed. Where a part
+# started that is now the right half of another stands INSIDE, or the id of that other: positions in `Pairs` may be stale,
+# and no id is met again where it no longer starts. NOTHING stands between words. The second column is the word's place in
+# `counts`.
 Corpus = namedtuple("Corpus", "parts counts lengths")
 NOTHING, INSIDE = -1, -2
 
@@ -424,7 +426,7 @@ def learn(words: Words, n_merges: int, per_call: int = 256):
     merges, n = np.zeros((n_merges, 2), np.int64), 0
     while n < n_merges and pairs.used[2]:
         known = n
-        n = learn_merges(corpus, pairs, before, after, merges, known, min(known + per_call, n_merges))
+        n = merge_until(corpus, pairs, before, after, merges, known, min(known + per_call, n_merges))
         yield merges[known:n]
         if pairs.used[2] and n < min(known + per_call, n_merges):
             pairs = with_more_pairs(pairs)
@@ -548,20 +550,20 @@ def find_byte_pairs(corpus, pairs):
 
 
 @kernel
-def learn_merges(corpus, pairs, before, after, merges, n_merges, stop):
-    """Goes on from `n_merges` merges to `stop`. Returns how many there are; fewer when no pair is left, or when `pairs` has
+def merge_until(corpus, pairs, before, after, merges, done, stop):
+    """Goes on from `done` merges to `stop`. Returns how many are done; fewer when no pair is left, or when `pairs` has
     no room for what the next merge may add."""
-    while n_merges < stop:
+    while done < stop:
         row, pair = pop_most_frequent(pairs)
         if row < 0:
             break
-        new = 256 + n_merges
+        new = 256 + done
         start, n = pairs.rows[row, 1], pairs.rows[row, 2]
         if max(pairs.used[0], pairs.used[2]) + 2 * min(n, new + 1) + 1 > len(pairs.rows):
             queue(pairs, pair, pairs.rows[row, 0])
             break
         left, right = int64(pair >> uint64(32)), int64(pair & uint64(0xFFFFFFFF))
-        merges[n_merges, 0], merges[n_merges, 1] = left, right
+        merges[done, 0], merges[done, 1] = left, right
         corpus.lengths[new] = corpus.lengths[left] + corpus.lengths[right]
         n = merge_pair(corpus, pairs.positions[start:start + n], left, right, new, before, after)
         for i in range(before[-1, TOKEN]):
@@ -574,8 +576,8 @@ def learn_merges(corpus, pairs, before, after, merges, n_merges, stop):
         add_pairs_with(corpus, pairs, start, n, new, before, after)
         forget(before)
         forget(after)
-        n_merges += 1
-    return n_merges
+        done += 1
+    return done
 
 
 @compiled
@@ -769,10 +771,18 @@ def add_pairs(vocabulary, room):
     Not only those by which it was learnt: as in tiktoken, any two parts merge whose bytes together are a token.
     """
     token_bytes, starts, pairs = vocabulary.token_bytes, vocabulary.starts, vocabulary.pairs
+    longest = 0
+    for token in range(len(starts) - 1):
+        longest = max(longest, starts[token + 1] - starts[token])
+    occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, as not to look for others in a token of a million bytes
+    for token in range(len(starts) - 1):
+        occurs[starts[token + 1] - starts[token]] = 1
     n = 0
     for token in range(len(starts) - 1):
         start, stop = starts[token], starts[token + 1]
         for middle in range(start + 1, stop):
+            if not (occurs[middle - start] and occurs[stop - middle]):
+                continue
             left = find_token(vocabulary, token_bytes, start, middle - start)
             right = find_token(vocabulary, token_bytes, middle, stop - middle) if left != NONE else NONE
             if right != NONE:
@@ -824,9 +834,9 @@ def merge_word(text, at, n, vocabulary, parts, ranks):
 
 @compiled
 def merge_long_word(text, at, n, vocabulary, parts, ranks):
-    """As `merge_word`, with a heap that keeps it O(n log n): a "word" may have 300,000 letters.
+    """As `merge_word`, with a heap that keeps it O(n log n): a "word" may have 300,000 letters. Both arrays have room for n.
 
-    As in `Corpus`, a part's id stands at its first and its last byte.
+    As in `Corpus`, a part's id stands at its first and its last byte. Holds 64 bytes for a byte of the word.
     """
     starts, pairs = vocabulary.starts, vocabulary.pairs
     heap, size = np.empty((3 * n, 2), np.uint64), 0
