@@ -2,7 +2,8 @@
 
 A text is one buffer of UTF-8 bytes with `PADDING` zeros after it, so that 8 bytes may be read anywhere; documents lie in
 it end to end. Tables are arrays in a namedtuple. What looks odd has a reason: numba takes uint64 and int64 together for a
-float, a signed index costs a check for < 0, and a slice that is assigned to costs a second of compilation.
+float, a signed index costs a check for < 0, a slice that is assigned to costs a second of compilation, and each look at an
+attribute of a namedtuple two atomic operations on a counter, so that inner loops take arrays.
 
 numba compiles a kernel when it is first called, some seconds each, and keeps the machine code in `__pycache__`.
 """
@@ -401,8 +402,7 @@ NOTHING, INSIDE = -1, -2
 Pairs = namedtuple("Pairs", "slots rows positions heap used")
 
 # What stands on one side of a merge: an array (vocabulary + 1, 3) int64. Columns: how often, and at how many positions, the
-# token of this row was there; and, from the top, the tokens that were, their number in the last row. The loops over
-# positions take arrays and not the namedtuples that hold them: each attribute costs two atomic operations on a counter.
+# token of this row was there; and, from the top, the tokens that were, their number in the last row.
 COUNT, POSITIONS, TOKEN = range(3)
 
 
@@ -511,41 +511,42 @@ def move_pairs(slots, larger):
 
 
 @compiled
-def queue(pairs, pair, count):
-    heap_push(pairs.heap, pairs.used[2], uint64(-count), pair)
-    pairs.used[2] += 1
+def queue(heap, used, pair, count):
+    heap_push(heap, used[2], uint64(-count), pair)
+    used[2] += 1
 
 
 @compiled
-def add_pair(pairs, pair, count, n):
+def add_pair(slots, rows, heap, used, pair, count, n):
     """A new pair that stands at n positions. Returns from where on in `positions` these are to be written."""
-    row, start = pairs.used[0], pairs.used[1]
-    slot = pair_slot(pairs.slots, pair)
-    pairs.slots[slot, 0], pairs.slots[slot, 1] = pair, uint64(row + 1)
-    pairs.rows[row, 0], pairs.rows[row, 1], pairs.rows[row, 2] = count, start, n
-    pairs.used[0] += 1
-    pairs.used[1] += n
-    queue(pairs, pair, count)
+    row, start = used[0], used[1]
+    slot = pair_slot(slots, pair)
+    slots[slot, 0], slots[slot, 1] = pair, uint64(row + 1)
+    rows[row, 0], rows[row, 1], rows[row, 2] = count, start, n
+    used[0] += 1
+    used[1] += n
+    queue(heap, used, pair, count)
     return start
 
 
 @kernel
 def find_byte_pairs(corpus, pairs):
     """Fills `pairs` with those of bytes: first how many there are of each, then where."""
-    parts = corpus.parts
+    parts, word_counts, _ = corpus
+    slots, rows, positions, heap, used = pairs
     counts, n = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
     for i in range(1, len(parts) - 1):
         if parts[i, 0] >= 0 and parts[i + 1, 0] >= 0:
             pair = parts[i, 0] << 8 | parts[i + 1, 0]
-            counts[pair] += corpus.counts[parts[i, 1]]
+            counts[pair] += word_counts[parts[i, 1]]
             n[pair] += 1
     for pair in range(1 << 16):
         if n[pair]:
-            n[pair] = add_pair(pairs, as_pair(pair >> 8, pair & 0xFF), counts[pair], n[pair])
+            n[pair] = add_pair(slots, rows, heap, used, as_pair(pair >> 8, pair & 0xFF), counts[pair], n[pair])
     for i in range(1, len(parts) - 1):
         if parts[i, 0] >= 0 and parts[i + 1, 0] >= 0:
             pair = parts[i, 0] << 8 | parts[i + 1, 0]
-            pairs.positions[n[pair]] = i
+            positions[n[pair]] = i
             n[pair] += 1
 
 
@@ -553,24 +554,25 @@ def find_byte_pairs(corpus, pairs):
 def merge_until(corpus, pairs, before, after, merges, done, stop):
     """Goes on from `done` merges to `stop`. Returns how many are done; fewer when no pair is left, or when `pairs` has
     no room for what the next merge may add."""
+    slots, rows, positions, heap, used = pairs
     while done < stop:
-        row, pair = pop_most_frequent(pairs)
+        row, pair = pop_most_frequent(slots, rows, heap, used)
         if row < 0:
             break
         new = 256 + done
-        start, n = pairs.rows[row, 1], pairs.rows[row, 2]
-        if max(pairs.used[0], pairs.used[2]) + 2 * min(n, new + 1) + 1 > len(pairs.rows):
-            queue(pairs, pair, pairs.rows[row, 0])
+        start, n = rows[row, 1], rows[row, 2]
+        if max(used[0], used[2]) + 2 * min(n, new + 1) + 1 > len(rows):
+            queue(heap, used, pair, rows[row, 0])
             break
         left, right = int64(pair >> uint64(32)), int64(pair & uint64(0xFFFFFFFF))
         merges[done, 0], merges[done, 1] = left, right
         corpus.lengths[new] = corpus.lengths[left] + corpus.lengths[right]
-        n = merge_pair(corpus, pairs.positions[start:start + n], left, right, new, before, after)
+        n = merge_pair(corpus, positions[start:start + n], left, right, new, before, after)
         for i in range(before[-1, TOKEN]):
-            lower(pairs, as_pair(before[i, TOKEN], left), before[before[i, TOKEN], COUNT])
+            lower(slots, rows, as_pair(before[i, TOKEN], left), before[before[i, TOKEN], COUNT])
         for i in range(after[-1, TOKEN]):
-            lower(pairs, as_pair(right, after[i, TOKEN]), after[after[i, TOKEN], COUNT])
-        pairs.rows[row, 0] = 0
+            lower(slots, rows, as_pair(right, after[i, TOKEN]), after[after[i, TOKEN], COUNT])
+        rows[row, 0] = 0
         forget(before)
         forget(after)
         add_pairs_with(corpus, pairs, start, n, new, before, after)
@@ -581,18 +583,18 @@ def merge_until(corpus, pairs, before, after, merges, done, stop):
 
 
 @compiled
-def pop_most_frequent(pairs):
+def pop_most_frequent(slots, rows, heap, used):
     """The row of the pair that occurs most often, and the pair; row -1 when none is left."""
-    while pairs.used[2]:
-        count, pair = -int64(pairs.heap[0, 0]), pairs.heap[0, 1]
-        heap_pop(pairs.heap, pairs.used[2])
-        pairs.used[2] -= 1
-        row = int64(pairs.slots[pair_slot(pairs.slots, pair), 1]) - 1
-        current = pairs.rows[row, 0]
+    while used[2]:
+        count, pair = -int64(heap[0, 0]), heap[0, 1]
+        heap_pop(heap, used[2])
+        used[2] -= 1
+        row = int64(slots[pair_slot(slots, pair), 1]) - 1
+        current = rows[row, 0]
         if count == current:
             return row, pair
         if current:
-            queue(pairs, pair, current)
+            queue(heap, used, pair, current)
     return -1, uint64(0)
 
 
@@ -645,24 +647,26 @@ def forget(beside):
 
 
 @compiled
-def lower(pairs, pair, count):
-    pairs.rows[int64(pairs.slots[pair_slot(pairs.slots, pair), 1]) - 1, 0] -= count
+def lower(slots, rows, pair, count):
+    rows[int64(slots[pair_slot(slots, pair), 1]) - 1, 0] -= count
 
 
 @compiled
 def add_pairs_with(corpus, pairs, start, n, new, before, after):
     """Adds the pairs that `new` is in, and their positions, which ascend as those of `new` do."""
     parts, counts, lengths = corpus
-    positions = pairs.positions
+    slots, rows, positions, heap, used = pairs
     for i in range(start, start + n):
         at = int64(positions[i])
         note_neighbours(parts, counts, at, at + lengths[new], new, before, after)
     for i in range(before[-1, TOKEN]):
         token = before[i, TOKEN]
-        before[token, POSITIONS] = add_pair(pairs, as_pair(token, new), before[token, COUNT], before[token, POSITIONS])
+        count, n_positions = before[token, COUNT], before[token, POSITIONS]
+        before[token, POSITIONS] = add_pair(slots, rows, heap, used, as_pair(token, new), count, n_positions)
     for i in range(after[-1, TOKEN]):
         token = after[i, TOKEN]
-        after[token, POSITIONS] = add_pair(pairs, as_pair(new, token), after[token, COUNT], after[token, POSITIONS])
+        count, n_positions = after[token, COUNT], after[token, POSITIONS]
+        after[token, POSITIONS] = add_pair(slots, rows, heap, used, as_pair(new, token), count, n_positions)
     # now POSITIONS is where in `positions` the next one goes
     for i in range(start, start + n):
         at = int64(positions[i])
@@ -727,14 +731,14 @@ def forget_words(cache: Cache, vocabulary: Vocabulary):
 
 
 @compiled
-def find_token(vocabulary, text, at, n):
+def find_token(tokens, starts, token_bytes, text, at, n):
     """The id of the token text[at:at + n], or NONE."""
-    mask = len(vocabulary.tokens) - 1
+    mask = len(tokens) - 1
     slot = int64(hash_bytes(text, at, n)) & mask
-    while vocabulary.tokens[slot]:
-        token = int64(vocabulary.tokens[slot]) - 1
-        start = vocabulary.starts[token]
-        if vocabulary.starts[token + 1] - start == n and same_bytes(vocabulary.token_bytes, start, text, at, n):
+    while tokens[slot]:
+        token = int64(tokens[slot]) - 1
+        start = starts[token]
+        if starts[token + 1] - start == n and same_bytes(token_bytes, start, text, at, n):
             return token
         slot = (slot + 1) & mask
     return NONE
@@ -743,21 +747,21 @@ def find_token(vocabulary, text, at, n):
 @kernel
 def add_tokens(vocabulary):
     """Fills all but `pairs` from the bytes of the tokens."""
-    token_bytes, starts, known = vocabulary.token_bytes, vocabulary.starts, vocabulary.known
-    mask = len(vocabulary.tokens) - 1
+    byte_ids, byte_pairs, token_bytes, starts, tokens, _, known = vocabulary
+    mask = len(tokens) - 1
     for token in range(len(starts) - 1):
         start, n = starts[token], starts[token + 1] - starts[token]
         if n == 0:
             continue
         slot = int64(hash_bytes(token_bytes, start, n)) & mask
-        while vocabulary.tokens[slot]:
+        while tokens[slot]:
             slot = (slot + 1) & mask
-        vocabulary.tokens[slot] = token + 1
+        tokens[slot] = token + 1
         first = int64(token_bytes[start])
         if n == 1:
-            vocabulary.byte_ids[first] = token
+            byte_ids[first] = token
         elif n == 2:
-            vocabulary.byte_pairs[first << 8 | int64(token_bytes[start + 1])] = token
+            byte_pairs[first << 8 | int64(token_bytes[start + 1])] = token
         if n <= SHORT:
             low, high = short_key(token_bytes, start, n)
             slot = word_slot(known, low, high)
@@ -770,7 +774,7 @@ def add_pairs(vocabulary, room):
 
     Not only those by which it was learnt: as in tiktoken, any two parts merge whose bytes together are a token.
     """
-    token_bytes, starts, pairs = vocabulary.token_bytes, vocabulary.starts, vocabulary.pairs
+    _, _, token_bytes, starts, tokens, pairs, _ = vocabulary
     longest = 0
     for token in range(len(starts) - 1):
         longest = max(longest, starts[token + 1] - starts[token])
@@ -783,8 +787,10 @@ def add_pairs(vocabulary, room):
         for middle in range(start + 1, stop):
             if not (occurs[middle - start] and occurs[stop - middle]):
                 continue
-            left = find_token(vocabulary, token_bytes, start, middle - start)
-            right = find_token(vocabulary, token_bytes, middle, stop - middle) if left != NONE else NONE
+            left = find_token(tokens, starts, token_bytes, token_bytes, start, middle - start)
+            if left == NONE:
+                continue
+            right = find_token(tokens, starts, token_bytes, token_bytes, middle, stop - middle)
             if right != NONE:
                 n += 1
                 if n <= room:
@@ -802,15 +808,15 @@ def find_pair(pairs, left, right):
 
 
 @compiled
-def merge_word(text, at, n, vocabulary, parts, ranks):
+def merge_word(text, at, n, byte_ids, byte_pairs, pairs, parts, ranks):
     """Writes the ids of the word text[at:at + n] into `parts`; returns how many. Both arrays have room for n + 1.
 
     The adjacent pair of lowest rank merges, the leftmost of equals, until none is left. Looks at all pairs each time. Loops
     end at END rather than after n steps, for LLVM would make vector loops of those, which are slower for so few.
     """
     for i in range(n):
-        parts[i] = vocabulary.byte_ids[text[at + i]]
-        ranks[i] = vocabulary.byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
+        parts[i] = byte_ids[text[at + i]]
+        ranks[i] = byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
     ranks[n - 1] = END
     while True:
         best, i = 0, 1
@@ -827,22 +833,21 @@ def merge_word(text, at, n, vocabulary, parts, ranks):
         while ranks[i] != END:
             parts[i], ranks[i] = parts[i + 1], ranks[i + 1]
             i += 1
-        ranks[best] = END if last else find_pair(vocabulary.pairs, parts[best], parts[best + 1])
+        ranks[best] = END if last else find_pair(pairs, parts[best], parts[best + 1])
         if best > 0:
-            ranks[best - 1] = find_pair(vocabulary.pairs, parts[best - 1], parts[best])
+            ranks[best - 1] = find_pair(pairs, parts[best - 1], parts[best])
 
 
 @compiled
-def merge_long_word(text, at, n, vocabulary, parts, ranks):
+def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ranks):
     """As `merge_word`, with a heap that keeps it O(n log n): a "word" may have 300,000 letters. Both arrays have room for n.
 
     As in `Corpus`, a part's id stands at its first and its last byte. Holds 64 bytes for a byte of the word.
     """
-    starts, pairs = vocabulary.starts, vocabulary.pairs
     heap, size = np.empty((3 * n, 2), np.uint64), 0
     for i in range(n):
-        parts[i] = vocabulary.byte_ids[text[at + i]]
-        ranks[i] = vocabulary.byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])] if i + 1 < n else NONE
+        parts[i] = byte_ids[text[at + i]]
+        ranks[i] = byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])] if i + 1 < n else NONE
         if ranks[i] != NONE:
             heap_push(heap, size, uint64(ranks[i]), uint64(i))
             size += 1
@@ -878,6 +883,7 @@ def merge_long_word(text, at, n, vocabulary, parts, ranks):
 @kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns where they end."""
+    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     rows, room = cache
     parts, ranks = np.empty(SCANNED + 1, np.int64), np.empty(SCANNED + 1, np.int64)
     for i in range(n_words):
@@ -887,7 +893,7 @@ def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
             low, high = short_key(text, at, length)
             slot = word_slot(rows, low, high)
             if not rows[slot, 1]:
-                m = merge_word(text, at, length, vocabulary, parts, ranks)
+                m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
                 if m > CACHED_IDS or room[0] == 0:
                     n = append(ids, n, parts, m)
                     continue
@@ -901,15 +907,17 @@ def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
             ids[n], ids[n + 1], ids[n + 2] = uint32(two), uint32(two >> uint64(32)), uint32(third)
             n += int64(third >> uint64(32))
             continue
-        token = find_token(vocabulary, text, at, length)
+        token = find_token(tokens, starts, token_bytes, text, at, length)
         if token != NONE:  # as tiktoken: also where merging would not lead there
             ids[n] = token
             n += 1
         elif length <= SCANNED:
-            n = append(ids, n, parts, merge_word(text, at, length, vocabulary, parts, ranks))
+            m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
+            n = append(ids, n, parts, m)
         else:
-            longer = np.empty(length, np.int64)
-            n = append(ids, n, longer, merge_long_word(text, at, length, vocabulary, longer, np.empty(length, np.int64)))
+            longer, longer_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
+            m = merge_long_word(text, at, length, byte_ids, byte_pairs, pairs, starts, longer, longer_ranks)
+            n = append(ids, n, longer, m)
     return n
 
 
