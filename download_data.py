@@ -20,7 +20,7 @@ from dataloader import SPLITS, Manifest, ShardWriter, documents_to_reach, open_d
 from runtime.files import require_writable
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import Source, SourceConfig, local_revision, open_source, source_flags, take_text
-from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, as_text
+from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, utf8
 
 BATCH_BYTES = 1 << 24  # of text are encoded at once, in threads
 
@@ -210,7 +210,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
     while texts := list(take_text(documents, BATCH_BYTES)):
         ids, offsets = tokenizer.encode_batch(texts)
         ids = np.insert(ids, offsets[:-1], tokenizer.separator_id)
-        text_bytes = np.array([len(as_text(text).encode()) for text in texts])
+        text_bytes = np.array([len(utf8(text)) for text in texts])
         yield ids, offsets + np.arange(len(offsets)), text_bytes
 
 

@@ -423,7 +423,7 @@ def main(argv=None):
     start = time.perf_counter()
     documents = open_source(source_config).documents()
     sample = list(take_text(documents, min(config.tokenizer_bytes, 1_000_000)))
-    n_bytes = sum(len(as_text(text).encode()) for text in sample)
+    n_bytes = sum(len(utf8(text)) for text in sample)
     texts = itertools.chain(sample, take_text(documents, config.tokenizer_bytes - n_bytes))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.pattern, progress=True)
     tokenizer.save(config.tokenizer_path)

@@ -2,9 +2,9 @@
 
     python bench/tokenizer.py --train docs_train.parquet --val docs_val.parquet
 
-Installs the peers from bench/tokenizer_requirements.txt. Every measurement is a process of its own, the sides take turns,
-and medians are compared. The table goes into README.md, between the lines that name this file, and as a picture into
-studies/tokenizer.png.
+Installs the peers from bench/tokenizer_requirements.txt. Every measurement is a process of its own (one and two threads
+share one), the sides take turns, and medians are compared. The table goes into README.md, between the lines that name
+this file, and as a picture into studies/tokenizer.png.
 """
 import argparse
 import json

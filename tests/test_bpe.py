@@ -196,6 +196,11 @@ def test_every_way_to_put_two_tokens_together_fits(monkeypatch):
     assert Tokenizer(ranks, "gpt2", {}).encode(text) == merge_slowly(text.encode(), ranks)
 
 
+def test_kernels_let_other_threads_run():
+    kernels = [value for value in vars(bpe).values() if hasattr(value, "targetoptions")]
+    assert len(kernels) > 30 and all(kernel.targetoptions["nogil"] for kernel in kernels)
+
+
 def test_works_where_no_machine_code_can_be_kept():
     program = """
 import numba.core.caching

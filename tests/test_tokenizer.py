@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import rustbpe
@@ -208,6 +209,17 @@ def test_one_thread_equals_many(trained, english, monkeypatch):
     for threads in (1, 2, 7, None):
         ids, offsets = trained.encode_batch(iter(texts), threads)
         assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == expected
+
+
+def test_threads_encode_side_by_side(trained, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 10)
+    both_are_here = threading.Barrier(2)
+
+    def encode_chunk(texts, encode=trained.encode_chunk):
+        both_are_here.wait(timeout=20)  # raises where nobody else comes
+        return encode(texts)
+    monkeypatch.setattr(trained, "encode_chunk", encode_chunk)
+    assert len(trained.encode_batch(["ten letters"] * 8, threads=2)[1]) == 9
 
 
 def test_threads_raise_what_goes_wrong(trained, english, monkeypatch):
