@@ -14,19 +14,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from runtime.files import sync_folder, whole_file
 from runtime.flags import BadInput
 from tokenizer import Tokenizer
 
-FORMAT = "gpt-workbench shards 1"
+FORMAT = "gpt-workbench shards 2"
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
 PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
 IGNORE_INDEX = -100        # targets that carry no loss; the value F.cross_entropy skips by itself
@@ -47,12 +48,14 @@ class Shard:
 @dataclass
 class Manifest:
     """What a data folder holds; `manifest.json` is this as JSON."""
-    source: dict       # dataset, configuration, column and revision
-    settings: dict     # the thresholds that cut the stream into splits and shards
+    source: dict       # dataset, configuration, column and revisions
+    settings: dict     # the thresholds that cut the stream into splits and shards, and which part of the stream this is
     tokenizer: str     # its fingerprint
     vocab_size: int
     dtype: str         # "uint16" or "uint32"
     complete: bool = False
+    left_out: int = 0  # parts of the text that could not be read
+    place: dict = field(default_factory=dict)  # where the text after the shards begins; empty at both ends of the text
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     format: str = FORMAT
 
@@ -83,7 +86,7 @@ class Manifest:
                 for i, shard in enumerate(manifest.shards[split]):
                     if shard.file != shard_name(split, i):
                         raise ValueError(f"shard {i} of {split} is {shard.file!r}")
-            if manifest.dtype not in ("uint16", "uint32") or "revision" not in manifest.source:
+            if manifest.dtype not in ("uint16", "uint32") or "revisions" not in manifest.source:
                 raise ValueError(f"dtype {manifest.dtype!r}, source {manifest.source}")
             return manifest
         except OSError as error:
@@ -127,22 +130,20 @@ class ShardWriter:
     def name(self) -> str:
         return shard_name(self.split, len(self.manifest.shards[self.split]))
 
-    def add(self, ids: np.ndarray, starts: np.ndarray, text_bytes: np.ndarray):
-        """Appends whole documents: document i is ids[starts[i]:starts[i + 1]], of text_bytes[i] bytes of text."""
-        at = 0
-        while at < len(text_bytes):
-            if self.file is None:
-                self._open()
-            stop = documents_to_reach(starts, at, self.threshold - self.tokens)
-            part = np.ascontiguousarray(ids[starts[at]:starts[stop]], dtype=self.dtype)
-            self.file.write(part)
-            self.checksum.update(part)
-            self.tokens += len(part)
-            self.bytes += int(text_bytes[at:stop].sum())
-            self.documents += stop - at
-            at = stop
-            if self.tokens >= self.threshold:
-                self.close()
+    @property
+    def room(self) -> int:
+        """Tokens that the open shard lacks to its threshold."""
+        return self.threshold - self.tokens
+
+    def add(self, ids: np.ndarray, documents: int, n_bytes: int):
+        """Appends whole documents, of so many bytes of text together. ids: (n,), of the shards' dtype."""
+        if self.file is None:
+            self._open()
+        self.file.write(ids)
+        self.checksum.update(ids)
+        self.tokens += len(ids)
+        self.bytes += n_bytes
+        self.documents += documents
 
     def _open(self):
         self.file = open(self.data_path / (self.name + ".tmp"), "wb")  # noqa: SIM115 (closed by close or discard)
@@ -157,7 +158,7 @@ class ShardWriter:
                         "shape": (self.tokens,)})
 
     def close(self):
-        """Gives the open shard, if there is one, its final name and a place in the manifest on disk."""
+        """Gives the open shard, if there is one, its final name and a place in the manifest, which is saved."""
         if self.file is None:
             return
         self._write_header()
@@ -202,7 +203,7 @@ class ShardedTokens:
         self.maps: list[np.ndarray] | None = None
         for path, length in zip(self.paths, lengths):
             check_shard(path, length, manifest, separator_id)
-        if strangers := set(data_path.glob(f"{split}_*.npy")) - set(self.paths):
+        if strangers := find_strangers(self.paths, split):
             raise BadInput(f"{min(strangers)}: not in manifest.json: move it away or prepare the data again")
 
     def __len__(self) -> int:
@@ -222,6 +223,12 @@ class ShardedTokens:
             parts.append(self.maps[first][start - self.stops[first]:end - self.stops[first]])
             start, first = end, first + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def find_strangers(paths: list[Path], split: str) -> set[Path]:
+    """Files beside the shards `paths` that look like further ones."""
+    folders = {path.parent for path in paths}  # several, where each holds the part of a node
+    return {path for folder in folders for path in folder.glob(f"{split}_*.npy")} - set(paths)
 
 
 def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
@@ -251,25 +258,94 @@ class Data:
         return ShardedTokens(self.path, self.manifest, name, self.tokenizer.separator_id)
 
 
-def open_data(data_path: Path, vocab_size: int | None = None) -> Data:
-    """Raises BadInput when the folder is not finished, its parts do not belong together, or its vocabulary has not
-    the `vocab_size` that was expected."""
-    manifest = Manifest.load(data_path)
-    if not manifest.complete:
-        raise BadInput(f"--data_path={data_path}: the preparation did not finish: run `python download_data.py` with "
-                       f"the same flags again to go on")
-    if not (data_path / "tokenizer.json").exists():
-        raise BadInput(f"{data_path / 'tokenizer.json'}: missing: put back the one these shards were made with, or prepare "
-                       f"them again")
-    tokenizer = Tokenizer.load(data_path / "tokenizer.json")
+def open_data(data_path: Path, vocab_size: int | None = None, unfinished: bool = False) -> Data:
+    """A folder that download_data.py filled, or one that holds such folders, the parts of several nodes.
+
+    Raises BadInput when it is not finished (unless `unfinished` data will do), its parts do not belong together, or its
+    vocabulary has not the `vocab_size` that was expected.
+    """
+    parts = [] if (data_path / "manifest.json").exists() else parts_of_nodes(data_path)
+    manifests = [Manifest.load(folder) for folder in parts or [data_path]]
+    for folder, manifest in zip(parts or [data_path], manifests):
+        if not manifest.complete and not unfinished:
+            raise BadInput(f"--data_path={folder}: the preparation did not finish: run `python download_data.py` with "
+                           f"the same flags again to go on")
+    manifest = joined(data_path, parts, manifests) if parts else manifests[0]
+    path = (parts or [data_path])[0] / "tokenizer.json"
+    if not path.exists():
+        raise BadInput(f"{path}: missing: put back the one these shards were made with, or prepare them again")
+    tokenizer = Tokenizer.load(path)
     if (tokenizer.fingerprint(), tokenizer.vocab_size) != (manifest.tokenizer, manifest.vocab_size):
-        raise BadInput(f"{data_path / 'tokenizer.json'}: not the tokenizer these shards were made with (fingerprint "
-                       f"{tokenizer.fingerprint()} of {tokenizer.vocab_size}, manifest.json says {manifest.tokenizer} of "
-                       f"{manifest.vocab_size}): put the right one back")
+        raise BadInput(f"{path}: not the tokenizer these shards were made with (fingerprint {tokenizer.fingerprint()} of "
+                       f"{tokenizer.vocab_size}, manifest.json says {manifest.tokenizer} of {manifest.vocab_size}): put "
+                       f"the right one back")
     if vocab_size not in (None, manifest.vocab_size):
         raise BadInput(f"--vocab_size={vocab_size}: the data in {data_path} has {manifest.vocab_size}: "
                        f"drop the flag, or prepare other data")
     return Data(data_path, manifest, tokenizer)
+
+
+def parts_of_nodes(data_path: Path) -> list[Path]:
+    """Folders in `data_path` that were each prepared with --num_nodes, in order of --node."""
+    folders = {}
+    for path in sorted(data_path.glob("*/manifest.json")):
+        settings = Manifest.load(path.parent).settings
+        if settings.get("num_nodes", 1) > 1:
+            folders[path.parent] = settings["node"]
+    return sorted(folders, key=folders.get)
+
+
+def joined(data_path: Path, folders: list[Path], manifests: list[Manifest]) -> Manifest:
+    """The manifest of the parts together. Raises BadInput unless they are all the parts of one preparation."""
+    first = manifests[0]
+    common = lambda manifest: (manifest.tokenizer, manifest.dtype, manifest.source, manifest.settings | {"node": None})
+    for folder, manifest in zip(folders, manifests):
+        if common(manifest) != common(first):
+            raise BadInput(f"--data_path={data_path}: {folder} and {folders[0]} were prepared with other flags, text or "
+                           f"tokenizer: put only parts of one preparation side by side")
+    nodes, n = [manifest.settings["node"] for manifest in manifests], first.settings["num_nodes"]
+    if nodes != list(range(n)):
+        raise BadInput(f"--data_path={data_path}: holds the parts of node {', '.join(map(str, nodes))} of --num_nodes={n}: "
+                       f"put each of 0 to {n - 1} there once")
+    shards = {split: [replace(shard, file=f"{folder.name}/{shard.file}") for folder, manifest in zip(folders, manifests)
+                      for shard in manifest.shards[split]] for split in SPLITS}
+    return replace(first, shards=shards, complete=all(manifest.complete for manifest in manifests),
+                   left_out=sum(manifest.left_out for manifest in manifests))
+
+
+def damage(data: Data) -> Iterator[str]:
+    """Reads every token and yields a line for each thing that is not as the manifest says."""
+    manifest, separator_id = data.manifest, data.tokenizer.separator_id
+    token_bytes, itemsize = data.tokenizer.token_bytes(), np.dtype(manifest.dtype).itemsize
+    shards = [shard for split in SPLITS for shard in manifest.shards[split]]
+    with tqdm(total=sum(shard.tokens for shard in shards) * itemsize, desc="verifying", unit="B", unit_scale=True) as bar:
+        for shard in shards:
+            path = data.path / shard.file
+            try:
+                check_shard(path, shard.tokens, manifest, separator_id)
+            except BadInput as error:
+                yield str(error)
+                continue
+            tokens, checksum, largest, documents, n_bytes = np.load(path, mmap_mode="r"), hashlib.sha256(), 0, 0, 0
+            for start in range(0, len(tokens), 1 << 22):
+                part = np.ascontiguousarray(tokens[start:start + (1 << 22)])
+                checksum.update(part)
+                largest = max(largest, int(part.max()))
+                documents += np.count_nonzero(part == separator_id)
+                n_bytes += int(token_bytes[np.minimum(part, len(token_bytes) - 1)].sum())
+                bar.update(part.nbytes)
+            if largest >= manifest.vocab_size:
+                yield f"{path}: holds id {largest}, beyond the vocabulary of {manifest.vocab_size}"
+            if checksum.hexdigest() != shard.sha256:
+                yield f"{path}: its tokens are not those of the checksum in manifest.json"
+            for found, expected, what in ((documents, shard.documents, "documents"),
+                                          (n_bytes, shard.bytes, "bytes of text")):
+                if found != expected:
+                    yield f"{path}: holds {found:,} {what}, manifest.json says {expected:,}"
+    if manifest.complete:
+        for split in SPLITS:
+            if strangers := find_strangers([data.path / shard.file for shard in manifest.shards[split]], split):
+                yield f"{min(strangers)}: not in manifest.json"
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -14,11 +14,8 @@ import hashlib
 import itertools
 import json
 import operator
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +27,8 @@ from kernels import bpe
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import SourceConfig, open_source, take_text
+from runtime.texts import Texts, pack, utf8
+from runtime.threads import available_cores, map_in_threads
 
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # leads every document
@@ -170,8 +169,8 @@ class Tokenizer:
     # -- using it -------------------------------------------------------------------------------------------------
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of `text`; special tokens written in it are ordinary text. See `as_text` for what is not valid Unicode."""
-        return self.encode_chunk([text])[0].tolist() if text else []
+        """Ids of `text`; special tokens written in it are ordinary text, and what is not valid Unicode becomes U+FFFD."""
+        return self.encode_texts(pack([text]))[0].tolist() if text else []
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64.
@@ -184,22 +183,28 @@ class Tokenizer:
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: must be at least 1")
         _ = self.vocabulary  # before several threads each make one
-        encoded = list(map_in_threads(self.encode_chunk, chunks(texts), threads or available_cores()))
+        encode = lambda chunk: self.encode_texts(pack(chunk))
+        encoded = list(map_in_threads(encode, chunks(texts), threads or available_cores()))
         ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
-        return ids, np.concatenate([[0], *(lengths for _, lengths in encoded)], dtype=np.int64).cumsum()
+        return ids, np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)], dtype=np.int64).cumsum()
 
-    def encode_chunk(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of `texts` end to end, and how many each has. Several threads may call it."""
-        text, offsets = pack(texts)
-        ids, id_offsets = np.empty(len(text) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
+    def encode_texts(self, texts: Texts, separated: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64, by the calling thread alone;
+        several may call it. separated: each text is led by the separator."""
+        text, offsets = bpe.padded([texts.utf8]), texts.offsets
+        ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
+        lead = np.array([self.separator_id] if separated else [], np.uint32)
         cache = self.take_cache()
         if self.splitter is not None:
-            bpe.encode_documents(text, offsets, self.splitter, self.vocabulary, cache, ids, id_offsets)
+            bpe.encode_documents(text, offsets, lead, self.splitter, self.vocabulary, cache, ids, id_offsets)
         else:
             for i, ends in enumerate(split_documents(self.split_regex, text, offsets)):
-                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, id_offsets[i])
+                at = id_offsets[i]
+                ids[at:at + len(lead)] = lead
+                at += len(lead)
+                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, at)
         self.caches.append(cache)
-        return ids[:id_offsets[-1]].astype(self.dtype), np.diff(id_offsets)
+        return ids[:id_offsets[-1]].astype(self.dtype), id_offsets
 
     @functools.cached_property
     def vocabulary(self) -> bpe.Vocabulary:
@@ -239,6 +244,19 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def one_token_words(self, ids: np.ndarray) -> float:
+        """The share of the words in whole documents, `ids` with separators or without, that are a single token."""
+        lengths = self.token_bytes()[ids]
+        token_ends = lengths.cumsum()
+        words = one_token = 0
+        offsets = np.unique([0, *token_ends[lengths == 0], token_ends[-1] if len(ids) else 0])
+        text = np.frombuffer(self.decode_bytes(ids[lengths > 0]), np.uint8)
+        for ends in split_documents(self.split_regex, text, offsets):
+            tokens_before = np.searchsorted(token_ends[lengths > 0], ends, side="right")
+            words += len(ends) - 1
+            one_token += int((np.diff(tokens_before) == 1).sum())
+        return one_token / max(words, 1)
+
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text per id, 0 for special tokens. What bits per byte divides by."""
         lengths = np.array([len(token) for token in self.tokens], dtype=np.int64)
@@ -262,18 +280,6 @@ def compile_pattern(pattern: str) -> regex.Pattern:
     if compiled.flags & regex.REVERSE:
         raise BadInput(f"{given}: it matches from the end")
     return compiled
-
-
-def as_text(text: str | bytes) -> str:
-    """`text` as Unicode that UTF-8 can hold: halves of surrogate pairs are joined; a lone half and bytes that are not
-    UTF-8 become U+FFFD (as tiktoken does)."""
-    if isinstance(text, bytes):
-        return text.decode("utf-8", errors="replace")
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
 @functools.cache
@@ -320,22 +326,6 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def utf8(text: str | bytes) -> bytes:
-    """`text` as valid UTF-8; see `as_text`."""
-    try:
-        return text.encode()
-    except (UnicodeEncodeError, AttributeError):
-        return as_text(text).encode()
-
-
-def pack(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """A buffer (n,) uint8 as the kernels read it, and where each text starts in it and the last ends, (texts + 1,) int64."""
-    parts = [utf8(text) for text in texts]
-    offsets = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return bpe.padded(parts), offsets
-
-
 def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
     """`texts` in lists of about CHUNK_CHARACTERS together."""
     chunk, n = [], 0
@@ -349,38 +339,13 @@ def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
         yield chunk
 
 
-def map_in_threads(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """map(function, items) by several threads, a few items ahead of what is taken."""
-    items = iter(items)
-    ahead = list(itertools.islice(items, 2))
-    if threads == 1 or len(ahead) < 2:
-        yield from map(function, itertools.chain(ahead, items))
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for item in itertools.chain(ahead, items):
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for left_over in waiting:
-                left_over.cancel()
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> bpe.Words:
     """How often each word occurs in `texts`, of which only a few are held at a time."""
     words, split_regex, splitter = bpe.no_words(), compile_pattern(pattern), find_splitter(pattern)
     with tqdm(desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
         for chunk in chunks(texts):
-            text, offsets = pack(chunk)
+            packed = pack(chunk)
+            text, offsets = bpe.padded([packed.utf8]), packed.offsets
             if splitter is not None:
                 words = bpe.add_documents(words, text, offsets, splitter)
             else:

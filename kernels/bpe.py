@@ -27,7 +27,7 @@ PADDING = 16
 BLOCK = 256  # words are scanned so many at a time, so that the memory accesses of their look-ups overlap
 
 
-def padded(parts: list[bytes]) -> np.ndarray:
+def padded(parts: list[bytes | np.ndarray]) -> np.ndarray:
     """`parts` end to end as a text."""
     return np.frombuffer(bytearray().join([*parts, bytes(PADDING)]), np.uint8)
 
@@ -930,13 +930,13 @@ def append(ids, n, parts, m):
 
 
 @kernel
-def encode_documents(text, offsets, splitter, vocabulary, cache, ids, id_offsets):
-    """Ids of the documents text[offsets[i]:offsets[i + 1]], into ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for
-    `PADDING` more than the text has bytes."""
+def encode_documents(text, offsets, lead, splitter, vocabulary, cache, ids, id_offsets):
+    """Ids of the documents text[offsets[i]:offsets[i + 1]], each led by those in `lead`, into
+    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for `PADDING` more than all leads and bytes."""
     ends = np.empty(BLOCK + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
-        at = id_offsets[i]
+        at = append(ids, id_offsets[i], lead, len(lead))
         n, ends[0] = 0, offsets[i]
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process at a time writes into."""
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.flags import BadInput
@@ -37,6 +37,40 @@ def sync_folder(folder: Path):
         try:
             os.fsync(descriptor)
         finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(folder: Path, given: str):
+    """Makes `folder` where there is none, and keeps other processes that ask for the same out of it. The system lets go of
+    it when the process ends, however it does. A folder made here and still empty at the end goes away again.
+
+    Raises BadInput, which begins with the flag `given`. Windows, and network disks without locks, keep nobody out.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{given}: cannot be written ({error.strerror}): choose another path") from None
+    descriptor = None
+    if os.name == "posix":
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BadInput(f"{given}: another process is preparing data there: let it finish, or choose another folder"
+                           ) from None
+        except OSError:  # a file system that has no locks
+            pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+        if descriptor is not None:
             os.close(descriptor)
 
 

@@ -1,59 +1,108 @@
-"""Where text comes from: a dataset of the Hugging Face hub, local files, or the text built into this machine's Python.
+"""Where text comes from: a dataset of the Hugging Face hub, local files, the text built into this machine's Python, or a
+mix of such.
 
-A source is opened once and gives its documents in a fixed order, each a non-empty str. `documents(skip)` starts after
-the first `skip` of them, which is how an interrupted preparation goes on.
+A source is opened once and gives its documents in a fixed order, about a megabyte at a time, each with its place; from there
+they are read again without what is before, which is how an interrupted preparation goes on.
 """
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
-import json
 import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.flags import BadInput, check_flags, flag
+from runtime.hub import open_hub
+from runtime.readers import CHUNK_BYTES, READERS, Chunk, TextFile, chunks_from, read_files, split_files
+from runtime.texts import join, pack
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-# A .txt file gives several documents: it is cut at the first blank line after so many characters, or, where there are
-# no blank lines, at the first line end after LINES_LENGTH.
-TXT_LENGTH, LINES_LENGTH = 16_384, 1 << 20
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """Where text comes from."""
     dataset: str = flag(FINEWEB, "a dataset of the hub by its id, a local file or folder (parquet, jsonl, txt), or "
-                                 "`builtin`:\nthe documentation inside Python, numpy and torch, several MB, no network")
+                                 "`builtin`:\nthe documentation inside Python, numpy and torch, several MB, no network;\n"
+                                 "several, with commas between, are mixed")
+    mix: str = flag(None, "shares of the bytes of text that the datasets get: 0.8,0.2")
     dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)")
-    text_column: str = flag("text", "column or JSON key that holds the text")
+    text_column: str = flag("text", "column or JSON key that holds the text; for a mix, one for all or one for each")
     streaming: bool = flag(True, "1 reads a hub dataset over the network as it goes, 0 downloads all of it first")
+    retry_seconds: int = flag(600, "how long a hub that does not answer is asked again", at_least=0)
+    skip_errors: bool = flag(False, "1 leaves out what cannot be read of local files and of parquet files of the hub: a "
+                                    "row\ngroup, a line or a file; the manifest counts them")
     __post_init__ = check_flags
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: what it is, for the manifest, and its documents."""
+    """An opened source: what it is, for the manifest, and `read(at)`, its chunks from there on."""
     name: dict
-    documents_from: Callable[[int], Iterator[str]]
+    read: Callable[[object], Iterator[Chunk]]
 
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        """Documents in order, without the first `skip`. Empty ones are left out and not counted."""
-        return self.documents_from(skip)
+    def chunks(self, place: dict | None = None) -> Iterator[Chunk]:
+        """From `place`, which a chunk gave, or from the beginning."""
+        return chunks_from(self.read, place)
+
+    def documents(self, say: Callable[[str], None] = print) -> Iterator[str]:
+        """say: gets a line for each thing that is left out."""
+        for chunk in self.chunks():
+            for line in chunk.left_out:
+                say(f"left out: {line}")
+            yield from chunk.texts.strings()
 
 
 def source_flags(config: SourceConfig) -> dict:
     """The flags that decide which text this is, as `Source.name` holds them."""
+    if len(parts := parts_of(config)) > 1:
+        flags = [source_flags(part) for part in parts]
+        return {name: ",".join(part.get(name) or "" for part in flags)
+                for name in ("dataset", "dataset_config", "text_column")} | {"mix": config.mix}
     if config.dataset == "builtin":
         return {"dataset": "builtin"}
     if path := local_path(config.dataset):
         return {"dataset": str(path), "text_column": config.text_column}
     dataset_config = config.dataset_config or ("sample-10BT" if config.dataset == FINEWEB else None)
     return {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column}
+
+
+def parts_of(config: SourceConfig) -> list[SourceConfig]:
+    """One config for each dataset of a mix; of what is no mix, itself."""
+    if "," not in config.dataset or local_path(config.dataset):
+        if config.mix is not None:
+            raise BadInput(f"--mix={config.mix}: there is one --dataset={config.dataset}: give several with commas between")
+        return [config]
+    datasets = config.dataset.split(",")
+    if config.mix is None:
+        raise BadInput(f"--dataset={config.dataset}: names {len(datasets)} datasets: say how they are mixed, such as "
+                       f"--mix={','.join([f'{1 / len(datasets):.2g}'] * len(datasets))}")
+    weights(config)
+    one_each = {}
+    for name in ("dataset_config", "text_column"):
+        values = (getattr(config, name) or "").split(",")
+        if len(values) not in (1, len(datasets)):
+            raise BadInput(f"--{name}={getattr(config, name)}: give one for all, or one for each of the {len(datasets)} "
+                           f"datasets")
+        one_each[name] = values * len(datasets) if len(values) == 1 else values
+    return [replace(config, dataset=dataset, mix=None, dataset_config=dataset_config or None, text_column=text_column)
+            for dataset, dataset_config, text_column in zip(datasets, one_each["dataset_config"], one_each["text_column"])]
+
+
+def weights(config: SourceConfig) -> list[float]:
+    """Raises BadInput unless `config.mix` has a share above zero for each dataset."""
+    try:
+        shares = [float(share) for share in config.mix.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(config.dataset.split(",")) or not all(0 < share < float("inf") for share in shares):
+        raise BadInput(f"--mix={config.mix}: give a number above zero for each of {config.dataset}")
+    return shares
 
 
 def local_path(dataset: str) -> Path | None:
@@ -65,33 +114,41 @@ def local_path(dataset: str) -> Path | None:
         return None
 
 
-def local_revision(dataset: str) -> str | None:
-    """Of the text files `dataset` names, if they are local."""
-    path = local_path(dataset)
-    return files_revision(find_text_files(path)) if path else None
+def local_revisions(config: SourceConfig) -> list[str | None]:
+    """Of the text files the datasets name, None for those that are not local."""
+    paths = [local_path(part.dataset) for part in parts_of(config)]
+    return [files_revision(find_text_files(path)) if path else None for path in paths]
 
 
-def open_source(config: SourceConfig, revision: str | None = None) -> Source:
-    """revision: of the hub, where a preparation goes on; by default what it has now. Raises BadInput when there is no such
-    dataset, file or column, or nothing in it."""
+def open_source(config: SourceConfig, revisions: list[str] | None = None, part: tuple[int, int] = (0, 1)) -> Source:
+    """revisions: of the hub, where a preparation goes on; by default what it has now. part: (k, n) is the k-th of n
+    disjoint parts. Raises BadInput when there is no such dataset, file or column, or nothing in it."""
+    configs = parts_of(config)
+    opened = [open_one(one, revision, part) for one, revision in zip(configs, revisions or [None] * len(configs))]
+    read = opened[0][1] if len(opened) == 1 else lambda at: mixed([read for _, read in opened], weights(config), at)
+    return Source(source_flags(config) | {"revisions": [revision for revision, _ in opened]}, read)
+
+
+def open_one(config: SourceConfig, revision: str | None, part: tuple[int, int]) -> tuple[str, Callable]:
+    """The revision and the chunks of a single dataset."""
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     path = local_path(config.dataset)
     if config.dataset_config and (path or config.dataset == "builtin"):
         raise BadInput(f"--dataset_config={config.dataset_config}: only datasets of the hub have configurations: drop it")
     if config.dataset == "builtin":
-        name, everything = {"revision": builtin_revision()}, builtin_documents
-    elif path:
+        return builtin_revision(), lambda at: read_builtin(at or 0, part)
+    if path:
         files = find_text_files(path)
-        name = {"revision": files_revision(files)}
-        everything = lambda: itertools.chain.from_iterable(read_file(file, config.text_column) for file in files)
-        if not any(everything()):
+        taken, nth = split_files([TextFile(str(file), file.stat().st_size, opener(file)) for file in files], part)
+        read = lambda at: read_files(taken, config.text_column, at, config.skip_errors, nth)
+        if not any(len(chunk.texts) for chunk in read(None)):
             raise BadInput(f"--dataset={path}: no text in it")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
+        return files_revision(files), read
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
         raise BadInput(f"--dataset={config.dataset}: no such file or folder")
-    else:
-        return open_hub(config, revision)
-    return Source(source_flags(config) | name, lambda skip: itertools.islice(filter(None, everything()), skip, None))
+    return open_hub(config.dataset, source_flags(config)["dataset_config"], config.text_column, config.streaming,
+                    config.skip_errors, config.retry_seconds, revision, part)
 
 
 def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
@@ -100,6 +157,36 @@ def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
     while n_bytes > 0 and (text := next(texts, None)) is not None:
         yield text
         n_bytes -= len(text.encode("utf-8", "surrogatepass"))
+
+
+def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Iterator[Chunk]:
+    """The documents of several sources, each time the next one of that which is most behind its share of the bytes; until
+    one of them ends. weights: above zero, in any unit."""
+    places, taken = (at["places"], list(at["bytes"])) if at else ([None] * len(reads), [0] * len(reads))
+    streams = [chunks_from(read, place) for read, place in zip(reads, places)]
+    chunks, used = [None] * len(reads), [0] * len(reads)
+    while True:
+        left_out = ()
+        for i in range(len(reads)):
+            while chunks[i] is None or used[i] == len(chunks[i].texts):
+                chunks[i], used[i] = next(streams[i], None), 0
+                if chunks[i] is None:
+                    if left_out:
+                        yield Chunk(join([]), None, left_out=left_out)
+                    return
+                left_out += chunks[i].left_out
+        at = {"places": [chunk.place(n) for chunk, n in zip(chunks, used)], "bytes": list(taken)}
+        fractions = [chunk.fraction for chunk in chunks]
+        parts, size = [], 0
+        # a chunk of the mix ends where one of a part does, so that what was left out lies between chunks
+        while size < CHUNK_BYTES and all(n < len(chunk.texts) for chunk, n in zip(chunks, used)):
+            i = min(range(len(reads)), key=lambda i: taken[i] / weights[i])
+            start, stop = chunks[i].texts.offsets[used[i]:used[i] + 2]
+            parts.append(chunks[i].texts.utf8[start:stop])
+            used[i] += 1
+            taken[i] += int(stop - start)
+            size += int(stop - start)
+        yield Chunk(join(parts), at, 0, left_out, None if None in fractions else max(fractions))
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -123,150 +210,14 @@ def files_revision(files: list[Path]) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def read_file(path: Path, text_column: str) -> Iterator[str]:
-    """Documents of one local file. Raises BadInput naming the file and what in it cannot be read."""
-    try:
-        yield from READERS[path.suffix.lower()](path, text_column)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def read_parquet(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            require_column(text_column, file.schema_arrow.names, path)
-            for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
-                for text in batch.column(0).to_pylist():
-                    yield require_text(text, text_column, path)
-    except pyarrow.ArrowException as error:
-        raise BadInput(f"{path}: not a readable parquet file ({error})") from None
-
-
-def read_jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or brackets 100,000 deep
-                reason = getattr(error, "msg", error)
-                raise BadInput(f"{path}: line {number} is not JSON that can be read ({reason})") from None
-            if not isinstance(row, dict):
-                raise BadInput(f"{path}: line {number} is not a JSON object")
-            require_column(text_column, list(row), f"{path}, line {number}")
-            yield require_text(row[text_column], text_column, f"{path}, line {number}")
-
-
-def read_txt(path: Path, text_column: str) -> Iterator[str]:
-    """The file in pieces of about TXT_LENGTH characters, cut at blank lines; joined they are the file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:  # newline="": \r\n stays as it is
-        lines, length = [], 0
-        for line in file:
-            lines.append(line)
-            length += len(line)
-            if (length >= TXT_LENGTH and not line.strip()) or length >= LINES_LENGTH:
-                yield "".join(lines)
-                lines, length = [], 0
-        yield "".join(lines)
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
-
-
-def require_column(text_column: str, columns: list[str], where):
-    if text_column not in columns:
-        raise BadInput(f"--text_column={text_column}: no such column in {where}, which has {', '.join(columns) or 'none'}")
-
-
-def require_text(text, text_column: str, where) -> str:
-    """`text` if it is a str; a missing value is an empty document."""
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise BadInput(f"--text_column={text_column}: {where} holds {type(text).__name__}, not text")
-    return text
-
-
-# -- the hub ----------------------------------------------------------------------------------------------------------
-
-def open_hub(config: SourceConfig, revision: str | None) -> Source:
-    """The `train` split of a hub dataset. Raises BadInput when it or its column does not exist or the hub is away; its
-    documents raise ConnectionError when the hub stops answering."""
-    import datasets
-    import huggingface_hub
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
-    huggingface_hub.utils.logging.set_verbosity_error()
-    dataset_config = source_flags(config)["dataset_config"]
-    given = f"--dataset={config.dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
-    try:
-        # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-        revision = huggingface_hub.HfApi().dataset_info(config.dataset, revision=revision or "main").sha
-        rows = datasets.load_dataset(config.dataset, dataset_config, split="train", streaming=config.streaming,
-                                     revision=revision)
-        first = next(iter(rows), None)
-    except Exception as error:
-        if is_network_error(error):
-            raise BadInput(f"{given}: the hub cannot be reached ({short(error)}): check the network, or give a local file "
-                           f"or `builtin`") from None
-        raise hub_failure(error, given) from None
-    if first is None:
-        raise BadInput(f"{given}: the dataset is empty")
-    require_column(config.text_column, list(first), config.dataset)
-
-    def texts() -> Iterator[str]:
+def opener(path: Path) -> Callable:
+    """A function that opens the file. Raises BadInput naming it."""
+    def opened():
         try:
-            for row in rows:
-                yield require_text(row[config.text_column], config.text_column, config.dataset)
-        except BadInput:
-            raise
-        except Exception as error:
-            if is_network_error(error):
-                raise ConnectionError(f"{given}: the hub stopped answering ({short(error)})") from None
-            raise hub_failure(error, given) from None
-
-    return Source(source_flags(config) | {"revision": revision},
-                  lambda skip: itertools.islice(filter(None, texts()), skip, None))
-
-
-def is_network_error(error: Exception) -> bool:
-    """The HTTP libraries below `datasets` changed over its versions, and their errors have no common base."""
-    from huggingface_hub import errors
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-        return False  # an answer, though it comes as an HTTP error
-    return isinstance(error, (ConnectionError, TimeoutError, errors.HfHubHTTPError)) or type(error).__module__.split(
-        ".")[0] in {"httpx", "httpx2", "requests", "urllib3", "aiohttp", "socket", "ssl"}
-
-
-def hub_failure(error: Exception, given: str) -> Exception:
-    """What to raise for an error, not of the network, that comes out of `datasets` or a library below it: OSError where
-    a local disk is the trouble, otherwise BadInput, for it is the dataset that cannot be read."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
-    from huggingface_hub import errors
-    if isinstance(error, DatasetGenerationError) and error.__cause__:
-        error = error.__cause__
-    if isinstance(error, errors.GatedRepoError):
-        reason = "is gated: accept its terms on its page and log in with `hf auth login`"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        reason = "the hub no longer has the revision this preparation began with: choose another --data_path"
-    elif isinstance(error, (DatasetNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError)):
-        reason = "neither a local file or folder nor a dataset of the hub that can be read"
-    elif type(error) is ValueError or isinstance(error, DatasetsError):
-        reason = short(error)  # written for the user: which configurations and splits there are
-    elif isinstance(error, OSError) and error.errno is not None:
-        return OSError(f"{given}: the local copy of it, in the folder that HF_HOME sets: {error}")
-    else:  # pyarrow's, gzip's, yaml's, codecs' …
-        reason = f"cannot be read, perhaps a file of it is damaged ({short(error)})"
-    return BadInput(f"{given}: {reason}")
-
-
-def short(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
+            return open(path, "rb")
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
+    return opened
 
 
 # -- built in ---------------------------------------------------------------------------------------------------------
@@ -281,6 +232,19 @@ DOC_CALLS = {"add_docstr", "_add_docstr", "add_docstr_all", "add_newdoc"}
 def builtin_revision() -> str:
     return f"python {platform.python_version()}, " + ", ".join(
         f"{package} {importlib.metadata.version(package)}" for package in ("numpy", "torch"))
+
+
+def read_builtin(first: int, part: tuple[int, int]) -> Iterator[Chunk]:
+    """The built-in documents from number `first` on; of part (k, n), every n-th from the k-th on."""
+    documents = iter(builtin_texts()[part[0] + first * part[1]::part[1]])
+    while texts := list(take_text(documents, CHUNK_BYTES)):
+        yield Chunk(pack(texts), first)
+        first += len(texts)
+
+
+@functools.cache
+def builtin_texts() -> list[str]:
+    return list(builtin_documents())
 
 
 def builtin_documents() -> Iterator[str]:

@@ -171,36 +171,28 @@ def test_documents_to_reach_by_hand():
     assert documents_to_reach(starts, 1, 2**63 - 1) == 3
 
 
-@pytest.mark.parametrize("threshold", [1, 4, 7, 8, 100])
-def test_shards_close_with_the_document_that_reaches_the_threshold(tmp_path, threshold):
-    lengths = [3, 4, 1, 9, 2, 2]
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    ids = np.arange(starts[-1])
-    manifest = Manifest({"revision": "r"}, {}, "f", 300, "uint16")
-    writer = ShardWriter(tmp_path, "train", threshold, manifest)
-    for first, stop in ((0, 2), (2, 6)):  # what is handed over at once makes no difference
-        part = starts[first:stop + 1]
-        writer.add(ids, part, np.array(lengths[first:stop]))
+def test_a_shard_takes_documents_until_it_is_closed(tmp_path):
+    manifest = Manifest({"revisions": ["r"]}, {}, "f", 300, "uint16")
+    writer = ShardWriter(tmp_path, "train", 8, manifest)
+    writer.close()  # nothing is open
+    for ids, documents, room in ((np.arange(7), 2, 1), (np.arange(3), 1, -2)):
+        writer.add(ids.astype(np.uint16), documents, 10)
+        assert writer.room == room and not list(tmp_path.glob("*.npy"))
+    manifest.place = {"at": 3, "skip": 1}
     writer.close()
-    expected, open_shard = [], []
-    for start, length in zip(starts, lengths):
-        open_shard += range(start, start + length)
-        if len(open_shard) >= threshold:
-            expected.append(open_shard)
-            open_shard = []
-    expected += [open_shard] if open_shard else []
-    paths = sorted(tmp_path.glob("*.npy"))
-    assert [np.load(path).tolist() for path in paths] == expected
-    assert [shard.tokens for shard in manifest.shards["train"]] == [len(shard) for shard in expected]
-    assert manifest.total("train", "documents") == 6 and manifest.total("train", "bytes") == sum(lengths)
+    assert np.load(tmp_path / "train_000000.npy").tolist() == [*range(7), *range(3)]
+    shard, = manifest.shards["train"]
+    assert (shard.tokens, shard.documents, shard.bytes, writer.name, writer.room) == (10, 3, 20, "train_000001.npy", 8)
     assert Manifest.load(tmp_path) == manifest
-    assert not list(tmp_path.glob("*.tmp"))
+    writer.add(np.zeros(2, np.uint16), 1, 1)
+    writer.discard()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "train_000000.npy"]
 
 
 def test_large_vocabularies_take_uint32(tmp_path):
     manifest = Manifest({}, {}, "f", 70_000, "uint32")
     writer = ShardWriter(tmp_path, "val", 10, manifest)
-    writer.add(np.array([69_999, 1]), np.array([0, 2]), np.array([3]))
+    writer.add(np.array([69_999, 1], np.uint32), 1, 3)
     writer.close()
     assert np.load(tmp_path / "val_000000.npy").tolist() == [69_999, 1]
 
@@ -311,7 +303,7 @@ def cut_in_a_document(folder):
     (not_npy, ["train_000001.npy", "not a .npy file"]), (pickled, ["train_000001.npy"]),
     (shorter, ["val_000000.npy", "manifest.json says"]), (missing, ["train_000000.npy", "missing"]),
     (stranger, ["train_000077.npy", "not in manifest.json"]), (no_manifest, ["--data_path", "no manifest.json"]),
-    (foreign_manifest, ["manifest.json", "not a manifest of ours"]), (newer_manifest, ["shards 9", "shards 1"]),
+    (foreign_manifest, ["manifest.json", "not a manifest of ours"]), (newer_manifest, ["shards 9", "shards 2"]),
     (unfinished, ["--data_path", "did not finish"]), (other_tokenizer, ["tokenizer.json", "not the tokenizer"]),
     (no_tokenizer, ["tokenizer.json: missing", "put back"])])
 def test_damaged_data_is_refused(copied, tmp_path, refused, damage, words):

@@ -296,7 +296,7 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
 
 
 def test_builtin_text_of_other_packages_is_not_gone_on_with(tmp_path, english, refused, monkeypatch):
-    monkeypatch.setattr(sources, "builtin_documents", lambda: iter(english))
+    monkeypatch.setattr(sources, "builtin_texts", lambda: english)
     flags = ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=3000",
              "--tokenizer_bytes=30000"]
     download_data.main(flags)

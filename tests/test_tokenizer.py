@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import tokenizer as tokenizer_script
 from conftest import REPO
 from runtime.flags import BadInput
-from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer, as_text
+from runtime.texts import as_text
+from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer
 
 SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
 中文分词没有空格,一共有12个字。 日本語のテキストはカタカナとひらがなを含む。 한국어 문장은 띄어쓰기가 있다.
@@ -215,10 +216,10 @@ def test_threads_encode_side_by_side(trained, monkeypatch):
     monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 10)
     both_are_here = threading.Barrier(2)
 
-    def encode_chunk(texts, encode=trained.encode_chunk):
+    def encode_texts(texts, encode=trained.encode_texts):
         both_are_here.wait(timeout=20)  # raises where nobody else comes
         return encode(texts)
-    monkeypatch.setattr(trained, "encode_chunk", encode_chunk)
+    monkeypatch.setattr(trained, "encode_texts", encode_texts)
     assert len(trained.encode_batch(["ten letters"] * 8, threads=2)[1]) == 9
 
 

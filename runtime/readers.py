@@ -1,0 +1,276 @@
+"""Text files, parquet, jsonl and txt, read from any row on, about a megabyte at a time.
+
+A row is a row of a parquet file, a line of a jsonl file, or one of the pieces that a txt file is cut into.
+"""
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from runtime.flags import BadInput
+from runtime.texts import Texts, join, pack
+
+CHUNK_BYTES = 1 << 20  # of text are read, encoded and handed on at a time
+# A txt file is cut at the first blank line after so many bytes, or, where there are no blank lines, at the first line end
+# after LINES_LENGTH, or there where no line ends.
+TXT_LENGTH, LINES_LENGTH = 16_384, 1 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents that follow each other in a source, and where they stand in it.
+
+    at: a JSON value from which the source reads them again; skip: how many documents after `at` come before these.
+    left_out: a line for each row group, row or file between the chunk before and this that could not be read and was left
+    out (--skip_errors).
+    fraction: how much of the source comes before `at`, about; None where that is not known.
+    """
+    texts: Texts
+    at: object
+    skip: int = 0
+    left_out: tuple[str, ...] = ()
+    fraction: float | None = None
+
+    def place(self, n: int) -> dict:
+        """Where the document after the first n of these stands."""
+        return {"at": self.at, "skip": self.skip + n}
+
+    def without(self, n: int) -> "Chunk":
+        """The chunk after its first n documents."""
+        return replace(self, texts=self.texts.part(n, len(self.texts)), skip=self.skip + n)
+
+
+def chunks_from(read: Callable[[object], Iterator[Chunk]], place: dict | None) -> Iterator[Chunk]:
+    """The chunks of `read`, a function of `at`, without the documents before `place`."""
+    place = place or {"at": None, "skip": 0}
+    skip = place["skip"]
+    for chunk in read(place["at"]):
+        if skip == 0 or skip < len(chunk.texts):
+            yield chunk.without(skip)
+        skip = max(0, skip - len(chunk.texts))
+
+
+class Unreadable(BadInput):
+    """Part of a file that `--skip_errors` leaves out. goes_on: the row and byte after it, None: nothing in this file."""
+
+    def __init__(self, message: str, goes_on: tuple[int, int] | None = None):
+        super().__init__(message)
+        self.goes_on = goes_on
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of text. name: for messages. open: gives it as a binary file."""
+    name: str
+    size: int
+    open: Callable[[], io.IOBase]
+
+    @property
+    def reader(self) -> Callable:
+        return READERS["." + self.name.rsplit(".", 1)[-1].lower()]
+
+
+def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_errors: bool, nth: tuple[int, int]
+               ) -> Iterator[Chunk]:
+    """The documents of `files` from `at` on; empty ones are none. nth: (k, n) takes of every n rows the k-th.
+
+    Raises BadInput naming the file and what in it cannot be read; with `skip_errors` it is left out instead.
+    """
+    number, row, byte = (at["file"], at["row"], at["byte"]) if at else (0, 0, 0)
+    before = np.cumsum([0, *(file.size for file in files)]).tolist()
+    left_out = ()
+    while number < len(files):
+        file = files[number]
+        try:
+            for texts, first, first_byte, part_read in file.reader(file, row, byte, text_column):
+                lengths = np.diff(texts.offsets)
+                chosen = (lengths > 0) & ((first + np.arange(len(lengths))) % nth[1] == nth[0])
+                if chosen.any():
+                    fraction = (before[number] + part_read * file.size) / max(before[-1], 1)
+                    yield Chunk(texts.chosen(chosen), {"file": number, "row": first, "byte": first_byte}, 0, left_out,
+                                fraction)
+                    left_out = ()
+            number, row, byte = number + 1, 0, 0
+        except Unreadable as error:
+            if not skip_errors:
+                raise BadInput(f"{error}: mend it, or leave it out with --skip_errors=1") from None
+            left_out += (str(error),)
+            number, (row, byte) = (number, error.goes_on) if error.goes_on else (number + 1, (0, 0))
+    if left_out:
+        yield Chunk(join([]), {"file": number, "row": 0, "byte": 0}, left_out=left_out)
+
+
+def split_files(files: list, part: tuple[int, int]) -> tuple[list, tuple[int, int]]:
+    """The k-th of n disjoint parts, as `read_files` takes it: an n-th of the files, or, where they are fewer than n, of the
+    rows of all of them. part: (k, n)."""
+    if part[1] == 1 or len(files) < part[1]:
+        return files, part
+    import datasets
+    places = datasets.Dataset.from_dict({"place": range(len(files))})
+    return [files[i] for i in datasets.distributed.split_dataset_by_node(places, *part)["place"]], (0, 1)
+
+
+# Each reader yields texts, rows one after the other with empty ones among them; the row and byte where they begin; and the
+# part of the file before them, 0 to 1.
+
+def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+    """Whatever its row groups hold, only a few pages of one are in memory."""
+    import pyarrow.parquet
+    with file.open() as opened:
+        try:
+            # buffer_size without pre_buffer reads a column in pieces: a row group may be larger than the memory
+            parquet = pyarrow.parquet.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False,
+                                                  page_checksum_verification=True)
+        except Exception as error:
+            raise damage(error, f"{file.name}: not a readable parquet file") or error from None
+        require_column(text_column, parquet.schema_arrow.names, file.name)
+        first = 0
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if first + rows > row:
+                batches = parquet.iter_batches(rows_in_a_chunk(parquet.metadata.row_group(group), text_column),
+                                               row_groups=[group], columns=[text_column], use_threads=False)
+                at = first
+                while True:
+                    try:
+                        batch = next(batches, None)
+                    except Exception as error:
+                        what = f"{file.name}: row group {group} of {parquet.num_row_groups} cannot be read"
+                        raise damage(error, what, (first + rows, 0)) or error from None
+                    if batch is None:
+                        break
+                    skip = min(max(row - at, 0), len(batch))
+                    if skip < len(batch):
+                        texts = arrow_texts(batch.column(0).slice(skip), text_column, file.name)
+                        yield texts, at + skip, 0, (at + skip) / parquet.metadata.num_rows
+                    at += len(batch)
+            first += rows
+
+
+def rows_in_a_chunk(group, text_column: str) -> int:
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.path_in_schema == text_column:
+            return max(1, min(1 << 16, CHUNK_BYTES * group.num_rows // max(1, column.total_uncompressed_size)))
+    return 1000
+
+
+def damage(error: Exception, what: str, goes_on: tuple[int, int] | None = None) -> Unreadable | None:
+    """What to raise for an error of pyarrow that bytes of the file are the cause of, as far as can be told."""
+    import pyarrow
+    if isinstance(error, pyarrow.ArrowException) or (type(error) is OSError and error.errno is None):
+        return Unreadable(f"{what} ({' '.join(str(error).split())[:200]})", goes_on)
+    return None
+
+
+def arrow_texts(column, text_column: str, where: str) -> Texts:
+    """A column of pyarrow as texts, missing ones empty. Raises BadInput if it does not hold strings."""
+    import pyarrow
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
+            or pyarrow.types.is_null(kind)):
+        raise BadInput(f"--text_column={text_column}: {where} holds {kind}, not text")
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        column = column.cast(pyarrow.large_string())
+    if column.null_count:
+        column = column.fill_null("")
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:  # not UTF-8
+        return pack(column.cast(pyarrow.large_binary()).to_pylist())
+    _, offsets, data = column.buffers()
+    offsets = np.frombuffer(offsets, np.int64 if pyarrow.types.is_large_string(column.type) else np.int32)
+    offsets = offsets[column.offset:column.offset + len(column) + 1].astype(np.int64)
+    return Texts(np.frombuffer(data or b"", np.uint8)[offsets[0]:offsets[-1]], offsets - offsets[0])
+
+
+def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+    with file.open() as opened:
+        opened.seek(byte)
+        texts, begins, size = [], (row, byte), 0
+        for line in opened:
+            row, byte = row + 1, byte + len(line)
+            try:
+                texts.append(text_in_line(line, text_column, f"{file.name}: line {row}"))
+            except BadInput as error:
+                if texts:
+                    yield pack(texts), *begins, begins[1] / max(1, file.size)
+                raise Unreadable(str(error), (row, byte)) from None
+            size += len(line)
+            if size >= CHUNK_BYTES:
+                yield pack(texts), *begins, begins[1] / max(1, file.size)
+                texts, begins, size = [], (row, byte), 0
+        yield pack(texts), *begins, begins[1] / max(1, file.size)
+
+
+def text_in_line(line: bytes, text_column: str, where: str) -> str:
+    """The text of a line of JSON; of a blank line, none. Raises BadInput."""
+    if not line.strip():
+        return ""
+    try:
+        found = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x})") from None
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or brackets 100,000 deep
+        raise BadInput(f"{where} is not JSON that can be read ({getattr(error, 'msg', error)})") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{where} is not a JSON object")
+    require_column(text_column, list(found), where)
+    return require_text(found[text_column], text_column, where)
+
+
+def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+    """The file in pieces; joined they are the file."""
+    with file.open() as opened:
+        opened.seek(byte)
+        pieces, begins, size = [], (row, byte), 0
+        for piece in txt_pieces(opened):
+            try:
+                piece.decode()
+            except UnicodeDecodeError as error:
+                if pieces:
+                    yield join(pieces), *begins, begins[1] / max(1, file.size)
+                raise Unreadable(f"{file.name}: not UTF-8 text (it holds byte 0x{piece[error.start]:02x} at "
+                                 f"{byte + error.start:,})", (row + 1, byte + len(piece))) from None
+            row, byte, size = row + 1, byte + len(piece), size + len(piece)
+            pieces.append(piece.removeprefix(b"\xef\xbb\xbf") if row == 1 else piece)  # a byte order mark is no text
+            if size >= CHUNK_BYTES:
+                yield join(pieces), *begins, begins[1] / max(1, file.size)
+                pieces, begins, size = [], (row, byte), 0
+        yield join(pieces), *begins, begins[1] / max(1, file.size)
+
+
+def txt_pieces(opened: io.IOBase) -> Iterator[bytes]:
+    lines, length = [], 0
+    while line := opened.readline(LINES_LENGTH):
+        if len(line) == LINES_LENGTH and line[-1:] != b"\n":  # do not cut a character
+            more = next((i for i in range(1, 5) if line[-i] & 0xC0 != 0x80), 1)  # bytes of the last one
+            if line[-more] & 0x80:
+                opened.seek(-more, io.SEEK_CUR)
+                line = line[:-more]
+        lines.append(line)
+        length += len(line)
+        if (length >= TXT_LENGTH and not line.strip()) or length >= LINES_LENGTH - 4:
+            yield b"".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield b"".join(lines)
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+
+
+def require_column(text_column: str, columns: Iterable[str], where: str):
+    if text_column not in columns:
+        raise BadInput(f"--text_column={text_column}: no such column in {where}, which has {', '.join(columns) or 'none'}")
+
+
+def require_text(text, text_column: str, where: str) -> str:
+    """`text` if it is a str; a missing value is an empty document."""
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise BadInput(f"--text_column={text_column}: {where} holds {type(text).__name__}, not text")
+    return text
