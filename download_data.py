@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dataloader import SPLITS, Data, Manifest, ShardWriter, damage, documents_to_reach, open_data
 from runtime.files import require_writable, sole_writer, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags
+from runtime.flags import BadInput, check_flags, command, flag, parse_flags, say
 from runtime.readers import CHUNK_BYTES, Chunk
 from runtime.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
 from runtime.threads import available_cores, map_in_threads, read_ahead
@@ -180,7 +180,7 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
             while sum(written.values()) <= config.tokens_threshold and (batch := next(encoded, None)):
                 chunk, ids, starts = batch
                 for line in chunk.left_out:
-                    tqdm.write(f"left out: {line}")
+                    say(f"left out: {line}")
                 manifest.left_out += len(chunk.left_out)
                 at = 0
                 while at < len(chunk.texts) and sum(written.values()) <= config.tokens_threshold:
@@ -282,7 +282,7 @@ def verify(data_path: Path):
     """Prints a line for each thing that is wrong with a folder. Raises BadInput if there is any."""
     data, wrong = open_data(data_path, unfinished=True), 0
     for line in damage(data):
-        tqdm.write(line)
+        say(line)
         wrong += 1
     if wrong:
         raise BadInput(f"--data_path={data_path}: not as its manifest.json says, see above: put back what was changed, or "

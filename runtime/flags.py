@@ -18,6 +18,13 @@ import sys
 import typing
 from pathlib import Path
 
+from tqdm import tqdm
+
+
+def say(line: str):
+    """A line on stderr; progress bars stay whole."""
+    tqdm.write(line, file=sys.stderr)
+
 
 class BadInput(ValueError):
     """Something the user gave cannot be used. The message names the flag or file, what was found and what to do."""

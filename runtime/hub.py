@@ -7,9 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
-from runtime.flags import BadInput
+from runtime.flags import BadInput, say
 from runtime.readers import (
     CHUNK_BYTES,
     Chunk,
@@ -93,11 +91,12 @@ def hub_file(path: str, streaming: bool) -> TextFile:
 
 def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
     """rows: of `datasets`; at: a `state_dict` of theirs."""
-    import datasets
-    if isinstance(rows, datasets.Dataset):  # downloaded
+    from datasets import Dataset
+    from datasets.distributed import split_dataset_by_node
+    if isinstance(rows, Dataset):  # downloaded
         rows = rows.to_iterable_dataset()
     if part[1] > 1:
-        rows = datasets.distributed.split_dataset_by_node(rows, *part)
+        rows = split_dataset_by_node(rows, *part)
     if at:
         rows.load_state_dict(at)
     texts, size = [], 0
@@ -135,7 +134,7 @@ class Patience:
         self.failing_since = self.failing_since or time.monotonic()
         if time.monotonic() + self.pause - self.failing_since > self.seconds:
             raise ConnectionError(f"{self.given}: the hub stopped answering ({short(error)})") from None
-        tqdm.write(f"{self.given}: the hub does not answer ({short(error)}): trying again in {self.pause} s")
+        say(f"{self.given}: the hub does not answer ({short(error)}): trying again in {self.pause} s")
         time.sleep(self.pause)
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
@@ -181,7 +180,7 @@ class RetryLines(logging.Handler):
         if " thrown while requesting" in message:
             self.reason = message.split(" thrown while requesting")[0].strip("'")
         elif "Retry" in message:
-            tqdm.write(f"the hub does not answer ({self.reason}): {message}")
+            say(f"the hub does not answer ({self.reason}): {message}")
 
 
 def is_network_error(error: Exception) -> bool:

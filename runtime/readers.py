@@ -95,7 +95,7 @@ def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_er
             number, row, byte = number + 1, 0, 0
         except Unreadable as error:
             if not skip_errors:
-                raise BadInput(f"{error}: mend it, or leave it out with --skip_errors=1") from None
+                raise BadInput(f"{error}: --skip_errors=1 leaves it out") from None
             left_out += (str(error),)
             number, (row, byte) = (number, error.goes_on) if error.goes_on else (number + 1, (0, 0))
     if left_out:
@@ -107,9 +107,10 @@ def split_files(files: list, part: tuple[int, int]) -> tuple[list, tuple[int, in
     rows of all of them. part: (k, n)."""
     if part[1] == 1 or len(files) < part[1]:
         return files, part
-    import datasets
-    places = datasets.Dataset.from_dict({"place": range(len(files))})
-    return [files[i] for i in datasets.distributed.split_dataset_by_node(places, *part)["place"]], (0, 1)
+    from datasets import Dataset
+    from datasets.distributed import split_dataset_by_node
+    places = Dataset.from_dict({"place": list(range(len(files)))})
+    return [files[i] for i in split_dataset_by_node(places, *part)["place"]], (0, 1)
 
 
 # Each reader yields texts, rows one after the other with empty ones among them; the row and byte where they begin; and the

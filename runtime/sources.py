@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.flags import BadInput, check_flags, flag
+from runtime.flags import BadInput, check_flags, flag, say
 from runtime.hub import open_hub
 from runtime.readers import CHUNK_BYTES, READERS, Chunk, TextFile, chunks_from, read_files, split_files
 from runtime.texts import join, pack
@@ -50,8 +50,8 @@ class Source:
         """From `place`, which a chunk gave, or from the beginning."""
         return chunks_from(self.read, place)
 
-    def documents(self, say: Callable[[str], None] = print) -> Iterator[str]:
-        """say: gets a line for each thing that is left out."""
+    def documents(self) -> Iterator[str]:
+        """The text of each, with a line on stderr for what is left out."""
         for chunk in self.chunks():
             for line in chunk.left_out:
                 say(f"left out: {line}")
@@ -162,31 +162,35 @@ def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
 def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Iterator[Chunk]:
     """The documents of several sources, each time the next one of that which is most behind its share of the bytes; until
     one of them ends. weights: above zero, in any unit."""
-    places, taken = (at["places"], list(at["bytes"])) if at else ([None] * len(reads), [0] * len(reads))
+    places, taken = (list(at["places"]), list(at["bytes"])) if at else ([None] * len(reads), [0] * len(reads))
     streams = [chunks_from(read, place) for read, place in zip(reads, places)]
-    chunks, used = [None] * len(reads), [0] * len(reads)
+    nothing = Chunk(join([]), None)
+    chunks, used = [nothing] * len(reads), [0] * len(reads)
+    left_out = ()
+    next_one = lambda: min(range(len(reads)), key=lambda i: taken[i] / weights[i])
     while True:
-        left_out = ()
-        for i in range(len(reads)):
-            while chunks[i] is None or used[i] == len(chunks[i].texts):
-                chunks[i], used[i] = next(streams[i], None), 0
-                if chunks[i] is None:
-                    if left_out:
-                        yield Chunk(join([]), None, left_out=left_out)
-                    return
-                left_out += chunks[i].left_out
-        at = {"places": [chunk.place(n) for chunk, n in zip(chunks, used)], "bytes": list(taken)}
-        fractions = [chunk.fraction for chunk in chunks]
+        i = next_one()
+        if used[i] == len(chunks[i].texts):
+            chunks[i], used[i] = next(streams[i], nothing), 0
+            left_out += chunks[i].left_out
+            if chunks[i] is nothing:
+                break
+            if not len(chunks[i].texts):
+                continue
+            places[i] = chunks[i].place(0)
+        at = {"places": list(places), "bytes": list(taken)}
+        fractions = [chunk.fraction for chunk in chunks if chunk is not nothing]
         parts, size = [], 0
         # a chunk of the mix ends where one of a part does, so that what was left out lies between chunks
-        while size < CHUNK_BYTES and all(n < len(chunk.texts) for chunk, n in zip(chunks, used)):
-            i = min(range(len(reads)), key=lambda i: taken[i] / weights[i])
-            start, stop = chunks[i].texts.offsets[used[i]:used[i] + 2]
+        while size < CHUNK_BYTES and used[i := next_one()] < len(chunks[i].texts):
+            start, stop = chunks[i].texts.offsets[used[i]:used[i] + 2].tolist()
             parts.append(chunks[i].texts.utf8[start:stop])
-            used[i] += 1
-            taken[i] += int(stop - start)
-            size += int(stop - start)
+            used[i], taken[i], size = used[i] + 1, taken[i] + stop - start, size + stop - start
+            places[i] = chunks[i].place(used[i])
         yield Chunk(join(parts), at, 0, left_out, None if None in fractions else max(fractions))
+        left_out = ()
+    if left_out:
+        yield Chunk(join([]), None, left_out=left_out)
 
 
 # -- local files ------------------------------------------------------------------------------------------------------

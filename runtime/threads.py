@@ -23,10 +23,18 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, size: Call
         yield from map(function, itertools.chain(first, items))
         return
     ahead = 2 * threads if ahead is None else ahead
+    items, failure = itertools.chain(first, items), None
     with ThreadPoolExecutor(threads) as pool:
         waiting, held = deque(), 0
         try:
-            for item in itertools.chain(first, items):
+            while True:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    break
+                except Exception as error:  # raised after the results of what was before it
+                    failure = error
+                    break
                 waiting.append((size(item), pool.submit(function, item)))
                 held += waiting[-1][0]
                 while held > ahead and waiting:
@@ -38,6 +46,8 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, size: Call
         finally:
             for _, left_over in waiting:
                 left_over.cancel()
+    if failure is not None:
+        raise failure
 
 
 def read_ahead(items: Iterable) -> Iterator:

@@ -1,5 +1,9 @@
 """Fixtures: a tiny prepared data folder, a run of train.py in this process, a stand-in for the hub on loopback."""
+import atexit
 import itertools
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,11 @@ from runtime.sources import builtin_documents
 
 torch.set_num_threads(1)  # two threads on two busy cores are many times slower, and CI is busy
 REPO = Path(__file__).parent.parent
+# Libraries read these when they are imported, which is later: the hub of all tests is the stand-in.
+HUB_FOLDER = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, HUB_FOLDER, ignore_errors=True)
+HUB = HubStandIn(HUB_FOLDER / "served")
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HUB_FOLDER / "home")}
 # 2 layers x 16 channels, blocks of 16 tokens: a step takes milliseconds
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
 
@@ -47,6 +56,11 @@ def run_train(data_path, tmp_path):
     return run
 
 
+def lines_in(error: str) -> list[str]:
+    """What was printed to stderr, without progress bars, which show times."""
+    return [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "[00:" not in line]
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(main, flags, "words", …): the command ends with exit code 2 and one line that holds the words."""
@@ -56,16 +70,17 @@ def refused(capsys):
             main(argv)
         error = capsys.readouterr().err
         assert stop.value.code == 2, error
-        drawn = error.replace("\r", "\n").splitlines()
-        line, = [line for line in drawn if line.strip() and "[00:" not in line]  # progress bars show times
+        line, = lines_in(error)
         for word in words:
             assert word in line, line
         return line
     return check
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory):
-    """A hub on loopback. Set HF_ENDPOINT to hub.url in the environment of the command that reads it."""
-    with HubStandIn(tmp_path_factory.mktemp("hub")) as server:
-        yield server
+@pytest.fixture
+def hub():
+    """A hub on loopback, of which nothing is stored on this machine; afterwards it fails no more."""
+    shutil.rmtree(HUB_FOLDER / "home" / "hub", ignore_errors=True)
+    HUB.requests.clear()
+    yield HUB
+    HUB.faults.clear()

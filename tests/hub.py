@@ -1,8 +1,10 @@
 """A stand-in for the Hugging Face hub: serves dataset repositories from a folder over HTTP on loopback.
 
-It answers what `datasets` asks: revision, tree, paths-info and files (with ranges).
+It answers what `datasets` asks: revision, tree, paths-info and files (with ranges); and it fails on request.
 """
 import json
+import socket
+import struct
 import threading
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,16 +22,28 @@ class HubStandIn:
 
     def __init__(self, folder: Path):
         self.folder, self.requests = folder, []
-
-    def __enter__(self):
+        self.faults: list[list] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server.handle_error = lambda *args: None  # connections that were reset
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
 
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.server.server_close()
+    def fail(self, how: str, where: str, times: int = 1, after: int = 0):
+        """Of the requests with `where` in their path, those after the first `after` fail, so many of them. how: a status;
+        "cut" in the middle of the answer; "away", without one."""
+        self.faults.append([how, where, after, times])
+
+    def fault(self, path: str) -> str | None:
+        """How this request fails, if it does."""
+        for fault in self.faults:
+            how, where, after, times = fault
+            if where in path:
+                if after > 0:
+                    fault[2] -= 1
+                elif times > 0:
+                    fault[3] -= 1
+                    return how
+        return None
 
     def add(self, dataset: str, configs: dict[str, list[list[dict]]]):
         """configs: name -> parquet files, each a list of rows."""
@@ -45,6 +59,16 @@ class HubStandIn:
                                        for column in columns})
                 pyarrow.parquet.write_table(table, path, row_group_size=7)
         (self.folder / dataset / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def damage_row_group(path: Path, group: int):
+    """Overwrites what a row group of a parquet file holds."""
+    metadata = pyarrow.parquet.read_metadata(path)
+    column = metadata.row_group(group).column(metadata.schema.names.index("text"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start:start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,6 +90,14 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, paths: list[str] = ()):
         url = unquote(self.path.split("?")[0]).strip("/").split("/")
         self.hub.requests.append(f"{self.command} {self.path}")
+        self.cut = False
+        how = self.hub.fault(unquote(self.path))
+        if how == "away":
+            return self.hang_up()
+        if how == "cut":
+            self.cut = True
+        elif how:
+            return self.send(int(how), b'{"error": "busy"}', {"Retry-After": "1"} if how == "429" else {})
         if url[:2] == ["api", "datasets"]:
             dataset, verb, rest = "/".join(url[2:4]), *(url[4:5] or ["revision"]), "/".join(url[6:])
             root = self.hub.folder / dataset
@@ -114,4 +146,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[:len(data) // 2] if self.cut else data)
+        if self.cut:
+            self.wfile.flush()
+            self.hang_up()
+
+    def hang_up(self):
+        """Resets the connection."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()

@@ -244,7 +244,7 @@ def foreign_manifest(folder):
 
 def newer_manifest(folder):
     text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace("shards 1", "shards 9"))
+    (folder / "manifest.json").write_text(text.replace("shards 2", "shards 9"))
 
 
 def unfinished(folder):

@@ -5,40 +5,59 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_download_data import contents, documents_in
 
-from conftest import REPO
+import download_data
+import runtime.hub
+import runtime.readers
+from conftest import HUB, REPO, lines_in
+from dataloader import open_data
+from hub import COMMIT, damage_row_group
 from runtime.flags import BadInput
 from runtime.hub import hub_failure, is_network_error
+from tokenizer import Tokenizer
 
 ROWS = [[{"text": f"Document {i} of file {j} is about the number {i * j}.", "score": i} for i in range(30)]
         for j in range(3)]
-# Pauses between tries pass 100 times as fast.
-QUICK = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(s / 100); import download_data; download_data.main()"
+SMALL_SHARDS = ["--val_tokens=50", "--shard_size_threshold=150", "--tokenizer_bytes=1000"]
+VOCABULARY = ["--vocab_size=300", "--val_tokens=200"]
 
 
-@pytest.fixture(scope="module")
-def prepare_from_hub(hub, tmp_path_factory):
-    """Runs download_data.py against the stand-in in a process of its own, since HF_ENDPOINT is read on import."""
-    rows = ROWS
-    hub.add("HuggingFaceFW/fineweb-edu", {"sample-10BT": rows, "default": rows[:1]})
-    hub.add("someone/empty", {"default": [[]]})
-    home = tmp_path_factory.mktemp("home")
+@pytest.fixture(scope="module", autouse=True)
+def datasets_of_the_hub():
+    HUB.add("HuggingFaceFW/fineweb-edu", {"sample-10BT": ROWS, "default": ROWS[:1]})
+    HUB.add("someone/empty", {"default": [[]]})
 
-    def run(*flags, url=hub.url):
+
+@pytest.fixture
+def prepare_from_hub(hub, capsys, monkeypatch):
+    """Runs download_data.py against the stand-in. Pauses pass 100 times as fast, and a chunk is a few documents."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+    for module in (runtime.hub, runtime.readers):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 500)
+
+    def run(*flags):
         hub.requests.clear()
-        return subprocess.run([sys.executable, "-c", QUICK, "--vocab_size=300", "--val_tokens=200", *flags], cwd=REPO,
-                              env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home)}, capture_output=True, text=True)
+        capsys.readouterr()
+        code = 0
+        try:
+            download_data.main([*VOCABULARY, *flags])
+        except SystemExit as stop:
+            code = stop.code
+        return argparse.Namespace(returncode=code, **capsys.readouterr()._asdict())
     return run
 
 
 def test_streaming_and_downloading_give_the_same_shards(prepare_from_hub, hub, tmp_path):
     for streaming in (1, 0):
         done = prepare_from_hub(f"--data_path={tmp_path / str(streaming)}", f"--streaming={streaming}")
-        assert done.returncode == 0, done.stderr
-        counts = [int(count) for count in re.findall(r"(\d+) documents", done.stdout)]
+        assert done.returncode == 0, done.err
+        counts = [int(count) for count in re.findall(r"(\d+) documents", done.out)]
         assert len(counts) == 2 and sum(counts) == 90 and min(counts) > 0
         assert any("sample-10BT/002.parquet" in request for request in hub.requests)
     streamed, downloaded = tmp_path / "1", tmp_path / "0"
@@ -51,11 +70,11 @@ def test_streaming_and_downloading_give_the_same_shards(prepare_from_hub, hub, t
 
 def test_streaming_stops_reading_at_the_threshold(prepare_from_hub, hub, tmp_path):
     done = prepare_from_hub(f"--data_path={tmp_path / 'all'}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.err
     (tmp_path / "part").mkdir()
     tokenizer = f"--tokenizer_path={tmp_path / 'all' / 'tokenizer.json'}"
     done = prepare_from_hub(f"--data_path={tmp_path / 'part'}", tokenizer, "--tokens_threshold=400")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.err
     shards = json.loads((tmp_path / "part" / "manifest.json").read_text())["shards"]
     total = sum(shard["tokens"] for split in shards.values() for shard in split)
     assert 400 < total < 450
@@ -76,12 +95,16 @@ def test_what_the_hub_does_not_have(prepare_from_hub, tmp_path, flags, words):
 def test_a_damaged_file_of_the_hub(prepare_from_hub, hub, tmp_path):
     rows = [{"text": f"Document {i} of many is about the number {i * i}."} for i in range(40)]
     hub.add("someone/damaged", {"default": [rows, rows]})
-    second = hub.folder / "someone" / "damaged" / "default" / "001.parquet"
-    data = second.read_bytes()
-    second.write_bytes(data[:100] + bytes(len(data) - 200) + data[-100:])
-    done = prepare_from_hub("--dataset=someone/damaged", f"--data_path={tmp_path / 'data'}", "--tokenizer_bytes=1000",
-                            "--shard_size_threshold=100")
-    assert_refused(done, ["--dataset=someone/damaged", "perhaps a file of it is damaged"])
+    damage_row_group(hub.folder / "someone" / "damaged" / "default" / "001.parquet", 2)
+    flags = ["--dataset=someone/damaged", f"--data_path={tmp_path / 'data'}", "--tokenizer_bytes=1000",
+             "--shard_size_threshold=100"]
+    assert_refused(prepare_from_hub(*flags), ["someone/damaged", "001.parquet: row group 2 of 6 cannot be read",
+                                              "--skip_errors=1", "go on after them"])
+    done = prepare_from_hub(*flags, "--skip_errors=1")
+    assert done.returncode == 0 and "left out: datasets/someone/damaged" in done.err and "unreadable: 1" in done.out
+    found = documents_in(tmp_path / "data", "val") + documents_in(tmp_path / "data", "train")
+    assert found == [row["text"] for row in [*rows, *rows[:14], *rows[21:]]]  # of seven rows each
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["left_out"] == 1
 
 
 @pytest.mark.parametrize("readme, name, content, words", [
@@ -123,13 +146,116 @@ def test_causes_of_a_hub_that_does_not_answer_are_told_apart():
     assert type(full) is OSError and "HF_HOME" in str(full) and "No space left" in str(full)
 
 
-def test_no_network(prepare_from_hub, tmp_path):
-    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", url="http://127.0.0.1:9")  # nobody listens there
+def test_no_network(tmp_path):
+    """Nobody listens there. A process of its own, since HF_ENDPOINT is read on import."""
+    done = subprocess.run([sys.executable, "download_data.py", *VOCABULARY, f"--data_path={tmp_path / 'data'}"], cwd=REPO,
+                          env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}, capture_output=True, text=True)
+    done.err = done.stderr
     assert_refused(done, ["--dataset=HuggingFaceFW/fineweb-edu", "cannot be reached", "builtin"])
+    assert not list(tmp_path.iterdir())
 
 
 def assert_refused(done, words):
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "[00:" not in line]
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    line, = lines_in(done.err)
+    assert done.returncode == 2
     for word in words:
-        assert word in lines[0], lines[0]
+        assert word in line, line
+
+
+# -- a network that fails ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    """The files of a preparation that nothing disturbs."""
+    path = tmp_path_factory.mktemp("undisturbed") / "data"
+    download_data.main([*VOCABULARY, f"--data_path={path}", *SMALL_SHARDS])
+    return contents(path)
+
+
+@pytest.mark.parametrize("streaming", [1, 0])
+@pytest.mark.parametrize("how", ["503", "429", "cut", "away"])
+def test_a_fault_is_told_and_waited_for(prepare_from_hub, hub, undisturbed, tmp_path, how, streaming):
+    """Each file fails once, after its first requests."""
+    for name in ("000", "001", "002"):
+        hub.fail(how, f"resolve/{COMMIT}/sample-10BT/{name}.parquet", after=1 - streaming)
+    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", f"--streaming={streaming}", *SMALL_SHARDS)
+    assert done.returncode == 0, done.err
+    told = lines_in(done.err)
+    assert len(told) >= 3 and all("the hub does not answer (" in line for line in told), done.err
+    assert sum(fault[3] for fault in hub.faults) == 0  # all have happened
+    assert contents(tmp_path / "data") == undisturbed
+
+
+@pytest.mark.parametrize("how", ["503", "away"])
+def test_a_hub_that_is_away_for_a_minute(prepare_from_hub, hub, undisturbed, tmp_path, how):
+    """For longer than its own library waits: pauses grow."""
+    hub.fail(how, "sample-10BT/001.parquet", times=15)
+    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS)
+    assert done.returncode == 0, done.err
+    ours = [line for line in lines_in(done.err) if "trying again in" in line]
+    assert [re.search(r"trying again in (\d+) s", line).group(1) for line in ours] == ["10", "20"], done.err
+    assert all("--dataset=HuggingFaceFW/fineweb-edu" in line for line in ours)
+    assert contents(tmp_path / "data") == undisturbed
+
+
+def test_a_hub_that_is_away_for_good(prepare_from_hub, hub, undisturbed, tmp_path):
+    """Finished shards stay, and the command that the line names goes on, without what is before it."""
+    hub.fail("away", "sample-10BT/002.parquet", times=10**9)
+    flags = [f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS, "--retry_seconds=0"]
+    done = prepare_from_hub(*flags)
+    *told, last = lines_in(done.err)
+    assert done.returncode == 1 and all("does not answer" in line for line in told), done.err
+    assert "the hub stopped answering" in last and "go on after them with: python " in last
+    for flag in flags:
+        assert flag in last
+    finished = sorted(path.name for path in (tmp_path / "data").glob("*.npy"))
+    assert len(finished) > 3 and not list((tmp_path / "data").glob("*.tmp"))
+    hub.faults.clear()
+    done = prepare_from_hub(*flags)
+    assert done.returncode == 0, done.err
+    assert contents(tmp_path / "data") == undisturbed
+    assert not any("sample-10BT/000.parquet" in request for request in hub.requests if "resolve" in request)
+
+
+def test_a_busy_hub_at_the_first_contact_is_waited_for(prepare_from_hub, hub, undisturbed, tmp_path):
+    hub.fail("503", "/api/datasets/", times=2)
+    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS)
+    assert done.returncode == 0 and "does not answer" in lines_in(done.err)[0], done.err
+    assert contents(tmp_path / "data") == undisturbed
+
+
+def test_other_formats_go_on_from_their_state(prepare_from_hub, hub, tmp_path):
+    """jsonl comes through `datasets`; its second file fails for good, then no longer."""
+    folder = hub.folder / "someone" / "lines"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    for name, rows in zip("ab", ROWS):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tmp_path / "tokenizer.json"
+    Tokenizer.train([row["text"] for rows in ROWS for row in rows], 300).save(tokenizer)
+    flags = ["--dataset=someone/lines", *SMALL_SHARDS, "--retry_seconds=0", f"--tokenizer_path={tokenizer}"]
+    for streaming in (1, 0):
+        done = prepare_from_hub(f"--data_path={tmp_path / f'whole{streaming}'}", *flags, f"--streaming={streaming}")
+        assert done.returncode == 0, done.err
+    assert contents(tmp_path / "whole1") == contents(tmp_path / "whole0")
+    hub.fail("away", "b.jsonl", times=10**9)
+    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", *flags)
+    assert done.returncode == 1 and "stopped answering" in lines_in(done.err)[-1], done.err
+    hub.faults.clear()
+    done = prepare_from_hub(f"--data_path={tmp_path / 'data'}", *flags)
+    assert done.returncode == 0, done.err
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole1")
+
+
+@pytest.mark.parametrize("num_nodes", [2, 5])
+def test_nodes_take_disjoint_parts(prepare_from_hub, tmp_path, num_nodes):
+    """Two of three files and one; rows, where the nodes are more than the files."""
+    texts = []
+    for node in range(num_nodes):
+        path = tmp_path / str(node)
+        done = prepare_from_hub(f"--data_path={path}", f"--num_nodes={num_nodes}", f"--node={node}", "--val_tokens=50")
+        assert done.returncode == 0, done.err
+        texts += documents_in(path, "val") + documents_in(path, "train")
+    assert sorted(texts) == sorted(row["text"] for rows in ROWS for row in rows)
+    assert len({(tmp_path / str(node) / "tokenizer.json").read_bytes() for node in range(num_nodes)}) == 1
+    assert open_data(tmp_path).manifest.total("train", "documents") > 60

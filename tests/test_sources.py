@@ -4,6 +4,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hub import damage_row_group
+from runtime import readers, sources
 from runtime.flags import BadInput
 from runtime.sources import SourceConfig, builtin_documents, open_source, take_text
 
@@ -66,6 +68,141 @@ def test_a_long_txt_file_gives_several_documents(tmp_path):
     without_blank_lines = ["line " * 2000 + "\n"] * 300
     documents = read(write(tmp_path / "b.txt", without_blank_lines))
     assert "".join(documents) == "".join(without_blank_lines) and len(documents) == 3
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
+def test_every_document_has_a_place_to_go_on_from(tmp_path, monkeypatch, suffix):
+    """Also where chunks are smaller than row groups, and empty rows lie between."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 40)
+    monkeypatch.setattr(readers, "TXT_LENGTH", 20)
+    texts = [f"{number}: " + "wörd " * (number % 5) + "\n\n" if number % 3 else "" for number in range(40)]
+    write(tmp_path / f"a{suffix}", texts)
+    write(tmp_path / f"b{suffix}", texts[:7])
+    assert_all_places(open_source(SourceConfig(dataset=str(tmp_path))))
+
+
+def assert_all_places(source):
+    chunks = list(source.chunks())
+    expected = [text for chunk in chunks for text in chunk.texts.strings()]
+    assert len(chunks) > 5 and all(expected)
+    done = 0
+    for chunk in chunks:
+        for n in range(len(chunk.texts) + 1):
+            place = json.loads(json.dumps(chunk.place(n)))  # it is kept in a file
+            assert [text for on in source.chunks(place) for text in on.texts.strings()] == expected[done + n:]
+        done += len(chunk.texts)
+    fractions = [chunk.fraction for chunk in chunks]
+    assert fractions == sorted(fractions) and fractions[0] < 0.1 and 0.4 < fractions[-1] < 1
+    return expected
+
+
+def test_a_mix_has_its_shares_everywhere_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 60)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 200)
+    write(tmp_path / "long.parquet", [f"a{number} " + "long " * 10 for number in range(60)])
+    write(tmp_path / "short.jsonl", [f"b{number}" for number in range(200)])
+    config = SourceConfig(dataset=f"{tmp_path / 'long.parquet'},{tmp_path / 'short.jsonl'}", mix="3,1")
+    texts = assert_all_places(open_source(config))
+    assert texts == list(open_source(config).documents())
+    for kind in "ab":  # each part in its order
+        assert [text for text in texts if text[0] == kind] == [
+            text for text in read(tmp_path / ("long.parquet" if kind == "a" else "short.jsonl")) if text in set(texts)]
+    of_a = of_all = 0
+    for text in texts:
+        of_a, of_all = of_a + len(text) * (text[0] == "a"), of_all + len(text)
+        assert abs(of_a - 0.75 * of_all) <= 54  # never further off than one document
+    assert of_all > 2000
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"mix": None}, ["--dataset=", "names 2 datasets", "--mix=0.5,0.5"]), ({"mix": "1"}, ["--mix=1:", "for each of"]),
+    ({"mix": "1,0"}, ["--mix=1,0", "above zero"]), ({"mix": "1,x"}, ["--mix=1,x"]), ({"mix": "1,nan"}, ["--mix=1,nan"]),
+    ({"mix": "1,1", "text_column": "a,b,c"}, ["--text_column=a,b,c", "one for each of the 2"]),
+    ({"mix": "1,1", "text_column": "text,body"}, ["--text_column=body", "no such column"]),
+    ({"dataset": "builtin", "mix": "1"}, ["--mix=1", "there is one --dataset=builtin"])])
+def test_mixes_that_cannot_be(tmp_path, flags, words):
+    write(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(BadInput) as error:
+        open_source(SourceConfig(**{"dataset": f"{tmp_path / 'a.parquet'},{tmp_path / 'a.parquet'}"} | flags))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_file_with_a_comma_in_its_name_is_no_mix(tmp_path):
+    assert read(write(tmp_path / "a,b.jsonl", TEXTS)) == TEXTS
+
+
+def test_each_part_of_a_mix_has_its_column(tmp_path):
+    (tmp_path / "code.jsonl").write_text('{"content": "x = 1"}\n')
+    write(tmp_path / "prose.jsonl", ["one"])
+    assert set(read(f"{tmp_path / 'prose.jsonl'},{tmp_path / 'code.jsonl'}", mix="1,1", text_column="text,content")) == {
+        "one", "x = 1"}
+
+
+@pytest.mark.parametrize("n_files, num_nodes", [(5, 2), (4, 4), (1, 3), (2, 3)])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
+def test_nodes_take_disjoint_parts(tmp_path, monkeypatch, suffix, n_files, num_nodes):
+    monkeypatch.setattr(readers, "TXT_LENGTH", 5)
+    for number in range(n_files):
+        write(tmp_path / f"{number}{suffix}", [f"{number}-{row}\n\n" for row in range(10)])
+    everything = read(tmp_path)
+    parts = [list(open_source(SourceConfig(dataset=str(tmp_path)), part=(node, num_nodes)).documents())
+             for node in range(num_nodes)]
+    assert sorted(text for part in parts for text in part) == sorted(everything) and min(map(len, parts)) >= 3
+
+
+def test_nodes_share_the_builtin_text():
+    parts = [list(open_source(SourceConfig(dataset="builtin"), part=(node, 3)).chunks()) for node in range(3)]
+    texts = [[text for chunk in part for text in chunk.texts.strings()] for part in parts]
+    assert sorted(text for part in texts for text in part) == sorted(builtin_documents())
+    on = open_source(SourceConfig(dataset="builtin"), part=(1, 3)).chunks(parts[1][1].place(2))
+    assert [text for chunk in on for text in chunk.texts.strings()] == texts[1][len(parts[1][0].texts) + 2:]
+
+
+def test_invalid_utf8_in_parquet_is_replaced(tmp_path):
+    column = pyarrow.array([b"good", b"b\xffad", None, "ä".encode()]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["good", "b\ufffdad", "ä"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_other_columns_of_text(tmp_path, kind):
+    column = pyarrow.array([*TEXTS, None]).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == TEXTS
+
+
+def test_damage_is_left_out_where_that_was_asked_for(tmp_path, monkeypatch):
+    """A row group, a line, a file that is none; before, between and after what can be read."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 20)
+    rows = [f"row {number}" for number in range(10)]
+    damage_row_group(write(tmp_path / "a.parquet", rows), 2)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no parquet")
+    (tmp_path / "c.jsonl").write_text('{bad\n{"text": "one"}\n["x"]\n{"text": "two"}\n{"text": "three"}\n{"text":')
+    (tmp_path / "d.txt").write_bytes(b"good\n\nb\xffad")
+    monkeypatch.setattr(readers, "TXT_LENGTH", 4)
+    source = open_source(SourceConfig(dataset=str(tmp_path), skip_errors=True))
+    assert list(source.documents()) == [*rows[:4], *rows[6:], "one", "two", "three", "good\n\n"]
+    chunks = list(source.chunks())
+    left_out = [line for chunk in chunks for line in chunk.left_out]
+    for line, words in zip(left_out, (["a.parquet: row group 2 of 5"], ["b.parquet: not a readable parquet"],
+                                      ["c.jsonl: line 1 is"], ["c.jsonl: line 3 is"], ["c.jsonl: line 6"],
+                                      ["d.txt: not UTF-8", "0xff at 7"]), strict=True):
+        assert all(word in line for word in words), line
+    for i, chunk in enumerate(chunks[:-1]):  # from any place on, what is left out after it is told once
+        for n in range(len(chunk.texts) + 1):
+            on = list(source.chunks(chunk.place(n)))
+            assert [line for chunk in on for line in chunk.left_out] == [line for chunk in chunks[i + 1:]
+                                                                        for line in chunk.left_out]
+    with pytest.raises(BadInput, match="row group 2 of 5 cannot be read .*: --skip_errors=1 leaves it out"):
+        list(open_source(SourceConfig(dataset=str(tmp_path))).documents())
+
+
+def test_a_txt_file_without_line_ends_is_cut_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LINES_LENGTH", 64)
+    text = "中🙂ä" * 100
+    documents = read(write(tmp_path / "a.txt", [text]))
+    assert "".join(documents) == text and 10 < len(documents) < 20
 
 
 def test_the_revision_changes_with_the_files(tmp_path):
