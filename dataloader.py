@@ -30,6 +30,7 @@ from tokenizer import Tokenizer
 FORMAT = "gpt-workbench shards 2"
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
 PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
+LOOKED_AT = 1 << 20        # tokens of each shard that are looked at when training starts; --verify looks at all
 IGNORE_INDEX = -100        # targets that carry no loss; the value F.cross_entropy skips by itself
 
 
@@ -243,7 +244,7 @@ def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
     if getattr(found, "dtype", None) != np.dtype(manifest.dtype) or found.shape != (tokens,):
         raise BadInput(f"{path}: holds {getattr(found, 'dtype', 'no array')} {getattr(found, 'shape', '')}, "
                        f"manifest.json says {manifest.dtype} ({tokens},): {PREPARE_AGAIN}")
-    if tokens and (found[0] != separator_id or found[:1 << 20].max() >= manifest.vocab_size):
+    if tokens and (found[0] != separator_id or found[:LOOKED_AT].max() >= manifest.vocab_size):
         raise BadInput(f"{path}: not tokens of this vocabulary, or not led by the document separator: {PREPARE_AGAIN}")
 
 

@@ -1,9 +1,13 @@
+import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,11 @@ import pytest
 
 import dataloader
 import download_data
-from conftest import REPO
-from dataloader import Manifest
+import train
+from conftest import REPO, TINY_MODEL, lines_in
+from dataloader import Manifest, open_data
 from runtime import readers, sources
+from runtime.files import sole_writer
 from tokenizer import Tokenizer
 
 
@@ -241,6 +247,226 @@ def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
     (second / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
     prepare(tmp_path, text, "--vocab_size=300", folder="second")
     assert contents(first) == contents(second)
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+KILL = """
+import os, random, signal, sys, time
+import dataloader, download_data, runtime.hub, runtime.readers
+runtime.hub.CHUNK_BYTES = runtime.readers.CHUNK_BYTES = 20_000
+random.seed(int(sys.argv.pop(1)))
+def start():
+    after = random.uniform(0, 1)
+    import threading
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+prepare = download_data.prepare
+download_data.prepare = lambda *args: (start(), prepare(*args))[1]
+download_data.main()
+"""
+
+
+def killed_until_it_ends(flags: list[str], kills: int):
+    """Runs the command in processes that are killed at random moments of their work, so often; then once unharmed."""
+    seeds = itertools.count()
+    while kills:
+        done = subprocess.run([sys.executable, "-c", KILL, str(next(seeds)), *flags], cwd=REPO, capture_output=True,
+                              text=True, timeout=60)
+        assert done.returncode in (0, -9), done.stderr
+        kills -= done.returncode == -9
+        if done.returncode == 0:  # it came to its end first: begin again
+            shutil.rmtree(next(flag.split("=")[1] for flag in flags if flag.startswith("--data_path=")))
+    download_data.main(flags)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("origin, kills", [
+    ("local", 2), ("streamed", 1), *(pytest.param(origin, 20, marks=pytest.mark.slow)
+                                     for origin in ("local", "streamed", "mix", "downloaded"))])
+def test_killed_at_any_moment_the_folder_ends_the_same(tmp_path, text, texts, hub, origin, kills):
+    """Shards so small that most of the time goes into closing them."""
+    flags = [f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--tokenizer_bytes=30000", "--val_tokens=20000",
+             "--shard_size_threshold=2000"]
+    if origin == "local":
+        flags.append(text)
+    elif origin == "mix":
+        (tmp_path / "other.txt").write_text("\n\n".join(texts), encoding="utf-8")
+        flags += [f"{text},{tmp_path / 'other.txt'}", "--mix=0.7,0.3"]
+    else:
+        hub.add("some/texts", {"default": [[{"text": text} for text in texts[i::3]] for i in range(3)]})
+        flags += ["--dataset=some/texts", f"--streaming={int(origin == 'streamed')}"]
+    download_data.main([flag.replace("/data", "/whole") if flag.startswith("--data_path") else flag for flag in flags])
+    killed_until_it_ends(flags, kills)
+    expected, found = contents(tmp_path / "whole"), contents(tmp_path / "data")
+    assert found.keys() == expected.keys() and len(found) > 40
+    assert found == expected
+
+
+def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
+    """While one is at work, and even where it has not written anything yet."""
+    expected = contents(prepare(tmp_path, text, folder="whole"))
+    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+             "--shard_size_threshold=9000", "--tokens_threshold=40000"]
+    program = "import download_data, sys; download_data.write_shards = lambda *args: sys.stdin.read(); download_data.main()"
+    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=REPO, stdin=subprocess.PIPE)
+    try:
+        while not (tmp_path / "data" / "manifest.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        refused(download_data.main, flags, "--data_path=", "another process is preparing data there")
+        process.kill()  # lets go of the folder
+    finally:
+        process.kill()
+        process.wait()
+    download_data.main(flags)
+    assert contents(tmp_path / "data") == expected
+    with sole_writer(tmp_path / "new", "--data_path=new"):
+        refused(download_data.main, [text, f"--data_path={tmp_path / 'new'}"], "another process")
+    assert not (tmp_path / "new").exists()
+
+
+# -- thresholds by hand -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("val_tokens, shard_size, tokens, val, train", [
+    # of documents of 3, 4, 2, 9, 2, 2 tokens: how long those in each shard are
+    (3, 7, 10**6, [[3]], [[4, 2, 9], [2, 2]]),
+    (4, 8, 10**6, [[3, 4]], [[2, 9], [2, 2]]),
+    (8, 4, 10**6, [[3, 4], [2]], [[9], [2, 2]]),
+    (1, 1, 10**6, [[3]], [[4], [2], [9], [2], [2]]),
+    (3, 100, 6, [[3]], [[4]]),
+    (3, 100, 7, [[3]], [[4, 2]]),  # it ends with more than so many, not with as many
+    (3, 4, 9, [[3]], [[4], [2, 9]]),
+    (3, 100, 21, [[3]], [[4, 2, 9, 2, 2]]),
+    (3, 100, 22, [[3]], [[4, 2, 9, 2, 2]])])  # the text ends first
+@pytest.mark.parametrize("chunk_bytes", [1, 20, 1 << 20])
+def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, tokens, val, train, chunk_bytes):
+    """A token a byte, and one for the separator. How much is read at once makes no difference."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk_bytes)
+    tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * (n - 1)}) + "\n" for n in (3, 4, 2, 9, 2, 2)))
+    download_data.main([f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}",
+                        f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={val_tokens}",
+                        f"--shard_size_threshold={shard_size}", f"--tokens_threshold={tokens}"])
+    for split, expected in (("val", val), ("train", train)):
+        shards = [np.load(path) for path in sorted((tmp_path / "data").glob(f"{split}_*.npy"))]
+        assert [np.diff([*np.flatnonzero(ids == tokenizer.separator_id), len(ids)]).tolist() for ids in shards] == expected
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+def test_the_folders_of_nodes_side_by_side_train(tmp_path, text, texts, refused):
+    """They hold the stream once, though each begins its own validation split."""
+    for node in (0, 1, 2):
+        prepare(tmp_path, text, "--num_nodes=3", f"--node={node}", "--tokens_threshold=1e9", "--val_tokens=1000",
+                folder=f"data/{node}")
+    data = open_data(tmp_path / "data")
+    found = [document for node in (0, 1, 2) for split in ("val", "train")
+             for document in documents_in(tmp_path / "data" / str(node), split)]
+    assert sorted(found) == sorted(texts)
+    assert data.manifest.total("val", "documents") + data.manifest.total("train", "documents") == len(texts)
+    train_flags = [f"--data_path={tmp_path / 'data'}", f"--checkpoint_path={tmp_path / 'gpt.pt'}", *TINY_MODEL,
+                   "--batch_size=4", "--num_batch_accum=1", "--max_iter=2", "--val_iter=1", "--device=cpu", "--verbose=0",
+                   "--overwrite"]
+    train.main(train_flags)
+    download_data.main([f"--data_path={tmp_path / 'data'}", "--verify"])
+    assert data.split("train").read(0, 10**4).tolist() == np.concatenate(
+        [np.load(path) for path in sorted((tmp_path / "data").glob("*/train_*.npy"))])[:10**4].tolist()
+    refused(download_data.main, [text, "--num_nodes=3", "--node=3", "--data_path=x"], "--node=3", "--num_nodes=3")
+    shutil.move(tmp_path / "data" / "1", tmp_path / "1")
+    refused(train.main, train_flags, "--data_path=", "node 0, 2 of --num_nodes=3")
+    prepare(tmp_path, text, "--num_nodes=3", "--node=1", "--vocab_size=401", folder="data/1")
+    refused(train.main, train_flags, "were prepared with other flags, text or tokenizer")
+    shutil.rmtree(tmp_path / "data" / "1")
+    shutil.copytree(tmp_path / "data" / "0", tmp_path / "data" / "1")
+    refused(train.main, train_flags, "node 0, 0, 2 of --num_nodes=3")
+    (tmp_path / "data" / "2" / "manifest.json").unlink()
+    (tmp_path / "data" / "1" / "manifest.json").unlink()
+    (tmp_path / "data" / "0" / "manifest.json").unlink()
+    refused(train.main, train_flags, "--data_path=", "no shards to read")
+
+
+def test_folders_that_happen_to_lie_there_are_no_parts(tmp_path, text, refused):
+    prepare(tmp_path, text, folder="data/mine")
+    refused(train.main, [f"--data_path={tmp_path / 'data'}"], "--data_path=", "no shards to read")
+
+
+# -- looking at a folder ----------------------------------------------------------------------------------------------
+
+def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(dataloader, "LOOKED_AT", 1000)  # so that the stray id is further on
+    path = prepare(tmp_path, text)
+    capsys.readouterr()
+    download_data.main([f"--data_path={path}", "--verify"])
+    shards = list(path.glob("*.npy"))
+    assert f"{len(shards)} shards" in capsys.readouterr().out
+    separator = Tokenizer.load(path / "tokenizer.json").separator_id
+
+    def change(name, change_ids):
+        ids = np.load(path / name)
+        change_ids(ids)
+        np.save(path / name, ids)
+
+    change("train_000000.npy", lambda ids: ids.__setitem__(7, 5))  # another byte
+    change("train_000001.npy", lambda ids: ids.__setitem__(-1, 399 + 1))  # beyond the vocabulary
+    change("train_000002.npy", lambda ids: ids.__setitem__(9, separator))  # one document more
+    (path / "val_000000.npy").unlink()
+    np.save(path / "train_000077.npy", np.zeros(3))
+    manifest = Manifest.load(path)
+    manifest.shards["train"][3] = replace(manifest.shards["train"][3], bytes=7)
+    manifest.save(path)
+    with pytest.raises(SystemExit) as stop:
+        download_data.main([f"--data_path={path}", "--verify"])
+    *told, last = lines_in(capsys.readouterr().err)
+    assert stop.value.code == 2 and last.startswith("download_data.py: --data_path=") and "not as its manifest" in last
+    for words in (["val_000000.npy", "missing"], ["train_000000.npy", "checksum"], ["train_000001.npy", "holds id 400"],
+                  ["train_000001.npy", "checksum"], ["train_000002.npy", "documents, manifest.json says"],
+                  ["train_000003.npy", "bytes of text, manifest.json says 7"], ["train_000077.npy", "not in manifest.json"]):
+        assert any(all(word in line for word in words) for line in told), (words, told)
+    assert not any("train_000003.npy" in line and "checksum" in line for line in told)
+
+
+def test_verify_of_what_is_not_finished(tmp_path, text, capsys):
+    path = prepare(tmp_path, text)
+    manifest = Manifest.load(path)
+    manifest.complete = False
+    manifest.shards["train"].pop()
+    manifest.save(path)  # as if killed between a shard's last byte and its entry
+    capsys.readouterr()
+    download_data.main([f"--data_path={path}", "--verify"])
+    assert "the preparation has not finished" in capsys.readouterr().out
+
+
+def test_stats_count_and_draw(tmp_path, text, capsys, refused):
+    path = prepare(tmp_path, text)
+    data = open_data(path)
+    lengths, counts = download_data.count(data)
+    documents = documents_in(path, "val") + documents_in(path, "train")
+    encoded = [data.tokenizer.encode(document) for document in documents]
+    assert lengths.tolist() == [len(ids) for ids in encoded]
+    expected = np.bincount(np.concatenate(encoded), minlength=400)
+    expected[data.tokenizer.separator_id] = len(documents)
+    assert counts.tolist() == expected.tolist()
+    download_data.main([f"--data_path={path}", "--stats"])
+    out = capsys.readouterr().out
+    assert f"documents: {len(documents)}; " in out and f"longest {lengths.max():,}" in out
+    assert (path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.reader((path / "stats.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[0] == ["rank", "id", "occurrences", "token"] and len(rows) == 401
+    assert int(rows[1][2]) == counts.max() and sum(int(row[2]) for row in rows[1:]) == counts.sum()
+    data.split("train")  # which the new files do not disturb
+    refused(download_data.main, [f"--data_path={tmp_path / 'none'}", "--stats"], "no shards to read")
+
+
+def test_the_summary_tells_what_there_is(tmp_path, text, capsys):
+    path = prepare(tmp_path, text)
+    out = capsys.readouterr().out
+    data = open_data(path)
+    ids = data.split("val").read(0, len(data.split("val")))
+    assert f"words that are one token: {data.tokenizer.one_token_words(ids):.1%} of the validation split's" in out
+    tokens, n_bytes = (data.manifest.total("val", what) for what in ("tokens", "bytes"))
+    assert f"val  : {tokens:,} tokens" in out and "bytes per token" in out
+    assert n_bytes == sum(len(document.encode()) for document in documents_in(path, "val"))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
