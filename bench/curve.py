@@ -1,6 +1,5 @@
 """Draws the loss curves of one or more runs from their metrics.jsonl.
 
-    python -m pip install -r bench/requirements.txt
     python bench/curve.py checkpoints/gpt/metrics.jsonl --out studies/quickstart.png
 """
 import argparse

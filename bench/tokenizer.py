@@ -2,15 +2,13 @@
 
     python bench/tokenizer.py --train docs_train.parquet --val docs_val.parquet
 
-Installs the peers from bench/tokenizer_requirements.txt. Every measurement is a process of its own (one and two threads
+Installs the peers from bench/requirements.txt. Every measurement is a process of its own (one and two threads
 share one), the sides take turns, and medians are compared. The table goes into README.md, between the lines that name
 this file, and as a picture into studies/tokenizer.png.
 """
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-REPO = Path(__file__).parent.parent
+from side_by_side import REPO, install_peers, machine, peak_memory, run, table, take_turns, write_into_readme
+
 sys.path[0] = str(REPO)  # this file has the name of the module that it measures
 
 from runtime.sources import SourceConfig, open_source  # noqa: E402
@@ -31,11 +30,6 @@ SPECIALS = 5  # of our vocabulary; the peers learn as many merges without them
 
 def documents(path: str) -> Iterator[str]:
     return open_source(SourceConfig(dataset=path)).documents()
-
-
-def peak_memory() -> float:
-    """MB that this process has held at most. (ru_maxrss would begin with the parent's.)"""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1e3
 
 
 def train_ours(texts, vocab_size: int, pattern: str):
@@ -149,15 +143,6 @@ ARMS = {arm.__name__: arm for arm in (
 
 # -- running and comparing --------------------------------------------------------------------------------------------
 
-def run(arm: str, args):
-    """The figure of one arm, from a fresh process; Rust's worker threads are one."""
-    done = subprocess.run([sys.executable, __file__, f"--arm={arm}", *flags(args)], capture_output=True, text=True,
-                          env=os.environ | {"RAYON_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def start_seconds(args, compiled: bool) -> float:
     """Wall seconds from the start of a process until it has encoded a document."""
     program = ("import time; from tokenizer import Tokenizer; "
@@ -174,14 +159,14 @@ def flags(args) -> list[str]:
             f"--rounds={args.rounds}"]
 
 
-def compare(args, ours: str, peer: str) -> tuple[float, float]:
+def compare(args, ours: str, peer: str) -> list[float]:
     """Medians of two arms that take turns."""
-    figures = {ours: [], peer: []}
-    for _ in range(args.rounds):
-        for arm, seen in figures.items():
-            seen.append(run(arm, args))
-            print(f"  {arm}: {seen[-1]:.3f}", file=sys.stderr, flush=True)
-    return statistics.median(figures[ours]), statistics.median(figures[peer])
+    return take_turns(lambda arm: measured(arm, args), [ours, peer], args.rounds)
+
+
+def measured(arm: str, args):
+    """The figure of one arm, from a fresh process; Rust's worker threads are one."""
+    return run(__file__, arm, flags(args), RAYON_NUM_THREADS="1")
 
 
 def measure(args) -> list[tuple[str, str, str, str, float]]:
@@ -205,7 +190,7 @@ def measure(args) -> list[tuple[str, str, str, str, float]]:
         *compare(args, "encode_seconds_ours", "encode_seconds_tiktoken"),
         lambda value: f"{megabytes['val'] / value:.0f} MB/s", faster)
     add(f"encoding {megabytes['train']:.0f} MB, two threads (with a cache each) against one, wall time: times as fast",
-        *run("threads_seconds", args), lambda value: f"{megabytes['train'] / value:.0f} MB/s", faster)
+        *measured("threads_seconds", args), lambda value: f"{megabytes['train'] / value:.0f} MB/s", faster)
     add(f"{of_train}, peak memory of the process against rustbpe's: times as much",
         *compare(args, "train_memory_ours", "train_memory_rustbpe"), lambda value: f"{value:.0f} MB",
         lambda mine, theirs: mine / theirs)
@@ -216,22 +201,10 @@ def measure(args) -> list[tuple[str, str, str, str, float]]:
     return rows
 
 
-def table(rows, equal: str, args) -> str:
-    lines = ["| what | ratio | ours | peer |", "|---|---|---|---|"]
-    lines += [f"| {what} | {ratio} | {ours} | {peer} |" for what, ratio, ours, peer, _ in rows]
-    machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), platform.machine())
-    lines.append(f"\nMedians of {args.rounds} runs, CPU seconds of one thread where nothing else is said, vocabulary "
-                 f"{args.vocab_size:,}, {machine}, {os.cpu_count()} cores, Python {platform.python_version()}: "
-                 f"`python bench/tokenizer.py --train {Path(args.train).name} --val {Path(args.val).name}`. {equal}")
-    return "\n".join(lines)
-
-
-def write_into_readme(text: str):
-    readme = REPO / "README.md"
-    before, after = "<!-- bench/tokenizer.py -->\n", "<!-- end of bench/tokenizer.py -->"
-    head, rest = readme.read_text(encoding="utf-8").split(before)
-    readme.write_text(head + before + text + "\n" + after + rest.split(after)[1], encoding="utf-8")
+def page(rows, equal: str, args) -> str:
+    return (f"{table(rows)}\n\nMedians of {args.rounds} runs, CPU seconds of one thread where nothing else is said, "
+            f"vocabulary {args.vocab_size:,}, {machine()}: `python bench/tokenizer.py --train {Path(args.train).name} "
+            f"--val {Path(args.val).name}`. {equal}")
 
 
 def draw(rows, path: Path):
@@ -261,14 +234,13 @@ def main():
     if args.arm:
         print(json.dumps(ARMS[args.arm](args)))
         return
-    peers = Path(__file__).with_name("tokenizer_requirements.txt")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", peers], check=True)
+    install_peers()
     with tempfile.TemporaryDirectory() as folder:
         args.tokenizer = f"{folder}/tokenizer.json"
         train_ours(documents(args.train), args.vocab_size, "default").save(args.tokenizer)
-        text = table(rows := measure(args), run("equality", args), args)
+        text = page(rows := measure(args), measured("equality", args), args)
     print(text)
-    write_into_readme(text)
+    write_into_readme("bench/tokenizer.py", text)
     draw(rows, REPO / "studies" / "tokenizer.png")
 
 

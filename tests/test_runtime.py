@@ -3,6 +3,8 @@ import io
 import json
 import math
 import random
+import threading
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,11 @@ from runtime.device import (
     seed_everything,
     set_rng_state,
 )
-from runtime.files import require_writable, whole_file
+from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, check_flags, flag, parse_flags, parse_int
 from runtime.metrics import LossSums, MetricsLog, read_rows
+from runtime.texts import join, pack
+from runtime.threads import map_in_threads, read_ahead
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,90 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 # -- checkpoint -------------------------------------------------------------------------------------------------------
+
+# -- texts and threads ------------------------------------------------------------------------------------------------
+
+def test_texts_are_taken_apart():
+    texts = pack(["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"])
+    expected = ["one", "", "zwei ä", "b\ufffdad", "🙂 \ufffd"]
+    assert list(texts.strings()) == expected and len(texts) == 5
+    assert list(texts.part(1, 4).strings()) == expected[1:4] and texts.part(1, 4).offsets[0] == 0
+    assert list(texts.chosen(np.array([True, False, True, False, True])).strings()) == expected[::2]
+    assert texts.chosen(np.ones(5, bool)) is texts and len(texts.part(2, 2)) == 0
+    assert list(join([b"a", np.frombuffer(b"bc", np.uint8)]).strings()) == ["a", "bc"] and len(join([])) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_items_before_a_failure_are_worked_on(threads):
+    def items():
+        yield from range(20)
+        raise OSError("away")
+
+    mapped, got = map_in_threads(lambda item: item * item, items(), threads), []
+    with pytest.raises(OSError, match="away"):
+        for value in mapped:
+            got.append(value)
+    assert got == [item * item for item in range(20)]
+
+
+def test_threads_hold_a_few_items_by_their_size():
+    made = []
+
+    def items():
+        for size in (1, 1, 1, 50, 1, 1, 1):
+            made.append(size)
+            yield size
+    mapped = map_in_threads(lambda size: size, items(), 2, size=lambda size: size, ahead=4)
+    assert next(mapped) == 1 and made == [1, 1, 1, 50]  # the large one waits until it is alone
+    assert next(mapped) == 1 and next(mapped) == 1 and made == [1, 1, 1, 50]
+    assert list(mapped) == [50, 1, 1, 1]
+
+
+def test_reading_ahead_keeps_order_and_failures():
+    def items():
+        yield from range(5)
+        raise ValueError("bad")
+
+    ahead, got = read_ahead(items()), []
+    with pytest.raises(ValueError, match="bad"):
+        for item in ahead:
+            got.append(item)
+    assert got == list(range(5))
+    assert list(read_ahead([])) == []
+
+
+def test_reading_ahead_is_left_without_waiting():
+    """What is being read may be waiting for a network."""
+    released, started = threading.Event(), threading.Event()
+
+    def items():
+        yield 1
+        started.set()
+        released.wait(30)
+        yield 2
+
+    ahead = read_ahead(items())
+    assert next(ahead) == 1 and started.wait(10)
+    start = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - start < 10
+    released.set()
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with sole_writer(tmp_path / "a" / "b", "--data_path=x"):
+        with pytest.raises(BadInput, match="--data_path=x: another process"), sole_writer(tmp_path / "a" / "b",
+                                                                                         "--data_path=x"):
+            raise AssertionError("two")
+        assert (tmp_path / "a" / "b").is_dir()  # the one refused has not removed it
+    assert not list(tmp_path.iterdir())  # nothing was written
+    with sole_writer(tmp_path / "a", ""):
+        (tmp_path / "a" / "file").touch()
+    with sole_writer(tmp_path / "a", ""):
+        assert (tmp_path / "a" / "file").exists()
+    with pytest.raises(BadInput, match="cannot be written"), sole_writer(tmp_path / "a" / "file" / "c", "--data_path=y"):
+        raise AssertionError("a folder in a file")
+
 
 def test_checkpoint_round_trip(tmp_path):
     blob = {"model": {"w": torch.randn(3, dtype=torch.bfloat16)}, "n": 3, "text": "é", "rng": rng_state(), "none": None}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import rustbpe
 import tiktoken
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import tokenizer as tokenizer_script
 from conftest import REPO
 from runtime.flags import BadInput
-from runtime.texts import as_text
+from runtime.texts import as_text, pack
 from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer
 
 SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
@@ -201,6 +202,30 @@ def test_decode_refuses_ids_outside_the_vocabulary(trained):
     for wrong in ([2.7], "12"):
         with pytest.raises(TypeError):
             trained.decode(wrong)
+
+
+@pytest.mark.parametrize("pattern", ["default", r"\w+|\W+"])
+def test_one_token_words_are_counted(english, pattern):
+    """As by encoding each word alone; with separators and without."""
+    tokenizer = Tokenizer.train(english[:60], 900, pattern)
+    texts = [*english[50:70], SCRIPTS, "", "one"]
+    words = [word for text in texts for word in tokenizer_script.split(tokenizer.split_regex, text)]
+    expected = sum(len(tokenizer.encode(word)) == 1 for word in words) / len(words)
+    assert 0.1 < expected < 0.9
+    ids, _ = tokenizer.encode_texts(pack(texts), separated=True)
+    assert tokenizer.one_token_words(ids) == pytest.approx(expected, abs=1e-12)
+    assert tokenizer.one_token_words(np.array(tokenizer.encode(texts[0]))) == pytest.approx(
+        np.mean([len(tokenizer.encode(word)) == 1 for word in tokenizer_script.split(tokenizer.split_regex, texts[0])]))
+
+
+@pytest.mark.parametrize("pattern", ["default", "gpt2", r"\w+|\W+"])
+def test_separators_lead_each_text(english, pattern):
+    tokenizer = Tokenizer.train(english[:20], 400, pattern)
+    texts = [*english[:5], "", SCRIPTS]
+    ids, offsets = tokenizer.encode_texts(pack(texts), separated=True)
+    assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == [
+        [tokenizer.separator_id, *tokenizer.encode(text)] for text in texts]
+    assert ids.dtype == np.uint16 and offsets[0] == 0
 
 
 def test_one_thread_equals_many(trained, english, monkeypatch):

@@ -1,0 +1,60 @@
+"""What the benches share: each measurement in a process of its own, sides that take turns, a table in README.md."""
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+
+
+def install_peers():
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", REPO / "bench" / "requirements.txt"], check=True)
+
+
+def run(script: str, arm: str, flags: list[str], **environment: str):
+    """What `script --arm=…` prints last, as JSON, from a fresh process."""
+    done = subprocess.run([sys.executable, script, f"--arm={arm}", *flags], capture_output=True, text=True,
+                          env=os.environ | environment)
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(measure: Callable[[str], float], arms: list[str], rounds: int) -> list[float]:
+    """The median of each arm's measurements."""
+    figures = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, seen in figures.items():
+            seen.append(measure(arm))
+            print(f"  {arm}: {seen[-1]:.3f}", file=sys.stderr, flush=True)
+    return [statistics.median(seen) for seen in figures.values()]
+
+
+def peak_memory() -> float:
+    """MB that this process has held at most. (ru_maxrss would begin with the parent's.)"""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1e3
+
+
+def machine() -> str:
+    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def table(rows: list[tuple]) -> str:
+    """rows: what, ratio, ours, peer, and more that is not shown."""
+    return "\n".join(["| what | ratio | ours | peer |", "|---|---|---|---|",
+                      *(f"| {what} | {ratio} | {ours} | {peer} |" for what, ratio, ours, peer, *_ in rows)])
+
+
+def write_into_readme(script: str, text: str):
+    """Between the lines that name `script`, such as bench/data.py."""
+    readme = REPO / "README.md"
+    before, after = f"<!-- {script} -->\n", f"<!-- end of {script} -->"
+    head, rest = readme.read_text(encoding="utf-8").split(before)
+    readme.write_text(head + before + text + "\n" + after + rest.split(after)[1], encoding="utf-8")
