@@ -218,8 +218,9 @@ def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tupl
     cores = available_cores()
     encode = lambda chunk: (chunk, *tokenizer.encode_texts(chunk.texts, separated=True))
     _ = tokenizer.vocabulary  # before several threads each make one
-    with closing(read_ahead(chunks)) as read:
-        yield from map_in_threads(encode, read, cores, lambda chunk: len(chunk.texts.utf8), 2 * cores * CHUNK_BYTES)
+    size, ahead = lambda chunk: len(chunk.texts.utf8), 2 * cores * CHUNK_BYTES
+    with closing(read_ahead(chunks, size, ahead)) as read:
+        yield from map_in_threads(encode, read, cores, size, ahead)
 
 
 class Progress(tqdm):

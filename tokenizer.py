@@ -44,6 +44,7 @@ PATTERNS = {
 }
 TRAINING_BYTES = 100_000_000  # of text are plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 10_000_000
+PIECE_BYTES = 1 << 24         # of a text are encoded at once
 CHUNK_CHARACTERS = 1 << 20    # texts of so many together are encoded or counted in one call
 
 
@@ -191,18 +192,27 @@ class Tokenizer:
     def encode_texts(self, texts: Texts, separated: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64, by the calling thread alone;
         several may call it. separated: each text is led by the separator."""
-        text, offsets = bpe.padded([texts.utf8]), texts.offsets
+        pieces, begins = cut(texts) if self.splitter is not None else (texts, np.ones(len(texts), bool))
+        runs = [0, *np.flatnonzero(np.diff(pieces.offsets[:-1] // PIECE_BYTES)) + 1, len(pieces)]  # of PIECE_BYTES or so
+        encoded = [self.encode_pieces(pieces.part(start, stop), begins[start:stop] & separated)
+                   for start, stop in itertools.pairwise(runs)]
+        ids = encoded[0][0] if len(encoded) == 1 else np.concatenate([ids for ids, _ in encoded])
+        ends = np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)]).cumsum()
+        return ids, ends[np.flatnonzero(np.append(begins, True))]
+
+    def encode_pieces(self, pieces: Texts, led: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_texts`, of texts that together fit into memory several times. led, (pieces,) bool: by the separator."""
+        text, offsets = bpe.padded([pieces.utf8]), pieces.offsets
         ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
-        lead = np.array([self.separator_id] if separated else [], np.uint32)
+        leads = np.where(led, self.separator_id if led.any() else 0, bpe.NONE)
         cache = self.take_cache()
         if self.splitter is not None:
-            bpe.encode_documents(text, offsets, lead, self.splitter, self.vocabulary, cache, ids, id_offsets)
+            bpe.encode_documents(text, offsets, leads, self.splitter, self.vocabulary, cache, ids, id_offsets)
         else:
             for i, ends in enumerate(split_documents(self.split_regex, text, offsets)):
                 at = id_offsets[i]
-                ids[at:at + len(lead)] = lead
-                at += len(lead)
-                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, at)
+                ids[at] = leads[i]
+                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, at + led[i])
         self.caches.append(cache)
         return ids[:id_offsets[-1]].astype(self.dtype), id_offsets
 
@@ -324,6 +334,30 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
             at = match.end()
     words.append(text[at:])
     return [word for word in words if word]
+
+
+def cut(texts: Texts) -> tuple[Texts, np.ndarray]:
+    """Cuts long texts between words, so that no piece takes much memory. Returns the pieces, and which of them begin a text,
+    (pieces,) bool.
+
+    Only between an ASCII letter and a space: there a word ends under every pattern in PATTERNS, whatever follows, and the
+    next begins, whatever came before. Where such are too rare, pieces are longer.
+    """
+    begins = np.ones(len(texts), bool)
+    long = np.flatnonzero(np.diff(texts.offsets) > PIECE_BYTES)
+    if not len(long):
+        return texts, begins
+    cuts = []
+    for start, stop in zip(texts.offsets[long].tolist(), texts.offsets[long + 1].tolist()):
+        while stop - start > PIECE_BYTES:
+            window = texts.utf8[start + PIECE_BYTES // 2:start + PIECE_BYTES]
+            letters = (window[:-1] | 32) - np.uint8(ord("a")) < 26
+            found = np.flatnonzero(letters & (window[1:] == ord(" ")))
+            start += PIECE_BYTES // 2 + int(found[-1]) + 1 if len(found) else PIECE_BYTES // 2
+            if len(found):
+                cuts.append(start)
+    offsets = np.sort(np.concatenate([texts.offsets, np.array(cuts, np.int64)]))
+    return Texts(texts.utf8, offsets), ~np.isin(offsets[:-1], cuts)
 
 
 def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:

@@ -930,13 +930,16 @@ def append(ids, n, parts, m):
 
 
 @kernel
-def encode_documents(text, offsets, lead, splitter, vocabulary, cache, ids, id_offsets):
-    """Ids of the documents text[offsets[i]:offsets[i + 1]], each led by those in `lead`, into
-    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for `PADDING` more than all leads and bytes."""
+def encode_documents(text, offsets, leads, splitter, vocabulary, cache, ids, id_offsets):
+    """Ids of the documents text[offsets[i]:offsets[i + 1]], each led by leads[i] unless that is NONE, into
+    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for `PADDING` more than there are leads and bytes."""
     ends = np.empty(BLOCK + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
-        at = append(ids, id_offsets[i], lead, len(lead))
+        at = id_offsets[i]
+        if leads[i] != NONE:
+            ids[at] = leads[i]
+            at += 1
         n, ends[0] = 0, offsets[i]
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.flags import BadInput
-from runtime.texts import Texts, join, pack
+from runtime.texts import Texts, join, pack, utf8
 
 CHUNK_BYTES = 1 << 20  # of text are read, encoded and handed on at a time
 # A txt file is cut at the first blank line after so many bytes, or, where there are no blank lines, at the first line end
 # after LINES_LENGTH, or there where no line ends.
 TXT_LENGTH, LINES_LENGTH = 16_384, 1 << 20
+# A document is held in memory several times over; with one emoji in it, each character of a str takes four bytes.
+MAX_DOCUMENT_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,17 @@ def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Itera
                     if batch is None:
                         break
                     skip = min(max(row - at, 0), len(batch))
-                    if skip < len(batch):
-                        texts = arrow_texts(batch.column(0).slice(skip), text_column, file.name)
-                        yield texts, at + skip, 0, (at + skip) / parquet.metadata.num_rows
-                    at += len(batch)
+                    texts, at = arrow_texts(batch.column(0).slice(skip), text_column, file.name), at + skip
+                    del batch
+                    long = np.flatnonzero(np.diff(texts.offsets) > MAX_DOCUMENT_BYTES)
+                    readable = texts.part(0, long[0]) if len(long) else texts
+                    if len(readable):
+                        yield readable, at, 0, at / parquet.metadata.num_rows
+                    if len(long):
+                        raise Unreadable(f"{file.name}: row {at + long[0]} is longer than {MAX_DOCUMENT_BYTES / 1e6:.0f} MB",
+                                         (at + int(long[0]) + 1, 0))
+                    at += len(texts)
+                    del texts, readable
             first += rows
 
 
@@ -190,26 +199,37 @@ def arrow_texts(column, text_column: str, where: str) -> Texts:
 def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
     with file.open() as opened:
         opened.seek(byte)
-        texts, begins, size = [], (row, byte), 0
-        for line in opened:
+        parts, begins, size = [], (row, byte), 0
+        while line := opened.readline(MAX_DOCUMENT_BYTES):
             row, byte = row + 1, byte + len(line)
+            failure = None
             try:
-                texts.append(text_in_line(line, text_column, f"{file.name}: line {row}"))
+                parts.append(utf8(text_in_line(line, text_column, f"{file.name}: line {row}")))
             except BadInput as error:
-                if texts:
-                    yield pack(texts), *begins, begins[1] / max(1, file.size)
-                raise Unreadable(str(error), (row, byte)) from None
+                while len(line) == MAX_DOCUMENT_BYTES and line[-1:] != b"\n":  # the rest of a long line
+                    line = opened.readline(MAX_DOCUMENT_BYTES)
+                    byte += len(line)
+                failure = Unreadable(str(error), (row, byte))
             size += len(line)
-            if size >= CHUNK_BYTES:
-                yield pack(texts), *begins, begins[1] / max(1, file.size)
-                texts, begins, size = [], (row, byte), 0
-        yield pack(texts), *begins, begins[1] / max(1, file.size)
+            del line
+            if parts and (size >= CHUNK_BYTES or failure):
+                texts, parts = join(parts), []
+                yield texts, *begins, begins[1] / max(1, file.size)
+                del texts
+            if failure:
+                raise failure
+            if not parts:
+                begins, size = (row, byte), 0
+        if parts:
+            yield join(parts), *begins, begins[1] / max(1, file.size)
 
 
 def text_in_line(line: bytes, text_column: str, where: str) -> str:
     """The text of a line of JSON; of a blank line, none. Raises BadInput."""
     if not line.strip():
         return ""
+    if len(line) >= MAX_DOCUMENT_BYTES:
+        raise BadInput(f"{where} is longer than {MAX_DOCUMENT_BYTES / 1e6:.0f} MB")
     try:
         found = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

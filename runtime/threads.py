@@ -1,5 +1,4 @@
 """Work in threads, of which compiled loops and files let several run at a time."""
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +16,11 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, size: Call
                    ahead: int | None = None) -> Iterator:
     """map(function, items) by several threads, which work on items of `ahead` together by `size` (default: two a thread)
     beyond what is taken, and on one at least."""
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    if threads == 1 or len(first) < 2:
-        yield from map(function, itertools.chain(first, items))
+    if threads == 1:
+        yield from map(function, items)
         return
     ahead = 2 * threads if ahead is None else ahead
-    items, failure = itertools.chain(first, items), None
+    items, failure = iter(items), None
     with ThreadPoolExecutor(threads) as pool:
         waiting, held = deque(), 0
         try:
@@ -37,6 +34,7 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, size: Call
                     break
                 waiting.append((size(item), pool.submit(function, item)))
                 held += waiting[-1][0]
+                del item
                 while held > ahead and waiting:
                     n, future = waiting.popleft()
                     yield future.result()
@@ -50,14 +48,19 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, size: Call
         raise failure
 
 
-def read_ahead(items: Iterable) -> Iterator:
-    """`items`, of which a thread makes the next one while the last is in use. When it is closed it does not wait for that
-    thread, which may be waiting for a network."""
+def read_ahead(items: Iterable, size: Callable = lambda item: 1, ahead: int = 1) -> Iterator:
+    """`items`, of which a thread makes the next one while the last is in use, unless that is larger than `ahead` by `size`.
+    When it is closed it does not wait for that thread, which may be waiting for a network."""
     items, reader = iter(items), ThreadPoolExecutor(1)
     try:
         upcoming = reader.submit(next, items, END)
         while (item := upcoming.result()) is not END:
-            upcoming = reader.submit(next, items, END)
+            large = size(item) > ahead
+            if not large:
+                upcoming = reader.submit(next, items, END)
             yield item
+            del item
+            if large:
+                upcoming = reader.submit(next, items, END)
     finally:
         reader.shutdown(wait=False, cancel_futures=True)

@@ -172,6 +172,20 @@ def test_reading_ahead_keeps_order_and_failures():
     assert list(read_ahead([])) == []
 
 
+def test_nothing_is_read_ahead_of_a_large_item():
+    made = []
+
+    def items():
+        for size in (1, 9, 1):
+            made.append(size)
+            yield size
+    ahead = read_ahead(items(), size=lambda size: size, ahead=5)
+    assert next(ahead) == 1 and next(ahead) == 9
+    time.sleep(0.05)
+    assert made == [1, 9]
+    assert list(ahead) == [1] and made == [1, 9, 1]
+
+
 def test_reading_ahead_is_left_without_waiting():
     """What is being read may be waiting for a network."""
     released, started = threading.Event(), threading.Event()

@@ -198,6 +198,18 @@ def test_damage_is_left_out_where_that_was_asked_for(tmp_path, monkeypatch):
         list(open_source(SourceConfig(dataset=str(tmp_path))).documents())
 
 
+def test_documents_too_long_for_the_memory_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 40)
+    texts = ["one", "x" * 50, "two", "y" * 90, "z" * 41, "three"]
+    for suffix, row in ((".parquet", "row 1 is longer"), (".jsonl", "line 2 is longer")):
+        path = write(tmp_path / f"a{suffix}", texts)
+        with pytest.raises(BadInput, match=f"a{suffix}: {row} than 0 MB: --skip_errors=1 leaves it out"):
+            read(path)
+        chunks = list(open_source(SourceConfig(dataset=str(path), skip_errors=True)).chunks())
+        assert [text for chunk in chunks for text in chunk.texts.strings()] == ["one", "two", "three"]
+        assert sum(len(chunk.left_out) for chunk in chunks) == 3
+
+
 def test_a_txt_file_without_line_ends_is_cut_between_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LINES_LENGTH", 64)
     text = "中🙂ä" * 100

@@ -218,6 +218,38 @@ def test_one_token_words_are_counted(english, pattern):
         np.mean([len(tokenizer.encode(word)) == 1 for word in tokenizer_script.split(tokenizer.split_regex, texts[0])]))
 
 
+@pytest.mark.parametrize("pattern", ["default", "gpt4", "gpt2", r"\w+|\W+"])
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from("abS'tdLl  \n\t12.,中ä🙂") | st.characters(exclude_categories=["Cs"])), max_size=5),
+       st.integers(4, 20), st.booleans())
+def test_long_texts_are_encoded_in_pieces(pattern, texts, piece_bytes, separated):
+    """Which changes nothing."""
+    tokenizer = piecewise(pattern)
+    expected, offsets = tokenizer.encode_texts(pack(texts), separated)
+    whole = tokenizer_script.PIECE_BYTES
+    try:
+        tokenizer_script.PIECE_BYTES = piece_bytes
+        ids, found = tokenizer.encode_texts(pack(texts), separated)
+    finally:
+        tokenizer_script.PIECE_BYTES = whole
+    assert ids.tolist() == expected.tolist() and found.tolist() == offsets.tolist()
+
+
+@functools.cache
+def piecewise(pattern):
+    return Tokenizer.train(["all Still, it's and'll last 12 3 at a " * 9, SCRIPTS], 330, pattern)
+
+
+def test_pieces_are_small(english, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "PIECE_BYTES", 1000)
+    texts = ["".join(english[:5]), "short", "x" * 5000, "中文 " * 2000]
+    pieces, begins = tokenizer_script.cut(pack(texts))
+    assert list(np.flatnonzero(begins)[-3:]) == [len(begins) - 3, len(begins) - 2, len(begins) - 1]
+    lengths = np.diff(pieces.offsets)
+    assert len(lengths) > 30 and lengths[:-3].max() <= 1000  # but where no letter and space are
+    assert "".join(pieces.strings()) == "".join(texts)
+
+
 @pytest.mark.parametrize("pattern", ["default", "gpt2", r"\w+|\W+"])
 def test_separators_lead_each_text(english, pattern):
     tokenizer = Tokenizer.train(english[:20], 400, pattern)
