@@ -79,8 +79,8 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, again: str) -> t
         require_writable(config.data_path / "manifest.json", f"--data_path={config.data_path}")
         had_tokenizer, began = (config.data_path / "tokenizer.json").exists(), manifest is None
         revisions = None if began else manifest.source["revisions"]
-        source = open_source(source_config, revisions, part=(config.node, config.num_nodes))
         try:
+            source = open_source(source_config, revisions, part=(config.node, config.num_nodes))
             if began:
                 tokenizer = choose_tokenizer(config, source_config, source)
                 manifest = Manifest(source.name, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
@@ -230,7 +230,9 @@ class Progress(tqdm):
         total = lambda what: sum(manifest.total(split, what) for split in SPLITS)
         self.threshold, self.documents = config.tokens_threshold, total("documents")
         self.new_bytes = self.new_tokens = 0
-        super().__init__(initial=total("tokens"), unit="tok", unit_scale=True, dynamic_ncols=True)
+        # until more is known, a hub dataset is taken to be larger than the threshold
+        super().__init__(total=self.threshold if "dataset_config" in manifest.source else None, initial=total("tokens"),
+                         unit="tok", unit_scale=True, dynamic_ncols=True)
 
     def shows(self, chunk: Chunk, shard: str, documents: int, tokens: int, n_bytes: int):
         """So many have been added to a shard."""
@@ -241,8 +243,8 @@ class Progress(tqdm):
             self.total = min(self.threshold, int(self.n / chunk.fraction))
         bytes_per_token = self.new_bytes / self.new_tokens
         self.set_description_str(shard.removesuffix(".npy"), refresh=False)
-        self.set_postfix_str(f"{self.documents:,} documents, {bytes_per_token * (self.format_dict['rate'] or 0) / 1e6:.1f} "
-                             f"MB/s, {bytes_per_token:.2f} bytes/token", refresh=False)
+        self.set_postfix_str(f"{self.documents:,} docs, {bytes_per_token * (self.format_dict['rate'] or 0) / 1e6:.1f} "
+                             f"MB/s, {bytes_per_token:.2f} bytes/tok", refresh=False)
         self.update(tokens)
 
 

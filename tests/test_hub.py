@@ -210,6 +210,11 @@ def test_a_hub_that_is_away_for_good(prepare_from_hub, hub, undisturbed, tmp_pat
         assert flag in last
     finished = sorted(path.name for path in (tmp_path / "data").glob("*.npy"))
     assert len(finished) > 3 and not list((tmp_path / "data").glob("*.tmp"))
+    hub.fail("away", "/api/", times=10**9)  # it is still away when that command is given
+    done = prepare_from_hub(*flags)
+    last = lines_in(done.err)[-1]
+    assert done.returncode == 1 and "stopped answering" in last and "go on after them with: python " in last
+    assert sorted(path.name for path in (tmp_path / "data").glob("*.npy")) == finished
     hub.faults.clear()
     done = prepare_from_hub(*flags)
     assert done.returncode == 0, done.err
