@@ -119,7 +119,6 @@ def split_files(files: list, part: tuple[int, int]) -> tuple[list, tuple[int, in
 # part of the file before them, 0 to 1.
 
 def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
-    """Whatever its row groups hold, only a few pages of one are in memory."""
     import pyarrow.parquet
     with file.open() as opened:
         try:
@@ -131,32 +130,35 @@ def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Itera
         require_column(text_column, parquet.schema_arrow.names, file.name)
         first = 0
         for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
-            if first + rows > row:
-                batches = parquet.iter_batches(rows_in_a_chunk(parquet.metadata.row_group(group), text_column),
-                                               row_groups=[group], columns=[text_column], use_threads=False)
-                at = first
-                while True:
-                    try:
-                        batch = next(batches, None)
-                    except Exception as error:
-                        what = f"{file.name}: row group {group} of {parquet.num_row_groups} cannot be read"
-                        raise damage(error, what, (first + rows, 0)) or error from None
-                    if batch is None:
-                        break
-                    skip = min(max(row - at, 0), len(batch))
-                    texts, at = arrow_texts(batch.column(0).slice(skip), text_column, file.name), at + skip
-                    del batch
-                    long = np.flatnonzero(np.diff(texts.offsets) > MAX_DOCUMENT_BYTES)
-                    readable = texts.part(0, long[0]) if len(long) else texts
-                    if len(readable):
-                        yield readable, at, 0, at / parquet.metadata.num_rows
-                    if len(long):
+            after = first + parquet.metadata.row_group(group).num_rows
+            if after > row:
+                for texts, at in read_row_group(parquet, group, first, row, text_column, file.name):
+                    long = np.flatnonzero(np.diff(texts.offsets) > MAX_DOCUMENT_BYTES).tolist()
+                    yield texts.part(0, (long or [len(texts)])[0]), at, 0, at / parquet.metadata.num_rows
+                    if long:
                         raise Unreadable(f"{file.name}: row {at + long[0]} is longer than {MAX_DOCUMENT_BYTES / 1e6:.0f} MB",
-                                         (at + int(long[0]) + 1, 0))
-                    at += len(texts)
-                    del texts, readable
-            first += rows
+                                         (at + long[0] + 1, 0))
+                    del texts  # before the next are made
+            first = after
+
+
+def read_row_group(parquet, group: int, first: int, row: int, text_column: str, name: str) -> Iterator[tuple[Texts, int]]:
+    """The rows of a row group from `row` on, in several parts, and where each begins. first: where the row group does."""
+    metadata = parquet.metadata.row_group(group)
+    batches = parquet.iter_batches(rows_in_a_chunk(metadata, text_column), row_groups=[group], columns=[text_column],
+                                   use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            raise damage(error, f"{name}: row group {group} of {parquet.num_row_groups} cannot be read",
+                         (first + metadata.num_rows, 0)) or error from None
+        if batch is None:
+            return
+        skip, first = max(row - first, 0), first + len(batch)
+        if skip < len(batch):
+            yield arrow_texts(batch.column(0).slice(skip), text_column, name), first - len(batch) + skip
+        del batch
 
 
 def rows_in_a_chunk(group, text_column: str) -> int:
