@@ -26,7 +26,7 @@ from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags, say
 from runtime.readers import CHUNK_BYTES, Chunk
 from runtime.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
-from runtime.threads import available_cores, map_in_threads, read_ahead
+from runtime.threads import available_cores, map_ahead
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
 
 
@@ -182,6 +182,8 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
                 for line in chunk.left_out:
                     say(f"left out: {line}")
                 manifest.left_out += len(chunk.left_out)
+                if not len(chunk.texts):
+                    manifest.place = chunk.place(0)  # else what was left out would be counted again from here
                 at = 0
                 while at < len(chunk.texts) and sum(written.values()) <= config.tokens_threshold:
                     if written["val"] < config.val_tokens:
@@ -218,9 +220,7 @@ def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tupl
     cores = available_cores()
     encode = lambda chunk: (chunk, *tokenizer.encode_texts(chunk.texts, separated=True))
     _ = tokenizer.vocabulary  # before several threads each make one
-    size, ahead = lambda chunk: len(chunk.texts.utf8), 2 * cores * CHUNK_BYTES
-    with closing(read_ahead(chunks, size, ahead)) as read:
-        yield from map_in_threads(encode, read, cores, size, ahead)
+    return map_ahead(encode, chunks, cores, lambda chunk: len(chunk.texts.utf8), 2 * cores * CHUNK_BYTES)
 
 
 class Progress(tqdm):
@@ -231,8 +231,9 @@ class Progress(tqdm):
         self.threshold, self.documents = config.tokens_threshold, total("documents")
         self.new_bytes = self.new_tokens = 0
         # until more is known, a hub dataset is taken to be larger than the threshold
-        super().__init__(total=self.threshold if "dataset_config" in manifest.source else None, initial=total("tokens"),
-                         unit="tok", unit_scale=True, dynamic_ncols=True)
+        is_hub = "dataset_config" in manifest.source and "mix" not in manifest.source
+        super().__init__(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
+                         unit_scale=True, dynamic_ncols=True)
 
     def shows(self, chunk: Chunk, shard: str, documents: int, tokens: int, n_bytes: int):
         """So many have been added to a shard."""
@@ -254,7 +255,11 @@ def summary(data: Data) -> Iterator[str]:
         tokens, n_bytes, documents = (data.manifest.total(split, what) for what in ("tokens", "bytes", "documents"))
         yield (f"{split:5}: {tokens:,} tokens, {n_bytes / 1e6:.1f} MB of text, {n_bytes / (tokens - documents):.2f} bytes "
                f"per token, {documents:,} documents, {len(data.manifest.shards[split])} shards")
-    sample = data.split("val").read(0, min(1_000_000, data.manifest.total("val", "tokens")))
+    tokens = data.split("val")
+    sample = tokens.read(0, min(1_000_000, len(tokens)))
+    starts = np.flatnonzero(sample == data.tokenizer.separator_id)
+    if len(sample) < len(tokens):  # whole documents
+        sample = sample[:starts[-1]] if len(starts) > 1 else tokens.read(0, len(tokens))
     yield f"words that are one token: {data.tokenizer.one_token_words(sample):.1%} of the validation split's"
     if data.manifest.left_out:
         yield f"left out, as unreadable: {data.manifest.left_out}"
@@ -306,6 +311,9 @@ def count(data: Data) -> tuple[np.ndarray, np.ndarray]:
             starts = []
             for start in range(0, len(tokens), 1 << 24):
                 part = tokens.read(start, min(start + (1 << 24), len(tokens)))
+                if part.max() >= len(counts):
+                    raise BadInput(f"--data_path={data.path}: holds id {part.max()}, beyond its vocabulary of {len(counts)}"
+                                   f": --verify tells where")
                 counts += np.bincount(part, minlength=len(counts))
                 starts.append(start + np.flatnonzero(part == data.tokenizer.separator_id))
                 bar.update(len(part))
@@ -335,7 +343,7 @@ def draw_stats(data: Data):
     right.set(xscale="log", yscale="log", xlabel="rank", ylabel="occurrences",
               title=f"{len(falling):,} of {len(counts):,} tokens of the vocabulary occur")
     right.legend()
-    figure.suptitle(f"{data.path}: {counts.sum():,} tokens of {data.manifest.source['dataset']}")
+    figure.suptitle(f"{data.path}: {counts.sum():,} tokens of {data.manifest.source.get('dataset')}")
     with whole_file(data.path / "stats.png") as file:
         figure.savefig(file, dpi=110, format="png")
     with whole_file(data.path / "stats.csv", "w") as file:

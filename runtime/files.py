@@ -55,15 +55,17 @@ def sole_writer(folder: Path, given: str):
     descriptor = None
     if os.name == "posix":
         import fcntl
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
+            descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_taken = os.fstat(descriptor).st_ino != os.stat(folder).st_ino  # another has just removed and made it again
         except BlockingIOError:
+            is_taken = True
+        except OSError:  # a file system that has no locks, or a folder that only lets files be written
+            is_taken = False
+        if is_taken:
             os.close(descriptor)
-            raise BadInput(f"{given}: another process is preparing data there: let it finish, or choose another folder"
-                           ) from None
-        except OSError:  # a file system that has no locks
-            pass
+            raise BadInput(f"{given}: another process is preparing data there: let it finish, or choose another folder")
     try:
         yield
     finally:

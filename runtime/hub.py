@@ -6,6 +6,8 @@ it. Other formats come through `datasets`, which goes on from its `state_dict`.
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 from runtime.flags import BadInput, say
 from runtime.readers import (
@@ -23,6 +25,7 @@ from runtime.texts import pack
 REQUEST_BYTES = 1 << 24  # of a file are asked for at a time
 # The hub's own library tries again by itself, for about 20 seconds; these are the pauses after that.
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
+ANSWER_SECONDS = 60  # for what files a dataset has
 
 
 def open_hub(dataset: str, dataset_config: str | None, text_column: str, streaming: bool, skip_errors: bool,
@@ -46,7 +49,7 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
     given = f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
     patience = Patience(given, retry_seconds)
     # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-    info = lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha
+    info = lambda: answered(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha)
     try:
         revision = info()
     except Exception as error:
@@ -55,14 +58,14 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
                            f"or `builtin`") from None
         patience.wait(error)
         revision = patience.call(info)
-    if paths := patience.call(lambda: parquet_paths(dataset, dataset_config, revision)):
+    if paths := patience.call(lambda: answered(lambda: parquet_paths(dataset, dataset_config, revision))):
         paths, nth = split_files(paths, part)
-        files = [patience.call(lambda path=path: hub_file(path, streaming)) for path in paths]
+        files = [hub_file(path, streaming) for path in paths]
         read = lambda at: read_files(files, text_column, at, skip_errors, nth)
     else:
         load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming,
                                              revision=revision)
-        read = lambda at: read_rows(load(), text_column, dataset, at, part)
+        read = lambda at: read_rows(answered(load) if streaming else load(), text_column, dataset, at, part)
     read = patience.reading(read)
     if is_new and next(read(None), None) is None:  # where reading goes on, its beginning is not asked for again
         raise BadInput(f"{given}: the dataset is empty")
@@ -75,18 +78,21 @@ def parquet_paths(dataset: str, dataset_config: str | None, revision: str) -> li
     from datasets.packaged_modules.parquet.parquet import Parquet
     builder = datasets.load_dataset_builder(dataset, dataset_config, revision=revision)
     files = builder.config.data_files or {}
-    return list(files["train"]) if isinstance(builder, Parquet) and "train" in files else []
+    paths = list(files["train"]) if isinstance(builder, Parquet) and "train" in files else []
+    return paths if all(path.endswith(".parquet") for path in paths) else []
 
 
 def hub_file(path: str, streaming: bool) -> TextFile:
-    """path: hf://datasets/… Without streaming, the file is downloaded now, or found in the folder that HF_HOME sets."""
+    """path: hf://datasets/… Without streaming, the file is downloaded before it is read, and kept where HF_HOME says."""
     import huggingface_hub
     system, name = huggingface_hub.HfFileSystem(), path.removeprefix("hf://")
-    if streaming:
-        return TextFile(name, 1, lambda: system.open(name, block_size=REQUEST_BYTES, cache_type="readahead"))
-    found = system.resolve_path(name)
-    local = huggingface_hub.hf_hub_download(found.repo_id, found.path_in_repo, repo_type="dataset", revision=found.revision)
-    return TextFile(name, 1, lambda: open(local, "rb"))
+
+    def download():
+        found = system.resolve_path(name)
+        return open(huggingface_hub.hf_hub_download(found.repo_id, found.path_in_repo, repo_type="dataset",
+                                                    revision=found.revision), "rb")
+    stream = lambda: system.open(name, block_size=REQUEST_BYTES, cache_type="readahead")
+    return TextFile(name, 1, stream if streaming else download)
 
 
 def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
@@ -114,6 +120,18 @@ def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple
 
 # -- trying again -----------------------------------------------------------------------------------------------------
 
+def answered(function: Callable):
+    """function(), in a thread of its own. Raises TimeoutError when it takes longer than ANSWER_SECONDS: the hub's library
+    waits without end for an answer to some requests."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        return thread.submit(function).result(ANSWER_SECONDS)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer in {ANSWER_SECONDS} s") from None
+    finally:
+        thread.shutdown(wait=False)
+
+
 class Patience:
     """Tries again, after pauses that grow, what the network failed; until nothing has come for `seconds`."""
 
@@ -127,7 +145,7 @@ class Patience:
     def wait(self, error: Exception):
         """Returns when it is time to try again. Raises ConnectionError when it is time to give up, and what is no failure of
         the network as what it is."""
-        if isinstance(error, BadInput):
+        if isinstance(error, (BadInput, MemoryError)):
             raise error
         if not is_network_error(error):
             raise hub_failure(error, self.given) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.flags import BadInput
-from runtime.texts import Texts, join, pack, utf8
+from runtime.texts import Texts, join, joined, pack, utf8
 
 CHUNK_BYTES = 1 << 20  # of text are read, encoded and handed on at a time
 # A txt file is cut at the first blank line after so many bytes, or, where there are no blank lines, at the first line end
@@ -55,11 +55,11 @@ def chunks_from(read: Callable[[object], Iterator[Chunk]], place: dict | None) -
 
 
 class Unreadable(BadInput):
-    """Part of a file that `--skip_errors` leaves out. goes_on: the row and byte after it, None: nothing in this file."""
+    """Part of a file that `--skip_errors` leaves out. row: the first one in it."""
 
-    def __init__(self, message: str, goes_on: tuple[int, int] | None = None):
+    def __init__(self, message: str, row: int = 0):
         super().__init__(message)
-        self.goes_on = goes_on
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,14 @@ class TextFile:
     size: int
     open: Callable[[], io.IOBase]
 
-    @property
-    def reader(self) -> Callable:
-        return READERS["." + self.name.rsplit(".", 1)[-1].lower()]
+    def read(self, row: int, byte: int, text_column: str) -> Iterator:
+        """See READERS. Raises OSError naming the file when a local disk fails."""
+        try:
+            yield from READERS["." + self.name.rsplit(".", 1)[-1].lower()](self, row, byte, text_column)
+        except OSError as error:
+            if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+                raise
+            raise OSError(f"{self.name}: cannot be read ({error.strerror})") from None
 
 
 def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_errors: bool, nth: tuple[int, int]
@@ -80,28 +85,53 @@ def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_er
 
     Raises BadInput naming the file and what in it cannot be read; with `skip_errors` it is left out instead.
     """
-    number, row, byte = (at["file"], at["row"], at["byte"]) if at else (0, 0, 0)
+    first_file, row, byte = (at["file"], at["row"], at["byte"]) if at else (0, 0, 0)
     before = np.cumsum([0, *(file.size for file in files)]).tolist()
-    left_out = ()
-    while number < len(files):
-        file = files[number]
-        try:
-            for texts, first, first_byte, part_read in file.reader(file, row, byte, text_column):
-                lengths = np.diff(texts.offsets)
-                chosen = (lengths > 0) & ((first + np.arange(len(lengths))) % nth[1] == nth[0])
-                if chosen.any():
-                    fraction = (before[number] + part_read * file.size) / max(before[-1], 1)
-                    yield Chunk(texts.chosen(chosen), {"file": number, "row": first, "byte": first_byte}, 0, left_out,
-                                fraction)
-                    left_out = ()
-            number, row, byte = number + 1, 0, 0
-        except Unreadable as error:
-            if not skip_errors:
-                raise BadInput(f"{error}: --skip_errors=1 leaves it out") from None
-            left_out += (str(error),)
-            number, (row, byte) = (number, error.goes_on) if error.goes_on else (number + 1, (0, 0))
-    if left_out:
-        yield Chunk(join([]), {"file": number, "row": 0, "byte": 0}, left_out=left_out)
+    parts, size, left_out, at, fraction = [], 0, [], None, 0.0  # of the chunk under way, which may span small files
+    for number, file in list(enumerate(files))[first_file:]:
+        for found in file.read(row, byte, text_column):
+            if isinstance(found, Unreadable):
+                if found.row % nth[1] != nth[0]:
+                    continue  # another part's to tell
+                if not skip_errors:
+                    raise BadInput(f"{found}: --skip_errors=1 leaves it out")
+                if parts:
+                    yield from divided(Chunk(joined(parts), at, 0, tuple(left_out), fraction))
+                    parts, size, left_out = [], 0, []
+                left_out.append(str(found))
+                continue
+            texts, first, first_byte, part_read = found
+            lengths = np.diff(texts.offsets)
+            chosen = (lengths > 0) & ((first + np.arange(len(lengths))) % nth[1] == nth[0])
+            if not chosen.any():
+                continue
+            if not parts:
+                at = {"file": number, "row": first, "byte": first_byte}
+                fraction = (before[number] + part_read * file.size) / max(before[-1], 1)
+            parts.append(texts.chosen(chosen))
+            size += len(parts[-1].utf8)
+            del texts, found
+            if size >= CHUNK_BYTES:
+                chunk, parts = Chunk(joined(parts), at, 0, tuple(left_out), fraction), []
+                yield from divided(chunk)
+                size, left_out = 0, []
+                del chunk  # before the next is made
+        row = byte = 0
+    if parts:
+        yield from divided(Chunk(joined(parts), at, 0, tuple(left_out), fraction))
+    elif left_out:
+        yield Chunk(join([]), {"file": len(files), "row": 0, "byte": 0}, 0, tuple(left_out))
+
+
+def divided(chunk: Chunk) -> Iterator[Chunk]:
+    """The chunk in parts of CHUNK_BYTES or so, or of one document."""
+    start = 0
+    while start < len(chunk.texts):
+        offsets = chunk.texts.offsets
+        stop = int(np.searchsorted(offsets, min(offsets[start] + CHUNK_BYTES, offsets[-1])))
+        yield replace(chunk, texts=chunk.texts.part(start, stop), skip=chunk.skip + start,
+                      left_out=() if start else chunk.left_out)
+        start = stop
 
 
 def split_files(files: list, part: tuple[int, int]) -> tuple[list, tuple[int, int]]:
@@ -115,10 +145,7 @@ def split_files(files: list, part: tuple[int, int]) -> tuple[list, tuple[int, in
     return [files[i] for i in split_dataset_by_node(places, *part)["place"]], (0, 1)
 
 
-# Each reader yields texts, rows one after the other with empty ones among them; the row and byte where they begin; and the
-# part of the file before them, 0 to 1.
-
-def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
     import pyarrow.parquet
     with file.open() as opened:
         try:
@@ -126,55 +153,60 @@ def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Itera
             parquet = pyarrow.parquet.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False,
                                                   page_checksum_verification=True)
         except Exception as error:
-            raise damage(error, f"{file.name}: not a readable parquet file") or error from None
+            yield unreadable(error, f"{file.name}: not a readable parquet file", 0)
+            return
         require_column(text_column, parquet.schema_arrow.names, file.name)
         first = 0
         for group in range(parquet.num_row_groups):
-            after = first + parquet.metadata.row_group(group).num_rows
-            if after > row:
-                for texts, at in read_row_group(parquet, group, first, row, text_column, file.name):
-                    long = np.flatnonzero(np.diff(texts.offsets) > MAX_DOCUMENT_BYTES).tolist()
-                    yield texts.part(0, (long or [len(texts)])[0]), at, 0, at / parquet.metadata.num_rows
-                    if long:
-                        raise Unreadable(f"{file.name}: row {at + long[0]} is longer than {MAX_DOCUMENT_BYTES / 1e6:.0f} MB",
-                                         (at + long[0] + 1, 0))
-                    del texts  # before the next are made
-            first = after
+            rows = parquet.metadata.row_group(group).num_rows
+            if first + rows > row:
+                yield from read_row_group(parquet, group, first, row, text_column, file.name)
+            first += rows
 
 
-def read_row_group(parquet, group: int, first: int, row: int, text_column: str, name: str) -> Iterator[tuple[Texts, int]]:
-    """The rows of a row group from `row` on, in several parts, and where each begins. first: where the row group does."""
-    metadata = parquet.metadata.row_group(group)
-    batches = parquet.iter_batches(rows_in_a_chunk(metadata, text_column), row_groups=[group], columns=[text_column],
-                                   use_threads=False)
+def read_row_group(parquet, group: int, first: int, row: int, text_column: str, name: str) -> Iterator:
+    """The rows of a row group from `row` on. first: where the row group begins."""
+    batches = parquet.iter_batches(rows_at_once(parquet.metadata.row_group(group), text_column), row_groups=[group],
+                                   columns=[text_column], use_threads=False)
     while True:
         try:
             batch = next(batches, None)
         except Exception as error:
-            raise damage(error, f"{name}: row group {group} of {parquet.num_row_groups} cannot be read",
-                         (first + metadata.num_rows, 0)) or error from None
+            yield unreadable(error, f"{name}: row group {group} of {parquet.num_row_groups} cannot be read from row {first} "
+                                    f"on", first)
+            return
         if batch is None:
             return
-        skip, first = max(row - first, 0), first + len(batch)
-        if skip < len(batch):
-            yield arrow_texts(batch.column(0).slice(skip), text_column, name), first - len(batch) + skip
+        skip = min(max(row - first, 0), len(batch))
+        texts, at = arrow_texts(batch.column(0).slice(skip), text_column, name), first + skip
+        first += len(batch)
         del batch
+        long = np.flatnonzero(np.diff(texts.offsets) > MAX_DOCUMENT_BYTES).tolist()
+        for start, stop in zip([-1, *long], [*long, len(texts)]):
+            if start >= 0:
+                yield Unreadable(f"{name}: row {at + start} is longer than {MAX_DOCUMENT_BYTES / 1e6:.0f} MB", at + start)
+            if start + 1 < stop:
+                yield texts.part(start + 1, stop), at + start + 1, 0, (at + start + 1) / parquet.metadata.num_rows
+        del texts  # before the next are made
 
 
-def rows_in_a_chunk(group, text_column: str) -> int:
+def rows_at_once(group, text_column: str) -> int:
+    """So few that also where some are much longer than others, or repeat and take no room in the file, they fit into
+    memory."""
     for i in range(group.num_columns):
         column = group.column(i)
         if column.path_in_schema == text_column:
-            return max(1, min(1 << 16, CHUNK_BYTES * group.num_rows // max(1, column.total_uncompressed_size)))
-    return 1000
+            return max(1, min(256, CHUNK_BYTES * group.num_rows // max(1, column.total_uncompressed_size)))
+    return 1
 
 
-def damage(error: Exception, what: str, goes_on: tuple[int, int] | None = None) -> Unreadable | None:
-    """What to raise for an error of pyarrow that bytes of the file are the cause of, as far as can be told."""
+def unreadable(error: Exception, what: str, row: int) -> Unreadable:
+    """What an error of pyarrow means that bytes of the file are the cause of. Raises `error` if they are not."""
     import pyarrow
-    if isinstance(error, pyarrow.ArrowException) or (type(error) is OSError and error.errno is None):
-        return Unreadable(f"{what} ({' '.join(str(error).split())[:200]})", goes_on)
-    return None
+    if isinstance(error, MemoryError) or not (isinstance(error, pyarrow.ArrowException) or (
+            type(error) is OSError and error.errno is None)):
+        raise error
+    return Unreadable(f"{what} ({' '.join(str(error).split())[:200]})", row)
 
 
 def arrow_texts(column, text_column: str, where: str) -> Texts:
@@ -198,20 +230,21 @@ def arrow_texts(column, text_column: str, where: str) -> Texts:
     return Texts(np.frombuffer(data or b"", np.uint8)[offsets[0]:offsets[-1]], offsets - offsets[0])
 
 
-def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
     with file.open() as opened:
         opened.seek(byte)
         parts, begins, size = [], (row, byte), 0
         while line := opened.readline(MAX_DOCUMENT_BYTES):
-            row, byte = row + 1, byte + len(line)
-            failure = None
+            row, byte, failure = row + 1, byte + len(line), None
             try:
                 parts.append(utf8(text_in_line(line, text_column, f"{file.name}: line {row}")))
             except BadInput as error:
+                if row == 1 and str(error).startswith("--text_column"):
+                    raise  # all lines will lack it
+                failure = Unreadable(str(error), row - 1)
                 while len(line) == MAX_DOCUMENT_BYTES and line[-1:] != b"\n":  # the rest of a long line
                     line = opened.readline(MAX_DOCUMENT_BYTES)
                     byte += len(line)
-                failure = Unreadable(str(error), (row, byte))
             size += len(line)
             del line
             if parts and (size >= CHUNK_BYTES or failure):
@@ -219,7 +252,7 @@ def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterato
                 yield texts, *begins, begins[1] / max(1, file.size)
                 del texts
             if failure:
-                raise failure
+                yield failure
             if not parts:
                 begins, size = (row, byte), 0
         if parts:
@@ -244,25 +277,28 @@ def text_in_line(line: bytes, text_column: str, where: str) -> str:
     return require_text(found[text_column], text_column, where)
 
 
-def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[tuple[Texts, int, int, float]]:
+def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
     """The file in pieces; joined they are the file."""
     with file.open() as opened:
         opened.seek(byte)
-        pieces, begins, size = [], (row, byte), 0
+        parts, begins, size = [], (row, byte), 0
         for piece in txt_pieces(opened):
+            row, byte, size, failure = row + 1, byte + len(piece), size + len(piece), None
             try:
                 piece.decode()
+                parts.append(piece.removeprefix(b"\xef\xbb\xbf") if row == 1 else piece)  # a byte order mark is no text
             except UnicodeDecodeError as error:
-                if pieces:
-                    yield join(pieces), *begins, begins[1] / max(1, file.size)
-                raise Unreadable(f"{file.name}: not UTF-8 text (it holds byte 0x{piece[error.start]:02x} at "
-                                 f"{byte + error.start:,})", (row + 1, byte + len(piece))) from None
-            row, byte, size = row + 1, byte + len(piece), size + len(piece)
-            pieces.append(piece.removeprefix(b"\xef\xbb\xbf") if row == 1 else piece)  # a byte order mark is no text
-            if size >= CHUNK_BYTES:
-                yield join(pieces), *begins, begins[1] / max(1, file.size)
-                pieces, begins, size = [], (row, byte), 0
-        yield join(pieces), *begins, begins[1] / max(1, file.size)
+                failure = Unreadable(f"{file.name}: not UTF-8 text (it holds byte 0x{piece[error.start]:02x} at "
+                                     f"{byte - len(piece) + error.start:,})", row - 1)
+            if parts and (size >= CHUNK_BYTES or failure):
+                yield join(parts), *begins, begins[1] / max(1, file.size)
+                parts = []
+            if failure:
+                yield failure
+            if not parts:
+                begins, size = (row, byte), 0
+        if parts:
+            yield join(parts), *begins, begins[1] / max(1, file.size)
 
 
 def txt_pieces(opened: io.IOBase) -> Iterator[bytes]:
@@ -282,6 +318,8 @@ def txt_pieces(opened: io.IOBase) -> Iterator[bytes]:
         yield b"".join(lines)
 
 
+# Each reads a TextFile from a row, at a byte, on. It yields texts, rows one after the other with empty ones among them; the
+# row and byte where they begin; and the part of the file before them, 0 to 1. Where it cannot read, it yields Unreadable.
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sysconfig
@@ -135,7 +136,8 @@ def open_one(config: SourceConfig, revision: str | None, part: tuple[int, int]) 
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     path = local_path(config.dataset)
     if config.dataset_config and (path or config.dataset == "builtin"):
-        raise BadInput(f"--dataset_config={config.dataset_config}: only datasets of the hub have configurations: drop it")
+        raise BadInput(f"--dataset_config={config.dataset_config}: only datasets of the hub have configurations: drop it "
+                       f"(in a mix, leave the place of {config.dataset} empty)")
     if config.dataset == "builtin":
         return builtin_revision(), lambda at: read_builtin(at or 0, part)
     if path:
@@ -175,9 +177,9 @@ def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Itera
             left_out += chunks[i].left_out
             if chunks[i] is nothing:
                 break
+            places[i] = chunks[i].place(0)
             if not len(chunks[i].texts):
                 continue
-            places[i] = chunks[i].place(0)
         at = {"places": list(places), "bytes": list(taken)}
         fractions = [chunk.fraction for chunk in chunks if chunk is not nothing]
         parts, size = [], 0
@@ -190,7 +192,7 @@ def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Itera
         yield Chunk(join(parts), at, 0, left_out, None if None in fractions else max(fractions))
         left_out = ()
     if left_out:
-        yield Chunk(join([]), None, left_out=left_out)
+        yield Chunk(join([]), {"places": list(places), "bytes": list(taken)}, left_out=left_out)
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -210,8 +212,8 @@ def find_text_files(path: Path) -> list[Path]:
 
 def files_revision(files: list[Path]) -> str:
     """Changes when a file is added, renamed or changes its size; reading gigabytes to be surer would cost minutes."""
-    listed = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
-    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+    listed = b"\n".join(os.fsencode(file.name) + b" %d" % file.stat().st_size for file in files)
+    return hashlib.sha256(listed).hexdigest()[:16]
 
 
 def opener(path: Path) -> Callable:

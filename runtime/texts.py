@@ -48,6 +48,14 @@ def join(parts: Iterable[bytes | np.ndarray]) -> Texts:
     return Texts(np.frombuffer(b"".join(parts), np.uint8), offsets)
 
 
+def joined(parts: Sequence[Texts]) -> Texts:
+    """The documents of several."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    return Texts(np.concatenate([part.utf8 for part in parts]), np.concatenate([[0], lengths]).cumsum())
+
+
 def utf8(text: str | bytes) -> bytes:
     """`text` as valid UTF-8; see `as_text`."""
     try:

@@ -254,36 +254,41 @@ def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 KILL = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading
 import dataloader, download_data, runtime.hub, runtime.readers
 runtime.hub.CHUNK_BYTES = runtime.readers.CHUNK_BYTES = 20_000
 random.seed(int(sys.argv.pop(1)))
-def start():
-    after = random.uniform(0, 1)
-    import threading
-    threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-prepare = download_data.prepare
-download_data.prepare = lambda *args: (start(), prepare(*args))[1]
+open_shard, started = dataloader.ShardWriter._open, []
+def start(self):  # the clock runs from the first shard on
+    if not started:
+        started.append(threading.Timer(random.uniform(0, 0.4), os.kill, (os.getpid(), signal.SIGKILL)))
+        started[0].daemon = True
+        started[0].start()
+    open_shard(self)
+dataloader.ShardWriter._open = start
 download_data.main()
 """
 
 
-def killed_until_it_ends(flags: list[str], kills: int):
-    """Runs the command in processes that are killed at random moments of their work, so often; then once unharmed."""
-    seeds = itertools.count()
-    while kills:
+def killed_until_it_ends(flags: list[str], path: Path, kills: int):
+    """Runs the command in processes that are killed at random moments of their work, so often before it is done; then once
+    unharmed."""
+    seeds, found = itertools.count(), []
+    while len(found) < kills or (kills > 10 and len(set(found)) < 5):
         done = subprocess.run([sys.executable, "-c", KILL, str(next(seeds)), *flags], cwd=REPO, capture_output=True,
                               text=True, timeout=60)
         assert done.returncode in (0, -9), done.stderr
-        kills -= done.returncode == -9
-        if done.returncode == 0:  # it came to its end first: begin again
-            shutil.rmtree(next(flag.split("=")[1] for flag in flags if flag.startswith("--data_path=")))
+        if Manifest.load(path).complete:  # it was faster: begin again
+            shutil.rmtree(path)
+        else:
+            found.append(len(list(path.glob("*.npy"))))
     download_data.main(flags)
+    return found
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("origin, kills", [
-    ("local", 2), ("streamed", 1), *(pytest.param(origin, 20, marks=pytest.mark.slow)
+    ("local", 3), ("streamed", 1), *(pytest.param(origin, 20, marks=pytest.mark.slow)
                                      for origin in ("local", "streamed", "mix", "downloaded"))])
 def test_killed_at_any_moment_the_folder_ends_the_same(tmp_path, text, texts, hub, origin, kills):
     """Shards so small that most of the time goes into closing them."""
@@ -298,10 +303,51 @@ def test_killed_at_any_moment_the_folder_ends_the_same(tmp_path, text, texts, hu
         hub.add("some/texts", {"default": [[{"text": text} for text in texts[i::3]] for i in range(3)]})
         flags += ["--dataset=some/texts", f"--streaming={int(origin == 'streamed')}"]
     download_data.main([flag.replace("/data", "/whole") if flag.startswith("--data_path") else flag for flag in flags])
-    killed_until_it_ends(flags, kills)
+    found = killed_until_it_ends(flags, tmp_path / "data", kills)
+    assert max(found) > 0, found  # shards there were when it was killed
     expected, found = contents(tmp_path / "whole"), contents(tmp_path / "data")
     assert found.keys() == expected.keys() and len(found) > 40
     assert found == expected
+
+
+@pytest.mark.parametrize("event", ["saved", "closed"])
+def test_what_is_left_out_is_counted_once(tmp_path, text, monkeypatch, event):
+    """Stopped before the last save, after the last shard with what is left out behind it, it goes on to the same count."""
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)
+    with open(tmp_path / "text" / "a.jsonl", "a") as file:
+        file.write("{bad\n[1]\n")
+    (tmp_path / "text" / "0.jsonl").write_text('nothing\n{"text": "one"}\n')
+    flags = ["--skip_errors=1", "--tokens_threshold=1e9"]
+    expected = contents(prepare(tmp_path, text, *flags, folder="whole"))
+    assert json.loads(expected["manifest.json"])["left_out"] == 3
+    save, saved = Manifest.save, 0
+    n_saves = len(expected)  # one for each shard, at the beginning and at the end: files but tokenizer.json
+
+    def stop(self, path):
+        nonlocal saved
+        saved += 1
+        if event == "saved" and saved == n_saves - 1 or event == "closed" and saved == n_saves - 2:
+            save(self, path)
+            raise KeyboardInterrupt
+        save(self, path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Manifest, "save", stop)
+        prepare(tmp_path, text, *flags)
+    assert not Manifest.load(tmp_path / "data").complete
+    prepare(tmp_path, text, *flags)
+    assert contents(tmp_path / "data") == expected
+
+
+def test_a_summary_of_text_that_is_not_ascii(tmp_path, capsys):
+    """The sample of the validation split ends with a document, not within a character."""
+    for name, documents in (("one", 1), ("three", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": "中文字" * 120_000}) + "\n"
+                                                        for _ in range(documents)) + '{"text": "rest"}\n')
+        tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "default")
+        tokenizer.save(tmp_path / "tokenizer.json")
+        download_data.main([f"--dataset={tmp_path / f'{name}.jsonl'}", f"--data_path={tmp_path / name}",
+                            f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={documents * 1_000_000}"])
+        assert "words that are one token: 0.0%" in capsys.readouterr().out
 
 
 def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
@@ -395,7 +441,7 @@ def test_folders_that_happen_to_lie_there_are_no_parts(tmp_path, text, refused):
 
 # -- looking at a folder ----------------------------------------------------------------------------------------------
 
-def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch):
+def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch, refused):
     monkeypatch.setattr(dataloader, "LOOKED_AT", 1000)  # so that the stray id is further on
     path = prepare(tmp_path, text)
     capsys.readouterr()
@@ -414,6 +460,7 @@ def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch):
     change("train_000002.npy", lambda ids: ids.__setitem__(9, separator))  # one document more
     (path / "val_000000.npy").unlink()
     np.save(path / "train_000077.npy", np.zeros(3))
+    refused(download_data.main, [f"--data_path={path}", "--stats"], "val_000000.npy", "missing")
     manifest = Manifest.load(path)
     manifest.shards["train"][3] = replace(manifest.shards["train"][3], bytes=7)
     manifest.save(path)
@@ -458,6 +505,15 @@ def test_stats_count_and_draw(tmp_path, text, capsys, refused):
     assert int(rows[1][2]) == counts.max() and sum(int(row[2]) for row in rows[1:]) == counts.sum()
     data.split("train")  # which the new files do not disturb
     refused(download_data.main, [f"--data_path={tmp_path / 'none'}", "--stats"], "no shards to read")
+
+
+def test_stats_of_damage(tmp_path, text, monkeypatch, refused):
+    path = prepare(tmp_path, text)
+    ids = np.load(path / "train_000001.npy")
+    ids[-1] = 400
+    np.save(path / "train_000001.npy", ids)
+    monkeypatch.setattr(dataloader, "LOOKED_AT", 1000)
+    refused(download_data.main, [f"--data_path={path}", "--stats"], "holds id 400", "--verify tells where")
 
 
 def test_the_summary_tells_what_there_is(tmp_path, text, capsys):

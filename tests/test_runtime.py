@@ -29,8 +29,8 @@ from runtime.device import (
 from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, check_flags, flag, parse_flags, parse_int
 from runtime.metrics import LossSums, MetricsLog, read_rows
-from runtime.texts import join, pack
-from runtime.threads import map_in_threads, read_ahead
+from runtime.texts import join, joined, pack
+from runtime.threads import map_ahead
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def test_texts_are_taken_apart():
     assert list(texts.chosen(np.array([True, False, True, False, True])).strings()) == expected[::2]
     assert texts.chosen(np.ones(5, bool)) is texts and len(texts.part(2, 2)) == 0
     assert list(join([b"a", np.frombuffer(b"bc", np.uint8)]).strings()) == ["a", "bc"] and len(join([])) == 0
+    assert list(joined([texts, join([]), texts.part(0, 1)]).strings()) == [*expected, "one"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -139,67 +140,48 @@ def test_items_before_a_failure_are_worked_on(threads):
         yield from range(20)
         raise OSError("away")
 
-    mapped, got = map_in_threads(lambda item: item * item, items(), threads), []
+    mapped, got = map_ahead(lambda item: item * item, items(), threads, lambda item: 1, 4), []
     with pytest.raises(OSError, match="away"):
         for value in mapped:
             got.append(value)
     assert got == [item * item for item in range(20)]
+    assert list(map_ahead(str, [], threads, len, 4)) == [] and list(map_ahead(str, [7], threads, lambda item: 9, 4)) == ["7"]
+
+
+def test_failures_of_the_work_are_raised():
+    mapped = map_ahead(lambda item: 1 // item, [1, 1, 0, 1], 2, lambda item: 1, 4)
+    assert [next(mapped), next(mapped)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(mapped)
 
 
 def test_threads_hold_a_few_items_by_their_size():
     made = []
 
     def items():
-        for size in (1, 1, 1, 50, 1, 1, 1):
+        for size in (1, 1, 50, 1, 1, 1):
             made.append(size)
             yield size
-    mapped = map_in_threads(lambda size: size, items(), 2, size=lambda size: size, ahead=4)
-    assert next(mapped) == 1 and made == [1, 1, 1, 50]  # the large one waits until it is alone
-    assert next(mapped) == 1 and next(mapped) == 1 and made == [1, 1, 1, 50]
-    assert list(mapped) == [50, 1, 1, 1]
-
-
-def test_reading_ahead_keeps_order_and_failures():
-    def items():
-        yield from range(5)
-        raise ValueError("bad")
-
-    ahead, got = read_ahead(items()), []
-    with pytest.raises(ValueError, match="bad"):
-        for item in ahead:
-            got.append(item)
-    assert got == list(range(5))
-    assert list(read_ahead([])) == []
-
-
-def test_nothing_is_read_ahead_of_a_large_item():
-    made = []
-
-    def items():
-        for size in (1, 9, 1):
-            made.append(size)
-            yield size
-    ahead = read_ahead(items(), size=lambda size: size, ahead=5)
-    assert next(ahead) == 1 and next(ahead) == 9
+    mapped = map_ahead(lambda size: size, items(), 2, size=lambda size: size, ahead=4)
+    assert next(mapped) == 1 and next(mapped) == 1 and next(mapped) == 50
     time.sleep(0.05)
-    assert made == [1, 9]
-    assert list(ahead) == [1] and made == [1, 9, 1]
+    assert made == [1, 1, 50]  # nothing is read beside the large one
+    assert list(mapped) == [1, 1, 1]
 
 
-def test_reading_ahead_is_left_without_waiting():
-    """What is being read may be waiting for a network."""
-    released, started = threading.Event(), threading.Event()
+def test_what_is_done_is_handed_on_while_the_next_is_waited_for():
+    """And closing does not wait for it: it may be a network that is waited for."""
+    released = threading.Event()
 
     def items():
         yield 1
-        started.set()
-        released.wait(30)
         yield 2
+        released.wait(30)
 
-    ahead = read_ahead(items())
-    assert next(ahead) == 1 and started.wait(10)
     start = time.monotonic()
-    ahead.close()
+    mapped = map_ahead(lambda item: item, items(), 2, lambda item: 1, 4)
+    assert next(mapped) == 1 and next(mapped) == 2
+    mapped.close()
     assert time.monotonic() - start < 10
     released.set()
 

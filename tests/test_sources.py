@@ -251,7 +251,7 @@ def test_builtin_text_is_english_megabytes_in_a_fixed_order(english):
 @pytest.mark.parametrize("content, column, words", [
     (b'{"text": 1}', "text", ["--text_column=text", "line 1", "int"]),
     (b'{"text": "a"}\n{"body": "b"}', "text", ["--text_column=text", "line 2", "body"]),
-    (b'{"text": "a"}', "body", ["--text_column=body", "text"]),
+    (b'{"text": "a"}', "body", ["--text_column=body: no such column in", "line 1"]),
     (b'{"text": "a"', "text", ["a.jsonl: line 1 is not JSON"]),
     (b'["a"]', "text", ["a.jsonl: line 1 is not a JSON object"]),
     (b'{"text": ' + b"[" * 100_000, "text", ["a.jsonl: line 1 is not JSON that can be read"]),
