@@ -87,8 +87,14 @@ class Manifest:
                 for i, shard in enumerate(manifest.shards[split]):
                     if shard.file != shard_name(split, i):
                         raise ValueError(f"shard {i} of {split} is {shard.file!r}")
-            if manifest.dtype not in ("uint16", "uint32") or "revisions" not in manifest.source:
+            if manifest.dtype not in ("uint16", "uint32") or type(manifest.source["revisions"]) is not list:
                 raise ValueError(f"dtype {manifest.dtype!r}, source {manifest.source}")
+            if manifest.place and (manifest.place.keys() != {"at", "skip"} or type(manifest.place["skip"]) is not int):
+                raise ValueError(f"place {manifest.place}")
+            if not {type(manifest.settings.get(name, 0)) for name in ("num_nodes", "node")} == {int}:
+                raise ValueError(f"settings {manifest.settings}")
+            if manifest.complete and not all(manifest.shards.values()):
+                raise ValueError("it is complete without shards")
             return manifest
         except OSError as error:
             if shards := sorted(data_path.glob("*.npy")):
@@ -292,7 +298,7 @@ def parts_of_nodes(data_path: Path) -> list[Path]:
     for path in sorted(data_path.glob("*/manifest.json")):
         settings = Manifest.load(path.parent).settings
         if settings.get("num_nodes", 1) > 1:
-            folders[path.parent] = settings["node"]
+            folders[path.parent] = settings.get("node", 0)
     return sorted(folders, key=folders.get)
 
 
@@ -304,7 +310,7 @@ def joined(data_path: Path, folders: list[Path], manifests: list[Manifest]) -> M
         if common(manifest) != common(first):
             raise BadInput(f"--data_path={data_path}: {folder} and {folders[0]} were prepared with other flags, text or "
                            f"tokenizer: put only parts of one preparation side by side")
-    nodes, n = [manifest.settings["node"] for manifest in manifests], first.settings["num_nodes"]
+    nodes, n = [manifest.settings.get("node", 0) for manifest in manifests], first.settings["num_nodes"]
     if nodes != list(range(n)):
         raise BadInput(f"--data_path={data_path}: holds the parts of node {', '.join(map(str, nodes))} of --num_nodes={n}: "
                        f"put each of 0 to {n - 1} there once")

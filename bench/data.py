@@ -126,7 +126,7 @@ def main():
         Tokenizer.train(texts, 32_768).save(args.tokenizer)
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         for name, rows, size in (("four", texts * 4, 1000), ("one_group", texts * 12, 10**9),
-                                 ("long", ["".join(texts)] * 4, 1)):
+                                 ("long", ["".join(texts)] * 4, 1), ("repeated", ["".join(texts)[:400_000]] * 4000, 10**9)):
             pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string())}),
                                         folder / f"{name}.parquet", row_group_size=size)
         del texts, rows
@@ -138,7 +138,7 @@ def main():
                                         ["prepare", "prepare_in_a_pool", "encode_batch"], args.rounds)
         four, = take_turns(lambda arm: measure(arm, args, folder / "four.parquet"), ["prepare"], args.rounds)
         held = {name: measure("memory", args, path) for name, path in (
-            ("it", text), *((name, folder / f"{name}.parquet") for name in ("one_group", "long")))}
+            ("it", text), *((name, folder / f"{name}.parquet") for name in ("one_group", "long", "repeated")))}
     speed = lambda seconds, n=1: f"{n * megabytes / seconds:.0f} MB/s"
     rows = [(f"{megabytes:.0f} MB of text in parquet to shards, against tiktoken in a pool of processes: times as fast",
              f"**{pool / ours:.2f}×**", speed(ours), speed(pool)),
@@ -148,7 +148,8 @@ def main():
              speed(ours)),
             (f"peak memory of a preparation of {megabytes:.0f} MB", "", f"{held['it']:.0f} MB", ""),
             (f"of {12 * megabytes:.0f} MB that stand in one row group", "", f"{held['one_group']:.0f} MB", ""),
-            (f"of four documents of {megabytes:.0f} MB", "", f"{held['long']:.0f} MB", "")]
+            (f"of four documents of {megabytes:.0f} MB", "", f"{held['long']:.0f} MB", ""),
+            ("of 1600 MB that take 20 KB of parquet, a document 4,000 times", "", f"{held['repeated']:.0f} MB", "")]
     found = (f"{table(rows)}\n\nMedians of {args.rounds} runs, wall time on all cores, vocabulary 32,768, {machine()}: "
              f"`python bench/data.py --text {Path(args.text).name}`. In the same run, all tokens were equal to tiktoken's.")
     print(found)

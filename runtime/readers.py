@@ -196,7 +196,7 @@ def rows_at_once(group, text_column: str) -> int:
     for i in range(group.num_columns):
         column = group.column(i)
         if column.path_in_schema == text_column:
-            return max(1, min(256, CHUNK_BYTES * group.num_rows // max(1, column.total_uncompressed_size)))
+            return max(1, min(128, CHUNK_BYTES * group.num_rows // max(1, column.total_uncompressed_size)))
     return 1
 
 

@@ -34,7 +34,8 @@ class SourceConfig:
     mix: str = flag(None, "shares of the bytes of text that the datasets get: 0.8,0.2")
     dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)")
     text_column: str = flag("text", "column or JSON key that holds the text; for a mix, one for all or one for each")
-    streaming: bool = flag(True, "1 reads a hub dataset over the network as it goes, 0 downloads all of it first")
+    streaming: bool = flag(True, "1 reads a hub dataset over the network as it goes, 0 downloads its files\n"
+                                "and keeps them where HF_HOME says")
     retry_seconds: int = flag(600, "how long a hub that does not answer is asked again", at_least=0)
     skip_errors: bool = flag(False, "1 leaves out what cannot be read of local files and of parquet files of the hub: a "
                                     "row\ngroup, a line or a file; the manifest counts them")

@@ -23,6 +23,7 @@ class HubStandIn:
     def __init__(self, folder: Path):
         self.folder, self.requests = folder, []
         self.faults: list[list] = []
+        self.released = threading.Event()  # ends the waiting for answers that never come
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.handle_error = lambda *args: None  # connections that were reset
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -30,7 +31,7 @@ class HubStandIn:
 
     def fail(self, how: str, where: str, times: int = 1, after: int = 0):
         """Of the requests with `where` in their path, those after the first `after` fail, so many of them. how: a status;
-        "cut" in the middle of the answer; "away", without one."""
+        "cut" in the middle of the answer; "away", without one; "silent", never."""
         self.faults.append([how, where, after, times])
 
     def fault(self, path: str) -> str | None:
@@ -93,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         self.cut = False
         how = self.hub.fault(unquote(self.path))
         if how == "away":
+            return self.hang_up()
+        if how == "silent":
+            self.hub.released.wait(30)
             return self.hang_up()
         if how == "cut":
             self.cut = True

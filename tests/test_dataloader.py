@@ -267,13 +267,20 @@ def foreign_values(folder):
 
 
 def changed(**values):
-    """A damage: a value of the manifest, or of the first validation shard in it, is another."""
+    """A damage: a value of the manifest, its source or settings, or of the first validation shard in it, is another."""
     def damage(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, value in values.items():
-            (manifest if name in manifest else manifest["shards"]["val"][0])[name] = value
+            next(part for part in (manifest, manifest["source"], manifest["settings"], manifest["shards"]["val"][0])
+                 if name in part)[name] = value
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return damage
+
+
+def no_shards(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"]["train"] = []
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def nested_deeply(folder):
@@ -296,7 +303,10 @@ def cut_in_a_document(folder):
     (changed(settings=[]), ["not a manifest of ours", "settings"]), (changed(sha256=7), ["not a manifest", "sha256"]),
     (changed(complete="no"), ["not a manifest of ours", "complete"]), (changed(dtype="int8"), ["not a manifest", "int8"]),
     (changed(file="../val_000000.npy"), ["not a manifest of ours", "../val_000000.npy"]),
-    (nested_deeply, ["not a manifest of ours"]),
+    (changed(revisions=None), ["not a manifest of ours", "revisions"]),
+    (changed(place={"x": 1}), ["not a manifest of ours", "place"]),
+    (changed(place={"at": 3, "skip": "1"}), ["not a manifest", "place"]), (changed(node="0"), ["not a manifest", "node"]),
+    (no_shards, ["not a manifest of ours", "complete without shards"]), (nested_deeply, ["not a manifest of ours"]),
     (ids_of_another_vocabulary, ["train_000001.npy", "not tokens of this vocabulary"]),
     (cut_in_a_document, ["train_000001.npy", "separator"]),
     (cut_off, ["train_000001.npy", "cut off"]), (foreign_dtype, ["train_000001.npy", "float32", "uint16"]),

@@ -229,6 +229,26 @@ def test_a_busy_hub_at_the_first_contact_is_waited_for(prepare_from_hub, hub, un
     assert contents(tmp_path / "data") == undisturbed
 
 
+@pytest.mark.parametrize("where", ["revision", "tree"])
+def test_a_hub_that_accepts_and_says_nothing(prepare_from_hub, hub, tmp_path, monkeypatch, where):
+    """To which its own library would listen for ever."""
+    dataset = f"someone/silent-{where}"  # of which nothing has been asked before
+    hub.add(dataset, {"default": ROWS})
+    monkeypatch.setattr(runtime.hub, "ANSWER_SECONDS", 1)
+    hub.released.clear()
+    hub.fail("silent", f"/api/datasets/{dataset}/{where}")
+    flags = [f"--dataset={dataset}", f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS]
+    done = prepare_from_hub(*flags)
+    hub.released.set()
+    if where == "revision":  # the first contact
+        assert_refused(done, ["cannot be reached", "no answer in 1 s"])
+        done = prepare_from_hub(*flags)
+    else:
+        assert "no answer in 1 s" in lines_in(done.err)[0] and "trying again in 10 s" in lines_in(done.err)[0]
+    assert done.returncode == 0, done.err
+    assert len(documents_in(tmp_path / "data", "val") + documents_in(tmp_path / "data", "train")) == 90
+
+
 def test_other_formats_go_on_from_their_state(prepare_from_hub, hub, tmp_path):
     """jsonl comes through `datasets`; its second file fails for good, then no longer."""
     folder = hub.folder / "someone" / "lines"
