@@ -198,6 +198,26 @@ def test_damage_is_left_out_where_that_was_asked_for(tmp_path, monkeypatch):
         list(open_source(SourceConfig(dataset=str(tmp_path))).documents())
 
 
+def test_damage_in_a_mix_is_told_once_from_every_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 30)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 50)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" if n % 4 else "{bad\n" for n in range(30)))
+    damage_row_group(write(tmp_path / "b.parquet", [f"document {n}" for n in range(30)]), 3)
+    both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.parquet'}"
+    source = open_source(SourceConfig(dataset=both, mix="1,1", skip_errors=True))
+    chunks = list(source.chunks())
+    texts = [text for chunk in chunks for text in chunk.texts.strings()]
+    assert sum(len(chunk.left_out) for chunk in chunks) >= 6 and len(texts) > 30
+    done = 0
+    for i, chunk in enumerate(chunks):
+        for n in range(len(chunk.texts) + 1):
+            on = list(source.chunks(chunk.place(n)))
+            assert [text for later in on for text in later.texts.strings()] == texts[done + n:]
+            assert [later.left_out for later in on if later.left_out] == [
+                later.left_out for later in chunks[i + 1:] if later.left_out]
+        done += len(chunk.texts)
+
+
 def test_documents_too_long_for_the_memory_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 40)
     texts = ["one", "x" * 50, "two", "y" * 90, "z" * 41, "three"]
