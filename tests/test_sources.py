@@ -201,7 +201,8 @@ def test_damage_is_left_out_where_that_was_asked_for(tmp_path, monkeypatch):
 def test_damage_in_a_mix_is_told_once_from_every_place(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_BYTES", 30)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 50)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" if n % 4 else "{bad\n" for n in range(30)))
+    lines = [json.dumps({"text": f"row {n}"}) if n % 4 else "{bad" for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
     damage_row_group(write(tmp_path / "b.parquet", [f"document {n}" for n in range(30)]), 3)
     both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.parquet'}"
     source = open_source(SourceConfig(dataset=both, mix="1,1", skip_errors=True))
