@@ -261,7 +261,7 @@ random.seed(int(sys.argv.pop(1)))
 open_shard, started = dataloader.ShardWriter._open, []
 def start(self):  # the clock runs from the first shard on
     if not started:
-        started.append(threading.Timer(random.uniform(0, 0.4), os.kill, (os.getpid(), signal.SIGKILL)))
+        started.append(threading.Timer(random.uniform(0, 0.25), os.kill, (os.getpid(), signal.SIGKILL)))
         started[0].daemon = True
         started[0].start()
     open_shard(self)
