@@ -25,7 +25,8 @@ from runtime.texts import pack
 REQUEST_BYTES = 1 << 24  # of a file are asked for at a time
 # The hub's own library tries again by itself, for about 20 seconds; these are the pauses after that.
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
-ANSWER_SECONDS = 60  # for what files a dataset has
+# Within these the hub has to say what a dataset is, and what files it has, which can be many thousands.
+ANSWER_SECONDS, LISTING_SECONDS = 60, 300
 
 
 def open_hub(dataset: str, dataset_config: str | None, text_column: str, streaming: bool, skip_errors: bool,
@@ -49,7 +50,8 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
     given = f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
     patience = Patience(given, retry_seconds)
     # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-    info = lambda: answered(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha)
+    info = lambda: answered(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha,
+                            ANSWER_SECONDS)
     try:
         revision = info()
     except Exception as error:
@@ -58,14 +60,14 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
                            f"or `builtin`") from None
         patience.wait(error)
         revision = patience.call(info)
-    if paths := patience.call(lambda: answered(lambda: parquet_paths(dataset, dataset_config, revision))):
+    if paths := patience.call(lambda: answered(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS)):
         paths, nth = split_files(paths, part)
         files = [hub_file(path, streaming) for path in paths]
         read = lambda at: read_files(files, text_column, at, skip_errors, nth)
     else:
         load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming,
                                              revision=revision)
-        read = lambda at: read_rows(answered(load) if streaming else load(), text_column, dataset, at, part)
+        read = lambda at: read_rows(answered(load, LISTING_SECONDS) if streaming else load(), text_column, dataset, at, part)
     read = patience.reading(read)
     if is_new and next(read(None), None) is None:  # where reading goes on, its beginning is not asked for again
         raise BadInput(f"{given}: the dataset is empty")
@@ -120,14 +122,14 @@ def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple
 
 # -- trying again -----------------------------------------------------------------------------------------------------
 
-def answered(function: Callable):
-    """function(), in a thread of its own. Raises TimeoutError when it takes longer than ANSWER_SECONDS: the hub's library
-    waits without end for an answer to some requests."""
+def answered(function: Callable, seconds: float):
+    """function(), in a thread of its own. Raises TimeoutError when it takes longer than `seconds`: the hub's library waits
+    without end for an answer to some requests."""
     thread = ThreadPoolExecutor(1)
     try:
-        return thread.submit(function).result(ANSWER_SECONDS)
+        return thread.submit(function).result(seconds)
     except FutureTimeout:
-        raise TimeoutError(f"no answer in {ANSWER_SECONDS} s") from None
+        raise TimeoutError(f"no answer in {seconds} s") from None
     finally:
         thread.shutdown(wait=False)
 

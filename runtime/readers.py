@@ -233,30 +233,46 @@ def arrow_texts(column, text_column: str, where: str) -> Texts:
 def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
     with file.open() as opened:
         opened.seek(byte)
-        parts, begins, size = [], (row, byte), 0
-        while line := opened.readline(MAX_DOCUMENT_BYTES):
-            row, byte, failure = row + 1, byte + len(line), None
-            try:
-                parts.append(utf8(text_in_line(line, text_column, f"{file.name}: line {row}")))
-            except BadInput as error:
-                if row == 1 and str(error).startswith("--text_column"):
-                    raise  # all lines will lack it
-                failure = Unreadable(str(error), row - 1)
-                while len(line) == MAX_DOCUMENT_BYTES and line[-1:] != b"\n":  # the rest of a long line
-                    line = opened.readline(MAX_DOCUMENT_BYTES)
-                    byte += len(line)
-            size += len(line)
-            del line
-            if parts and (size >= CHUNK_BYTES or failure):
-                texts, parts = join(parts), []
-                yield texts, *begins, begins[1] / max(1, file.size)
-                del texts
-            if failure:
-                yield failure
-            if not parts:
-                begins, size = (row, byte), 0
-        if parts:
-            yield join(parts), *begins, begins[1] / max(1, file.size)
+        yield from in_chunks(jsonl_rows(opened, file.name, row, byte, text_column), file, row, byte)
+
+
+def jsonl_rows(opened: io.IOBase, name: str, row: int, byte: int, text_column: str) -> Iterator[tuple]:
+    """See `in_chunks`. A long line is let go before what comes of it is used."""
+    while line := opened.readline(MAX_DOCUMENT_BYTES):
+        row, byte = row + 1, byte + len(line)
+        try:
+            found = utf8(text_in_line(line, text_column, f"{name}: line {row}"))
+        except BadInput as error:
+            if row == 1 and str(error).startswith("--text_column"):
+                raise  # all lines will lack it
+            found = Unreadable(str(error), row - 1)
+            while len(line) == MAX_DOCUMENT_BYTES and line[-1:] != b"\n":  # the rest of a long line
+                line = opened.readline(MAX_DOCUMENT_BYTES)
+                byte += len(line)
+        del line
+        yield found, byte
+        del found
+
+
+def in_chunks(rows: Iterator[tuple], file: TextFile, row: int, byte: int) -> Iterator:
+    """What a reader yields. rows: of each, its text or why it is Unreadable, and the byte where the next begins."""
+    parts, begins, size = [], (row, byte), 0
+    for found, after in rows:
+        failure = found if isinstance(found, Unreadable) else None
+        if failure is None:
+            parts.append(found)
+        del found
+        row, byte, size = row + 1, after, size + after - byte
+        if parts and (size >= CHUNK_BYTES or failure):
+            texts, parts = join(parts), []
+            yield texts, *begins, begins[1] / max(1, file.size)
+            del texts
+        if failure:
+            yield failure
+        if not parts:
+            begins, size = (row, byte), 0
+    if parts:
+        yield join(parts), *begins, begins[1] / max(1, file.size)
 
 
 def text_in_line(line: bytes, text_column: str, where: str) -> str:
@@ -281,24 +297,19 @@ def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
     """The file in pieces; joined they are the file."""
     with file.open() as opened:
         opened.seek(byte)
-        parts, begins, size = [], (row, byte), 0
-        for piece in txt_pieces(opened):
-            row, byte, size, failure = row + 1, byte + len(piece), size + len(piece), None
-            try:
-                piece.decode()
-                parts.append(piece.removeprefix(b"\xef\xbb\xbf") if row == 1 else piece)  # a byte order mark is no text
-            except UnicodeDecodeError as error:
-                failure = Unreadable(f"{file.name}: not UTF-8 text (it holds byte 0x{piece[error.start]:02x} at "
-                                     f"{byte - len(piece) + error.start:,})", row - 1)
-            if parts and (size >= CHUNK_BYTES or failure):
-                yield join(parts), *begins, begins[1] / max(1, file.size)
-                parts = []
-            if failure:
-                yield failure
-            if not parts:
-                begins, size = (row, byte), 0
-        if parts:
-            yield join(parts), *begins, begins[1] / max(1, file.size)
+        yield from in_chunks(txt_rows(opened, file.name, row, byte), file, row, byte)
+
+
+def txt_rows(opened: io.IOBase, name: str, row: int, byte: int) -> Iterator[tuple]:
+    for number, piece in enumerate(txt_pieces(opened), row):
+        try:
+            piece.decode()
+            found = piece.removeprefix(b"\xef\xbb\xbf") if number == 0 else piece  # a byte order mark is no text
+        except UnicodeDecodeError as error:
+            found = Unreadable(f"{name}: not UTF-8 text (it holds byte 0x{piece[error.start]:02x} at "
+                               f"{byte + error.start:,})", number)
+        byte += len(piece)
+        yield found, byte
 
 
 def txt_pieces(opened: io.IOBase) -> Iterator[bytes]:

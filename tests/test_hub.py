@@ -234,7 +234,7 @@ def test_a_hub_that_accepts_and_says_nothing(prepare_from_hub, hub, tmp_path, mo
     """To which its own library would listen for ever."""
     dataset = f"someone/silent-{where}"  # of which nothing has been asked before
     hub.add(dataset, {"default": ROWS})
-    monkeypatch.setattr(runtime.hub, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(runtime.hub, "ANSWER_SECONDS" if where == "revision" else "LISTING_SECONDS", 1)
     hub.released.clear()
     hub.fail("silent", f"/api/datasets/{dataset}/{where}")
     flags = [f"--dataset={dataset}", f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS]
