@@ -1,7 +1,7 @@
 """The network: GPTConfig, GPT, its loss, its cache and its FLOPs.
 
-A decoder-only transformer: token embedding, blocks of mixer and MLP on a residual stream, a linear head. Which mixer
-and MLP is a choice by name from layers/.
+A decoder-only transformer: token embedding, blocks of mixer and MLP on a residual stream, a linear head. Which mixer,
+MLP and norm is a choice by name from layers/.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=128, vocab_size=4096))
     loss = model(idx, targets)
@@ -9,16 +9,16 @@ and MLP is a choice by name from layers/.
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import MIXERS, MLPS
+from layers import MIXERS, MLPS, NORMS
+from layers.loss import capped_logits, cross_entropy
 from layers.norm import rms_norm
 from runtime.flags import BadInput, check_flags, flag
 
-LOSS_CHUNK = 1024  # tokens whose logits exist at once: 128 MiB in fp32 at 32k ids, and too few to slow a GPU
-
+# Standard deviation of a tied model's first logits: nearly a uniform guess, and far enough from it to learn at once.
+EMBED_LOGITS = 0.32
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -30,6 +30,16 @@ class GPTConfig:
     vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
     mlp: str = flag("relu2", "feed-forward layer", choices=tuple(MLPS))
     mixer: str = flag("attention", "layer that mixes positions", choices=tuple(MIXERS))
+    norm: str = flag("rms", "normalisation: without parameters and of the embedding too, or GPT-2's", choices=tuple(NORMS))
+    positions: str = flag("rotary", "how attention knows the order", choices=("rotary", "learned"))
+    qk_norm: bool = flag(True, "normalise queries and keys")
+    value_residual: bool = flag(True, "mix the first layer's values into the later layers'")
+    embed_shortcut: bool = flag(True, "mix the embedding into the input of each block")
+    softcap: float = flag(15.0, "keeps logits within this distance of 0; 0 does not", at_least=0)
+    tied: bool = flag(True, "embedding and head are one matrix")
+    bias: bool = flag(False, "of linear layers and LayerNorm")
+    init: str = flag("zero", "of matrices that write into the residual stream: zero, or GPT-2's for all weights",
+                     choices=("zero", "gpt2"))
 
     def __post_init__(self):
         check_flags(self)
@@ -42,16 +52,22 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with the shortcut, x is a learned mix of x and the embedding."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.mixer = MIXERS[config.mixer](config.n_embd, config.n_head, config.head_size, config.block_size)
-        self.mlp = MLPS[config.mlp](config.n_embd)
+        self.shortcut = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embed_shortcut and layer > 0 else None
+        self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
+        self.mixer = MIXERS[config.mixer](config, layer)
+        self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: Tensor, cache=None) -> Tensor:
-        x = x + self.mixer(rms_norm(x), cache)
-        return x + self.mlp(rms_norm(x))
+    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None, cache=None) -> tuple[Tensor, Tensor]:
+        """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
+        if self.shortcut is not None:
+            x = self.shortcut[0] * x + self.shortcut[1] * embedded
+        y, value = self.mixer(self.mixer_norm(x), cache, first)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), value
 
 
 class GPT(nn.Module):
@@ -60,22 +76,39 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # how it is trained, not what it is: no part of the config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = NORMS[config.norm](config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Unit-variance embedding and 1/√fan_in matrices; what writes into the residual stream, and the head, starts at
-        zero: at first every block is the identity and every token equally likely."""
-        nn.init.normal_(self.embed.weight)
-        for name, weight in self.blocks.named_parameters():
-            if name.endswith("proj.weight"):
-                nn.init.zeros_(weight)
+        """zero: 1/√fan_in matrices, but what writes into the residual stream, and a head of its own, starts at zero: at
+        first every block is the identity and (nearly, if tied) every token equally likely. gpt2: as in section 2.3 of
+        Radford et al. 2019, and nanoGPT."""
+        gpt2, n_layer = self.config.init == "gpt2", self.config.n_layer
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                continue  # biases and norms: their layers have set them
+            if name == "embed.weight" and self.config.norm == "rms" and not self.config.tied:
+                std = 1.0  # its norm takes the scale away, so the scale only sets how fast it turns
+            elif weight is self.embed.weight:
+                std = 0.02 if gpt2 else EMBED_LOGITS / self.config.n_embd ** 0.5
+            elif name.endswith("proj.weight"):
+                std = 0.02 / (2 * n_layer) ** 0.5 if gpt2 else 0.0
+            elif name == "head.weight":
+                std = 0.02 if gpt2 else 0.0
             else:
-                nn.init.normal_(weight, std=weight.size(1) ** -0.5)
-        nn.init.zeros_(self.head.weight)
+                std = 0.02 if gpt2 else weight.size(1) ** -0.5
+            nn.init.normal_(weight, std=std)
+        for name, bias in self.blocks.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list | None = None,
                 reduction: str = "mean") -> Tensor:
@@ -83,35 +116,27 @@ class GPT(nn.Module):
         or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Under autocast the logits have its
         precision; softmax and sums are fp32 all the same.
 
-        The loss path never holds (B, T, V): head and cross-entropy run in chunks and are recomputed in backward.
+        The loss path never holds (B, T, V): head, softcap and cross-entropy run in chunks, see layers/loss.py.
         cache: what `init_cache` made; idx then continues what it holds, and it takes idx in.
         """
         assert reduction in ("mean", "none"), reduction
-        x = rms_norm(self.embed(idx))
+        x = self.embed(idx)
+        if self.positions is not None:
+            start = cache[0].length if cache is not None else 0
+            x = x + self.positions.weight[start:start + idx.size(1)]
+        if self.config.norm == "rms":
+            x = rms_norm(x)
+        embedded, first = x, None
         for i, block in enumerate(self.blocks):
-            x = block(x, cache[i] if cache is not None else None)
-        x = rms_norm(x)
-        if targets is None:
-            return self.head(x).float()
-        return self.chunked_loss(x, targets, reduction)
-
-    def chunked_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """x: (B, T, C), targets: (B, T) -> see `forward`. At 32k ids the logits of a batch of 8 x 1024 in fp32 would be
-        1 GiB, and as much again for their gradient; here LOSS_CHUNK of 8,192 rows exist at a time."""
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(x).float(), targets, reduction="none")  # (chunk,)
-
-        losses = []
-        for x_chunk, target_chunk in zip(x.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK)):
-            if torch.is_grad_enabled():
-                losses.append(checkpoint(chunk_loss, x_chunk, target_chunk, use_reentrant=False,
-                                         preserve_rng_state=False))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, value = checkpoint(block, x, embedded, first, use_reentrant=False, preserve_rng_state=False)
             else:
-                losses.append(chunk_loss(x_chunk, target_chunk))
-        losses = torch.cat(losses)
-        if reduction == "none":
-            return losses.view_as(targets)
-        return losses.sum() / (targets >= 0).sum().clamp(min=1)
+                x, value = block(x, embedded, first, cache[i] if cache is not None else None)
+            first = value if first is None else first
+        x = self.norm(x)
+        if targets is None:
+            return capped_logits(x, self.head.weight, self.config.softcap)
+        return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
 
     def init_cache(self, batch_size: int, n_tokens: int, dtype: torch.dtype | None = None) -> list:
         """One entry per block, made by its mixer, with room for `n_tokens` positions; `forward` fills it in place."""

@@ -1,65 +1,223 @@
 """The optimizer and the learning-rate schedule.
 
-AdamW in three groups, each with a learning rate of its own that `--learning_rate` scales.
+Muon for the matrices inside the blocks, AdamW for the rest: embedding, head and scalars, each group with a learning rate
+of its own that `--learning_rate` scales.
 """
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from model import GPT
 from runtime.flags import check_flags, flag
-
-# Learning rate of a group, relative to --learning_rate, which is that of the matrices. See bench/learning_rates.py.
-EMBED_RATE, HEAD_RATE = 50.0, 10.0
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer."""
-    learning_rate: float = flag(6e-4, "peak learning rate of the matrices; the other groups keep their ratio to it",
+    optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
+                                  "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
+                          choices=("muon", "adamw", "gpt2"))
+    learning_rate: float = flag(0.02, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
-    weight_decay: float = flag(0.1, "of the matrices inside the blocks, per step and learning rate", at_least=0)
-    warmup_iter: int = flag(100, "steps of linear warmup", at_least=0)
+    weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
+    schedule: str = flag("linear", "after the warmup: constant, then linear to zero; or a cosine to a tenth",
+                         choices=("linear", "cosine"))
+    warmup_iter: int = flag(20, "steps of linear warmup", at_least=0)
     cooldown_frac: float = flag(0.6, "last part of the run in which the learning rate falls linearly to zero",
                                 at_least=0, at_most=1)
     __post_init__ = check_flags
 
 
-def make_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Every group carries `peak_lr`, from which `set_learning_rate` derives its lr at each step."""
-    groups = [
-        {"params": list(model.blocks.parameters()), "peak_lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": [model.embed.weight], "peak_lr": EMBED_RATE * config.learning_rate, "weight_decay": 0.0},
-        {"params": [model.head.weight], "peak_lr": HEAD_RATE * config.learning_rate, "weight_decay": 0.0},
-    ]
-    device = model.embed.weight.device.type
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))
+# Learning rates relative to that of the matrices under Muon, at the reference shape. See bench/learning_rates.py.
+ADAM_RATIO = 0.1     # of the matrices, where AdamW has them
+EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
+HEAD_RATIO = 0.5     # a head of its own
+SCALAR_RATIO = 0.5
+REFERENCE_WIDTH = 256
+BETAS = 0.9, 0.95
+MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200
+# Newton-Schulz iteration: coefficients that drive all singular values into [0.7, 1.2] in five steps
+NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
+NS_NUMBERS = 2**25   # of stacked matrices at once: 64 MiB of bf16
+STACKED = {"qkv.weight": 3}  # matrices that stand in one parameter, one above the other
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """Takes over the moments of `state` but keeps the learning rates and decay `optimizer` was made with, so that a
-    resumed run obeys its flags. Raises ValueError when the moments are not those of its parameters."""
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, option in zip(optimizer.param_groups, options):
-        group.update(option)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(optimizer.state) not in (0, len(parameters)):
-        raise ValueError(f"moments of {len(optimizer.state)} of {len(parameters)} parameters")
-    for parameter, moments in optimizer.state.items():
-        if any(value.shape not in ((), parameter.shape) for value in moments.values()):
-            raise ValueError("moments of another shape than the parameter")  # the fused kernels do not look
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+def parameter_groups(model: GPT, config: OptimizerConfig) -> list[dict]:
+    """Every parameter once, each group with its `peak_lr`, `weight_decay` and `method`."""
+    rate, width = config.learning_rate, model.config.n_embd
+    named = dict(model.named_parameters())
+    if config.optimizer == "gpt2":
+        matrices = [p for p in named.values() if p.dim() >= 2]
+        rest = [p for p in named.values() if p.dim() < 2]
+        groups = [("adamw", matrices, rate, config.weight_decay, 1), ("adamw", rest, rate, 0.0, 1)]
+    else:
+        in_blocks = {name: p for name, p in model.blocks.named_parameters() if p.dim() == 2}
+        blocks = {id(p) for p in in_blocks.values()}
+        head = [] if model.config.tied else [model.head.weight]
+        lookup = [p for name, p in named.items() if name in ("embed.weight", "positions.weight")]
+        others = blocks | {id(p) for p in (*head, *lookup)}
+        is_muon = config.optimizer == "muon"
+        method, matrix_rate = ("muon", rate) if is_muon else ("adamw", ADAM_RATIO * rate)
+        by_split = {}
+        for name, p in in_blocks.items():
+            n = next((n for end, n in STACKED.items() if name.endswith(end)), 1) if is_muon else 1
+            by_split.setdefault(n, []).append(p)
+        # what is read by a head: a step moves logits by the width times the rate
+        by_width = (REFERENCE_WIDTH / width) ** 0.5
+        groups = [(method, ps, matrix_rate, config.weight_decay, n) for n, ps in by_split.items()]
+        groups += [("adamw", lookup, EMBED_RATIO * rate * by_width, 0.0, 1),
+                   ("adamw", head, HEAD_RATIO * rate * by_width, 0.0, 1),
+                   ("adamw", [p for p in named.values() if id(p) not in others], SCALAR_RATIO * rate, 0.0, 1)]
+    return [{"params": ps, "method": method, "lr": lr, "peak_lr": lr, "weight_decay": decay, "stacked": n}
+            for method, ps, lr, decay, n in groups if ps]
 
 
-def lr_scale(step: int, max_iter: int, config: OptimizerConfig) -> float:
-    """Fraction of the peak learning rate at `step` of 0..max_iter-1: linear warmup, constant, linear cooldown towards
-    zero. Source: Zhai et al. 2022, section 3.5, arXiv:2106.04560; Hägele et al. 2024, arXiv:2405.18392."""
-    assert 0 <= step < max_iter, (step, max_iter)
-    scale = min(1.0, (step + 1) / max(config.warmup_iter, 1))
-    cooldown = config.cooldown_frac * max_iter
-    return min(scale, (max_iter - step) / cooldown) if cooldown else scale
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: the nearest matrix whose singular values are 1 (about), scaled by √(rows/columns) where
+    that is above 1. Its state is one momentum a parameter.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Parameters of one shape are stacked: a step of
+    many small products would leave a GPU idle.
+    """
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.bfloat16):
+        super().__init__(groups, {"momentum": MOMENTUM})
+        self.dtype = dtype  # of the products of the iteration
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None):
+        """skip: a bool on the device; where it is true, nothing changes."""
+        for group in self.param_groups:
+            for parameters in alike(group["params"], group["stacked"]):
+                self.step_alike(parameters, group, skip)
+
+    def step_alike(self, parameters: list[Tensor], group: dict, skip: Tensor | None):
+        n, momentum = group["stacked"], group["momentum"]
+        rows, columns = parameters[0].size(0) // n, parameters[0].size(1)
+        grads = torch.cat([p.grad.view(n, rows, columns) for p in parameters])  # (parameters * n, rows, columns)
+        keep = 1.0
+        if skip is not None:
+            grads.masked_fill_(skip, 0.0)  # zero times infinity would not be zero
+            keep = (~skip).float()
+        for p, grad in zip(parameters, grads.split(n)):
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            average = self.state[p]["momentum"].view(n, rows, columns)
+            average.lerp_(grad, (1 - momentum) * keep)
+            grad.lerp_(average, momentum)  # Nesterov's look ahead
+        update = orthogonalized(grads, self.dtype)
+        if skip is not None:
+            update = update * keep
+        for p, part in zip(parameters, update.split(n)):
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
+            p.add_(part.reshape(p.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float):
+def alike(parameters: list[Tensor], stacked: int):
+    """Yields lists of parameters of one shape, none of more than NS_NUMBERS numbers if it can be helped."""
+    by_shape = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_shape.setdefault(p.shape, []).append(p)
+    for shape, ps in by_shape.items():
+        n = max(1, NS_NUMBERS // shape.numel())
+        yield from (ps[i:i + n] for i in range(0, len(ps), n))
+
+
+def orthogonalized(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x: (n, rows, columns) -> U Vᵀ of each matrix's singular value decomposition, about, in `dtype`."""
+    a, b, c = NS_COEFFICIENTS
+    x = x.to(dtype)
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # largest singular value at most 1
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class MuonAdamW:
+    """Both optimizers as one: their groups, one step, one state."""
+
+    def __init__(self, groups: list[dict], ns_dtype: torch.dtype):
+        by_method = {method: [group for group in groups if group["method"] == method] for method in ("muon", "adamw")}
+        self.parts = {}
+        if by_method["muon"]:
+            self.parts["muon"] = Muon(by_method["muon"], ns_dtype)
+        if by_method["adamw"]:
+            device = by_method["adamw"][0]["params"][0].device.type
+            self.parts["adamw"] = torch.optim.AdamW(by_method["adamw"], betas=BETAS, fused=device in ("cuda", "cpu"))
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self, skip: Tensor | None = None):
+        """skip: a bool on the device; where it is true, nothing changes, and the host need not know."""
+        if "muon" in self.parts:
+            self.parts["muon"].step(skip)
+        if adamw := self.parts.get("adamw"):
+            adamw.found_inf = None if skip is None else skip.float()
+            adamw.step()
+
+    def zero_grad(self):
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict):
+        """Takes over the averages of `state` but keeps the learning rates and decay this optimizer was made with, so that
+        a resumed run obeys its flags. Raises ValueError when they are not those of its parameters."""
+        if state.keys() != self.parts.keys():
+            raise ValueError(f"an optimizer of {', '.join(state)}")
+        for name, part in self.parts.items():
+            options = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
+            part.load_state_dict(state[name])
+            for group, option in zip(part.param_groups, options):
+                group.update(option)
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            if len(part.state) not in (0, len(parameters)):
+                raise ValueError(f"averages of {len(part.state)} of {len(parameters)} parameters")
+            for p, averages in part.state.items():
+                if any(value.shape not in ((), p.shape) for value in averages.values()):
+                    raise ValueError("averages of another shape than the parameter")  # fused kernels do not look
+
+
+def make_optimizer(model: GPT, config: OptimizerConfig, ns_dtype: torch.dtype = torch.float32) -> MuonAdamW:
+    """ns_dtype: of Muon's products."""
+    return MuonAdamW(parameter_groups(model, config), ns_dtype)
+
+
+# -- schedule ---------------------------------------------------------------------------------------------------------
+
+def lr_scale(step: int, progress: float, config: OptimizerConfig) -> float:
+    """Fraction of the peak learning rate. step: from 0; progress: share of the run that is done before it, below 1.
+
+    linear: warmup, constant, linear cooldown towards zero (Zhai et al. 2022, section 3.5, arXiv:2106.04560; Hägele et al.
+    2024, arXiv:2405.18392). cosine: warmup, then half a cosine down to a tenth, as nanoGPT has it.
+    """
+    assert 0 <= progress < 1, progress
+    warmup = min(1.0, (step + 1) / (config.warmup_iter + 1))
+    if config.schedule == "linear":
+        return min(warmup, (1 - progress) / config.cooldown_frac) if config.cooldown_frac else warmup
+    if step < config.warmup_iter or step == 0:
+        return warmup
+    done = (step - config.warmup_iter) / max(step / progress - config.warmup_iter, 1)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def set_rates(optimizer: MuonAdamW, step: int, scale: float):
+    """Before each step: every group's learning rate, and Muon's momentum, which grows at first."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
+        if "momentum" in group:
+            group["momentum"] = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)

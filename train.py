@@ -7,50 +7,82 @@ Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/
 """
 import argparse
 import dataclasses
+import gc
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from dataloader import Data, TrainLoader, explain_dead_worker, open_data, val_batches
 from generate import generate_text
 from model import GPT, GPTConfig
-from optimizer import OptimizerConfig, load_optimizer, lr_scale, make_optimizer, set_learning_rate
-from runtime.checkpoint import load_checkpoint, reading, save_checkpoint
+from optimizer import MuonAdamW, OptimizerConfig, lr_scale, make_optimizer, set_rates
+from runtime.checkpoint import CheckpointWriter, load_last, of_run, reading, run_folder
 from runtime.device import (
+    DTYPES,
     DeviceConfig,
     Machine,
+    can_compile,
     compile_in_place,
     explain_out_of_memory,
+    is_out_of_memory,
+    keep_pages,
     open_machine,
     rng_state,
     seed_everything,
     set_rng_state,
 )
-from runtime.files import require_writable
-from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, parse_bool, read_flags
-from runtime.metrics import LossSums, MetricsLog, read_rows
+from runtime.files import require_writable, sole_writer
+from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, parse_bool, read_flags, say
+from runtime.metrics import LossSums, MetricsLog, Watch, draw_curves, read_rows
+from runtime.stop import StopSignals, without_garbage_collection
 from tokenizer import Tokenizer
+
+PRESETS = {
+    # nanoGPT's model and recipe: https://github.com/karpathy/nanoGPT, train.py and config/train_gpt2.py
+    "gpt2": {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "mlp": "gelu", "norm": "layer",
+             "positions": "learned", "qk_norm": False, "value_residual": False, "embed_shortcut": False, "softcap": 0.0,
+             "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2", "learning_rate": 6e-4, "weight_decay": 0.1,
+             "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0, "max_iter": 600_000, "batch_size": 12,
+             "num_batch_accum": 40, "val_intervals": 1000},
+    "6gb": {"batch_size": 8, "num_batch_accum": 8},
+    "p100": {"batch_size": 16, "num_batch_accum": 4, "compile_model": False},
+    "cpu": {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256, "batch_size": 16, "num_batch_accum": 1,
+            "max_iter": 2000, "val_intervals": 200, "val_iter": 50},
+}
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """How long to train and how often to look."""
-    max_iter: int = flag(5_000, "optimizer steps; each sees batch_size * num_batch_accum * block_size tokens", at_least=1)
+    max_iter: int = flag(None, "optimizer steps; each sees batch_size * num_batch_accum * block_size tokens (default: 5000, "
+                               "if no\nother end is given; of several the first to come counts)", at_least=1)
+    max_tokens: int = flag(None, "end after so many tokens", at_least=1)
+    max_seconds: float = flag(None, "end after so many seconds of training, without compiling, validation and writing",
+                              above=0)
     num_batch_accum: int = flag(16, "batches whose gradients are averaged in a step", at_least=1)
     val_intervals: int = flag(250, "steps between validations, each of which writes the checkpoint", at_least=1)
     log_intervals: int = flag(10, "steps between rows of metrics.jsonl", at_least=1)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0 does not clip", at_least=0)
     verbose: bool = flag(True, "0 prints nothing but errors")
-    __post_init__ = check_flags
+
+    def __post_init__(self):
+        check_flags(self)
+        if not (self.max_iter or self.max_tokens or self.max_seconds):
+            object.__setattr__(self, "max_iter", 5000)
+
+    def progress(self, step: int, tokens: int, seconds: float) -> float:
+        """Share of the run that is done, 1 or more at its end."""
+        done = (step, self.max_iter), (tokens, self.max_tokens), (seconds, self.max_seconds)
+        return max(now / end for now, end in done if end)
 
 
 @dataclass(frozen=True)
@@ -61,11 +93,18 @@ class RunConfig:
     resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
                                         "their\nvalue, and the run continues exactly as if never stopped", bare="1")
     overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    batch_size: int = flag(4, "blocks of text in a batch", at_least=1, at_most=1_000_000)
+    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints given here with commas\n"
+                           "between, into curves.png in the metrics folder of the first", bare="1")
+    preset: str = flag(None, "values for flags that are not given, see README", choices=tuple(PRESETS))
+    batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
+                              "so that\na step sees the tokens it would have seen", at_least=1, at_most=1_000_000, auto=True)
     val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1)
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0,
                                         at_most=1000)
-    compile_model: bool = flag(False, "torch.compile: a slow start, then faster steps")
+    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that it knows",
+                               auto=True)
+    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and compute the rest again: less memory, "
+                                                "slower")
     sample_tokens: int = flag(128, "tokens of text to make from the trained model at the end", at_least=0)
     seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1)
     __post_init__ = check_flags
@@ -73,11 +112,14 @@ class RunConfig:
 
 CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
 # What a resumed run may not change, what it may but is then another run, and what is no part of a run.
-FIXED = {"seed", *(field.name for field in dataclasses.fields(GPTConfig))}
-CHANGEABLE = {"max_iter", "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "warmup_iter",
-              "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals"}
-NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "verbose"}
-LESS_MEMORY = "halve --batch_size and double --num_batch_accum, or train a smaller model"
+FIXED = {"seed", "preset", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))}
+ENDS = {"max_iter", "max_tokens", "max_seconds"}
+CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup_iter",
+              "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
+NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "verbose"}
+
+
+FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale will do
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -87,96 +129,125 @@ class TrainState:
     """Everything that moves while training, and where it is written. A checkpoint is all of it."""
     model: GPT
     tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
+    optimizer: MuonAdamW
     schedule: OptimizerConfig
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     machine: Machine
-    checkpoint_path: Path
+    watch: Watch
+    writer: CheckpointWriter
     metrics: MetricsLog
     settings: dict               # the run's flags, from which it resumes
     step: int = 0                # optimizer steps done
     tokens: int = 0              # tokens trained on
     seconds: float = 0.0         # spent training, without validation and writing
-    saved_step: int = -1         # that `checkpoint_path` holds; -1 before this run has written it
+    best: float = math.inf       # lowest validation loss so far
+    skips_told: int = 0          # steps left out that the user has been told of
+    saved_step: int = -1         # that the checkpoint holds; -1 before this run has written it
 
-    def save(self):
-        """Raises FloatingPointError rather than replace a good checkpoint by weights that are no longer finite."""
+    def save(self, is_best: bool = False, at_once: bool = True):
+        """at_once: when this returns, it is on disk. Raises FloatingPointError rather than replace a good checkpoint by
+        weights that are no longer finite."""
         if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
             raise diverged(self, "the weights are no longer finite")
         self.metrics.open()
-        save_checkpoint(self.checkpoint_path, self.model.to_blob() | {
+        step = self.step
+        blob = self.model.to_blob() | {
             "tokenizer": self.tokenizer.to_json(),
             "training": {
-                "settings": self.settings, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}})
-        self.saved_step = self.step
+                "settings": self.settings, "step": step, "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "watch": self.watch.counts,
+                "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}}
+        self.writer.save(blob, is_best, at_once, lambda: setattr(self, "saved_step", step))
 
     def kept(self) -> str:
         """What a run that fails now leaves behind."""
+        path = self.writer.path
+        with suppress(OSError):  # which is what is being told of, or comes later
+            self.writer.wait()
         if self.saved_step >= 0:
-            return f"{self.checkpoint_path} holds step {self.saved_step}, from which --resume_checkpoint goes on"
-        return f"{self.checkpoint_path} " + ("is as it was" if self.checkpoint_path.exists() else "was not written")
+            return f"{path} holds step {self.saved_step}, from which --resume_checkpoint goes on"
+        return f"{path} " + ("is as it was" if path.exists() else "was not written")
 
     def load(self, training: dict):
         """Takes over what `save` put under "training". The weights are the model's own business. Raises KeyError,
         TypeError or ValueError when it is damaged."""
-        self.step, self.tokens, self.seconds = training["step"], training["tokens"], training["seconds"]
-        load_optimizer(self.optimizer, training["optimizer"])
+        self.step, self.tokens, self.seconds, self.best = (training[name] for name in ("step", "tokens", "seconds", "best"))
+        self.optimizer.load_state_dict(training["optimizer"])
         if (scaler := training["scaler"]) and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
+        self.watch.counts.copy_(training["watch"])
         self.loader.load_state_dict(training["loader"])
         set_rng_state(training["rng"])
 
 
 def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callable) -> int | None:
-    """Trains `state` up to `loop.max_iter`; returns the signal that stopped it before, or None.
+    """Trains `state` until `loop` says it is done; returns the signal that stopped it before, or None.
 
     Pretraining, finetuning and self-play differ in loader and `loss_fn(model, batch)` -> nats/token, not here.
     on_eval(state) -> the numbers of a validation. It runs before the first step, where a loss far from ln(vocab_size)
     means that the wiring is wrong, every `val_intervals` and at the end; each time the checkpoint is written.
-    Raises FloatingPointError when the loss is no longer finite; the checkpoint is then the last one written.
+    Raises FloatingPointError when the run has diverged; the checkpoint is then the last one written.
     """
-    with StopSignals() as stop, progress_bar(state, loop) as bar:
+    with StopSignals() as stop, without_garbage_collection(), progress_bar(state, loop) as bar:
         if state.step == 0 and not state.metrics.rows:
             row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | on_eval(state)
+            state.best = row["val_loss"]
             state.metrics.write(row)
-            state.save()
-            show(bar, row)
+            state.save(is_best=True)
+            show(bar, row, 0.0)
         stopped, clock, clock_tokens = None, time.perf_counter(), state.tokens
-        while state.step < loop.max_iter and not stopped:
-            set_learning_rate(state.optimizer, lr_scale(state.step, loop.max_iter, state.schedule))
+        progress = loop.progress(state.step, state.tokens, state.seconds)
+        while progress < 1 and not stopped:
+            set_rates(state.optimizer, state.step, lr_scale(state.step, progress, state.schedule))
             loss, n_tokens = train_step(state, loop, loss_fn)
             state.step += 1
             state.tokens += n_tokens
-            bar.update()
+            with suppress(OSError):  # a terminal that is gone: its SIGHUP has saved before
+                bar.update()
             stopped = stop.signal
-            is_val = state.step % loop.val_intervals == 0 or state.step == loop.max_iter
+            seconds = time.perf_counter() - clock
+            progress = loop.progress(state.step, state.tokens, state.seconds + seconds)
+            is_val = state.step % loop.val_intervals == 0 or progress >= 1
             is_log = is_val or state.step % loop.log_intervals == 0
             if is_log or stopped:
-                train_loss = loss.item()  # waits for the device, so not at every step
-                if not math.isfinite(train_loss):
-                    raise diverged(state, f"loss is {train_loss}")
+                train_loss, watched = loss.item(), state.watch.look()  # waits for the device, so not at every step
                 seconds = time.perf_counter() - clock
                 state.seconds += seconds
-                row = measure(state, train_loss, (state.tokens - clock_tokens) / seconds)
+                report_skipped(state, watched)
+                row = measure(state, train_loss, (state.tokens - clock_tokens) / seconds, watched)
+                is_best = False
                 if is_val:
                     row |= on_eval(state)
                     if not math.isfinite(row["val_loss"]):
                         raise diverged(state, f"validation loss is {row['val_loss']}")
+                    is_best = row["val_loss"] < state.best
+                    state.best = min(state.best, row["val_loss"])
+                    gc.collect()
                 if is_log:
                     state.metrics.write(row)
+                    state.watch.start_row()
                 if is_val or stopped:
-                    state.save()
+                    state.save(is_best, at_once=bool(stopped) or progress >= 1)
+                state.writer.check()
                 if is_log:
-                    show(bar, row)  # last: where nobody reads any more, it ends the run
+                    show(bar, row, progress)  # last: where nobody reads any more, it ends the run
                 clock, clock_tokens = time.perf_counter(), state.tokens
-        return stopped if state.step < loop.max_iter else None
+        return stopped if progress < 1 else None
+
+def diverged(state: TrainState, what: str, step: int | None = None) -> FloatingPointError:
+    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, or --grad_clip=1; "
+                              f"{state.kept()}")
 
 
-def diverged(state: TrainState, what: str) -> FloatingPointError:
-    return FloatingPointError(f"{what} at step {state.step}: lower --learning_rate; {state.kept()}")
+def report_skipped(state: TrainState, watched: dict):
+    """Tells of a step that was left out. Raises FloatingPointError when it was not the first in a row."""
+    if watched["failed_at"]:
+        raise diverged(state, f"loss or gradient not finite {state.watch.limit} times in a row,", watched["failed_at"])
+    if watched["skipped"] > state.skips_told and not state.scaler.is_enabled():
+        say(f"up to step {state.step:,}: the loss or the gradient of {watched['skipped'] - state.skips_told} step was not "
+            f"finite, and it changed nothing; the next one to be so ends the run")
+    state.skips_told = watched["skipped"]
 
 
 def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable) -> tuple[Tensor, int]:
@@ -190,23 +261,25 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable) -> tuple[
         state.scaler.scale(loss).backward()
         total = total + loss.detach()
         n_tokens += batch[0].numel()
+    state.scaler.unscale_(state.optimizer)
+    parameters = list(state.model.parameters())
+    norm = get_total_norm([p.grad for p in parameters])
     if loop.grad_clip:
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), loop.grad_clip)
-    state.scaler.step(state.optimizer)
+        clip_grads_with_norm_(parameters, loop.grad_clip, norm)
+    state.optimizer.step(skip=state.watch.see(total, norm, state.step + 1))
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     return total, n_tokens
 
 
-def measure(state: TrainState, train_loss: float, tok_per_sec: float) -> dict:
+def measure(state: TrainState, train_loss: float, tok_per_sec: float, watched: dict) -> dict:
     """A row of metrics.jsonl, without validation."""
     flops_per_token, peak = state.model.flops_per_token(), state.machine.peak_flops()
     return {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3),
             "flops": state.tokens * flops_per_token, "lr": state.optimizer.param_groups[0]["lr"],
-            "train_loss": train_loss, "tok_per_sec": round(tok_per_sec, 1),
-            "mfu": round(tok_per_sec * flops_per_token / peak, 4) if peak else None,
-            "peak_memory": state.machine.peak_memory()}
+            "train_loss": train_loss, "largest_loss": watched["largest_loss"], "grad_norm": watched["largest_norm"],
+            "skipped": watched["skipped"], "tok_per_sec": round(tok_per_sec, 1),
+            "mfu": round(tok_per_sec * flops_per_token / peak, 4), "peak_memory": state.machine.peak_memory()}
 
 
 def progress_bar(state: TrainState, loop: LoopConfig) -> tqdm:
@@ -216,8 +289,11 @@ def progress_bar(state: TrainState, loop: LoopConfig) -> tqdm:
                 mininterval=interval, maxinterval=max(interval, 10))
 
 
-def show(bar: tqdm, row: dict):
-    """Every row in the bar, validations as a line of their own as well."""
+def show(bar: tqdm, row: dict, progress: float):
+    """Every row in the bar, validations as a line of their own as well. progress: from which follows how many steps there
+    will be."""
+    if progress:
+        bar.total = max(row["step"], round(row["step"] / progress))
     shown = {"loss": f"{row['train_loss']:.3f}", "tok/s": f"{row['tok_per_sec']:,.0f}"} if "train_loss" in row else {}
     if row.get("mfu"):
         shown["mfu"] = f"{row['mfu']:.1%}"
@@ -226,32 +302,6 @@ def show(bar: tqdm, row: dict):
         trained = f"train {row['train_loss']:.4f} | " if "train_loss" in row else ""
         tqdm.write(f"step {row['step']:>6,} | {trained}val {row['val_loss']:.4f} nats/token, {row['val_bpb']:.4f} "
                    f"bits/byte | {row['tokens'] / 1e6:.2f} M tokens, {row['seconds']:.0f} s")
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM let the step under way finish; `signal` then says which came. A second one stops at once, unless
-    it comes within half a second: a terminal and a parent process may both pass on the same Ctrl-C."""
-    AT_ONCE = 0.5
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.came = 0.0  # when
-
-    def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
-            self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def request(self, number: int, frame):
-        if not self.signal:
-            self.signal, self.came = number, time.monotonic()
-        elif time.monotonic() - self.came >= self.AT_ONCE:
-            raise KeyboardInterrupt
 
 
 # -- pretraining ------------------------------------------------------------------------------------------------------
@@ -274,46 +324,54 @@ def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_siz
 
 
 def read_command(argv) -> tuple[dict, dict | None]:
-    """The value of every flag, and the checkpoint to resume. A resumed run has the flags it was started with, except
-    for those given now. Raises BadInput when one of these cannot change."""
+    """The value of every flag, and the checkpoint to resume. A resumed run has the flags it was started with, a fresh one
+    those of its preset, except for those given now. Raises BadInput when one of these cannot change."""
     parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
     add_flags(parser, *CONFIGS)
-    values = vars(parser.parse_args(argv))
-    resume, path = values["resume_checkpoint"], values["checkpoint_path"]
-    if resume == "":
-        raise BadInput("--resume_checkpoint=: is empty: give a path, or the bare flag to go on with --checkpoint_path")
-    try:
-        if resume is None or not parse_bool(resume):
-            return values | {"resume_checkpoint": None}, None
-    except argparse.ArgumentTypeError:  # neither yes nor no: a path
-        path = Path(resume).expanduser()
-    parser = Parser(None)
+    defaults = vars(parser.parse_args([]))
+    parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
     add_flags(parser, *CONFIGS, suppress=True)
     given = vars(parser.parse_args(argv))
-    blob = load_checkpoint(path)
+    resume, path = given.get("resume_checkpoint"), given.get("checkpoint_path", defaults["checkpoint_path"])
+    if resume == "":
+        raise BadInput("--resume_checkpoint=: is empty: give a path, or the bare flag to go on with --checkpoint_path")
+    read_flags(RunConfig, defaults | given)  # a preset that is none
+    try:
+        if resume is None or not parse_bool(resume):
+            start = PRESETS.get(given.get("preset"), {})
+            return merged(defaults | start, given) | {"resume_checkpoint": None}, None
+    except argparse.ArgumentTypeError:  # neither yes nor no: a path
+        path = Path(resume).expanduser()
+    blob = load_last(path)
     if "training" not in blob:
         raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to go on with")
     with reading(path):
         training = blob["training"]
         if type(training["step"]) is not int or training["step"] < 0:
             raise ValueError(f"step is {training['step']!r}")
-        if missing := values.keys() - NOT_SAVED - training["settings"].keys():
+        if missing := defaults.keys() - NOT_SAVED - training["settings"].keys():
             raise BadInput(f"does not say what {min(missing)} its run had: resume it with the version that wrote it")
-        saved = {name: Path(value) if isinstance(values[name], Path) else value
-                 for name, value in training["settings"].items() if name in values}
+        saved = {name: Path(value) if isinstance(defaults[name], Path) else value
+                 for name, value in training["settings"].items() if name in defaults}
         for config in CONFIGS:
-            read_flags(config, values | saved)
+            read_flags(config, defaults | saved)
     for name in sorted(given.keys() & FIXED & saved.keys()):
         if given[name] != saved[name]:
             raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed run "
                            f"keeps: drop the flag, or start a fresh run at another --checkpoint_path")
-    return {**values, "checkpoint_path": path, **saved, **given, "resume_checkpoint": str(path)}, blob
+    writes_to = of_run(path) or path
+    return merged({**defaults, "checkpoint_path": writes_to, **saved}, given) | {"resume_checkpoint": str(path)}, blob
 
 
-def run_folder(checkpoint_path: Path) -> Path:
-    """Where a run's metrics go: checkpoints/gpt.pt -> checkpoints/gpt, and checkpoints/a -> checkpoints/a.run."""
-    name = checkpoint_path.name
-    return checkpoint_path.with_name(name.removesuffix(".pt") if name.endswith(".pt") and name != ".pt" else name + ".run")
+def merged(start: dict, given: dict) -> dict:
+    """The flags a run begins with, and those given. An end that is given is the only one. A batch_size that has yet to be
+    found keeps the blocks of a step, as num_batch_accum batches of one."""
+    values = start | given
+    if given.keys() & ENDS:
+        values |= {name: given.get(name) for name in ENDS}
+    if values["batch_size"] == "auto":
+        values["num_batch_accum"] *= start["batch_size"]
+    return values
 
 
 def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
@@ -330,19 +388,31 @@ def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState
     if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
         raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
                        f"--overwrite, or choose another path")
+    if blob and device.dtype == "auto":  # timing products again could choose another one
+        was_on, _, dtype = str(blob["training"].get("machine")).partition(", ")
+        if was_on.split(":")[0] == open_machine(dataclasses.replace(device, dtype="fp32")).device.type and dtype in DTYPES:
+            device = dataclasses.replace(device, dtype=dtype)
     machine = open_machine(device)
+    if machine.device.type == "cpu":
+        keep_pages()
     data = open_data(run.data_path, None if blob else gpt.vocab_size)
     seed_everything(run.seed)
-    loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
-                         pin_memory=machine.device.type == "cuda")
     if blob:
         with reading(Path(resumed)):
-            loader.load_state_dict(blob["training"]["loader"])
             model = GPT.from_blob(blob)
     else:
         model = GPT(dataclasses.replace(gpt, vocab_size=data.manifest.vocab_size))
     next(val_batches(data, 1, 1, gpt.block_size))  # validation data that are too few are refused now
     model.to(machine.device)
+    model.gradient_checkpointing = run.gradient_checkpointing
+    if run.batch_size == "auto":
+        n_blocks = loop.num_batch_accum
+        found = {"batch_size": (batch_size := fitting_batch(model, machine, n_blocks)),
+                 "num_batch_accum": n_blocks // batch_size}
+        values = values | found
+        run, loop = read_flags(RunConfig, values), read_flags(LoopConfig, values)
+    loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
+                         pin_memory=machine.device.type == "cuda")
     values = values | {"vocab_size": model.config.vocab_size}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()
                 if name not in NOT_SAVED}
@@ -352,21 +422,66 @@ def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState
     if blob:
         step = blob["training"]["step"]
         rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
-    state = TrainState(model, data.tokenizer, make_optimizer(model, schedule), schedule, machine.grad_scaler(), loader,
-                       machine, path, MetricsLog(run_folder(path), rows), settings)
+    optimizer = make_optimizer(model, schedule, torch.bfloat16 if machine.dtype == "bf16" else torch.float32)
+    scaler = machine.grad_scaler()
+    watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
+    state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,
+                       CheckpointWriter(path, run_folder(path), is_ours=in_place), MetricsLog(run_folder(path), rows),
+                       settings)
     if blob:
         with reading(Path(resumed)):
+            loader.load_state_dict(blob["training"]["loader"])
             state.load(blob["training"])
         state.saved_step = state.step if in_place else -1
     return state, data, loop, run
 
 
+def fitting_batch(model: GPT, machine: Machine, n_blocks: int) -> int:
+    """The largest divisor of `n_blocks` whose step fits into the device's memory: tries growing ones, and stops before one
+    that by the growth so far would not. Raises MemoryError when not even one block fits."""
+    states = sum(8 * p.numel() for p in model.parameters())  # of the optimizer, which has none yet: at most two in fp32
+    room, start = 0.9 * machine.free_memory() - states, machine.peak_memory()
+    fits, peaks = None, []
+    for size in (size for size in range(1, n_blocks + 1) if n_blocks % size == 0):
+        if len(peaks) > 1:
+            (a, peak_a), (b, peak_b) = peaks[-2:]
+            if peak_b + (peak_b - peak_a) / (b - a) * (size - b) > room:
+                break
+        try:
+            step_of_zeros(model, machine, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        finally:
+            model.zero_grad(set_to_none=True)
+        peaks.append((size, machine.peak_memory() - start))
+        if peaks[-1][1] > room:
+            break
+        fits = size
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    if fits is None:
+        raise MemoryError(f"not even one block of {model.config.block_size} tokens fits")
+    return fits
+
+
+def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
+    """Forward and backward pass of a batch, to see whether they work here, and what they need."""
+    batch = torch.zeros(2, batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
+    with machine.autocast():
+        loss = next_token_loss(model, batch)
+    loss.backward()
+
+
 def report_changes(values: dict, state: TrainState, training: dict):
     """Says what makes the rest of a resumed run, or its numbers, differ from what they would have been."""
     for name in sorted(CHANGEABLE):
-        if values[name] != training["settings"][name]:
-            note = "; the learning-rate schedule now fits the new one" if name == "max_iter" else ""
-            print(f"changed on resuming: {name} {training['settings'][name]} -> {values[name]}{note}")
+        before, now = training["settings"][name], state.settings[name]
+        if before != now:
+            note = "; the learning-rate schedule now fits the new one" if name in ENDS and now else ""
+            print(f"changed on resuming: {name} {before} -> {now}{note}")
     if str(state.machine) != training.get("machine"):
         print(f"changed on resuming: machine {training.get('machine')} -> {state.machine}")
 
@@ -375,27 +490,56 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """The lines a run begins with."""
     config, step_tokens = state.model.config, run.batch_size * loop.num_batch_accum * state.model.config.block_size
     train_tokens = data.manifest.total("train", "tokens")
+    ends = [f"{end:,g} {unit}" for unit, end in (
+        ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]
+    seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}, vocabulary "
           f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token")
-    print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; {loop.max_iter:,} steps of {step_tokens:,} "
-          f"see {loop.max_iter * step_tokens / train_tokens:.2f} epochs")
-    print(f"machine  {state.machine}" + (
+    print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {step_tokens:,} "
+          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {' or '.join(ends)}"
+          + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
+    peak, known = state.machine.peak_flops(), state.machine.known_peak()
+    print(f"machine  {state.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (
         f"; going on from step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
+
+
+def plot(values: dict):
+    """Draws the runs that --plot names."""
+    named = values["plot"]
+    paths = [values["checkpoint_path"]] if named == "1" else [Path(name).expanduser() for name in named.split(",")]
+    folders = [path if path.is_dir() else path.parent if path.suffix == ".jsonl" else run_folder(path) for path in paths]
+    runs = {}
+    for path, folder in zip(paths, folders):
+        runs[str(path)] = read_rows(folder / "metrics.jsonl")
+        if not runs[str(path)]:
+            raise BadInput(f"--plot={named}: {folder / 'metrics.jsonl'} holds no rows: give checkpoints of runs that have "
+                           f"begun")
+    out = folders[0] / "curves.png"
+    draw_curves(runs, out)
+    print(out)
 
 
 @command
 def main(argv=None):
     values, blob = read_command(argv)
-    configs = [read_flags(config, values) for config in CONFIGS]
-    if blob and values["max_iter"] <= blob["training"]["step"]:
-        done = blob["training"]["step"]
-        if values["max_iter"] < done:
-            raise BadInput(f"--max_iter={values['max_iter']}: the checkpoint is at step {done} already: give more")
-        if values["verbose"]:
-            print(f"{values['resume_checkpoint']}: finished before at step {done:,}; a larger --max_iter trains on")
+    if values["plot"]:
+        plot(values)
         return
-    with explain_out_of_memory(LESS_MEMORY):
+    configs = [read_flags(config, values) for config in CONFIGS]
+    if blob:
+        loop, training = configs[CONFIGS.index(LoopConfig)], blob["training"]
+        if loop.progress(training["step"], training["tokens"], training["seconds"]) >= 1:
+            end = next(name for name, now in (("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
+                       if values[name] and training[now] >= values[name])
+            done = f"{values['resume_checkpoint']}: finished before at step {training['step']:,}"
+            if training["settings"][end] != values[end]:
+                raise BadInput(f"--{end}={values[end]}: the checkpoint is at step {training['step']} already: give more")
+            if values["verbose"]:
+                print(f"{done}; a larger --{end} trains on")
+            return
+    path = values["checkpoint_path"]
+    with sole_writer(run_folder(path), f"--checkpoint_path={path}"), explain_out_of_memory(less_memory(values)):
         state, data, loop, run = open_run(configs, values, blob)
         if loop.verbose:
             describe(state, data, loop, run)
@@ -409,16 +553,11 @@ def main(argv=None):
 
 def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """From an opened run to the sample of its text. Raises SystemExit when a signal stops it."""
-    model, machine = state.model, state.machine
-    if run.compile_model:
-        def try_step():
-            batch = torch.zeros(2, run.batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
-            with machine.autocast():
-                loss = next_token_loss(model, batch)
-            loss.backward()
-        compile_in_place(model, try_step)
+    model, machine, path = state.model, state.machine, state.writer.path
+    if can_compile(machine.device) if run.compile_model == "auto" else run.compile_model:
+        compile_in_place(model, lambda: step_of_zeros(model, machine, run.batch_size))
     try:
-        with explain_out_of_memory(LESS_MEMORY), explain_dead_worker(run.dataloader_num_workers):
+        with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(run.dataloader_num_workers):
             stopped_by = fit(state, loop, next_token_loss,
                              lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
     except BrokenPipeError:
@@ -429,17 +568,27 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     finally:
         state.loader.close()
         state.metrics.close()
+        with suppress(OSError):  # what is still being written; where that matters, `fit` has waited for it
+            state.writer.wait()
     if stopped_by:
-        print(f"stopped at step {state.step:,}, saved: `python train.py --checkpoint_path={run.checkpoint_path} "
-              f"--resume_checkpoint` goes on", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be what is gone
+            print(f"stopped at step {state.step:,}, saved: `python train.py --checkpoint_path={path} "
+                  f"--resume_checkpoint` goes on", file=sys.stderr)
         raise SystemExit(128 + stopped_by)
     if loop.verbose:
-        print(f"saved {run.checkpoint_path} and {run_folder(run.checkpoint_path)}/metrics.jsonl; "
-              f"`python generate.py --checkpoint_path={run.checkpoint_path}` samples from it")
+        print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
+              f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
         if run.sample_tokens:
             print("sample, the start of a document:")
             with machine.autocast():
                 print("".join(generate_text(model, state.tokenizer, "", run.sample_tokens, 0.8, 50, run.seed)).strip())
+
+
+def less_memory(values: dict) -> str:
+    """What to say where memory does not suffice."""
+    what = "" if values["gradient_checkpointing"] else "--gradient_checkpointing, "
+    return (f"--batch_size={values['batch_size']} blocks of {values['block_size']} tokens: try --batch_size=auto, {what}"
+            f"or a smaller model")
 
 
 if __name__ == "__main__":

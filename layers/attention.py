@@ -46,34 +46,49 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention. Queries and keys are normalised, which keeps their products in bounds however
-    large the weights grow (Henry et al. 2020, arXiv:2010.04245)."""
+    """Multi-head causal attention.
 
-    def __init__(self, n_embd: int, n_head: int, head_size: int, block_size: int):
+    qk_norm: queries and keys are normalised, which keeps their products in bounds however large the weights grow (Henry
+    et al. 2020, arXiv:2010.04245). value_residual: values are a learned mix of the layer's own and the first layer's,
+    which keep what the token itself was (Zhou et al. 2024, arXiv:2410.17897).
+    """
+
+    def __init__(self, config, layer: int):
         super().__init__()
-        self.n_head, self.head_size = n_head, head_size
-        self.qkv = nn.Linear(n_embd, 3 * n_head * head_size, bias=False)
-        self.proj = nn.Linear(n_head * head_size, n_embd, bias=False)
-        self.rotary = Rotary(head_size, block_size)
+        self.n_head, self.head_size, self.qk_norm = config.n_head, config.head_size, config.qk_norm
+        width = config.n_head * config.head_size
+        self.qkv = nn.Linear(config.n_embd, 3 * width, bias=config.bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.rotary = Rotary(config.head_size, config.block_size) if config.positions == "rotary" else None
+        # the first layer has nothing to mix in
+        self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
 
     def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """Room for `n_tokens` positions: 2 * B * n_head * n_tokens * head_size numbers."""
         shape = batch_size, self.n_head, n_tokens, self.head_size
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x: (B, T, C), which stand after what `cache` holds; it takes them in. Returns (B, T, C)."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
+        Returns (B, T, C), and the values of this layer, (B, n_head, T, head_size)."""
         B, T, C = x.shape
         start = cache.length if cache else 0
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = self.rotary(rms_norm(q), start).to(v.dtype), self.rotary(rms_norm(k), start).to(v.dtype)
+        if self.value_mix is not None:
+            v = torch.lerp(v, first, self.value_mix.to(v.dtype))
+        value = v
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         mask = None
         if cache is not None:
             k, v = (kept.to(q.dtype) for kept in cache.append(k, v))
             if start > 0 and T > 1:  # query t sees the cached positions and its own block up to t
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(diagonal=start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size))
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), value
 
     def flops_per_token(self, block_size: int) -> int:
         """Projections, and scores and sums over the whole block: the upper triangle counts too, as is customary

@@ -3,13 +3,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def matrix_flops(layer: nn.Module) -> int:
+    """Of one position's product with every matrix of `layer`."""
+    return 2 * sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+
+
 class MLP(nn.Module):
     """Linear, `activation`, linear. The hidden layer is four times as wide as the model."""
 
-    def __init__(self, n_embd: int):
+    def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def activation(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -18,7 +23,7 @@ class MLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
     def flops_per_token(self, block_size: int) -> int:
-        return 2 * sum(weight.numel() for weight in self.parameters())
+        return matrix_flops(self)
 
 
 class ReLU2(MLP):
@@ -39,15 +44,15 @@ class SwiGLU(nn.Module):
     """silu(gate(x)) * fc(x), then linear; three matrices, so the hidden layer is 8/3 times as wide as the model to
     have the parameters of the others. Source: Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, n_embd: int):
+    def __init__(self, config):
         super().__init__()
-        n_hidden = 8 * n_embd // 3
-        self.gate = nn.Linear(n_embd, n_hidden, bias=False)
-        self.fc = nn.Linear(n_embd, n_hidden, bias=False)
-        self.proj = nn.Linear(n_hidden, n_embd, bias=False)
+        n_hidden = 8 * config.n_embd // 3
+        self.gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
     def flops_per_token(self, block_size: int) -> int:
-        return 2 * sum(weight.numel() for weight in self.parameters())
+        return matrix_flops(self)

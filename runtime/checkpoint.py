@@ -1,15 +1,22 @@
-"""The checkpoint file: one file of tensors and plain values, written whole or not at all, read without running code."""
+"""The checkpoint file: one file of tensors and plain values, written whole or not at all, read without running code.
+
+A run's last one is at its --checkpoint_path; the folder of that name, `run_folder`, has the one before it (previous.pt),
+the one with the lowest validation loss (best.pt), and the metrics.
+"""
+import threading
+import time
 import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from runtime.device import is_out_of_memory
-from runtime.files import whole_file
+from runtime.files import link_as, whole_file
 from runtime.flags import BadInput
 
-FORMAT = "gpt-workbench checkpoint 1"
+FORMAT = "gpt-workbench checkpoint 2"
 
 
 def save_checkpoint(path: Path, blob: dict):
@@ -21,6 +28,80 @@ def save_checkpoint(path: Path, blob: dict):
             if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one after the other: the last one at `path`; beside it, as further names of the files and
+    so without being written again, the one before (`previous`) and the one with the lowest validation loss (`best`).
+
+    A write that would hold up training for more than PAUSE seconds, going by the one before, is done by a thread from a
+    copy in memory.
+    """
+    PAUSE = 1.0
+
+    def __init__(self, path: Path, folder: Path, is_ours: bool):
+        """folder: of `previous` and `best`. is_ours: what is at `path` is an earlier state of this run."""
+        self.path, self.previous, self.best, self.is_ours = path, folder / "previous.pt", folder / "best.pt", is_ours
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.seconds = 0.0  # that the last write took
+
+    def save(self, blob: dict, is_best: bool, at_once: bool, on_written: Callable):
+        """at_once: return when it is on disk. on_written() is called then. Raises OSError, also that of an earlier write."""
+        self.wait()
+        if at_once or self.seconds <= self.PAUSE:
+            self.write(blob, is_best, on_written)
+            return
+        self.thread = threading.Thread(target=self.write_aside, args=(copied(blob), is_best, on_written))
+        self.thread.start()
+
+    def write(self, blob: dict, is_best: bool, on_written: Callable):
+        start = time.perf_counter()
+        if self.is_ours:
+            link_as(self.path, self.previous)
+        save_checkpoint(self.path, blob)
+        if not self.is_ours:  # nothing of another run may pass for this one's
+            self.previous.unlink(missing_ok=True)
+            self.best.unlink(missing_ok=True)
+            self.is_ours = True
+        if is_best:
+            link_as(self.path, self.best)
+        self.seconds = time.perf_counter() - start
+        on_written()
+
+    def write_aside(self, *args):
+        try:
+            self.write(*args)
+        except BaseException as error:  # whatever it is, the training thread tells of it
+            self.error = error
+
+    def wait(self):
+        """Until nothing is being written. Raises the error of a write that failed since."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def check(self):
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+def copied(value):
+    """Nested dicts, lists and tuples with every tensor copied into the CPU's memory; what is one tensor stays one."""
+    copies = {}
+
+    def copy(value):
+        if isinstance(value, torch.Tensor):
+            key = value.data_ptr(), value.shape, value.dtype
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        return type(value)(copy(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return copy(value)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -41,6 +122,34 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"{path}: its format is {blob['format']!r}, this version reads {FORMAT!r}: use the version that "
                        f"wrote it")
     return blob
+
+
+def load_last(path: Path) -> dict:
+    """The checkpoint at `path`. Where it is damaged, the BadInput names the one before it, if there is one."""
+    try:
+        return load_checkpoint(path)
+    except BadInput as error:
+        previous = run_folder(path) / "previous.pt"
+        if not path.exists() or not previous.exists():
+            raise
+        raise BadInput(f"{error}, such as the one before: --resume_checkpoint={previous} --checkpoint_path={path} "
+                       f"--overwrite") from None
+
+
+def run_folder(checkpoint_path: Path) -> Path:
+    """Where a run's metrics go: checkpoints/gpt.pt -> checkpoints/gpt, and checkpoints/a -> checkpoints/a.run."""
+    if run := of_run(checkpoint_path):
+        return run_folder(run)
+    name = checkpoint_path.name
+    return checkpoint_path.with_name(name.removesuffix(".pt") if name.endswith(".pt") and name != ".pt" else name + ".run")
+
+
+def of_run(path: Path) -> Path | None:
+    """The checkpoint whose run keeps `path` in its folder: checkpoints/gpt/best.pt -> checkpoints/gpt.pt."""
+    folder = path.parent
+    if path.name not in ("best.pt", "previous.pt") or not (folder / "metrics.jsonl").exists():
+        return None
+    return folder.with_name(folder.name.removesuffix(".run") if folder.suffix == ".run" else folder.name + ".pt")
 
 
 @contextmanager

@@ -1,10 +1,14 @@
 """The machine: device, autocast dtype, torch.compile where it works, peak FLOP/s, memory, random generators."""
+import ctypes
+import functools
 import json
+import os
 import random
 import re
 import sys
+import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +34,11 @@ PEAK_FLOPS = {
 class DeviceConfig:
     """The machine."""
     device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is, in this order")
-    dtype: str = flag("auto", "of matrix products; auto is bf16 on a GPU that computes it, fp16 with a loss scaler on "
-                              "an older one, else fp32,\nwhich newer GPUs compute as TF32", choices=("auto", *DTYPES))
+    dtype: str = flag("auto", "of matrix products; auto is bf16 on a GPU that computes it, fp16 with a loss scaler on one "
+                              "with tensor cores\nfor it, else what a few timed products show to be fastest (CPU: of bf16 "
+                              "and fp32; older GPUs: of fp16\nand fp32); fp32 is TF32 on newer GPUs",
+                      choices=("auto", *DTYPES))
+    deterministic: bool = flag(False, "on a GPU, kernels that always add in the same order, where torch has them; slower")
     __post_init__ = check_flags
 
 
@@ -53,8 +60,11 @@ class Machine:
         """fp16 gradients underflow unless the loss is scaled up; for other dtypes this does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == "fp16")
 
-    def peak_flops(self) -> float | None:
-        """FLOP/s that MFU is a share of; None where the peak is not known."""
+    def peak_flops(self) -> float:
+        """FLOP/s that MFU is a share of: the data sheet's, else those of a large product, measured once."""
+        return self.known_peak() or measured_flops(self.device, self.dtype)
+
+    def known_peak(self) -> float | None:
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -62,15 +72,31 @@ class Machine:
             return None
         return next((peaks.get(self.dtype) for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
+    def free_memory(self) -> int:
+        """Bytes that this process may still come to hold, counting what its allocator holds in reserve."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        try:
+            with open("/proc/meminfo") as file:
+                return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1))
+        except (OSError, AttributeError):
+            return 4 * 2**30  # not Linux: a guess that any machine of today has
+
     def peak_memory(self) -> int:
         """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource  # not on Windows
-        except ImportError:
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else process_peak()
+
+
+def process_peak() -> int:
+    """Most bytes the process has held; 0 where the system does not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def open_machine(config: DeviceConfig) -> Machine:
@@ -84,14 +110,64 @@ def open_machine(config: DeviceConfig) -> Machine:
         raise BadInput(f"--device={config.device}: not on this machine, which has {', '.join(there)}")
     device = torch.device(name)
     if device.type == "cuda":
+        require_kernels(device, config.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "fp32"
-        if device.type == "cuda":
-            # torch.cuda.is_bf16_supported() is true on older cards too, which only emulate it, slowly
-            dtype = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return Machine(device, dtype)
+        if config.deterministic:
+            # cuBLAS reads it at its first product, see docs.nvidia.com/cuda/cublas, "Results reproducibility"
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    return Machine(device, choose_dtype(device) if config.dtype == "auto" else config.dtype)
+
+
+def choose_dtype(device: torch.device) -> str:
+    if device.type == "mps":
+        return "fp32"
+    if device.type == "cuda":
+        # torch.cuda.is_bf16_supported() is true on older cards too, which only emulate it, slowly
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (7, 0):
+            return "bf16" if capability >= (8, 0) else "fp16"
+    # CPUs without bf16 units take up to seven times as long, a P100 gains little by fp16, and no table says which
+    half = "bf16" if device.type == "cpu" else "fp16"
+    return half if measured_flops(device, half) > 1.2 * measured_flops(device, "fp32") else "fp32"
+
+
+@functools.cache
+def measured_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a square product, the best of a few."""
+    n, best = (4096 if device.type == "cuda" else 1024), 0.0
+    a = torch.ones(n, n, dtype=DTYPES[dtype], device=device)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        wait()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def require_kernels(device: torch.device, given: str):
+    """Raises BadInput when the installed torch was built without this GPU: is_available() is true all the same."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
+    built = [(kind, int(x), int(y)) for kind, x, y in (match.groups() for match in built if match)]
+    # binaries run on later cards of their generation, intermediate code is compiled for any later card
+    if any((x == major and y <= minor) if kind == "sm" else (x, y) <= (major, minor) for kind, x, y in built):
+        return
+    wheel = "cu126" if (major, minor) < (7, 5) else "cu128"  # later ones dropped Maxwell to Volta
+    raise BadInput(f"--device={given}: {torch.cuda.get_device_name(device)} computes sm_{major}{minor}, for which the "
+                   f"installed torch {torch.__version__} has no kernels: `pip install --force-reinstall 'torch>=2.6,<2.14' "
+                   f"--index-url https://download.pytorch.org/whl/{wheel}`, or --device=cpu")
+
+
+def keep_pages():
+    """Lets the C library keep memory that is freed, instead of asking the system for it, page by page, in every step.
+    What `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` do, for a process that runs already. glibc only."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or another system
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @contextmanager
@@ -102,13 +178,20 @@ def explain_out_of_memory(advice: str):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(f"too little memory: {advice} ({str(error).splitlines()[0][:200]})") from None
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else process_peak()
+        raise MemoryError(f"too little memory, {peak / 2**30:.2f} GiB at most so far: {advice} "
+                          f"({str(error).splitlines()[0][:200]})") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """torch.OutOfMemoryError is a GPU's; the allocators of CPU and mps raise a bare RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory")))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiling is worth its start without being asked for: on GPUs that Triton knows."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def compile_in_place(model: torch.nn.Module, try_step) -> bool:

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and folders that one process at a time writes into."""
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def whole_file(path: Path, mode: str = "wb"):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def link_as(path: Path, other: Path):
+    """Makes `other` a second name of the file `path`, in place of what had that name; a copy where links cannot be."""
+    part = other.with_name(other.name + ".tmp")
+    part.unlink(missing_ok=True)
+    other.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(os.path.realpath(path), part)
+    except OSError:
+        with open(path, "rb") as old, whole_file(other) as new:
+            shutil.copyfileobj(old, new)
+        return
+    os.replace(part, other)
 
 
 def sync_folder(folder: Path):
@@ -65,7 +80,7 @@ def sole_writer(folder: Path, given: str):
             is_taken = False
         if is_taken:
             os.close(descriptor)
-            raise BadInput(f"{given}: another process is preparing data there: let it finish, or choose another folder")
+            raise BadInput(f"{given}: another process is writing there: let it finish, or choose another path")
     try:
         yield
     finally:

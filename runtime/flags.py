@@ -30,10 +30,10 @@ class BadInput(ValueError):
     """Something the user gave cannot be used. The message names the flag or file, what was found and what to do."""
 
 
-def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None, bare=None):
+def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None, bare=None, auto=False):
     """A dataclass field that `--help` explains and `check_flags` holds to its range. bare: what the flag without a
-    value means, where it may stand alone (a bool may: True)."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices, "bare": bare}
+    value means, where it may stand alone (a bool may: True). auto: the text "auto" is a value too, and stays text."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices, "bare": bare, "auto": auto}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -41,7 +41,7 @@ def check_flags(config):
     """Raises BadInput for the first field of `config` outside the range its `flag` declares. Use as __post_init__."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
-        if value is None or "help" not in limits:
+        if value is None or "help" not in limits or (limits["auto"] and value == "auto"):
             continue
         given = f"--{field.name}={value}"
         # `not (value >= limit)` rather than `value < limit`: NaN must fail too
@@ -103,6 +103,14 @@ def value_type(field) -> type:
     return options[0] if options else field.type
 
 
+def or_auto(parse):
+    return lambda text: text if text == "auto" else parse(text)
+
+
+def shown_default(field):
+    return int(field.default) if isinstance(field.default, bool) else field.default
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, and suggests the flag that was meant."""
 
@@ -131,13 +139,13 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
         for field in dataclasses.fields(config):
             if "help" not in field.metadata:
                 continue
-            is_bool = value_type(field) is bool
+            is_bool, parse = value_type(field) is bool, PARSERS[value_type(field)]
             bare = True if is_bool else field.metadata["bare"]
-            shown = "" if field.default in (None, "") else f" (default: {int(field.default) if is_bool else field.default})"
+            shown = "" if field.default in (None, "") else f" (default: {shown_default(field)})"
             choices = field.metadata["choices"]
             listed = f": {', '.join(choices)}" if choices else ""
             group.add_argument(
-                f"--{field.name}", type=PARSERS[value_type(field)],
+                f"--{field.name}", type=or_auto(parse) if field.metadata["auto"] else parse,
                 default=argparse.SUPPRESS if suppress else field.default,
                 metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[value_type(field)],
                 help=field.metadata["help"].replace("%", "%%") + listed + shown,

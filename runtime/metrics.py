@@ -1,7 +1,8 @@
 """What a run measures: bits per byte, and rows of numbers on disk that plots and tables read.
 
 A run's rows are `metrics.jsonl`, one JSON object per log or evaluation (step, tokens, seconds, flops, lr, train_loss,
-val_loss, val_bpb, tok_per_sec, mfu, peak_memory), and the same numbers as TensorBoard events beside it.
+val_loss, val_bpb, tok_per_sec, mfu, peak_memory; largest_loss and grad_norm, the largest since the row before; skipped,
+steps left out so far), and the same numbers as TensorBoard events beside it.
 """
 import json
 import math
@@ -9,9 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from runtime.files import whole_file
+
+LABELS = {"tokens": "million tokens", "seconds": "seconds of training, without compiling, validation and writing"}
 
 
 @dataclass
@@ -44,6 +48,38 @@ class LossSums:
     @property
     def bits_per_byte(self) -> float:
         return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+
+class Watch:
+    """What happens in the steps, counted on the device: the host looks when a row is due, and need not wait before.
+
+    A step whose loss or gradient is not finite changes nothing. The first of them may be an accident; at `limit` in a
+    row the run has diverged. Under fp16 they are usual: that is how the loss scale is found.
+    """
+
+    def __init__(self, device: torch.device, limit: int):
+        self.limit = limit
+        # skipped in a row, skipped in all, step at which `limit` was reached, largest loss and gradient since the last row
+        self.counts = torch.zeros(5, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+
+    def see(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
+        """Returns whether the step must be skipped, a bool on the device."""
+        in_row, total, failed_at, largest_loss, largest_norm = self.counts.unbind()
+        skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        in_row.copy_((in_row + 1) * skip)
+        total.add_(skip)
+        failed_at.copy_(torch.where((in_row == self.limit) & (failed_at == 0), step, failed_at))
+        largest_loss.copy_(torch.where(skip, largest_loss, torch.maximum(largest_loss, loss)))
+        largest_norm.copy_(torch.where(skip, largest_norm, torch.maximum(largest_norm, norm)))
+        return skip
+
+    def look(self) -> dict:
+        """Waits for the device."""
+        _, skipped, failed_at, loss, norm = self.counts.tolist()
+        return {"skipped": int(skipped), "failed_at": int(failed_at), "largest_loss": loss, "largest_norm": norm}
+
+    def start_row(self):
+        self.counts[3:] = 0
 
 
 class MetricsLog:
@@ -102,3 +138,28 @@ def read_rows(path: Path) -> list[dict]:
                 if isinstance(row, dict) and type(row.get("step")) is int:
                     rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def draw_curves(runs: dict[str, list[dict]], path: Path):
+    """Writes a PNG: loss (training faint, validation strong) and bits per byte of each run, against tokens and seconds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for name, rows in runs.items():
+        for (loss_axis, bpb_axis), over, unit in zip(axes.T, ("tokens", "seconds"), (1e6, 1)):
+            train = [(row[over] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
+            val = [(row[over] / unit, row["val_loss"], row["val_bpb"]) for row in rows if "val_loss" in row]
+            color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()
+            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color, label=name)
+            last = f": {val[-1][2]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
+            bpb_axis.plot([x for x, _, _ in val], [y for _, _, y in val], "o-", markersize=3, color=color,
+                          label=name + (last if val else ""))
+            loss_axis.set(xlabel=LABELS[over], ylabel="nats/token", title=f"Loss against {over}")
+            bpb_axis.set(xlabel=LABELS[over], ylabel="bits/byte", title=f"Bits per byte against {over}")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)

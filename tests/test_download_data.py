@@ -361,7 +361,7 @@ def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
         while not (tmp_path / "data" / "manifest.json").exists():
             assert process.poll() is None
             time.sleep(0.05)
-        refused(download_data.main, flags, "--data_path=", "another process is preparing data there")
+        refused(download_data.main, flags, "--data_path=", "another process is writing there")
         process.kill()  # lets go of the folder
     finally:
         process.kill()

@@ -1,0 +1,86 @@
+"""The loss of a linear head without its logits: they exist for a chunk of rows at a time."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Bytes of a chunk's logits in fp32. A GPU wants large products; a CPU wants what its caches hold.
+CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
+
+
+def capped_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
+    """x: (..., C), weight: (V, C) -> (..., V) in fp32, smoothly kept within ±softcap; 0 is no cap. Source: Gemma Team
+    2024, section 2, arXiv:2408.00118."""
+    logits = F.linear(x, weight).float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class MeanLoss(torch.autograd.Function):
+    """Cross-entropy averaged over the targets that are not negative. The forward pass computes the gradients too, chunk by
+    chunk, while it has the logits: the backward pass only scales them, and no product is computed twice.
+
+    Where products are fp16, gradients need no loss scale before they are summed: those of the logits are at most 1.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, rows: int) -> Tensor:
+        """x: (N, C), weight: (V, C), targets: (N,), products in `dtype`, `rows` of logits at a time -> scalar."""
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(dtype)
+        total = torch.zeros((), device=x.device)
+        x_grads, weight_grad = [], torch.zeros_like(weight) if needs_grad else None
+        for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
+            logits = (x_rows @ w.T).float()  # (rows, V)
+            if softcap:
+                slope = logits.div_(softcap).tanh_()
+                logits = slope * softcap
+            is_target = target >= 0
+            target = target.clamp(min=0)[:, None]
+            logprobs = logits.log_softmax(dim=-1)
+            total = total - (logprobs.gather(1, target)[:, 0] * is_target).sum()
+            if not needs_grad:
+                continue
+            grad = logprobs.exp_()  # d loss / d logits = probability - 1 at the target
+            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+            grad.mul_(is_target[:, None])
+            if softcap:
+                grad.mul_(slope.square_().neg_().add_(1))  # tanh' = 1 - tanh²
+            grad = grad.to(dtype)
+            x_grads.append(grad @ w)
+            if dtype == weight.dtype:
+                weight_grad.addmm_(grad.T, x_rows)
+            else:
+                weight_grad += grad.T @ x_rows
+        n_targets = (targets >= 0).sum().clamp(min=1)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(x_grads), weight_grad, n_targets)
+            ctx.x_dtype = x.dtype
+        return total / n_targets
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor):
+        x_grad, weight_grad, n_targets = ctx.saved_tensors
+        scale = scale / n_targets
+        return x_grad.to(ctx.x_dtype) * scale, weight_grad.mul_(scale), None, None, None, None
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, reduction: str) -> Tensor:
+    """x: (B, T, C), weight: (V, C), targets: (B, T). Returns the loss in nats/token: a scalar, or (B, T) with
+    reduction="none", 0 where the target is negative. Sums and softmax are fp32, whatever autocast says of the products."""
+    device = x.device.type
+    rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * weight.size(0)))
+    flat, flat_targets = x.flatten(0, 1), targets.flatten()
+    if reduction == "mean":
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return MeanLoss.apply(flat, weight, flat_targets, softcap, dtype, rows)
+
+    def losses_of(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(capped_logits(x, weight, softcap), targets, reduction="none")  # (rows,)
+    losses = []
+    for x_rows, target in zip(flat.split(rows), flat_targets.split(rows)):
+        if torch.is_grad_enabled():  # what each loss will be multiplied with is not known yet: recompute in backward
+            losses.append(checkpoint(losses_of, x_rows, target, use_reentrant=False, preserve_rng_state=False))
+        else:
+            losses.append(losses_of(x_rows, target))
+    return torch.cat(losses).view_as(targets)
