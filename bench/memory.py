@@ -1,6 +1,8 @@
 """Peak memory of a training step, traced without a GPU: no number is computed, every tensor is only accounted for.
 
-    python bench/memory.py --n_layer 12 --n_head 12 --block_size 1024 --vocab_size 32768 --batch_sizes 1 2 4 8
+    python bench/memory.py --n_layer 12 --n_head 12 --block_size 1024 --vocab_size 32768 --batch_sizes 4 8 16
+
+The default beside nanoGPT's way: the gpt2 preset with all logits at once. Writes its table into README.md.
 
 Counts weights, gradients, optimizer states, activations and temporaries under autocast, once the optimizer has its
 states. Not counted: the CUDA context (about 0.5 GiB), the allocator's gaps, and the math that fused attention avoids is
@@ -12,6 +14,8 @@ import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from side_by_side import write_into_readme
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +23,9 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
+from runtime.device import DTYPES  # noqa: E402
+from runtime.flags import read_flags  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 
 class LiveBytes(TorchDispatchMode):
@@ -49,21 +56,36 @@ class LiveBytes(TorchDispatchMode):
         self.now -= n_bytes
 
 
-def peak_of_step(config: GPTConfig, batch_size: int, dtype: torch.dtype | None) -> int:
-    """Bytes. The second step is the one that counts: the optimizer has its states from the first."""
+def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, dtype: torch.dtype | None = None,
+                 full_logits: bool = False, gradient_checkpointing: bool = False) -> int:
+    """Bytes. dtype: of autocast. The second step is the one that counts: the optimizer has its states from the first."""
     with FakeTensorMode(), LiveBytes() as live:
         model = GPT(config)
-        optimizer = make_optimizer(model, OptimizerConfig())
+        model.gradient_checkpointing = gradient_checkpointing
+        optimizer = make_optimizer(model, schedule, dtype or torch.float32)
         for _ in range(2):
             live.peak = live.now
             idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
             with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-                loss = model(idx, idx)
+                loss = F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()) if full_logits else model(idx, idx)
             loss.backward()
             del loss
             optimizer.step()
             optimizer.zero_grad()
     return live.peak
+
+
+def of_preset(name: str | None, **shape) -> tuple[GPTConfig, OptimizerConfig]:
+    values = PRESETS.get(name, {}) | shape
+    return read_flags(GPTConfig, values), read_flags(OptimizerConfig, values)
+
+
+ARMS = {  # preset, how it is trained
+    "`gpt2` preset, all logits": ("gpt2", {"full_logits": True}),
+    "`gpt2` preset": ("gpt2", {}),
+    "default": (None, {}),
+    "default, `--gradient_checkpointing`": (None, {"gradient_checkpointing": True}),
+}
 
 
 def main():
@@ -72,17 +94,22 @@ def main():
     parser.add_argument("--n_head", type=int, default=12)
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--vocab_size", type=int, default=32_768)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     args = parser.parse_args()
-    config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, block_size=args.block_size, vocab_size=args.vocab_size)
-    with torch.device("meta"):
-        n_parameters = GPT(config).n_parameters()
-    print(f"{args.n_layer} layers x {config.n_embd}, block {args.block_size}, vocabulary {args.vocab_size:,}: "
-          f"{n_parameters / 1e6:.1f} M parameters; peak GiB of a step")
-    print("batch_size    fp32    bf16 or fp16")
-    for batch_size in args.batch_sizes:
-        peaks = [peak_of_step(config, batch_size, dtype) / 2**30 for dtype in (None, torch.bfloat16)]
-        print(f"{batch_size:>10}  {peaks[0]:6.2f}  {peaks[1]:6.2f}")
+    shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "block_size", "vocab_size")}
+    rows = [f"| peak GiB of a step at batch_size | {' | '.join(map(str, args.batch_sizes))} |",
+            "|---" * (1 + len(args.batch_sizes)) + "|"]
+    for dtype in args.dtypes:
+        for arm, (preset, options) in ARMS.items():
+            peaks = [peak_of_step(*of_preset(preset, **shape), batch_size, None if dtype == "fp32" else DTYPES[dtype],
+                                  **options) / 2**30 for batch_size in args.batch_sizes]
+            rows.append(f"| {arm}, {dtype} | {' | '.join(f'{peak:.2f}' for peak in peaks)} |")
+            print(rows[-1], flush=True)
+    config, _ = of_preset(None, **shape)
+    text = (f"{args.n_layer} layers x {config.n_embd}, block {args.block_size:,}, vocabulary {args.vocab_size:,}, traced: "
+            f"`python bench/memory.py`. Add about 0.5 GiB for CUDA itself.")
+    write_into_readme("bench/memory.py", "\n".join(rows) + "\n\n" + text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Feed-forward layers: one hidden layer applied to each position by itself, (B, T, C) -> (B, T, C)."""
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,11 +27,31 @@ class MLP(nn.Module):
         return matrix_flops(self)
 
 
+class SquaredReLULinear(torch.autograd.Function):
+    """relu(x)² times a matrix, which keeps x alone for the backward pass: the square, as large, is computed again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        """x: (..., in), weight: (out, in) -> (..., out)."""
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.relu(x).square_(), weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        hidden = F.relu(x)
+        x_grad = (grad @ weight.to(grad.dtype)).mul_(hidden).mul_(2)
+        weight_grad = grad.flatten(0, -2).T @ hidden.square_().flatten(0, -2).to(grad.dtype)
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype)
+
+
 class ReLU2(MLP):
     """relu(x)². Source: So et al. 2021 (Primer), arXiv:2109.08668."""
 
-    def activation(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+    def forward(self, x: Tensor) -> Tensor:
+        y = SquaredReLULinear.apply(self.fc(x), self.proj.weight)
+        return y if self.proj.bias is None else y + self.proj.bias
 
 
 class GELU(MLP):

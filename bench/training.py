@@ -1,0 +1,240 @@
+"""The default against nanoGPT's model and recipe (`--preset=gpt2`) on the same shards: tokens, seconds, memory to a loss.
+
+    python bench/training.py --text docs_train.parquet --out runs/training
+
+4 layers x 256, blocks of 256, 8,192 ids, 4,096 tokens a step. Each side trains with its own optimizer at every learning rate
+of a grid, with its whole schedule; the default also on shorter budgets, each with its full cooldown, until it just reaches
+the other's final loss. These runs are of losses, so two go on at a time with a thread each, and a run that --out holds
+finished is not run again. Step times are taken alone, on all cores, the sides in turns, each in a process of its own.
+nanoGPT's side runs as it would: eager, all logits at once, fp32 (it switches autocast off on a CPU), the C library's
+allocator as it is.
+
+Writes its table into README.md and its curves into studies/training.png. About two hours on two cores.
+"""
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from memory import of_preset, peak_of_step
+from side_by_side import REPO, machine, peak_memory, run, table, take_turns, write_into_readme
+
+sys.path.insert(0, str(REPO))
+import download_data  # noqa: E402
+import train  # noqa: E402
+from runtime import device  # noqa: E402
+from runtime.metrics import read_rows  # noqa: E402
+
+SHAPE = {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256}
+STEP_TOKENS, VOCAB_SIZE, WARMUP = 4096, 8192, 25
+COMMON = [*(f"--{name}={value}" for name, value in SHAPE.items()), "--batch_size=16", "--num_batch_accum=1",
+          f"--warmup_iter={WARMUP}", "--sample_tokens=0", "--dataloader_num_workers=1", "--device=cpu"]
+SIDES = {"gpt2": ["--preset=gpt2"], "ours": []}
+VAL_ITER = 49  # batches: 200,704 tokens
+
+
+def full_logits_loss(model, batch):
+    """As nanoGPT computes it."""
+    idx, targets = batch
+    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
+
+def as_nanogpt():
+    """What of the loop is not a flag."""
+    train.next_token_loss, train.keep_pages = full_logits_loss, lambda: None
+
+
+def run_of(side: str, rate: float, tokens: int) -> str:
+    return f"{side}_{rate:g}_{tokens}"
+
+
+def train_arm(name: str, data: str, out: str):
+    """A whole run, unless `out` holds it; prints its last row and its validations."""
+    side, rate, tokens = name.split("_")
+    steps = int(tokens) // STEP_TOKENS
+    path, folder = Path(out) / f"{name}.pt", Path(out) / name
+    if not any(row["step"] == steps and "val_loss" in row for row in read_rows(folder / "metrics.jsonl")):
+        torch.set_num_threads(1)
+        if side == "gpt2":
+            as_nanogpt()
+        train.main([f"--data_path={data}", f"--checkpoint_path={path}", *SIDES[side], *COMMON, f"--learning_rate={rate}",
+                    f"--max_iter={steps}", f"--val_intervals={max(1, steps // 4)}", f"--val_iter={VAL_ITER}", "--dtype=fp32",
+                    *(["--resume_checkpoint"] if path.exists() else ["--overwrite"]), "--verbose=0"])
+    rows = read_rows(folder / "metrics.jsonl")
+    print(json.dumps({"val_loss": rows[-1]["val_loss"], "val_bpb": rows[-1]["val_bpb"],
+                      "curve": [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]}))
+
+
+def time_arm(name: str, data: str, steps: int = 14):
+    """Prints the median seconds of a step after the first ones, the loader's share, MB that the process came to hold, and
+    seconds to compile."""
+    side, *options = name.split("_")[1:]
+    if side == "gpt2":
+        as_nanogpt()
+    times, loader_times = [], []
+    step, load = train.train_step, train.TrainLoader.__next__
+
+    def timed_step(*args):
+        start = time.perf_counter()
+        done = step(*args)
+        times.append(time.perf_counter() - start)
+        return done
+
+    def timed_load(self):
+        start = time.perf_counter()
+        batch = load(self)
+        loader_times.append(time.perf_counter() - start)
+        return batch
+
+    train.train_step, train.TrainLoader.__next__ = timed_step, timed_load
+    train.validate = lambda *args: {"val_loss": 1.0, "val_bpb": 1.0}
+    compile_seconds = 0.0
+    if "compiled" in options:
+        compile_in_place = train.compile_in_place
+
+        def timed_compile(*args):
+            nonlocal compile_seconds
+            start = time.perf_counter()
+            if not compile_in_place(*args):
+                raise SystemExit("torch.compile does not work here")
+            compile_seconds = time.perf_counter() - start
+        train.compile_in_place = timed_compile
+    before = peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        train.main([f"--data_path={data}", f"--checkpoint_path={folder}/gpt.pt", *SIDES[side], *COMMON,
+                    f"--max_iter={steps}", f"--dtype={'auto' if 'auto' in options else 'fp32'}", f"--compile_model={int('compiled' in options)}",
+                    "--verbose=0"])
+    assert len(times) == steps
+    warm = times[4:]
+    print(json.dumps({"seconds": statistics.median(warm), "loader": sum(loader_times[4:]) / sum(warm),
+                      "memory": peak_memory() - before, "compile": compile_seconds}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", help="parquet of documents to train on")
+    parser.add_argument("--out", type=Path, default=Path("runs/training"), help="folder for the runs")
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[300_000, 350_000, 400_000, 450_000, 500_000, 650_000],
+                        help="tokens of the default's shorter runs")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.02, 0.04])
+    parser.add_argument("--gpt2_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    data = args.data or str(args.out / "data")
+    if args.arm:
+        time_arm(args.arm, data) if args.arm.startswith("time") else train_arm(args.arm, data, str(args.out))
+        return
+    if not (args.out / "data" / "manifest.json").exists():
+        download_data.main([f"--dataset={args.text}", f"--data_path={data}", f"--vocab_size={VOCAB_SIZE}",
+                            "--val_tokens=250_000"])
+    tokens = args.tokens // STEP_TOKENS * STEP_TOKENS
+    # before any trainer's threads: what is compared is taken alone
+    timed = {arm: [] for arm in ("time_gpt2", "time_ours", "time_ours_auto", "time_ours_compiled")}
+    flags = [f"--data={data}", f"--out={args.out}"]
+
+    def seconds_of(arm: str) -> float:
+        timed[arm].append(run(__file__, arm, flags))
+        return timed[arm][-1]["seconds"]
+    step_seconds = dict(zip(timed, take_turns(seconds_of, list(timed), args.rounds)))
+    with ThreadPoolExecutor(2) as pool:
+        def losses(names: list[str]) -> dict:
+            done = pool.map(lambda name: run(__file__, name, flags, OMP_NUM_THREADS="1"), names)
+            found = {}
+            for name, result in zip(names, done):
+                found[name] = result
+                print(f"  {name}: {result['val_loss']:.4f}", file=sys.stderr, flush=True)
+            return found
+        grid = losses([run_of("gpt2", rate, tokens) for rate in args.gpt2_rates] +
+                      [run_of("ours", rate, tokens) for rate in args.rates])
+        best = {side: min((run_of(side, rate, tokens) for rate in rates), key=lambda name: grid[name]["val_loss"])
+                for side, rates in (("gpt2", args.gpt2_rates), ("ours", args.rates))}
+        goal, rate = grid[best["gpt2"]]["val_loss"], float(best["ours"].split("_")[1])
+        shorter = losses([run_of("ours", rate, budget // STEP_TOKENS * STEP_TOKENS) for budget in args.budgets])
+    reached = min((int(name.split("_")[2]) for name, result in shorter.items() if result["val_loss"] <= goal), default=None)
+    write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_seconds)
+
+
+def write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_seconds):
+    ours = grid[best["ours"]]
+    share = reached / tokens if reached else float("nan")
+    fp32 = step_seconds["time_ours"] / step_seconds["time_gpt2"]
+    own = step_seconds["time_ours_auto"] / step_seconds["time_gpt2"]
+    compiled = step_seconds["time_ours_compiled"] / step_seconds["time_gpt2"]
+
+    def median(arm, what):
+        return statistics.median(figures[what] for figures in timed[arm])
+
+    def seconds(arm, n_tokens):
+        return f"{step_seconds[arm] * n_tokens / STEP_TOKENS:,.0f} s"
+    peaks = [peak_of_step(*of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE), 16, full_logits=preset == "gpt2") / 2**20
+             for preset in (None, "gpt2")]
+    rows = [
+        (f"validation loss after {tokens / 1e6:.2f} M tokens, nats/token: difference", f"**{ours['val_loss'] - goal:+.3f}**",
+         f"{ours['val_loss']:.3f} ({ours['val_bpb']:.3f} bits/byte)",
+         f"{goal:.3f} ({grid[best['gpt2']]['val_bpb']:.3f} bits/byte)"),
+        ("tokens to reach nanoGPT's final loss: share", f"**{share:.3f}**", f"{(reached or 0) / 1e6:.2f} M",
+         f"{tokens / 1e6:.2f} M"),
+        ("seconds to reach it, each side with its own defaults: share", f"**{share * own:.3f}**",
+         seconds("time_ours_auto", reached or 0), seconds("time_gpt2", tokens)),
+        ("the same, both in fp32", f"**{share * fp32:.3f}**", seconds("time_ours", reached or 0),
+         seconds("time_gpt2", tokens)),
+        (f"the same, ours compiled (and {median('time_ours_compiled', 'compile'):.0f} s for compiling)",
+         f"**{share * compiled:.3f}**", seconds("time_ours_compiled", reached or 0), seconds("time_gpt2", tokens)),
+        ("step time, both in fp32, ours eager: share", f"**{fp32:.2f}**", f"{step_seconds['time_ours'] * 1e3:,.0f} ms",
+         f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms"),
+        ("step time, both in fp32, ours compiled: share", f"**{compiled:.2f}**",
+         f"{step_seconds['time_ours_compiled'] * 1e3:,.0f} ms", f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms"),
+        ("loader's share of the step's time", "", f"{median('time_ours', 'loader'):.2%}",
+         f"{median('time_gpt2', 'loader'):.2%}"),
+        ("peak memory of a step, all its tensors, fp32: share", f"**{peaks[0] / peaks[1]:.2f}**", f"{peaks[0]:,.0f} MiB",
+         f"{peaks[1]:,.0f} MiB"),
+        ("memory that the process came to hold above its start", "", f"{median('time_ours', 'memory'):,.0f} MB",
+         f"{median('time_gpt2', 'memory'):,.0f} MB"),
+    ]
+    grids = "; ".join(label + " " + ", ".join(f"{grid[run_of(side, rate, tokens)]['val_loss']:.3f} at {rate:g}"
+                                              for rate in rates)
+                      for side, label, rates in (("gpt2", "nanoGPT", args.gpt2_rates), ("ours", "ours", args.rates)))
+    budgets = ", ".join(f"{result['val_loss']:.3f} after {int(name.split('_')[2]) / 1e6:.2f} M" for name, result in
+                        shorter.items())
+    text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
+            f"{machine()}, torch {torch.__version__}; on this processor the default's `--dtype=auto` is "
+            f"{device.choose_dtype(torch.device('cpu'))}. Losses of the grids: {grids}; of the default on shorter budgets, "
+            f"each with its full cooldown: {budgets}. One seed. Step times are medians of {args.rounds} processes that took "
+            f"turns: `python bench/training.py --text docs_train.parquet`.")
+    write_into_readme("bench/training.py", text)
+    draw(tokens, grid, best, shorter, step_seconds)
+    print(text)
+
+
+def draw(tokens, grid, best, shorter, step_seconds):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, scale, label in ((axes[0], lambda arm, x: x / 1e6, "million tokens"),
+                               (axes[1], lambda arm, x: step_seconds[arm] * x / STEP_TOKENS, "seconds of training")):
+        for side, name, arm in (("gpt2", "nanoGPT's recipe, its best rate", "time_gpt2"),
+                                ("ours", "default", "time_ours_auto")):
+            curve = grid[best[side]]["curve"]
+            axis.plot([scale(arm, x) for x, _ in curve], [y for _, y in curve], "o-", label=name)
+        ends = sorted((int(name.split("_")[2]), result["val_loss"]) for name, result in shorter.items())
+        axis.plot([scale("time_ours_auto", x) for x, _ in ends], [y for _, y in ends], "x", color="black",
+                  label="default, ends of shorter runs")
+        axis.axhline(grid[best["gpt2"]]["val_loss"], color="gray", linewidth=0.8)
+        axis.set(xlabel=label, ylabel="validation loss, nats/token")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(REPO / "studies" / "training.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
