@@ -7,9 +7,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+from runtime.metrics import read_rows  # noqa: E402
 
 
 def install_peers():
@@ -33,6 +36,27 @@ def take_turns(measure: Callable[[str], float], arms: list[str], rounds: int) ->
             seen.append(measure(arm))
             print(f"  {arm}: {seen[-1]:.3f}", file=sys.stderr, flush=True)
     return [statistics.median(seen) for seen in figures.values()]
+
+
+def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int], jobs: int = 2) -> dict[str, list[dict]]:
+    """The rows of `train.py` with the flags of each run, `jobs` at a time with a thread each. Checkpoints and metrics stay
+    in `folder`: a run that is finished there is not run again, and one that was cut short goes on."""
+    def rows_of(name: str) -> list[dict]:
+        flags, last, path = runs[name], max_iter[name], folder / f"{name}.pt"
+        metrics = folder / name / "metrics.jsonl"
+        if not (rows := read_rows(metrics)) or rows[-1]["step"] < last:
+            flags = [f"--checkpoint_path={path}", "--verbose=0", "--dataloader_num_workers=0", f"--max_iter={last}", *flags]
+            done = subprocess.run([sys.executable, REPO / "train.py", *flags,
+                                   "--resume_checkpoint" if path.exists() else "--overwrite"],
+                                  capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr}")
+            rows = read_rows(metrics)
+        print(f"  {name}: {rows[-1]['val_loss']:.4f} nats/token, {rows[-1]['val_bpb']:.4f} bits/byte, "
+              f"{rows[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return rows
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(runs, pool.map(rows_of, runs)))
 
 
 def peak_memory() -> float:

@@ -14,27 +14,23 @@ Writes its table into README.md and its curves into studies/training.png. About 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from memory import of_preset, peak_of_step
-from side_by_side import REPO, machine, peak_memory, run, table, take_turns, write_into_readme
+from side_by_side import REPO, machine, peak_memory, run, table, take_turns, train_runs, write_into_readme
 
-sys.path.insert(0, str(REPO))
-import download_data  # noqa: E402
-import train  # noqa: E402
-from runtime import device  # noqa: E402
-from runtime.metrics import read_rows  # noqa: E402
+import download_data
+import train
+from runtime import device
 
 SHAPE = {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256}
 STEP_TOKENS, VOCAB_SIZE, WARMUP = 4096, 8192, 25
 COMMON = [*(f"--{name}={value}" for name, value in SHAPE.items()), "--batch_size=16", "--num_batch_accum=1",
-          f"--warmup_iter={WARMUP}", "--sample_tokens=0", "--dataloader_num_workers=1", "--device=cpu"]
+          f"--warmup_iter={WARMUP}", "--device=cpu"]
 SIDES = {"gpt2": ["--preset=gpt2"], "ours": []}
 VAL_ITER = 49  # batches: 200,704 tokens
 
@@ -50,25 +46,8 @@ def as_nanogpt():
     train.next_token_loss, train.keep_pages = full_logits_loss, lambda: None
 
 
-def run_of(side: str, rate: float, tokens: int) -> str:
-    return f"{side}_{rate:g}_{tokens}"
-
-
-def train_arm(name: str, data: str, out: str):
-    """A whole run, unless `out` holds it; prints its last row and its validations."""
-    side, rate, tokens = name.split("_")
-    steps = int(tokens) // STEP_TOKENS
-    path, folder = Path(out) / f"{name}.pt", Path(out) / name
-    if not any(row["step"] == steps and "val_loss" in row for row in read_rows(folder / "metrics.jsonl")):
-        torch.set_num_threads(1)
-        if side == "gpt2":
-            as_nanogpt()
-        train.main([f"--data_path={data}", f"--checkpoint_path={path}", *SIDES[side], *COMMON, f"--learning_rate={rate}",
-                    f"--max_iter={steps}", f"--val_intervals={max(1, steps // 4)}", f"--val_iter={VAL_ITER}", "--dtype=fp32",
-                    *(["--resume_checkpoint"] if path.exists() else ["--overwrite"]), "--verbose=0"])
-    rows = read_rows(folder / "metrics.jsonl")
-    print(json.dumps({"val_loss": rows[-1]["val_loss"], "val_bpb": rows[-1]["val_bpb"],
-                      "curve": [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]}))
+def run_of(side: str, rate: float, steps: int) -> str:
+    return f"{side}_{rate:g}_{steps}"
 
 
 def time_arm(name: str, data: str, steps: int = 14):
@@ -108,7 +87,8 @@ def time_arm(name: str, data: str, steps: int = 14):
     before = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         train.main([f"--data_path={data}", f"--checkpoint_path={folder}/gpt.pt", *SIDES[side], *COMMON,
-                    f"--max_iter={steps}", f"--dtype={'auto' if 'auto' in options else 'fp32'}", f"--compile_model={int('compiled' in options)}",
+                    f"--max_iter={steps}", f"--dtype={'auto' if 'auto' in options else 'fp32'}",
+                    f"--compile_model={int('compiled' in options)}", "--dataloader_num_workers=1", "--sample_tokens=0",
                     "--verbose=0"])
     assert len(times) == steps
     warm = times[4:]
@@ -131,40 +111,38 @@ def main():
     args = parser.parse_args()
     data = args.data or str(args.out / "data")
     if args.arm:
-        time_arm(args.arm, data) if args.arm.startswith("time") else train_arm(args.arm, data, str(args.out))
+        time_arm(args.arm, data)
         return
     if not (args.out / "data" / "manifest.json").exists():
         download_data.main([f"--dataset={args.text}", f"--data_path={data}", f"--vocab_size={VOCAB_SIZE}",
                             "--val_tokens=250_000"])
-    tokens = args.tokens // STEP_TOKENS * STEP_TOKENS
-    # before any trainer's threads: what is compared is taken alone
     timed = {arm: [] for arm in ("time_gpt2", "time_ours", "time_ours_auto", "time_ours_compiled")}
-    flags = [f"--data={data}", f"--out={args.out}"]
 
     def seconds_of(arm: str) -> float:
-        timed[arm].append(run(__file__, arm, flags))
+        timed[arm].append(run(__file__, arm, [f"--data={data}", f"--out={args.out}"]))
         return timed[arm][-1]["seconds"]
+
+    def losses(runs: list[tuple[str, float, int]]) -> dict:
+        """Each run's rows of validations. A run is a side, its rate and its steps."""
+        flags = {run_of(*a): [f"--data_path={data}", *SIDES[a[0]], *COMMON, f"--learning_rate={a[1]}", "--dtype=fp32",
+                              f"--val_intervals={max(1, a[2] // 4)}", f"--val_iter={VAL_ITER}"] for a in runs}
+        rows = train_runs(flags, args.out, {run_of(*a): a[2] for a in runs})
+        return {name: [row for row in of_run if "val_loss" in row] for name, of_run in rows.items()}
+
+    steps = args.tokens // STEP_TOKENS
+    grid = losses([("gpt2", rate, steps) for rate in args.gpt2_rates] + [("ours", rate, steps) for rate in args.rates])
+    best = {side: min((run_of(side, rate, steps) for rate in rates), key=lambda name: grid[name][-1]["val_loss"])
+            for side, rates in (("gpt2", args.gpt2_rates), ("ours", args.rates))}
+    shorter = losses([("ours", float(best["ours"].split("_")[1]), budget // STEP_TOKENS) for budget in args.budgets])
     step_seconds = dict(zip(timed, take_turns(seconds_of, list(timed), args.rounds)))
-    with ThreadPoolExecutor(2) as pool:
-        def losses(names: list[str]) -> dict:
-            done = pool.map(lambda name: run(__file__, name, flags, OMP_NUM_THREADS="1"), names)
-            found = {}
-            for name, result in zip(names, done):
-                found[name] = result
-                print(f"  {name}: {result['val_loss']:.4f}", file=sys.stderr, flush=True)
-            return found
-        grid = losses([run_of("gpt2", rate, tokens) for rate in args.gpt2_rates] +
-                      [run_of("ours", rate, tokens) for rate in args.rates])
-        best = {side: min((run_of(side, rate, tokens) for rate in rates), key=lambda name: grid[name]["val_loss"])
-                for side, rates in (("gpt2", args.gpt2_rates), ("ours", args.rates))}
-        goal, rate = grid[best["gpt2"]]["val_loss"], float(best["ours"].split("_")[1])
-        shorter = losses([run_of("ours", rate, budget // STEP_TOKENS * STEP_TOKENS) for budget in args.budgets])
-    reached = min((int(name.split("_")[2]) for name, result in shorter.items() if result["val_loss"] <= goal), default=None)
-    write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_seconds)
+    write_results(args, grid, best, shorter, timed, step_seconds)
 
 
-def write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_seconds):
-    ours = grid[best["ours"]]
+def write_results(args, grid, best, shorter, timed, step_seconds):
+    ours, peer = grid[best["ours"]][-1], grid[best["gpt2"]][-1]
+    goal, tokens, steps = peer["val_loss"], peer["tokens"], peer["step"]
+    ends = sorted((rows[-1]["tokens"], rows[-1]["val_loss"]) for rows in shorter.values())
+    reached = next((n for n, loss in ends if loss <= goal), None)
     share = reached / tokens if reached else float("nan")
     fp32 = step_seconds["time_ours"] / step_seconds["time_gpt2"]
     own = step_seconds["time_ours_auto"] / step_seconds["time_gpt2"]
@@ -180,7 +158,7 @@ def write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_
     rows = [
         (f"validation loss after {tokens / 1e6:.2f} M tokens, nats/token: difference", f"**{ours['val_loss'] - goal:+.3f}**",
          f"{ours['val_loss']:.3f} ({ours['val_bpb']:.3f} bits/byte)",
-         f"{goal:.3f} ({grid[best['gpt2']]['val_bpb']:.3f} bits/byte)"),
+         f"{goal:.3f} ({peer['val_bpb']:.3f} bits/byte)"),
         ("tokens to reach nanoGPT's final loss: share", f"**{share:.3f}**", f"{(reached or 0) / 1e6:.2f} M",
          f"{tokens / 1e6:.2f} M"),
         ("seconds to reach it, each side with its own defaults: share", f"**{share * own:.3f}**",
@@ -200,22 +178,21 @@ def write_results(args, tokens, grid, best, goal, shorter, reached, timed, step_
         ("memory that the process came to hold above its start", "", f"{median('time_ours', 'memory'):,.0f} MB",
          f"{median('time_gpt2', 'memory'):,.0f} MB"),
     ]
-    grids = "; ".join(label + " " + ", ".join(f"{grid[run_of(side, rate, tokens)]['val_loss']:.3f} at {rate:g}"
+    grids = "; ".join(label + " " + ", ".join(f"{grid[run_of(side, rate, steps)][-1]['val_loss']:.3f} at {rate:g}"
                                               for rate in rates)
                       for side, label, rates in (("gpt2", "nanoGPT", args.gpt2_rates), ("ours", "ours", args.rates)))
-    budgets = ", ".join(f"{result['val_loss']:.3f} after {int(name.split('_')[2]) / 1e6:.2f} M" for name, result in
-                        shorter.items())
+    budgets = ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in ends)
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
             f"{machine()}, torch {torch.__version__}; on this processor the default's `--dtype=auto` is "
             f"{device.choose_dtype(torch.device('cpu'))}. Losses of the grids: {grids}; of the default on shorter budgets, "
             f"each with its full cooldown: {budgets}. One seed. Step times are medians of {args.rounds} processes that took "
             f"turns: `python bench/training.py --text docs_train.parquet`.")
     write_into_readme("bench/training.py", text)
-    draw(tokens, grid, best, shorter, step_seconds)
+    draw(grid, best, ends, step_seconds)
     print(text)
 
 
-def draw(tokens, grid, best, shorter, step_seconds):
+def draw(grid, best, ends, step_seconds):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -224,12 +201,11 @@ def draw(tokens, grid, best, shorter, step_seconds):
                                (axes[1], lambda arm, x: step_seconds[arm] * x / STEP_TOKENS, "seconds of training")):
         for side, name, arm in (("gpt2", "nanoGPT's recipe, its best rate", "time_gpt2"),
                                 ("ours", "default", "time_ours_auto")):
-            curve = grid[best[side]]["curve"]
+            curve = [(row["tokens"], row["val_loss"]) for row in grid[best[side]]]
             axis.plot([scale(arm, x) for x, _ in curve], [y for _, y in curve], "o-", label=name)
-        ends = sorted((int(name.split("_")[2]), result["val_loss"]) for name, result in shorter.items())
         axis.plot([scale("time_ours_auto", x) for x, _ in ends], [y for _, y in ends], "x", color="black",
                   label="default, ends of shorter runs")
-        axis.axhline(grid[best["gpt2"]]["val_loss"], color="gray", linewidth=0.8)
+        axis.axhline(grid[best["gpt2"]][-1]["val_loss"], color="gray", linewidth=0.8)
         axis.set(xlabel=label, ylabel="validation loss, nats/token")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
