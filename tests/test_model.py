@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -6,26 +7,56 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_script
 from dataloader import IGNORE_INDEX
-from layers import MIXERS, MLPS
+from layers import MIXERS, MLPS, loss
 from layers.attention import Rotary
 from model import GPT, GPTConfig
-from runtime.flags import BadInput
+from runtime.flags import BadInput, read_flags
+from train import PRESETS
 
-ARCHITECTURES = [pytest.param({"mlp": mlp}, id=mlp) for mlp in MLPS] + [
-    pytest.param({"mixer": mixer}, id=mixer) for mixer in MIXERS]
+GPT2 = {name: value for name, value in PRESETS["gpt2"].items()
+        if name in vars(GPTConfig()) and name not in ("n_layer", "n_head", "head_size", "block_size")}
+# every layer, and every switch turned from the way it usually is
+SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"norm": "layer"},
+            {"positions": "learned"}, {"qk_norm": False}, {"value_residual": False}, {"embed_shortcut": False},
+            {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
+ARCHITECTURES = [pytest.param(switch, id="=".join(map(str, *switch.items()))) for switch in SWITCHES] + [
+    pytest.param(GPT2, id="gpt2"), pytest.param({"norm": "layer", "bias": True, "tied": False}, id="layer,bias,untied")]
 B, T, V = 3, 24, 96
+
+
+def config_of(**switches) -> GPTConfig:
+    return GPTConfig(**{"n_layer": 2, "n_head": 2, "head_size": 8, "block_size": T, "vocab_size": V} | switches)
+
+
+@torch.no_grad()
+def random_model(**switches) -> GPT:
+    """Random weights everywhere: with the zeros a fresh model has, most tests of a block would pass for any block."""
+    torch.manual_seed(0)
+    model = GPT(config_of(**switches))
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)  # scalars and norms, around what they start with
+        else:
+            torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
+    return model
+
+
+def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    value = model(idx, idx.roll(-1, dims=1))
+    value.backward()
+    return value.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def allow_rows(monkeypatch, n: int):
+    """The loss holds `n` rows of logits at a time."""
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * V * n)
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def model(request) -> GPT:
-    """Random weights everywhere: with the zeros a fresh model has, most tests of a block would pass for any block."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, head_size=8, block_size=T, vocab_size=V, **request.param))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
-    return model
+    return random_model(**request.param)
 
 
 @pytest.fixture
@@ -64,13 +95,18 @@ def test_cached_decoding_equals_the_full_forward(model, idx, steps):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_initial_loss_is_that_of_a_uniform_guess(architecture, idx):
-    fresh = GPT(GPTConfig(n_layer=2, n_head=2, head_size=8, block_size=T, vocab_size=V, **architecture))
-    assert fresh(idx, idx).item() == pytest.approx(math.log(V), abs=1e-4)
+    """But for the small logits that a tied head, and GPT-2's, starts with: their matrices are not zero."""
+    torch.manual_seed(0)
+    fresh = GPT(config_of(**architecture))
+    is_zero = not fresh.config.tied and fresh.config.init == "zero"
+    targets = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
+    assert fresh(idx, targets).item() == pytest.approx(math.log(V), abs=1e-4 if is_zero else 0.1)
+    assert fresh(idx).std() == 0 if is_zero else 0.01 < fresh(idx).std() < 0.5
 
 
 def test_overfits_one_batch(model, idx):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
         loss = model(idx, idx.roll(-1, dims=1))
         optimizer.zero_grad()
         loss.backward()
@@ -85,22 +121,25 @@ def test_chunked_loss_equals_the_loss_of_all_logits(model, idx, monkeypatch):
     expected.backward()
     expected_grads = [parameter.grad.clone() for parameter in model.parameters()]
     for chunk in (1, 7, B * T, 10_000):
-        monkeypatch.setattr(model_script, "LOSS_CHUNK", chunk)
-        model.zero_grad()
-        loss = model(idx, targets)
-        loss.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-        for parameter, grad in zip(model.parameters(), expected_grads):
-            assert torch.allclose(parameter.grad, grad, atol=1e-6)
-        with torch.no_grad():
-            losses = model(idx, targets, reduction="none")
-        assert losses.shape == (B, T) and (losses[0, 3:9] == 0).all()
-        assert losses.sum() / (targets != IGNORE_INDEX).sum() == pytest.approx(expected.item(), rel=1e-5)
+        allow_rows(monkeypatch, chunk)
+        for reduction in ("mean", "none"):
+            model.zero_grad()
+            losses = model(idx, targets, reduction=reduction)
+            if reduction == "none":
+                assert losses.shape == (B, T) and (losses[0, 3:9] == 0).all()
+                assert torch.equal(model.requires_grad_(False)(idx, targets, reduction="none"), losses)
+                model.requires_grad_(True)
+                losses = losses.sum() / (targets != IGNORE_INDEX).sum()
+            losses.backward()
+            assert losses.item() == pytest.approx(expected.item(), rel=1e-5)
+            for parameter, grad in zip(model.parameters(), expected_grads):
+                assert torch.allclose(parameter.grad, grad, atol=2e-6)
 
 
-def test_the_loss_never_holds_all_logits(model, idx, monkeypatch):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_never_holds_all_logits(model, idx, monkeypatch, reduction):
     """No tensor that the forward or backward pass makes has more than a chunk of rows of logits."""
-    monkeypatch.setattr(model_script, "LOSS_CHUNK", 8)
+    allow_rows(monkeypatch, 8)
     rows = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -111,7 +150,7 @@ def test_the_loss_never_holds_all_logits(model, idx, monkeypatch):
             return out
 
     with Watch():
-        model(idx, idx).backward()
+        model(idx, idx, reduction=reduction).sum().backward()
     # the gradient of the embedding and head matrices has V in the other place, or as many rows as the width
     assert rows and max(rows) <= max(8, model.config.n_embd)
 
@@ -120,6 +159,131 @@ def test_flops_equal_what_torch_counts(model, idx):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:  # flash attention is not counted on CPU
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     assert counted.get_total_flops() == model.flops_per_token() * B * T
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        model(idx, idx).backward()
+    # the loss computes nothing twice; the counter does not see its addmm_ of the head's gradient
+    assert 0.9 * model.flops_per_token() * B * T < counted.get_total_flops() <= model.flops_per_token() * B * T
+
+
+def test_gradient_checkpointing_changes_no_number_and_keeps_less(model, idx):
+    kept = []
+
+    def keep(tensor):
+        kept[-1] += tensor.numel() * tensor.element_size()
+        return tensor
+    numbers = []
+    for model.gradient_checkpointing in (False, True):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            numbers.append(loss_and_grads(model, idx))
+    assert numbers[0][0] == numbers[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(numbers[0][1], numbers[1][1]))
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_gradient_checkpointing_leaves_decoding_alone(idx):
+    model = random_model()
+    model.gradient_checkpointing = True
+    cache = model.init_cache(B, T)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in idx.split(7, dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model(idx), atol=1e-5)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_value_residual_by_hand():
+    """0 is the layer's own values, 1 the first layer's, and the first layer has nothing to mix."""
+    model, x = random_model(), torch.randn(B, T, 16)
+    first, second = (block.mixer for block in model.blocks)
+    assert first.value_mix is None and second.value_mix.shape == ()
+    _, values = first(x)
+    own = second.qkv(x).view(B, T, 3, 2, 8)[:, :, 2].transpose(1, 2)
+    for mix, expected in ((0.0, own), (1.0, values), (0.25, 0.75 * own + 0.25 * values)):
+        second.value_mix.fill_(mix)
+        y, value = second(x, first=values)
+        assert torch.allclose(value, expected, atol=1e-6)
+    second.value_mix.fill_(1.0)
+    y, _ = second(x, first=values)
+    second.qkv.weight[32:] = 0  # its own values no longer count
+    assert torch.allclose(second(x, first=values)[0], y)
+
+
+@torch.no_grad()
+def test_embedding_shortcut_by_hand():
+    model, x, embedded = random_model(), torch.randn(B, T, 16), torch.randn(B, T, 16)
+    first, second = model.blocks
+    assert first.shortcut is None and GPT(config_of()).blocks[1].shortcut.tolist() == [1, 0]
+    values = torch.randn(B, 2, T, 8)
+    second.shortcut.copy_(torch.tensor([1.0, 0.0]))
+    plain = second(x, embedded, values)[0], second(embedded, x, values)[0]
+    second.shortcut.copy_(torch.tensor([0.0, 1.0]))
+    assert torch.equal(second(x, embedded, values)[0], plain[1])
+    second.shortcut.copy_(torch.tensor([0.5, 0.25]))
+    mixed = second(x, embedded, values)[0]
+    second.shortcut.copy_(torch.tensor([1.0, 0.0]))
+    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values)[0])
+
+
+@torch.no_grad()
+def test_softcap_keeps_logits_in_bounds_and_small_ones_as_they_are(idx):
+    capped, free = random_model(softcap=15.0), random_model(softcap=0.0)
+    for model in (capped, free):
+        model.norm.register_forward_hook(lambda layer, args, y: 100 * y)
+    assert free(idx).abs().max() > 30
+    assert capped(idx).abs().max() <= 15
+    assert torch.allclose(capped(idx), 15 * torch.tanh(free(idx) / 15))
+    small = random_model(softcap=1e4)(idx), random_model(softcap=0.0)(idx)
+    assert torch.allclose(*small, atol=1e-4)
+
+
+@torch.no_grad()
+def test_unnormalised_queries_grow_with_their_weights_and_normalised_do_not(idx):
+    """That is what qk_norm is for."""
+    for qk_norm in (True, False):
+        model = random_model(qk_norm=qk_norm)
+        before = model(idx)
+        for block in model.blocks:
+            block.mixer.qkv.weight[:32] *= 8  # queries and keys
+        assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
+
+
+def test_relu2_by_hand_and_its_gradient():
+    """The function with a backward pass of its own, against torch's."""
+    mlp = MLPS["relu2"](config_of(bias=True)).double()
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 3, 16, dtype=torch.double, requires_grad=True)
+    inputs = [x, *mlp.parameters()]
+    expected = F.linear(F.relu(mlp.fc(x)) ** 2, mlp.proj.weight, mlp.proj.bias)
+    weights = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad((mlp(x) * weights).sum(), inputs),
+                    torch.autograd.grad((expected * weights).sum(), inputs)):
+        assert torch.allclose(a, b)
+    assert torch.allclose(mlp(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["zero", "gpt2"])
+def test_initial_weights_by_hand(init):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_head=4, head_size=32, block_size=64, vocab_size=512, init=init, bias=True,
+                          norm="layer", positions="learned", tied=False))
+    stds = {name: weight.std().item() for name, weight in model.named_parameters() if weight.dim() == 2}
+    for name, std in stds.items():
+        is_proj, is_lookup = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
+        if init == "gpt2":
+            expected = 0.02 / 16 ** 0.5 if is_proj else 0.02  # 1/√N for the N = 2 * 8 layers that add to the stream
+        elif name == "embed.weight":
+            expected = 0.32 / 128 ** 0.5
+        elif is_lookup:
+            expected = 128 ** -0.5
+        else:
+            expected = 0 if is_proj or name == "head.weight" else 128 ** -0.5
+        assert std == pytest.approx(expected, rel=0.05), name
+    assert all((weight == (0 if name.endswith("bias") else 1)).all()
+               for name, weight in model.named_parameters() if weight.dim() == 1 and not name.endswith("shortcut"))
 
 
 def test_rotary_keeps_lengths_and_depends_on_distance_alone():
@@ -138,10 +302,63 @@ def test_rotary_by_hand():
 
 
 def test_parameters_of_the_default_shape():
-    """12 layers of 12 * width² and two matrices of vocabulary * width."""
+    """12 layers of 12 * width², a matrix of vocabulary * width; and in 11 layers two numbers of the shortcut, one of
+    values."""
     with torch.device("meta"):
-        default = GPT(GPTConfig(vocab_size=32_768))
-    assert default.n_parameters() == 12 * 12 * 768**2 + 2 * 32_768 * 768
+        default, untied = GPT(GPTConfig(vocab_size=32_768)), GPT(GPTConfig(vocab_size=32_768, tied=False))
+    assert default.n_parameters() == 12 * 12 * 768**2 + 32_768 * 768 + 11 * 3
+    assert untied.n_parameters() == default.n_parameters() + 32_768 * 768
+    assert untied.flops_per_token() == default.flops_per_token()  # a tied head is multiplied with all the same
+
+
+# -- GPT-2 ------------------------------------------------------------------------------------------------------------
+
+def test_gpt2_has_its_parameters():
+    """124,439,808, counted with the positions and without a head of its own."""
+    with torch.device("meta"):
+        model = GPT(read_flags(GPTConfig, PRESETS["gpt2"] | {"vocab_size": 50_257}))
+    assert model.n_parameters() == 124_439_808
+
+
+@pytest.fixture
+def gpt2_and_theirs():
+    """Our gpt2 preset with random weights, and transformers' GPT2LMHeadModel with the same ones."""
+    transformers = pytest.importorskip("transformers")
+    model = random_model(**GPT2 | {"n_layer": 3})
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2, activation_function="gelu", resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    names = {"embed.": "wte.", "positions.": "wpe.", "blocks.": "h.", "mixer_norm.": "ln_1.", "mlp_norm.": "ln_2.",
+             "mixer.qkv.": "attn.c_attn.", "mixer.proj.": "attn.c_proj.", "mlp.fc.": "mlp.c_fc.",
+             "mlp.proj.": "mlp.c_proj."}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        their = "lm_head.weight" if name == "head.weight" else f"transformer.{name}"
+        their = re.sub(r"^transformer\.norm\.", "transformer.ln_f.", their)
+        for part, other in names.items():
+            their = their.replace(part, other)
+        is_conv1d = name.startswith("blocks.") and weight.dim() == 2  # they hold it transposed
+        weights[their] = weight.T if is_conv1d else weight
+    theirs.load_state_dict(weights)
+    return model, theirs
+
+
+def test_gpt2_equals_transformers(gpt2_and_theirs, idx):
+    model, theirs = gpt2_and_theirs
+    expected = theirs(idx, labels=idx)  # it shifts labels by itself
+    assert torch.allclose(model(idx), expected.logits, atol=1e-4) and model(idx).std() > 0.5
+    targets = F.pad(idx[:, 1:], (0, 1), value=IGNORE_INDEX)
+    assert model(idx, targets).item() == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def test_gpt2_has_the_gradients_of_transformers(gpt2_and_theirs, idx):
+    model, theirs = gpt2_and_theirs
+    theirs(idx, labels=idx).loss.backward()
+    model(idx, F.pad(idx[:, 1:], (0, 1), value=IGNORE_INDEX)).backward()
+    assert torch.allclose(model.embed.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-5)
+    assert torch.allclose(model.blocks[1].mlp.fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-5)
+
+
 
 
 def test_blob_round_trip(model, idx):
@@ -155,7 +372,9 @@ def test_blob_round_trip(model, idx):
 @pytest.mark.parametrize("shape, word", [
     ({"n_layer": 0}, "--n_layer=0"), ({"n_head": 0}, "--n_head=0"), ({"head_size": 7}, "--head_size=7: must be even"),
     ({"block_size": 0}, "--block_size=0"), ({"mlp": "kan?"}, "--mlp=kan?: choose one of relu2"),
-    ({"mixer": "rnn"}, "--mixer=rnn"), ({"vocab_size": 0}, "--vocab_size=0")])
+    ({"mixer": "rnn"}, "--mixer=rnn"), ({"vocab_size": 0}, "--vocab_size=0"), ({"norm": "batch"}, "--norm=batch"),
+    ({"positions": "none"}, "--positions=none: choose one of rotary, learned"), ({"softcap": -1.0}, "--softcap=-1.0"),
+    ({"init": "ones"}, "--init=ones: choose one of zero, gpt2")])
 def test_shapes_that_cannot_be(shape, word):
     with pytest.raises(BadInput, match=word.replace("?", r"\?")):
         GPTConfig(**{"vocab_size": 10} | shape)
