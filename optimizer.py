@@ -21,6 +21,7 @@ class OptimizerConfig:
                           choices=("muon", "adamw", "gpt2"))
     learning_rate: float = flag(0.02, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
+    momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
     weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
     schedule: str = flag("linear", "after the warmup: constant, then linear to zero; or a cosine to a tenth",
                          choices=("linear", "cosine"))
@@ -84,9 +85,10 @@ class Muon(torch.optim.Optimizer):
     many small products would leave a GPU idle.
     """
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, groups: list[dict], ns_dtype: torch.dtype, momentum_dtype: torch.dtype):
+        """ns_dtype: of the products of the iteration."""
         super().__init__(groups, {"momentum": MOMENTUM})
-        self.dtype = dtype  # of the products of the iteration
+        self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None):
@@ -94,6 +96,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameters in alike(group["params"], group["stacked"]):
                 self.step_alike(parameters, group, skip)
+
+    def load_state_dict(self, state: dict):
+        super().load_state_dict(state)
+        for averages in self.state.values():  # which it has cast to the parameters' dtype
+            averages["momentum"] = averages["momentum"].to(self.momentum_dtype)
 
     def step_alike(self, parameters: list[Tensor], group: dict, skip: Tensor | None):
         n, momentum = group["stacked"], group["momentum"]
@@ -105,11 +112,12 @@ class Muon(torch.optim.Optimizer):
             keep = (~skip).float()
         for p, grad in zip(parameters, grads.split(n)):
             if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            average = self.state[p]["momentum"].view(n, rows, columns)
-            average.lerp_(grad, (1 - momentum) * keep)
+                self.state[p]["momentum"] = torch.zeros_like(p, dtype=self.momentum_dtype)
+            kept = self.state[p]["momentum"].view(n, rows, columns)
+            average = torch.lerp(kept.float(), grad, (1 - momentum) * keep)
+            kept.copy_(average)
             grad.lerp_(average, momentum)  # Nesterov's look ahead
-        update = orthogonalized(grads, self.dtype)
+        update = orthogonalized(grads, self.ns_dtype)
         if skip is not None:
             update = update * keep
         for p, part in zip(parameters, update.split(n)):
@@ -146,14 +154,13 @@ def orthogonalized(x: Tensor, dtype: torch.dtype) -> Tensor:
 class MuonAdamW:
     """Both optimizers as one: their groups, one step, one state."""
 
-    def __init__(self, groups: list[dict], ns_dtype: torch.dtype):
+    def __init__(self, groups: list[dict], ns_dtype: torch.dtype, momentum_dtype: torch.dtype):
         by_method = {method: [group for group in groups if group["method"] == method] for method in ("muon", "adamw")}
         self.parts = {}
         if by_method["muon"]:
-            self.parts["muon"] = Muon(by_method["muon"], ns_dtype)
+            self.parts["muon"] = Muon(by_method["muon"], ns_dtype, momentum_dtype)
         if by_method["adamw"]:
-            device = by_method["adamw"][0]["params"][0].device.type
-            self.parts["adamw"] = torch.optim.AdamW(by_method["adamw"], betas=BETAS, fused=device in ("cuda", "cpu"))
+            self.parts["adamw"] = torch.optim.AdamW(by_method["adamw"], betas=BETAS, fused=True)
 
     @property
     def param_groups(self) -> list[dict]:
@@ -194,7 +201,8 @@ class MuonAdamW:
 
 def make_optimizer(model: GPT, config: OptimizerConfig, ns_dtype: torch.dtype = torch.float32) -> MuonAdamW:
     """ns_dtype: of Muon's products."""
-    return MuonAdamW(parameter_groups(model, config), ns_dtype)
+    return MuonAdamW(parameter_groups(model, config), ns_dtype,
+                     torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32)
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

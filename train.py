@@ -114,8 +114,8 @@ CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
 # What a resumed run may not change, what it may but is then another run, and what is no part of a run.
 FIXED = {"seed", "preset", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))}
 ENDS = {"max_iter", "max_tokens", "max_seconds"}
-CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup_iter",
-              "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
+CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "momentum_dtype", "weight_decay", "schedule",
+              "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "verbose"}
 
 
@@ -318,7 +318,8 @@ def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_siz
     sums, token_bytes = LossSums(), torch.from_numpy(data.tokenizer.token_bytes())
     for idx, targets in val_batches(data, n_batches, batch_size, model.config.block_size):
         with machine.autocast():
-            losses = model(idx.to(machine.device), targets.to(machine.device), reduction="none")
+            # forward, not a call: a compiled model would compile again, without gradients and for the last, smaller batch
+            losses = model.forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
         sums.add(losses, targets, token_bytes)
     return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
@@ -374,9 +375,9 @@ def merged(start: dict, given: dict) -> dict:
     return values
 
 
-def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
-    """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS, read from `values`. Raises
-    BadInput before any file is written."""
+def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
+    """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS. Raises BadInput before any file is
+    written."""
     run, gpt, schedule, loop, device = configs
     path, resumed = run.checkpoint_path, run.resume_checkpoint
     in_place = bool(resumed) and path.exists() and path.samefile(resumed)
@@ -407,14 +408,13 @@ def open_run(configs: list, values: dict, blob: dict | None) -> tuple[TrainState
     model.gradient_checkpointing = run.gradient_checkpointing
     if run.batch_size == "auto":
         n_blocks = loop.num_batch_accum
-        found = {"batch_size": (batch_size := fitting_batch(model, machine, n_blocks)),
-                 "num_batch_accum": n_blocks // batch_size}
-        values = values | found
-        run, loop = read_flags(RunConfig, values), read_flags(LoopConfig, values)
+        batch_size = fitting_batch(model, machine, n_blocks)
+        run = dataclasses.replace(run, batch_size=batch_size)
+        loop = dataclasses.replace(loop, num_batch_accum=n_blocks // batch_size)
     loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
                          pin_memory=machine.device.type == "cuda")
-    values = values | {"vocab_size": model.config.vocab_size}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for config in (run, model.config, schedule, loop, configs[-1]) for name, value in vars(config).items()
                 if name not in NOT_SAVED}
     require_writable(path, f"--checkpoint_path={path}")
     require_writable(run_folder(path) / "metrics.jsonl", f"--checkpoint_path={path}")
@@ -475,7 +475,7 @@ def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
     loss.backward()
 
 
-def report_changes(values: dict, state: TrainState, training: dict):
+def report_changes(state: TrainState, training: dict):
     """Says what makes the rest of a resumed run, or its numbers, differ from what they would have been."""
     for name in sorted(CHANGEABLE):
         before, now = training["settings"][name], state.settings[name]
@@ -530,23 +530,24 @@ def main(argv=None):
     if blob:
         loop, training = configs[CONFIGS.index(LoopConfig)], blob["training"]
         if loop.progress(training["step"], training["tokens"], training["seconds"]) >= 1:
-            end = next(name for name, now in (("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
-                       if values[name] and training[now] >= values[name])
+            end, limit = next((name, getattr(loop, name)) for name, now in (
+                ("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
+                if getattr(loop, name) and training[now] >= getattr(loop, name))
             done = f"{values['resume_checkpoint']}: finished before at step {training['step']:,}"
-            if training["settings"][end] != values[end]:
-                raise BadInput(f"--{end}={values[end]}: the checkpoint is at step {training['step']} already: give more")
+            if training["settings"][end] != limit:
+                raise BadInput(f"--{end}={limit}: the checkpoint is at step {training['step']} already: give more")
             if values["verbose"]:
                 print(f"{done}; a larger --{end} trains on")
             return
     path = values["checkpoint_path"]
     with sole_writer(run_folder(path), f"--checkpoint_path={path}"), explain_out_of_memory(less_memory(values)):
-        state, data, loop, run = open_run(configs, values, blob)
+        state, data, loop, run = open_run(configs, blob)
         if loop.verbose:
             describe(state, data, loop, run)
             if run.checkpoint_path.exists() and state.saved_step < 0:
                 print(f"replacing {run.checkpoint_path}")
             if blob:
-                report_changes(values, state, blob["training"])
+                report_changes(state, blob["training"])
         del blob  # as large as model and optimizer together
         train(state, data, loop, run)
 

@@ -28,6 +28,7 @@ ARMS = {
     "head of its own, not tied": ["--tied=0"],
     "biases": ["--bias"],
     "cosine schedule": ["--schedule=cosine"],
+    "Muon's momentum in fp32, not bf16": ["--momentum_dtype=fp32"],
     "weight decay 0.1": ["--weight_decay=0.1"],
     "clipping at 1": ["--grad_clip=1"],
 }
@@ -64,10 +65,10 @@ def main():
     spread = statistics.stdev(row["val_loss"] for row in last["default"])
     text = "\n".join([
         "# Each ingredient taken out", "", *lines, "",
-        f"4 layers x 128, blocks of 128, 4,096 ids, the built-in text, {args.max_iter} steps of 2,048 tokens at the default's "
-        f"learning rate; means of {len(seeds)} seeds, differences paired by seed ± their standard error; the default's own "
-        f"spread over seeds is {spread:.3f}. One thread a run, {machine()}: `python bench/ablations.py`. A model so small, and "
-        f"so briefly trained, says nothing certain about a larger one.", ""])
+        f"4 layers x 128, blocks of 128, 4,096 ids, the built-in text, {args.max_iter} steps of 2,048 tokens at the "
+        f"default's learning rate; means of {len(seeds)} seeds, differences paired by seed ± their standard error; the "
+        f"default's own spread over seeds is {spread:.3f}. One thread a run, {machine()}: `python bench/ablations.py`. A "
+        f"model so small, and so briefly trained, says nothing certain about a larger one.", ""])
     (REPO / "studies" / "ablations.md").write_text(text, encoding="utf-8")
     draw(worse)
     print(text)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Bytes of a chunk's logits in fp32. A GPU wants large products; a CPU wants what its caches hold.
-CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
+CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 
 
 def capped_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
