@@ -32,8 +32,9 @@ class MeanLoss(torch.autograd.Function):
         for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
             logits = (x_rows @ w.T).float()  # (rows, V)
             if softcap:
-                slope = logits.div_(softcap).tanh_()
-                logits = slope * softcap
+                # tanh(x) = 2 sigmoid(2x) - 1 costs a third of tanh on a CPU, and softmax does not see the constant
+                bent = logits.mul_(2 / softcap).sigmoid_()
+                logits = bent * (2 * softcap)
             is_target = target >= 0
             target = target.clamp(min=0)[:, None]
             logprobs = logits.log_softmax(dim=-1)
@@ -44,7 +45,7 @@ class MeanLoss(torch.autograd.Function):
             grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
             grad.mul_(is_target[:, None])
             if softcap:
-                grad.mul_(slope.square_().neg_().add_(1))  # tanh' = 1 - tanh²
+                grad.mul_(bent.addcmul_(bent, bent, value=-1)).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
             grad = grad.to(dtype)
             x_grads.append(grad @ w)
             if dtype == weight.dtype:
