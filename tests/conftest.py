@@ -3,6 +3,7 @@ import atexit
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import download_data
 import train
 from hub import HubStandIn
+from runtime.checkpoint import load_checkpoint, run_folder
+from runtime.metrics import read_rows
 from runtime.sources import builtin_documents
 
 torch.set_num_threads(1)  # two threads on two busy cores are many times slower, and CI is busy
@@ -49,11 +52,64 @@ def run_train(data_path, tmp_path):
         path = tmp_path / checkpoint
         defaults = [f"--data_path={data}", f"--checkpoint_path={path}", "--verbose=0", "--device=cpu"]
         if not any(flag.startswith("--resume_checkpoint") for flag in flags):
-            defaults += [*TINY_MODEL, "--batch_size=4", "--num_batch_accum=2", "--max_iter=6", "--val_intervals=3",
+            defaults += [*TINY_MODEL, "--dtype=fp32", "--batch_size=4", "--num_batch_accum=2", "--val_intervals=3",
                          "--log_intervals=1", "--val_iter=2", "--warmup_iter=2", "--dataloader_num_workers=0"]
+            if not any(flag.startswith("--max_") for flag in flags):
+                defaults.append("--max_iter=6")
         train.main([*defaults, *flags])
         return path
     return run
+
+
+CLOCKS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # what differs from one run of the same steps to the next
+
+
+def rows_of(path, clocks=False):
+    """Of a checkpoint's run."""
+    rows = read_rows(run_folder(path) / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if clocks or name not in CLOCKS} for row in rows]
+
+
+def training_of(path):
+    """Weights and training state of a checkpoint, without what a clock or a flag says."""
+    blob = load_checkpoint(path)
+    training = blob["training"]
+    training.pop("seconds")
+    training["settings"] = None
+    return blob["model"], training
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Bit for bit, through nested dicts, lists and tensors."""
+    assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict), where  # ordered or not
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def stop_in(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
+    """The run gets the signal while it computes that batch of its step-th step (of 2 batches each)."""
+    at_batch(monkeypatch, step * 2 + batch, lambda: [signal.raise_signal(number) for _ in range(times)])
+
+
+def at_batch(monkeypatch, batch, act):
+    """`act()` is called before the loss of that batch of the run is computed."""
+    loss_fn, calls = train.next_token_loss, iter(range(10**6))
+
+    def watched(model, parts):
+        if next(calls) == batch:
+            act()
+        return loss_fn(model, parts)
+    monkeypatch.setattr(train, "next_token_loss", watched)
 
 
 def lines_in(error: str) -> list[str]:

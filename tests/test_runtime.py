@@ -1,8 +1,10 @@
 """flags, files, checkpoint, device and metrics: what several commands share."""
+import gc
 import io
 import json
 import math
 import random
+import signal
 import threading
 import time
 import warnings
@@ -15,20 +17,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime import device as device_script
-from runtime.checkpoint import FORMAT, load_checkpoint, reading, save_checkpoint
+from runtime.checkpoint import FORMAT, CheckpointWriter, copied, load_checkpoint, load_last, reading, save_checkpoint
 from runtime.device import (
     DeviceConfig,
     Machine,
     compile_in_place,
     explain_out_of_memory,
+    keep_pages,
     open_machine,
     rng_state,
     seed_everything,
     set_rng_state,
 )
-from runtime.files import require_writable, sole_writer, whole_file
+from runtime.files import link_as, require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, check_flags, flag, parse_flags, parse_int
-from runtime.metrics import LossSums, MetricsLog, read_rows
+from runtime.metrics import LossSums, MetricsLog, Watch, draw_curves, read_rows
+from runtime.stop import StopSignals, without_garbage_collection
 from runtime.texts import join, joined, pack
 from runtime.threads import map_ahead
 
@@ -42,6 +46,8 @@ class Example:
     path: Path = flag(Path("x"), "a path")
     fast: bool = flag(False, "be fast")
     resume: str = flag(None, "a file, or alone", bare="1")
+    many: int = flag(4, "how many", at_least=1, auto=True)
+    quick: bool = flag("auto", "be quick", auto=True)
     __post_init__ = check_flags
 
 
@@ -57,7 +63,16 @@ def test_flags_are_read():
     assert parse_flags("d", ["--path=~/x"], Example) == [Example(path=Path.home() / "x")]
 
 
+def test_auto_is_a_value_where_it_may_be():
+    assert parse_flags("d", ["--many=auto", "--quick=auto"], Example) == [Example(many="auto", quick="auto")]
+    assert parse_flags("d", ["--many=7", "--quick=0"], Example) == [Example(many=7, quick=False)]
+    assert parse_flags("d", ["--quick"], Example) == parse_flags("d", ["--quick=1"], Example) == [Example(quick=True)]
+    assert parse_flags("d", [], Example)[0].quick == "auto"
+
+
 @pytest.mark.parametrize("argv, words", [
+    (["--size=auto"], "'auto' is not a whole number"), (["--many=0"], "--many=0: must be at least 1"),
+    (["--many=all"], "'all' is not a whole number"), (["--quick=never"], "neither 1 nor 0"),
     (["--size=0"], "--size=0: must be at least 1"), (["--size=1.5"], "'1.5' is not a whole number"),
     (["--rate=0"], "--rate=0.0: must be above 0"), (["--rate=2"], "at most 1"), (["--rate=nan"], "--rate=nan"),
     (["--rate=x"], "'x' is not a number"), (["--kind=c"], "--kind=c: choose one of a, b"), (["--size"], "give it a value"),
@@ -118,8 +133,6 @@ def test_a_full_disk_names_the_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
-
-# -- checkpoint -------------------------------------------------------------------------------------------------------
 
 # -- texts and threads ------------------------------------------------------------------------------------------------
 
@@ -201,6 +214,26 @@ def test_a_folder_has_one_writer(tmp_path):
         raise AssertionError("a folder in a file")
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_second_name_is_a_link_where_there_are_links(tmp_path, monkeypatch, has_links):
+    def no_links(*args):
+        raise OSError(95, "Operation not supported")
+    if not has_links:
+        monkeypatch.setattr("os.link", no_links)
+    first, second = tmp_path / "a.pt", tmp_path / "deep" / "b.pt"
+    first.write_text("one")
+    link_as(first, second)
+    assert second.read_text() == "one" and first.samefile(second) == has_links
+    with whole_file(first, "w") as file:
+        file.write("two")
+    assert second.read_text() == "one"  # a new file under the first name leaves the other alone
+    (tmp_path / "deep" / "b.pt.tmp").write_text("of a crash")
+    link_as(first, second)
+    assert second.read_text() == "two" and len(list(tmp_path.rglob("*"))) == 3
+
+
+# -- checkpoint -------------------------------------------------------------------------------------------------------
+
 def test_checkpoint_round_trip(tmp_path):
     blob = {"model": {"w": torch.randn(3, dtype=torch.bfloat16)}, "n": 3, "text": "é", "rng": rng_state(), "none": None}
     save_checkpoint(tmp_path / "a.pt", blob)
@@ -261,6 +294,114 @@ def test_checkpoints_that_cannot_be_read(tmp_path, capsys):
     assert "this code ran" not in capsys.readouterr().out
 
 
+@pytest.fixture
+def writer(tmp_path) -> CheckpointWriter:
+    return CheckpointWriter(tmp_path / "gpt.pt", tmp_path / "gpt", is_ours=False)
+
+
+def write(writer, *numbers, best=()):
+    for n in numbers:
+        writer.save({"n": n}, n in best, True, lambda: None)
+
+
+def numbers_in(writer) -> list:
+    return [load_checkpoint(path)["n"] if path.exists() else None for path in (writer.path, writer.previous, writer.best)]
+
+
+def test_the_last_the_previous_and_the_best(writer):
+    for n, expected in ((1, [1, None, 1]), (2, [2, 1, 2]), (3, [3, 2, 2]), (4, [4, 3, 2])):
+        write(writer, n, best=(1, 2))
+        assert numbers_in(writer) == expected
+    assert len(list(writer.path.parent.rglob("*"))) == 4  # three names and a folder: nothing is left over
+
+
+def test_a_new_run_leaves_no_name_to_the_run_before(writer):
+    write(writer, 1, 2, 3, best=(1,))
+    other = CheckpointWriter(writer.path, writer.best.parent, is_ours=False)
+    assert numbers_in(other) == [3, 2, 1]
+    write(other, 10)
+    assert numbers_in(other) == [10, None, None]
+    resumed = CheckpointWriter(writer.path, writer.best.parent, is_ours=True)
+    write(resumed, 11)
+    assert numbers_in(resumed) == [11, 10, None]
+
+
+def test_what_is_written_aside_is_what_it_was_when_it_was_saved(writer, monkeypatch):
+    """The thread waits until training has changed every tensor."""
+    monkeypatch.setattr(CheckpointWriter, "PAUSE", -1)
+    weight, go = torch.zeros(1000), threading.Event()
+    monkeypatch.setattr(CheckpointWriter, "write", lambda *args, write=CheckpointWriter.write: (go.wait(30), write(*args)))
+    done = []
+    writer.save({"w": weight, "nested": [{"w": weight}], "n": 1}, True, False, lambda: done.append(1))
+    weight += 1
+    assert not writer.path.exists() and not done
+    go.set()
+    writer.wait()
+    blob = load_checkpoint(writer.path)
+    assert (blob["w"] == 0).all() and (blob["nested"][0]["w"] == 0).all() and done == [1]
+
+
+def test_a_copy_keeps_what_is_shared_and_changes_with_nothing():
+    embed = torch.arange(4.0)
+    blob = {"embed": embed, "head": embed, "other": embed.clone(), "rest": (1, [torch.ones(2)], None, "x")}
+    copy = copied(blob)
+    assert copy["embed"] is copy["head"] and copy["embed"] is not embed and copy["other"] is not copy["embed"]
+    assert copy["rest"][0] == 1 and copy["rest"][2:] == (None, "x") and type(copy["rest"]) is tuple
+    embed += 1
+    assert copy["embed"].tolist() == [0, 1, 2, 3]
+    shared, views = torch.arange(4.0), {}
+    views["all"], views["half"] = shared, shared[:2]
+    assert copied(views)["half"].tolist() == [0, 1] and copied(views)["all"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_write_that_fails_aside_is_told_at_the_next_look(writer, monkeypatch):
+    monkeypatch.setattr(CheckpointWriter, "PAUSE", -1)
+    write(writer, 1)
+
+    def full(*args):
+        raise OSError("gpt.pt: cannot be written (No space left on device)")
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.checkpoint.save_checkpoint", full)
+        writer.save({"n": 2}, False, False, lambda: None)
+        with pytest.raises(OSError, match="No space"):
+            writer.wait()
+    writer.check()  # told once
+    assert numbers_in(writer)[:2] == [1, 1]
+    write(writer, 3)
+    assert numbers_in(writer)[0] == 3
+
+
+def test_short_writes_are_not_done_aside(writer):
+    for _ in range(2):
+        writer.save({"n": 1}, False, False, lambda: None)
+        assert writer.thread is None and writer.path.exists()
+    writer.seconds = 2 * writer.PAUSE
+    writer.save({"n": 2}, False, True, lambda: None)
+    assert writer.thread is None
+    writer.seconds = 2 * writer.PAUSE
+    writer.save({"n": 3}, False, False, lambda: None)
+    assert writer.thread is not None
+    writer.wait()
+    assert numbers_in(writer)[0] == 3
+
+
+def test_a_damaged_checkpoint_names_the_one_before(writer):
+    write(writer, 1)
+    writer.path.write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="damaged") as caught:
+        load_last(writer.path)
+    assert "previous" not in str(caught.value)  # there is none
+    write(writer, 2)
+    writer.is_ours = True
+    write(writer, 2, 3)
+    writer.path.write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=f"damaged.*--resume_checkpoint={writer.previous} --checkpoint_path={writer.path} "):
+        load_last(writer.path)
+    writer.path.unlink()
+    with pytest.raises(BadInput, match="no checkpoint to read"):
+        load_last(writer.path)
+
+
 @pytest.mark.parametrize("error", [KeyError("model"), RuntimeError("size mismatch\nfor w"), TypeError("x")])
 def test_a_part_that_cannot_be_read_is_named_with_its_file(error):
     with pytest.raises(BadInput, match="^a.pt: a part of it is missing or damaged") as caught, reading(Path("a.pt")):
@@ -295,20 +436,89 @@ def test_a_device_that_is_not_there(name):
         open_machine(DeviceConfig(device=name))
 
 
-@pytest.mark.parametrize("capability, dtype", [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 0), "fp16")])
-def test_dtype_by_what_the_gpu_computes(monkeypatch, capability, dtype):
+def gpu(monkeypatch, capability, built="sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", name="NVIDIA Example"):
+    """torch says that there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # what a P100 says
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built.split())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+
+def products_run_at(monkeypatch, **flops):
+    monkeypatch.setattr(device_script, "measured_flops", lambda device, dtype: flops[dtype])
+
+
+@pytest.mark.parametrize("capability, dtype", [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")])
+def test_dtype_by_what_the_gpu_computes(monkeypatch, capability, dtype):
+    gpu(monkeypatch, capability)
+    products_run_at(monkeypatch)  # nothing needs to be measured
     machine = open_machine(DeviceConfig())
     assert (machine.device.type, machine.dtype) == ("cuda", dtype)
     assert open_machine(DeviceConfig(dtype="fp32")).dtype == "fp32"
 
 
-def test_cpu_is_fp32_and_only_fp16_scales():
+@pytest.mark.parametrize("device, half, half_flops, expected", [
+    ("cuda", "fp16", 1.9e13, "fp16"), ("cuda", "fp16", 1.1e13, "fp32"), ("cuda", "fp16", 1.6e11, "fp32"),
+    ("cpu", "bf16", 3e13, "bf16"), ("cpu", "bf16", 1.1e13, "fp32"), ("cpu", "bf16", 1.4e12, "fp32")])
+def test_where_no_table_says_it_timed_products_choose_the_dtype(monkeypatch, device, half, half_flops, expected):
+    """A P100 has fast fp16, a GTX 1080 a 64th of it; CPUs have bf16 units or imitate them."""
+    if device == "cuda":
+        gpu(monkeypatch, (6, 1))
+    products_run_at(monkeypatch, **{"fp32": 1e13, half: half_flops})
+    assert open_machine(DeviceConfig(device=device)).dtype == expected
+    assert open_machine(DeviceConfig(device=device, dtype=half)).dtype == half
+
+
+def test_products_are_timed_once(monkeypatch):
+    cpu = torch.device("cpu")
+    flops = {dtype: device_script.measured_flops(cpu, dtype) for dtype in ("fp32", "bf16")}
+    assert all(1e8 < value < 1e15 for value in flops.values())
+    monkeypatch.setattr(device_script, "time", None)
+    assert flops == {dtype: device_script.measured_flops(cpu, dtype) for dtype in flops}
+
+
+@pytest.mark.parametrize("capability, built, runs", [
+    ((6, 0), "sm_70 sm_75 sm_80 sm_86 sm_90 compute_90", False),  # torch's cu128 wheels on a P100
+    ((6, 0), "sm_70 compute_50", True),                           # intermediate code is compiled for any later card
+    ((6, 0), "sm_61", False), ((6, 1), "sm_60", True), ((8, 6), "sm_80", True), ((8, 0), "sm_86", False),
+    ((12, 0), "sm_80 sm_90", False), ((12, 0), "sm_80 compute_90", True), ((9, 0), "sm_90a", True),
+    ((10, 0), "sm_100", True), ((7, 5), "", False)])
+def test_a_gpu_that_the_installed_torch_was_not_built_for(monkeypatch, capability, built, runs):
+    gpu(monkeypatch, capability, built, "Tesla Old")
+    if runs:
+        assert open_machine(DeviceConfig(dtype="fp32")).device.type == "cuda"
+        return
+    with pytest.raises(BadInput, match="^--device=auto: Tesla Old computes sm_.*has no kernels.*pip install.*--device=cpu"
+                       ) as caught:
+        open_machine(DeviceConfig(dtype="fp32"))
+    wheel = "whl/cu126" if capability < (7, 5) else "whl/cu128"
+    assert "\n" not in str(caught.value) and wheel in str(caught.value)
+
+
+def test_pages_are_kept_without_a_word(monkeypatch, capfd):
+    keep_pages()
+    assert torch.zeros(3 << 20).add(1).sum() == 3 << 20
+
+    def other_library(*args):
+        raise OSError("no such library")
+    monkeypatch.setattr(device_script.ctypes, "CDLL", other_library)
+    keep_pages()
+    monkeypatch.setattr(device_script.ctypes, "CDLL", lambda name: object())  # has no mallopt
+    keep_pages()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_memory_is_known():
+    machine = Machine(torch.device("cpu"), "fp32")
+    assert 2**20 < machine.free_memory() < 2**50 and 2**20 < machine.peak_memory() < 2**50
+
+
+def test_only_fp16_scales_and_autocasts(monkeypatch):
+    products_run_at(monkeypatch, fp32=2e9, bf16=1e9)
     machine = open_machine(DeviceConfig(device="cpu"))
-    assert machine.dtype == "fp32" and not machine.grad_scaler().is_enabled() and machine.peak_flops() is None
+    assert machine.dtype == "fp32" and not machine.grad_scaler().is_enabled() and machine.peak_flops() == 2e9
     assert Machine(machine.device, "fp16").grad_scaler().is_enabled()
     a = torch.ones(2, 2)
     for dtype in ("fp32", "bf16", "fp16"):
@@ -323,14 +533,17 @@ def test_peak_by_name(monkeypatch):
         assert Machine(torch.device("cuda"), dtype).peak_flops() == peak
     for unknown in ("NVIDIA GeForce GTX 480", "NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: unknown)  # noqa: B023
-        assert Machine(torch.device("cuda"), "fp16").peak_flops() is None
+        assert Machine(torch.device("cuda"), "fp16").known_peak() is None
+    products_run_at(monkeypatch, fp16=7e12)
+    assert Machine(torch.device("cuda"), "fp16").peak_flops() == 7e12
 
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried …"), RuntimeError("MPS backend out of memory (MPS allocated …"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …")])
 def test_too_little_memory_says_what_to_do(error):
-    with pytest.raises(MemoryError, match="too little memory: halve it"), explain_out_of_memory("halve it"):
+    words = "^too little memory, .* GiB at most so far: halve it"
+    with pytest.raises(MemoryError, match=words), explain_out_of_memory("halve it"):
         raise error
     with pytest.raises(RuntimeError, match="another"), explain_out_of_memory("halve it"):
         raise RuntimeError("another\nerror")
@@ -399,3 +612,85 @@ def test_tensorboard_shows_the_rows_once(tmp_path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(1, 1), (2, 2), (3, 30)]
     assert events.Tags()["scalars"] == ["train_loss"]
+
+
+def look_of(watch: Watch, *steps) -> dict:
+    for step, (loss, norm) in enumerate(steps, 1):
+        watch.see(torch.tensor(loss), torch.tensor(norm), step)
+    return watch.look()
+
+
+def test_steps_that_are_not_finite_are_counted():
+    nan, inf, cpu = math.nan, math.inf, torch.device("cpu")
+    watch = Watch(cpu, limit=2)
+    seen = [bool(watch.see(torch.tensor(loss), torch.tensor(norm), step))
+            for step, (loss, norm) in enumerate([(1.0, 2.0), (nan, 1.0), (3.0, 1.0), (1.0, inf), (2.0, 1.0)], 1)]
+    assert seen == [False, True, False, True, False]
+    assert watch.look() == {"skipped": 2, "failed_at": 0, "largest_loss": 3.0, "largest_norm": 2.0}
+    watch.start_row()
+    assert look_of(watch) == {"skipped": 2, "failed_at": 0, "largest_loss": 0.0, "largest_norm": 0.0}
+    bad, good = (nan, 1.0), (1.0, 1.0)
+    for steps, failed_at in (([bad, good, bad, good], 0), ([good, bad, bad, good, bad, bad], 3), ([bad] * 5, 2)):
+        assert look_of(Watch(cpu, limit=2), *steps)["failed_at"] == failed_at
+    assert look_of(Watch(cpu, limit=4), *[bad] * 3, good, *[bad] * 3)["failed_at"] == 0
+
+
+def test_curves_are_drawn(tmp_path):
+    from PIL import Image
+    rows = [{"step": i, "tokens": i * 1000, "seconds": i, "train_loss": 6 - i / 10} | (
+        {"val_loss": 6 - i / 11, "val_bpb": 2 - i / 30} if i % 5 == 0 else {}) for i in range(1, 21)]
+    begun = [{"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": 6.0, "val_bpb": 2.0}]
+    blue, orange = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
+    inks = []
+    for runs in ({"a": rows}, {"a": rows, "b": rows[:7]}, {"begun": begun}):
+        draw_curves(runs, tmp_path / "curves.png")
+        image = Image.open(tmp_path / "curves.png")
+        image.load()
+        assert image.format == "PNG" and image.width > 800 and image.height > 500
+        counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+        inks.append([counts.get(color, 0) for color in (blue, orange)])
+    assert inks[0][0] > 500 and inks[0][1] == 0
+    assert inks[1][0] > 500 and inks[1][1] > 200  # a second run has a colour of its own
+    assert 0 < inks[2][0] < inks[0][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+# -- stop -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", StopSignals.NUMBERS)
+def test_a_signal_is_kept_until_it_is_asked_for(number):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert stop.signal is None
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # at once: the same one, passed on twice
+        assert stop.signal == number
+        stop.AT_ONCE = 0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_no_collection_in_the_middle_of_a_step():
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="x"), without_garbage_collection():
+        assert not gc.isenabled()
+        raise ValueError("x")
+    assert gc.isenabled()
+    gc.disable()
+    with without_garbage_collection():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
