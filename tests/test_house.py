@@ -14,7 +14,6 @@ import tokenizer
 import train
 from conftest import REPO, TINY_MODEL
 from runtime.device import DeviceConfig
-from runtime.flags import value_type
 from runtime.sources import SourceConfig
 
 # Scripts import only scripts to their left.
@@ -122,8 +121,8 @@ def flag_table(configs: tuple) -> str:
     rows = ["| flag | default | what |", "|---|---|---|"]
     for field in (field for config in configs for field in dataclasses.fields(config)):
         default = "" if field.default is None else field.default
-        if value_type(field) is bool:
-            default = int(field.default)
+        if isinstance(default, bool):
+            default = int(default)
         elif isinstance(default, int) and default >= 100_000:
             default = f"{default:_}"
         choices = field.metadata["choices"]

@@ -129,12 +129,14 @@ def test_gpt2_has_one_rate_and_nanogpts_averages():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (7, 5)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_equals_torchs(shape, weight_decay):
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
+def test_muon_equals_torchs(shape, weight_decay, momentum_dtype):
     """Through several steps, several matrices of a shape at once and one of another beside them."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(*size)) for size in (shape, shape, (8, 24))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = Muon([{"params": ours, "lr": 0.05, "weight_decay": weight_decay, "stacked": 1}])
+    optimizer = Muon([{"params": ours, "lr": 0.05, "weight_decay": weight_decay, "stacked": 1}], torch.bfloat16,
+                     momentum_dtype)
     oracle = torch.optim.Muon(theirs, lr=0.05, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, ns_steps=5,
                               adjust_lr_fn="original")
     start = [p.detach().clone() for p in ours]
@@ -146,15 +148,15 @@ def test_muon_equals_torchs(shape, weight_decay):
         oracle.step()
     for a, b, before in zip(ours, theirs, start):
         assert torch.allclose(a, b, atol=4e-3)  # bf16; without Nesterov it would be 1.5e-2
-        assert (a - before).abs().max() > 0.05
+        assert (a - before).abs().max() > 0.05 and optimizer.state[a]["momentum"].dtype == momentum_dtype
 
 
 def test_stacked_matrices_are_orthogonalised_one_by_one():
     torch.manual_seed(0)
     whole, parts = torch.nn.Parameter(torch.randn(48, 16)), [torch.nn.Parameter(torch.empty(16, 16)) for _ in range(3)]
-    group = {"lr": 0.1, "weight_decay": 0.1}
-    as_one = Muon([group | {"params": [whole], "stacked": 3}], torch.float32)
-    as_three = Muon([group | {"params": parts, "stacked": 1}], torch.float32)
+    group, precise = {"lr": 0.1, "weight_decay": 0.1}, (torch.float32, torch.float32)
+    as_one = Muon([group | {"params": [whole], "stacked": 3}], *precise)
+    as_three = Muon([group | {"params": parts, "stacked": 1}], *precise)
     for part, rows in zip(parts, whole.detach().split(16)):
         part.data.copy_(rows)
     for _ in range(3):
@@ -168,8 +170,8 @@ def test_stacked_matrices_are_orthogonalised_one_by_one():
     alone.grad = torch.randn(48, 16)
     whole.grad = alone.grad.clone()
     before = whole.detach().clone()
-    Muon([group | {"params": [alone], "stacked": 1}], torch.float32).step()
-    Muon([group | {"params": [whole], "stacked": 3}], torch.float32).step()
+    Muon([group | {"params": [alone], "stacked": 1}], *precise).step()
+    Muon([group | {"params": [whole], "stacked": 3}], *precise).step()
     assert (whole - alone).abs().max() > 0.01 and not torch.equal(whole, before)
 
 
@@ -238,18 +240,33 @@ def test_a_first_step_that_is_skipped_changes_nothing(model, optimizer):
 
 # -- state ------------------------------------------------------------------------------------------------------------
 
-def test_a_loaded_optimizer_keeps_averages_and_obeys_new_rates(model):
-    old = make_optimizer(model, OptimizerConfig(learning_rate=1e-3))
+@pytest.mark.parametrize("momentum_dtype", ["bf16", "fp32"])
+def test_a_loaded_optimizer_keeps_averages_and_obeys_new_rates(model, momentum_dtype):
+    old = make_optimizer(model, OptimizerConfig(learning_rate=1e-3, momentum_dtype=momentum_dtype))
     backward(model)
     set_rates(old, 0, 1.0)
     old.step()
-    new = make_optimizer(model, OptimizerConfig(learning_rate=5e-3, weight_decay=0.125))
+    new = make_optimizer(model, OptimizerConfig(learning_rate=5e-3, weight_decay=0.125, momentum_dtype=momentum_dtype))
     new.load_state_dict(old.state_dict())
     assert new.param_groups[0]["peak_lr"] == 5e-3 and new.param_groups[0]["weight_decay"] == 0.125
     for name, part in new.parts.items():
         assert part.state.keys() == old.parts[name].state.keys() != set()
         for parameter, state in part.state.items():
             assert all(torch.equal(value, old.parts[name].state[parameter][key]) for key, value in state.items())
+            assert all(value.dtype == old.parts[name].state[parameter][key].dtype for key, value in state.items())
+
+
+def test_the_momentum_can_be_another_dtype_from_now_on(model):
+    old = make_optimizer(model, OptimizerConfig(momentum_dtype="fp32"))
+    backward(model)
+    old.step()
+    new = make_optimizer(model, OptimizerConfig(momentum_dtype="bf16"))
+    new.load_state_dict(old.state_dict())
+    for parameter, state in new.parts["muon"].state.items():
+        before = old.parts["muon"].state[parameter]["momentum"]
+        assert state["momentum"].dtype == torch.bfloat16 and before.dtype == torch.float32
+        assert torch.equal(state["momentum"], before.bfloat16())
+    new.step()
 
 
 def test_a_state_of_another_optimizer_is_refused(model):

@@ -35,7 +35,8 @@ GPT2 = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name,
     ((0,), []), ((1,), []), ((2,), []), ((3,), []), ((4,), []), ((1, 2, 4), []),
     ((1,), ["--dataloader_num_workers=2"]), ((3,), ["--dtype=bf16", "--batch_size=2"]),
     ((1, 3), ["--dtype=fp16", "--batch_size=2"]), ((1, 4), GPT2), ((1,), ["--gradient_checkpointing"]),
-    ((3,), ["--optimizer=adamw", "--tied=0"]), ((1,), ["--schedule=cosine", "--grad_clip=0.1", "--weight_decay=0.1"]),
+    ((3,), ["--optimizer=adamw", "--tied=0"]), ((1,), ["--momentum_dtype=fp32"]),
+    ((1,), ["--schedule=cosine", "--grad_clip=0.1", "--weight_decay=0.1"]),
     *(((1,), [f"--mlp={mlp}"]) for mlp in MLPS), *(((1,), [f"--mixer={mixer}"]) for mixer in MIXERS)])
 def test_a_stopped_run_resumes_bit_for_bit(run_train, tmp_path, monkeypatch, capsys, steps, flags):
     """Stopped in the middle of steps, before, at and after validations (every 3 steps), in several epochs."""
@@ -244,7 +245,8 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
     "--learning_rate=0.01", "--weight_decay=5", "--warmup_iter=5", "--cooldown_frac=0", "--grad_clip=0.001", "--seed=1",
     "--batch_size=3", "--num_batch_accum=1", "--mlp=gelu", "--mlp=swiglu", "--dtype=bf16", "--norm=layer",
     "--positions=learned", "--qk_norm=0", "--value_residual=0", "--embed_shortcut=0", "--softcap=0", "--tied=0", "--bias",
-    "--init=gpt2", "--optimizer=adamw", "--optimizer=gpt2", "--schedule=cosine"])
+    "--init=gpt2", "--optimizer=adamw", "--optimizer=gpt2", "--schedule=cosine",
+    "--momentum_dtype=fp32"])
 def test_every_knob_turns_something(run_train, flag):
     usual, other = rows_of(run_train(checkpoint="a/gpt.pt")), rows_of(run_train(flag, checkpoint="b/gpt.pt"))
     assert usual[-1]["val_loss"] != other[-1]["val_loss"]
