@@ -47,7 +47,7 @@ def test_text_to_shards_to_model_to_text(tmp_path, text):
     done = run("train.py", data, checkpoint, *flags, "--max_iter=20", "--vocab_size=500")
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"val (\d+\.\d+) nats/token", done.stdout)]
-    assert len(losses) == 3 and losses[0] == pytest.approx(6.2146, abs=1e-3) and losses[2] < losses[0]
+    assert len(losses) == 3 and losses[0] == pytest.approx(6.2146, abs=0.1) and losses[2] < losses[0]
     assert done.stdout.split("sample, the start of a document:")[1].strip()
     done = run("train.py", checkpoint, "--resume_checkpoint", "--max_iter=25")
     assert done.returncode == 0 and "going on from step 20" in done.stdout, done.stderr
