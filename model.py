@@ -18,7 +18,7 @@ from layers.norm import rms_norm
 from runtime.flags import BadInput, check_flags, flag
 
 # Standard deviation of a tied model's first logits: nearly a uniform guess, and far enough from it to learn at once.
-EMBED_LOGITS = 0.32
+EMBED_LOGITS = 0.1
 
 @dataclass(frozen=True)
 class GPTConfig:
