@@ -156,6 +156,7 @@ class TrainState:
             "tokenizer": self.tokenizer.to_json(),
             "training": {
                 "settings": self.settings, "step": step, "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
+                "is_best": is_best,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "watch": self.watch.counts,
                 "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}}
         self.writer.save(blob, is_best, at_once, lambda: setattr(self, "saved_step", step))
@@ -193,8 +194,8 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
         if state.step == 0 and not state.metrics.rows:
             row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | on_eval(state)
             state.best = row["val_loss"]
+            state.save(is_best=True)  # first: rows without a checkpoint would keep the same command from starting again
             state.metrics.write(row)
-            state.save(is_best=True)
             show(bar, row, 0.0)
         stopped, clock, clock_tokens = None, time.perf_counter(), state.tokens
         progress = loop.progress(state.step, state.tokens, state.seconds)
@@ -424,10 +425,11 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
         rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
     optimizer = make_optimizer(model, schedule, torch.bfloat16 if machine.dtype == "bf16" else torch.float32)
     scaler = machine.grad_scaler()
+    writer = CheckpointWriter(path, run_folder(path), Path(resumed) if resumed else None,
+                              bool(blob) and blob["training"].get("is_best", False))
     watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
     state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,
-                       CheckpointWriter(path, run_folder(path), is_ours=in_place), MetricsLog(run_folder(path), rows),
-                       settings)
+                       writer, MetricsLog(run_folder(path), rows), settings)
     if blob:
         with reading(Path(resumed)):
             loader.load_state_dict(blob["training"]["loader"])

@@ -31,17 +31,20 @@ def save_checkpoint(path: Path, blob: dict):
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one after the other: the last one at `path`; beside it, as further names of the files and
-    so without being written again, the one before (`previous`) and the one with the lowest validation loss (`best`).
+    """Writes a run's checkpoints, one after the other: the last one at `path`; in `folder`, as further names of the files
+    and so without being written again, the one before (previous.pt) and the one with the lowest validation loss (best.pt).
 
     A write that would hold up training for more than PAUSE seconds, going by the one before, is done by a thread from a
     copy in memory.
     """
     PAUSE = 1.0
 
-    def __init__(self, path: Path, folder: Path, is_ours: bool):
-        """folder: of `previous` and `best`. is_ours: what is at `path` is an earlier state of this run."""
-        self.path, self.previous, self.best, self.is_ours = path, folder / "previous.pt", folder / "best.pt", is_ours
+    def __init__(self, path: Path, folder: Path, came_from: Path | None = None, is_best: bool = False):
+        """came_from: the checkpoint that the run goes on from, and whether that was its best."""
+        self.path, self.previous, self.best = path, folder / "previous.pt", folder / "best.pt"
+        self.is_ours = came_from is not None and path.exists() and path.samefile(came_from)
+        self.inherited = run_folder(came_from) / "best.pt" if came_from is not None else None
+        self.is_best = is_best  # what is at `path` when `is_ours`
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.seconds = 0.0  # that the last write took
@@ -57,17 +60,25 @@ class CheckpointWriter:
 
     def write(self, blob: dict, is_best: bool, on_written: Callable):
         start = time.perf_counter()
-        if self.is_ours:
-            link_as(self.path, self.previous)
+        self.name_what_is_there()
         save_checkpoint(self.path, blob)
-        if not self.is_ours:  # nothing of another run may pass for this one's
-            self.previous.unlink(missing_ok=True)
-            self.best.unlink(missing_ok=True)
-            self.is_ours = True
+        self.is_ours, self.is_best = True, is_best
         if is_best:
             link_as(self.path, self.best)
         self.seconds = time.perf_counter() - start
         on_written()
+
+    def name_what_is_there(self):
+        """Before `path` is replaced. A run that was killed may not have named its best any more."""
+        if self.is_ours:
+            link_as(self.path, self.previous)
+            if self.is_best:
+                link_as(self.path, self.best)
+        elif self.inherited != self.best:  # nothing of another run may pass for this one's
+            self.previous.unlink(missing_ok=True)
+            self.best.unlink(missing_ok=True)
+            if self.inherited is not None and self.inherited.exists():
+                link_as(self.inherited, self.best)
 
     def write_aside(self, *args):
         try:

@@ -62,7 +62,7 @@ class Machine:
 
     def peak_flops(self) -> float:
         """FLOP/s that MFU is a share of: the data sheet's, else those of a large product, measured once."""
-        return self.known_peak() or measured_flops(self.device, self.dtype)
+        return self.known_peak() or measured_flops(self.device, self.dtype, 4096 if self.device.type == "cuda" else 1024)
 
     def known_peak(self) -> float | None:
         if self.device.type != "cuda":
@@ -128,14 +128,14 @@ def choose_dtype(device: torch.device) -> str:
         if capability >= (7, 0):
             return "bf16" if capability >= (8, 0) else "fp16"
     # CPUs without bf16 units take up to seven times as long, a P100 gains little by fp16, and no table says which
-    half = "bf16" if device.type == "cpu" else "fp16"
-    return half if measured_flops(device, half) > 1.2 * measured_flops(device, "fp32") else "fp32"
+    half, n = ("bf16", 256) if device.type == "cpu" else ("fp16", 2048)
+    return half if measured_flops(device, half, n) > 1.2 * measured_flops(device, "fp32", n) else "fp32"
 
 
 @functools.cache
-def measured_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a square product, the best of a few."""
-    n, best = (4096 if device.type == "cuda" else 768), 0.0
+def measured_flops(device: torch.device, dtype: str, n: int) -> float:
+    """FLOP/s of a product of n x n matrices, the best of a few."""
+    best = 0.0
     a = torch.ones(n, n, dtype=DTYPES[dtype], device=device)
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     for _ in range(5):
@@ -149,11 +149,13 @@ def measured_flops(device: torch.device, dtype: str) -> float:
 def require_kernels(device: torch.device, given: str):
     """Raises BadInput when the installed torch was built without this GPU: is_available() is true all the same."""
     major, minor = torch.cuda.get_device_capability(device)
-    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
-    built = [(kind, int(x), int(y)) for kind, x, y in (match.groups() for match in built if match)]
-    # binaries run on later cards of their generation, intermediate code is compiled for any later card
-    if any((x == major and y <= minor) if kind == "sm" else (x, y) <= (major, minor) for kind, x, y in built):
-        return
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in torch.cuda.get_arch_list()]
+    for kind, x, y, only in (match.groups() for match in built if match):
+        has = int(x), int(y)
+        # binaries run on later cards of their generation, intermediate code is compiled for any later card, and what is
+        # for one architecture alone (a) runs on no other
+        if has == (major, minor) or only != "a" and (has <= (major, minor) and (kind == "compute" or has[0] == major)):
+            return
     wheel = "cu126" if (major, minor) < (7, 5) else "cu128"  # later ones dropped Maxwell to Volta
     raise BadInput(f"--device={given}: {torch.cuda.get_device_name(device)} computes sm_{major}{minor}, for which the "
                    f"installed torch {torch.__version__} has no kernels: `pip install --force-reinstall 'torch>=2.6,<2.14' "

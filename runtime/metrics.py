@@ -106,7 +106,9 @@ class MetricsLog:
             self._write_events(row)
 
     def write(self, row: dict):
+        """Numbers that are not finite, which JSON does not have, are left out."""
         self.open()
+        row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         path = self.folder / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:

@@ -296,7 +296,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path, capsys):
 
 @pytest.fixture
 def writer(tmp_path) -> CheckpointWriter:
-    return CheckpointWriter(tmp_path / "gpt.pt", tmp_path / "gpt", is_ours=False)
+    return CheckpointWriter(tmp_path / "gpt.pt", tmp_path / "gpt")
 
 
 def write(writer, *numbers, best=()):
@@ -317,11 +317,11 @@ def test_the_last_the_previous_and_the_best(writer):
 
 def test_a_new_run_leaves_no_name_to_the_run_before(writer):
     write(writer, 1, 2, 3, best=(1,))
-    other = CheckpointWriter(writer.path, writer.best.parent, is_ours=False)
+    other = CheckpointWriter(writer.path, writer.best.parent)
     assert numbers_in(other) == [3, 2, 1]
     write(other, 10)
     assert numbers_in(other) == [10, None, None]
-    resumed = CheckpointWriter(writer.path, writer.best.parent, is_ours=True)
+    resumed = CheckpointWriter(writer.path, writer.best.parent, came_from=writer.path)
     write(resumed, 11)
     assert numbers_in(resumed) == [11, 10, None]
 
@@ -447,7 +447,7 @@ def gpu(monkeypatch, capability, built="sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_9
 
 
 def products_run_at(monkeypatch, **flops):
-    monkeypatch.setattr(device_script, "measured_flops", lambda device, dtype: flops[dtype])
+    monkeypatch.setattr(device_script, "measured_flops", lambda device, dtype, n: flops[dtype])
 
 
 @pytest.mark.parametrize("capability, dtype", [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")])
@@ -473,10 +473,10 @@ def test_where_no_table_says_it_timed_products_choose_the_dtype(monkeypatch, dev
 
 def test_products_are_timed_once(monkeypatch):
     cpu = torch.device("cpu")
-    flops = {dtype: device_script.measured_flops(cpu, dtype) for dtype in ("fp32", "bf16")}
+    flops = {dtype: device_script.measured_flops(cpu, dtype, 64) for dtype in ("fp32", "bf16")}
     assert all(1e8 < value < 1e15 for value in flops.values())
     monkeypatch.setattr(device_script, "time", None)
-    assert flops == {dtype: device_script.measured_flops(cpu, dtype) for dtype in flops}
+    assert flops == {dtype: device_script.measured_flops(cpu, dtype, 64) for dtype in flops}
 
 
 @pytest.mark.parametrize("capability, built, runs", [
