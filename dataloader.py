@@ -415,8 +415,8 @@ class BlockBatches:
     def read(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = np.stack([self.tokens.read(start, start + self.block_size + 1)
                          for start in (blocks * self.block_size).tolist()])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        # each whole in memory: else a copy to a GPU would wait for one of its own
+        return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
 
 
 class TrainLoader:

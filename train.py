@@ -27,7 +27,6 @@ from model import GPT, GPTConfig
 from optimizer import MuonAdamW, OptimizerConfig, lr_scale, make_optimizer, set_rates
 from runtime.checkpoint import CheckpointWriter, load_last, of_run, reading, run_folder
 from runtime.device import (
-    DTYPES,
     DeviceConfig,
     Machine,
     can_compile,
@@ -35,6 +34,7 @@ from runtime.device import (
     explain_out_of_memory,
     is_out_of_memory,
     keep_pages,
+    known_dtype,
     open_machine,
     rng_state,
     seed_everything,
@@ -98,6 +98,7 @@ class RunConfig:
     preset: str = flag(None, "values for flags that are not given, see README", choices=tuple(PRESETS))
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
                               "so that\na step sees the tokens it would have seen", at_least=1, at_most=1_000_000, auto=True)
+    val_batch: int = None  # blocks in a batch of validation: the batch_size that the run was begun with
     val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1)
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0,
                                         at_most=1000)
@@ -148,7 +149,7 @@ class TrainState:
     def save(self, is_best: bool = False, at_once: bool = True):
         """at_once: when this returns, it is on disk. Raises FloatingPointError rather than replace a good checkpoint by
         weights that are no longer finite."""
-        if not all(torch.isfinite(weight).all() for weight in self.model.parameters()):
+        if not torch.isfinite(get_total_norm(self.model.parameters())):
             raise diverged(self, "the weights are no longer finite")
         self.metrics.open()
         step = self.step
@@ -164,7 +165,7 @@ class TrainState:
     def kept(self) -> str:
         """What a run that fails now leaves behind."""
         path = self.writer.path
-        with suppress(OSError):  # which is what is being told of, or comes later
+        with suppress(Exception):  # which is what is being told of, or comes later
             self.writer.wait()
         if self.saved_step >= 0:
             return f"{path} holds step {self.saved_step}, from which --resume_checkpoint goes on"
@@ -178,6 +179,7 @@ class TrainState:
         if (scaler := training["scaler"]) and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
         self.watch.counts.copy_(training["watch"])
+        self.skips_told = self.watch.look()["skipped"]
         self.loader.load_state_dict(training["loader"])
         set_rng_state(training["rng"])
 
@@ -193,7 +195,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
     with StopSignals() as stop, without_garbage_collection(), progress_bar(state, loop) as bar:
         if state.step == 0 and not state.metrics.rows:
             row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | on_eval(state)
-            state.best = row["val_loss"]
+            state.best = require_finite(state, row)
             state.save(is_best=True)  # first: rows without a checkpoint would keep the same command from starting again
             state.metrics.write(row)
             show(bar, row, 0.0)
@@ -220,9 +222,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
                 is_best = False
                 if is_val:
                     row |= on_eval(state)
-                    if not math.isfinite(row["val_loss"]):
-                        raise diverged(state, f"validation loss is {row['val_loss']}")
-                    is_best = row["val_loss"] < state.best
+                    is_best = require_finite(state, row) < state.best
                     state.best = min(state.best, row["val_loss"])
                     gc.collect()
                 if is_log:
@@ -241,13 +241,21 @@ def diverged(state: TrainState, what: str, step: int | None = None) -> FloatingP
                               f"{state.kept()}")
 
 
+def require_finite(state: TrainState, row: dict) -> float:
+    """The row's validation loss. Raises FloatingPointError."""
+    if not math.isfinite(row["val_loss"]):
+        raise diverged(state, f"validation loss is {row['val_loss']}")
+    return row["val_loss"]
+
+
 def report_skipped(state: TrainState, watched: dict):
     """Tells of a step that was left out. Raises FloatingPointError when it was not the first in a row."""
     if watched["failed_at"]:
         raise diverged(state, f"loss or gradient not finite {state.watch.limit} times in a row,", watched["failed_at"])
     if watched["skipped"] > state.skips_told and not state.scaler.is_enabled():
-        say(f"up to step {state.step:,}: the loss or the gradient of {watched['skipped'] - state.skips_told} step was not "
-            f"finite, and it changed nothing; the next one to be so ends the run")
+        n = watched["skipped"] - state.skips_told
+        say(f"up to step {state.step:,}: {n} with a loss or gradient that is not finite, which changed nothing; "
+            f"{state.watch.limit} in a row end the run")
     state.skips_told = watched["skipped"]
 
 
@@ -325,25 +333,32 @@ def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_siz
     return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
 
-def read_command(argv) -> tuple[dict, dict | None]:
-    """The value of every flag, and the checkpoint to resume. A resumed run has the flags it was started with, a fresh one
-    those of its preset, except for those given now. Raises BadInput when one of these cannot change."""
-    parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
-    add_flags(parser, *CONFIGS)
-    defaults = vars(parser.parse_args([]))
+def read_flags_given(argv) -> tuple[dict, dict]:
+    """What every flag is if it is not given, and the flags that are. Raises BadInput."""
     parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
     add_flags(parser, *CONFIGS, suppress=True)
     given = vars(parser.parse_args(argv))
-    resume, path = given.get("resume_checkpoint"), given.get("checkpoint_path", defaults["checkpoint_path"])
-    if resume == "":
-        raise BadInput("--resume_checkpoint=: is empty: give a path, or the bare flag to go on with --checkpoint_path")
+    defaults = {field.name: field.default for config in CONFIGS for field in dataclasses.fields(config)}
+    for name in ("resume_checkpoint", "plot"):
+        if given.get(name) == "":
+            raise BadInput(f"--{name}=: is empty: give a path, or the bare flag for that of --checkpoint_path")
     read_flags(RunConfig, defaults | given)  # a preset that is none
+    return defaults, given
+
+
+def paths_of(defaults: dict, given: dict) -> tuple[Path, Path | None]:
+    """The checkpoint that the run writes, and the one that it goes on from."""
+    path, resume = given.get("checkpoint_path", defaults["checkpoint_path"]), given.get("resume_checkpoint")
     try:
-        if resume is None or not parse_bool(resume):
-            start = PRESETS.get(given.get("preset"), {})
-            return merged(defaults | start, given) | {"resume_checkpoint": None}, None
+        return path, (path if resume is not None and parse_bool(resume) else None)
     except argparse.ArgumentTypeError:  # neither yes nor no: a path
-        path = Path(resume).expanduser()
+        resumed = Path(resume).expanduser()
+        return given.get("checkpoint_path") or of_run(resumed) or resumed, resumed
+
+
+def read_checkpoint(path: Path, defaults: dict, given: dict) -> tuple[dict, dict]:
+    """The flags that the run of the checkpoint had, and the checkpoint. Raises BadInput when it cannot be gone on with, or
+    when a flag is given that such a run keeps."""
     blob = load_last(path)
     if "training" not in blob:
         raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to go on with")
@@ -361,17 +376,18 @@ def read_command(argv) -> tuple[dict, dict | None]:
         if given[name] != saved[name]:
             raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed run "
                            f"keeps: drop the flag, or start a fresh run at another --checkpoint_path")
-    writes_to = of_run(path) or path
-    return merged({**defaults, "checkpoint_path": writes_to, **saved}, given) | {"resume_checkpoint": str(path)}, blob
+    return saved, blob
 
 
 def merged(start: dict, given: dict) -> dict:
     """The flags a run begins with, and those given. An end that is given is the only one. A batch_size that has yet to be
-    found keeps the blocks of a step, as num_batch_accum batches of one."""
+    found keeps the blocks of a step, as num_batch_accum batches of one; validation keeps the batches it would have had."""
     values = start | given
     if given.keys() & ENDS:
         values |= {name: given.get(name) for name in ENDS}
-    if values["batch_size"] == "auto":
+    is_auto = values["batch_size"] == "auto"
+    values["val_batch"] = start["val_batch"] or (start if is_auto else values)["batch_size"]
+    if is_auto:
         values["num_batch_accum"] *= start["batch_size"]
     return values
 
@@ -384,17 +400,16 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     in_place = bool(resumed) and path.exists() and path.samefile(resumed)
     if path.is_dir():
         raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
+    if path.exists() and not run.overwrite and not in_place and resumed and of_run(Path(resumed)) == path:
+        raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced by "
+                       f"--overwrite, or choose another --checkpoint_path")
     if path.exists() and not run.overwrite and not in_place:
         raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
                        f"--overwrite, or choose another path")
     if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
         raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
                        f"--overwrite, or choose another path")
-    if blob and device.dtype == "auto":  # timing products again could choose another one
-        was_on, _, dtype = str(blob["training"].get("machine")).partition(", ")
-        if was_on.split(":")[0] == open_machine(dataclasses.replace(device, dtype="fp32")).device.type and dtype in DTYPES:
-            device = dataclasses.replace(device, dtype=dtype)
-    machine = open_machine(device)
+    machine = open_machine(device, had=str(blob["training"].get("machine")).rpartition(", ")[2] if blob else "")
     if machine.device.type == "cpu":
         keep_pages()
     data = open_data(run.data_path, None if blob else gpt.vocab_size)
@@ -407,6 +422,8 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     next(val_batches(data, 1, 1, gpt.block_size))  # validation data that are too few are refused now
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
+    if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not blob:
+        machine = faster_machine(model, machine)
     if run.batch_size == "auto":
         n_blocks = loop.num_batch_accum
         batch_size = fitting_batch(model, machine, n_blocks)
@@ -439,34 +456,51 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
 
 
 def fitting_batch(model: GPT, machine: Machine, n_blocks: int) -> int:
-    """The largest divisor of `n_blocks` whose step fits into the device's memory: tries growing ones, and stops before one
-    that by the growth so far would not. Raises MemoryError when not even one block fits."""
+    """The largest divisor of `n_blocks` whose step fits into the device's memory, by what the two smallest take: memory
+    grows evenly with the batch. On a GPU it is tried too. Raises MemoryError when not even one block fits."""
     states = sum(8 * p.numel() for p in model.parameters())  # of the optimizer, which has none yet: at most two in fp32
-    room, start = 0.9 * machine.free_memory() - states, machine.peak_memory()
-    fits, peaks = None, []
-    for size in (size for size in range(1, n_blocks + 1) if n_blocks % size == 0):
-        if len(peaks) > 1:
-            (a, peak_a), (b, peak_b) = peaks[-2:]
-            if peak_b + (peak_b - peak_a) / (b - a) * (size - b) > room:
-                break
+    room = 0.9 * machine.free_memory() - states
+
+    def peak_of(size: int) -> float:
+        machine.reset_peak_memory()
+        start = machine.peak_memory()
         try:
             step_of_zeros(model, machine, size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            break
+            return math.inf
         finally:
             model.zero_grad(set_to_none=True)
-        peaks.append((size, machine.peak_memory() - start))
-        if peaks[-1][1] > room:
-            break
-        fits = size
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(machine.device)
-    if fits is None:
+        return machine.peak_memory() - start
+    sizes = [size for size in range(1, n_blocks + 1) if n_blocks % size == 0]
+    peak_of(1)  # what is made once, such as handles of libraries, is no part of a block
+    one = peak_of(1)
+    if one > room:
         raise MemoryError(f"not even one block of {model.config.block_size} tokens fits")
-    return fits
+    two = peak_of(sizes[1]) if len(sizes) > 1 and sizes[1] * one <= 4 * room else math.inf
+    grows = max((two - one) / (sizes[1] - 1), 0.0) if two < math.inf else math.inf
+    fits = [size for size in sizes if size == 1 or one + grows * (size - 1) <= room]
+    while machine.device.type == "cuda" and fits[-1] > 1 and peak_of(fits[-1]) > room:
+        fits.pop()
+        torch.cuda.empty_cache()
+    machine.reset_peak_memory()
+    return fits[-1]
+
+
+def faster_machine(model: GPT, machine: Machine) -> Machine:
+    """Of fp16 and fp32 the one in which a few steps of this model take less time."""
+    def seconds_of(machine: Machine) -> float:
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step_of_zeros(model, machine, 1)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+        return min(times)
+    return min((dataclasses.replace(machine, dtype=dtype) for dtype in ("fp32", "fp16")), key=seconds_of)
 
 
 def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
@@ -506,52 +540,60 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
         f"; going on from step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
 
 
-def plot(values: dict):
-    """Draws the runs that --plot names."""
-    named = values["plot"]
-    paths = [values["checkpoint_path"]] if named == "1" else [Path(name).expanduser() for name in named.split(",")]
-    folders = [path if path.is_dir() else path.parent if path.suffix == ".jsonl" else run_folder(path) for path in paths]
-    runs = {}
-    for path, folder in zip(paths, folders):
-        runs[str(path)] = read_rows(folder / "metrics.jsonl")
-        if not runs[str(path)]:
-            raise BadInput(f"--plot={named}: {folder / 'metrics.jsonl'} holds no rows: give checkpoints of runs that have "
+def plot(named: str, path: Path):
+    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path."""
+    paths = [path] if named == "1" else [Path(name.strip()).expanduser() for name in named.split(",")]
+    runs, folder_of_first = {}, None
+    for path in paths:
+        rows_at = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
+        folder_of_first = folder_of_first or rows_at.parent
+        runs[str(path)] = read_rows(rows_at)
+        if not any("val_loss" in row for row in runs[str(path)]):
+            raise BadInput(f"--plot={named}: {rows_at} holds no rows of validations: give checkpoints of runs that have "
                            f"begun")
-    out = folders[0] / "curves.png"
+    out = folder_of_first / "curves.png"
     draw_curves(runs, out)
     print(out)
 
 
+def is_finished(loop: LoopConfig, blob: dict, values: dict) -> bool:
+    """Whether nothing is left to do, which it says. Raises BadInput when an end is given that is past."""
+    training = blob["training"]
+    ends = [(name, limit) for name, now in (("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
+            if (limit := getattr(loop, name)) and training[now] >= limit]
+    for name, limit in ends:
+        if training["settings"][name] != limit:
+            raise BadInput(f"--{name}={limit}: the checkpoint is at step {training['step']} already: give more")
+        if values["verbose"]:
+            print(f"{values['resume_checkpoint']}: finished before at step {training['step']:,}; a larger --{name} trains "
+                  f"on")
+    return bool(ends)
+
+
 @command
 def main(argv=None):
-    values, blob = read_command(argv)
-    if values["plot"]:
-        plot(values)
+    defaults, given = read_flags_given(argv)
+    path, resumed = paths_of(defaults, given)
+    if "plot" in given:
+        plot(given["plot"], path)
         return
-    configs = [read_flags(config, values) for config in CONFIGS]
-    if blob:
-        loop, training = configs[CONFIGS.index(LoopConfig)], blob["training"]
-        if loop.progress(training["step"], training["tokens"], training["seconds"]) >= 1:
-            end, limit = next((name, getattr(loop, name)) for name, now in (
-                ("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
-                if getattr(loop, name) and training[now] >= getattr(loop, name))
-            done = f"{values['resume_checkpoint']}: finished before at step {training['step']:,}"
-            if training["settings"][end] != limit:
-                raise BadInput(f"--{end}={limit}: the checkpoint is at step {training['step']} already: give more")
-            if values["verbose"]:
-                print(f"{done}; a larger --{end} trains on")
+    with sole_writer(run_folder(path), f"--checkpoint_path={path}"):
+        start, blob = read_checkpoint(resumed, defaults, given) if resumed else (PRESETS.get(given.get("preset"), {}), None)
+        values = merged(defaults | start, given) | {
+            "checkpoint_path": path, "resume_checkpoint": str(resumed) if resumed else None}
+        configs = [read_flags(config, values) for config in CONFIGS]
+        if blob and is_finished(configs[CONFIGS.index(LoopConfig)], blob, values):
             return
-    path = values["checkpoint_path"]
-    with sole_writer(run_folder(path), f"--checkpoint_path={path}"), explain_out_of_memory(less_memory(values)):
-        state, data, loop, run = open_run(configs, blob)
-        if loop.verbose:
-            describe(state, data, loop, run)
-            if run.checkpoint_path.exists() and state.saved_step < 0:
-                print(f"replacing {run.checkpoint_path}")
-            if blob:
-                report_changes(state, blob["training"])
-        del blob  # as large as model and optimizer together
-        train(state, data, loop, run)
+        with explain_out_of_memory(less_memory(values)):
+            state, data, loop, run = open_run(configs, blob)
+            if loop.verbose:
+                describe(state, data, loop, run)
+                if path.exists() and state.saved_step < 0:
+                    print(f"replacing {path}")
+                if blob:
+                    report_changes(state, blob["training"])
+            del blob  # as large as model and optimizer together
+            train(state, data, loop, run)
 
 
 def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
@@ -562,7 +604,7 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     try:
         with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(run.dataloader_num_workers):
             stopped_by = fit(state, loop, next_token_loss,
-                             lambda state: validate(model, data, machine, run.val_iter, run.batch_size))
+                             lambda state: validate(model, data, machine, run.val_iter, run.val_batch))
     except BrokenPipeError:
         raise
     except (OSError, MemoryError) as error:
@@ -590,8 +632,8 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
 def less_memory(values: dict) -> str:
     """What to say where memory does not suffice."""
     what = "" if values["gradient_checkpointing"] else "--gradient_checkpointing, "
-    return (f"--batch_size={values['batch_size']} blocks of {values['block_size']} tokens: try --batch_size=auto, {what}"
-            f"or a smaller model")
+    auto = "" if values["batch_size"] == "auto" else "--batch_size=auto, "
+    return f"--batch_size={values['batch_size']} blocks of {values['block_size']} tokens: try {auto}{what}or a smaller model"
 
 
 if __name__ == "__main__":

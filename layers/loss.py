@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Bytes of a chunk's logits in fp32. A GPU wants large products; a CPU wants what its caches hold.
-CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+# Bytes of a chunk's logits in fp32, of which three copies exist at a time. A GPU wants large products; a CPU wants what its
+# caches hold.
+CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
 
 def capped_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -38,6 +39,7 @@ class MeanLoss(torch.autograd.Function):
             is_target = target >= 0
             target = target.clamp(min=0)[:, None]
             logprobs = logits.log_softmax(dim=-1)
+            del logits
             total = total - (logprobs.gather(1, target)[:, 0] * is_target).sum()
             if not needs_grad:
                 continue

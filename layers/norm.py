@@ -1,11 +1,14 @@
 """Normalisation of the residual stream, (B, T, C) -> (B, T, C)."""
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+EPS = torch.finfo(torch.float32).eps  # torch 2.6 would take that of the input's dtype, 0.008 for bf16
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """x scaled to mean square 1 over its last dimension. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
 class RMSNorm(nn.Module):

@@ -63,10 +63,10 @@ class CheckpointWriter:
         self.name_what_is_there()
         save_checkpoint(self.path, blob)
         self.is_ours, self.is_best = True, is_best
+        on_written()
         if is_best:
             link_as(self.path, self.best)
         self.seconds = time.perf_counter() - start
-        on_written()
 
     def name_what_is_there(self):
         """Before `path` is replaced. A run that was killed may not have named its best any more."""

@@ -10,6 +10,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the dtype matrix products run in. Weights and optimizer states are fp32 always."""
+    """A device and the dtype matrix products run in. Weights are fp32 always."""
     device: torch.device
     dtype: str
 
@@ -80,10 +81,21 @@ class Machine:
         if self.device.type == "mps":
             return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         try:
-            with open("/proc/meminfo") as file:
-                return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1))
+            free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1))
         except (OSError, AttributeError):
             return 4 * 2**30  # not Linux: a guess that any machine of today has
+        with suppress(OSError, ValueError):  # what a container may hold
+            limit, held = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+            free = min(free, limit - held)
+        return free
+
+    def reset_peak_memory(self):
+        """`peak_memory` counts from here on, where the system can do that."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # only Linux
+                Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory(self) -> int:
         """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""
@@ -99,8 +111,9 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def open_machine(config: DeviceConfig) -> Machine:
-    """Raises BadInput when the device is not there."""
+def open_machine(config: DeviceConfig, had: str = "") -> Machine:
+    """had: the dtype that a run which goes on was begun with; timing products again might choose another one. Raises
+    BadInput when the device is not there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -110,16 +123,29 @@ def open_machine(config: DeviceConfig) -> Machine:
         raise BadInput(f"--device={config.device}: not on this machine, which has {', '.join(there)}")
     device = torch.device(name)
     if device.type == "cuda":
+        if device.index is not None:  # what asks for no device by name means this one too
+            torch.cuda.set_device(device)
         require_kernels(device, config.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if config.deterministic:
             # cuBLAS reads it at its first product, see docs.nvidia.com/cuda/cublas, "Results reproducibility"
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-    return Machine(device, choose_dtype(device) if config.dtype == "auto" else config.dtype)
+    return Machine(device, choose_dtype(device, had) if config.dtype == "auto" else config.dtype)
 
 
-def choose_dtype(device: torch.device) -> str:
+def choose_dtype(device: torch.device, had: str = "") -> str:
+    if known := known_dtype(device):
+        return known
+    # CPUs without bf16 units take up to seven times as long, a P100 gains little by fp16, and no table says which
+    half, n = ("bf16", 256) if device.type == "cpu" else ("fp16", 2048)
+    if had in (half, "fp32"):
+        return had
+    return half if measured_flops(device, half, n) > 1.2 * measured_flops(device, "fp32", n) else "fp32"
+
+
+def known_dtype(device: torch.device) -> str | None:
+    """The dtype that is best on such a device; None where it takes timing."""
     if device.type == "mps":
         return "fp32"
     if device.type == "cuda":
@@ -127,9 +153,7 @@ def choose_dtype(device: torch.device) -> str:
         capability = torch.cuda.get_device_capability(device)
         if capability >= (7, 0):
             return "bf16" if capability >= (8, 0) else "fp16"
-    # CPUs without bf16 units take up to seven times as long, a P100 gains little by fp16, and no table says which
-    half, n = ("bf16", 256) if device.type == "cpu" else ("fp16", 2048)
-    return half if measured_flops(device, half, n) > 1.2 * measured_flops(device, "fp32", n) else "fp32"
+    return None
 
 
 @functools.cache
@@ -150,6 +174,8 @@ def require_kernels(device: torch.device, given: str):
     """Raises BadInput when the installed torch was built without this GPU: is_available() is true all the same."""
     major, minor = torch.cuda.get_device_capability(device)
     built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in torch.cuda.get_arch_list()]
+    if torch.version.hip:
+        return  # AMD's cards have other names
     for kind, x, y, only in (match.groups() for match in built if match):
         has = int(x), int(y)
         # binaries run on later cards of their generation, intermediate code is compiled for any later card, and what is

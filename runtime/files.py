@@ -6,6 +6,15 @@ from pathlib import Path
 
 from runtime.flags import BadInput
 
+# Of the locks held. A forked process, such as one that loads data, must not go on holding what its parent holds.
+LOCKS: set[int] = set()
+
+
+def close_locks():
+    for descriptor in LOCKS:
+        os.close(descriptor)
+    LOCKS.clear()
+
 
 @contextmanager
 def whole_file(path: Path, mode: str = "wb"):
@@ -43,6 +52,8 @@ def link_as(path: Path, other: Path):
             shutil.copyfileobj(old, new)
         return
     os.replace(part, other)
+    part.unlink(missing_ok=True)  # where both were names of one file already, the system leaves both
+    sync_folder(other.parent)
 
 
 def sync_folder(folder: Path):
@@ -53,6 +64,18 @@ def sync_folder(folder: Path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def hold(descriptor: int):
+    if not hasattr(hold, "registered"):  # once: a hook cannot be taken back
+        os.register_at_fork(after_in_child=close_locks)
+        hold.registered = True
+    LOCKS.add(descriptor)
+
+
+def let_go(descriptor: int):
+    LOCKS.discard(descriptor)
+    os.close(descriptor)
 
 
 @contextmanager
@@ -74,12 +97,13 @@ def sole_writer(folder: Path, given: str):
             descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_taken = os.fstat(descriptor).st_ino != os.stat(folder).st_ino  # another has just removed and made it again
+            hold(descriptor)
         except BlockingIOError:
             is_taken = True
         except OSError:  # a file system that has no locks, or a folder that only lets files be written
             is_taken = False
         if is_taken:
-            os.close(descriptor)
+            let_go(descriptor)
             raise BadInput(f"{given}: another process is writing there: let it finish, or choose another path")
     try:
         yield
@@ -88,7 +112,7 @@ def sole_writer(folder: Path, given: str):
             for path in made:
                 path.rmdir()
         if descriptor is not None:
-            os.close(descriptor)
+            let_go(descriptor)
 
 
 def require_writable(path: Path, given: str):

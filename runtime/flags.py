@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import sys
 import typing
@@ -44,6 +45,8 @@ def check_flags(config):
         if value is None or "help" not in limits or (limits["auto"] and value == "auto"):
             continue
         given = f"--{field.name}={value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{given}: must be a number that ends")
         # `not (value >= limit)` rather than `value < limit`: NaN must fail too
         if limits["at_least"] is not None and not value >= limits["at_least"]:
             raise BadInput(f"{given}: must be at least {limits['at_least']}")

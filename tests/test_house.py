@@ -106,7 +106,7 @@ def test_the_users_flags_are_there(helps):
 
 def test_every_flag_has_help(helps):
     for script, configs in COMMANDS.items():
-        for field in (field for config in configs for field in dataclasses.fields(config)):
+        for field in flags_of(configs):
             words = field.metadata["help"].replace("\n", " ").split()
             assert words and " ".join(words) in " ".join(helps[script].split()), f"{script}.py --{field.name}"
 
@@ -116,10 +116,14 @@ COMMANDS = {
     "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig)}
 
 
+def flags_of(configs: tuple) -> list:
+    return [field for config in configs for field in dataclasses.fields(config) if "help" in field.metadata]
+
+
 def flag_table(configs: tuple) -> str:
     """README's table of the flags of a command."""
     rows = ["| flag | default | what |", "|---|---|---|"]
-    for field in (field for config in configs for field in dataclasses.fields(config)):
+    for field in flags_of(configs):
         default = "" if field.default is None else field.default
         if isinstance(default, bool):
             default = int(default)

@@ -475,9 +475,15 @@ def test_what_is_compiled(run_train, monkeypatch, given, capability, compiles):
 
 # -- presets ----------------------------------------------------------------------------------------------------------
 
+def flags_with(*argv: str) -> dict:
+    """What every flag of a fresh run is."""
+    defaults, given = train.read_flags_given(argv)
+    return train.merged(defaults | train.PRESETS.get(given.get("preset"), {}), given)
+
+
 def test_the_gpt2_preset_is_nanogpts_recipe():
     """https://github.com/karpathy/nanoGPT: GPTConfig's and train.py's defaults, with config/train_gpt2.py on top."""
-    values, _ = train.read_command(["--preset=gpt2"])
+    values = flags_with("--preset=gpt2")
     model = {"n_layer": 12, "n_head": 12, "head_size": 768 // 12, "block_size": 1024, "norm": "layer", "bias": True,
              "mlp": "gelu", "positions": "learned", "tied": True, "init": "gpt2", "qk_norm": False, "softcap": 0,
              "value_residual": False, "embed_shortcut": False}
@@ -489,13 +495,14 @@ def test_the_gpt2_preset_is_nanogpts_recipe():
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_presets_give_way_to_flags_and_are_flags_themselves(preset):
-    usual, _ = train.read_command([])
-    values, _ = train.read_command([f"--preset={preset}"])
+    usual = flags_with()
+    values = flags_with(f"--preset={preset}")
+    assert values.pop("val_batch") == values["batch_size"]
     assert {name: value for name, value in values.items() if value != usual[name]} == {"preset": preset} | {
         name: value for name, value in train.PRESETS[preset].items() if value != usual[name]}
     for config in train.CONFIGS:
         train.read_flags(config, values)
-    values, _ = train.read_command([f"--preset={preset}", "--batch_size=7", "--learning_rate=0.5", "--max_seconds=9"])
+    values = flags_with(f"--preset={preset}", "--batch_size=7", "--learning_rate=0.5", "--max_seconds=9")
     assert (values["batch_size"], values["learning_rate"], values["max_seconds"]) == (7, 0.5, 9)
     assert values["max_iter"] is None  # an end that is given is the only one
 
@@ -569,33 +576,45 @@ def memory(monkeypatch, free, of_size):
         peak[0] = max(peak[0], 1000 + of_size(batch_size))
     monkeypatch.setattr(train, "step_of_zeros", step)
     monkeypatch.setattr(train.Machine, "peak_memory", lambda self: peak[0])
+    monkeypatch.setattr(train.Machine, "reset_peak_memory", lambda self: peak.__setitem__(0, 1000))
     monkeypatch.setattr(train.Machine, "free_memory", lambda self: free)
 
 
-def fitting(monkeypatch, n_blocks, free, of_size) -> int:
+def fitting(monkeypatch, n_blocks, free, of_size, device="cpu") -> int:
     memory(monkeypatch, free, of_size)
     model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=2, block_size=4, vocab_size=3))
-    return train.fitting_batch(model, train.Machine(torch.device("cpu"), "fp32"), n_blocks)
+    return train.fitting_batch(model, train.Machine(torch.device(device), "fp32"), n_blocks)
 
 
 @pytest.mark.parametrize("n_blocks, room, expected", [
     (64, 10**9, 64), (64, 40_500, 32), (64, 33_000, 32), (64, 31_900, 16), (60, 31_000, 30), (60, 29_900, 20), (7, 5_000, 1),
-    (1, 10**9, 1)])
+    (7, 10_000, 7), (1, 10**9, 1)])
 def test_the_largest_batch_that_fits(monkeypatch, n_blocks, room, expected):
     """A divisor of the blocks of a step; 1000 bytes a block, and a tenth of what is free stays free."""
     n_parameters = 3 * 2 + 12 * 4
     assert fitting(monkeypatch, n_blocks, (room + 8 * n_parameters) / 0.9 + 100, lambda n: 1000 * n) == expected
 
 
-def test_the_last_size_before_memory_was_too_small(monkeypatch):
+def test_two_sizes_say_what_all_would_take(monkeypatch):
+    """On a CPU, where a step that does not fit would end the process, and every step of a large batch takes long."""
     tried = []
 
     def of_size(n):
         tried.append(n)
-        if n > 2:
+        return 500 + 100 * n
+    assert fitting(monkeypatch, 64, 10**5, of_size) == 64 and tried == [1, 1, 2]
+
+
+def test_a_gpu_tries_what_should_fit(monkeypatch):
+    """Its allocator has gaps that two small sizes do not show."""
+    tried = []
+
+    def of_size(n):
+        tried.append(n)
+        if n > 16:
             raise RuntimeError("CUDA out of memory. Tried to allocate …")
-        return 0  # no growth to go by
-    assert fitting(monkeypatch, 64, 10**9, of_size) == 2 and tried == [1, 2, 4]
+        return 1000 * n
+    assert fitting(monkeypatch, 64, 10**9, of_size, "cuda") == 16 and tried == [1, 1, 2, 64, 32, 16]
 
     def broken(n):
         raise RuntimeError("another error")
@@ -620,11 +639,16 @@ def test_a_batch_that_was_found_trains_as_one_that_was_given(run_train, monkeypa
     batch_size, accum = sizes
     with monkeypatch.context() as patch:
         memory(patch, free, lambda n: 1_000_000 * n)
-        found = run_train("--batch_size=auto", "--num_batch_accum=8", "--val_iter=1", checkpoint="a/gpt.pt")
-    given = run_train(f"--batch_size={batch_size}", f"--num_batch_accum={accum}", "--val_iter=1", checkpoint="b/gpt.pt")
-    assert load_checkpoint(found)["training"]["settings"] == load_checkpoint(given)["training"]["settings"]
-    assert_same(training_of(found), training_of(given))
-    assert rows_of(found) == rows_of(given) and rows_of(found)[1]["tokens"] == 32 * 16
+        found = run_train("--batch_size=auto", "--num_batch_accum=8", checkpoint="a/gpt.pt")
+    given = run_train(f"--batch_size={batch_size}", f"--num_batch_accum={accum}", checkpoint="b/gpt.pt")
+    settings = load_checkpoint(found)["training"]["settings"]
+    assert (settings["batch_size"], settings["num_batch_accum"]) == sizes
+    model, other = load_checkpoint(found)["model"], load_checkpoint(given)["model"]
+    assert all(torch.equal(model[name], other[name]) for name in other)
+    assert [row.get("train_loss") for row in rows_of(found)] == [row.get("train_loss") for row in rows_of(given)]
+    assert rows_of(found)[1]["tokens"] == 32 * 16
+    usual = rows_of(run_train("--num_batch_accum=8", "--max_iter=3", checkpoint="c/gpt.pt"))  # 4 blocks a batch
+    assert rows_of(found)[0]["val_loss"] == usual[0]["val_loss"]  # the same text, however large the batch found
 
 
 def test_a_batch_is_found_on_this_machine(run_train):
