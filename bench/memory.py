@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from layers import loss  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from runtime.device import DTYPES  # noqa: E402
@@ -98,6 +99,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "block_size", "vocab_size")}
+    loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]  # traced on a CPU, meant for a GPU
     rows = [f"| peak GiB of a step at batch_size | {' | '.join(map(str, args.batch_sizes))} |",
             "|---" * (1 + len(args.batch_sizes)) + "|"]
     for dtype in args.dtypes:

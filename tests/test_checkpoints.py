@@ -95,6 +95,7 @@ def test_a_run_that_goes_on_elsewhere_leaves_the_first_as_it_was(run_train, tmp_
     train.main([f"--resume_checkpoint={first}", f"--checkpoint_path={second}", "--max_iter=9", "--verbose=0"])
     assert {file: file.read_bytes() for file in before} == before and set(before) == {
         file for file in first.parent.rglob("*") if file.is_file()}
+    assert (run_folder(second) / "best.pt").exists()
     assert step_of(second) == 9 and step_of(run_folder(second) / "previous.pt") == 6
 
 
@@ -119,8 +120,11 @@ def test_going_on_from_a_kept_checkpoint_needs_no_path(run_train, refused, monke
         path = run_train()
     kept = run_folder(path) / name
     assert step_of(kept) == 3
-    refused(train.main, [f"--resume_checkpoint={kept}", "--max_iter=9"], f"--checkpoint_path={path}: exists")
-    train.main([f"--resume_checkpoint={kept}", "--max_iter=9", "--overwrite", "--verbose=0"])
+    refused(train.main, [f"--resume_checkpoint={kept}", "--max_iter=9"], f"go on in {path}, which exists", "--overwrite")
+    with monkeypatch.context() as patch:
+        validations(patch, 5.0, 5.0)
+        train.main([f"--resume_checkpoint={kept}", "--max_iter=9", "--overwrite", "--verbose=0"])
+    assert step_of(run_folder(path) / "best.pt") == 3  # nothing better came
     assert step_of(path) == 9 and [row["step"] for row in rows_of(path)] == list(range(10))
     assert not (run_folder(path) / name.removesuffix(".pt")).exists()
 

@@ -53,6 +53,12 @@ def test_shuffled_is_a_permutation(n):
         assert sorted(shuffled(np.arange(n), n, seed=3, epoch=epoch)) == list(range(n))
 
 
+def test_batches_are_whole_in_memory(data_path):
+    """A copy of a part of something to a GPU would wait for a copy on the CPU first."""
+    loader = TrainLoader(open_data(data_path), 3, 16, seed=0)
+    assert all(part.is_contiguous() for part in (*next(loader), *next(val_batches(loader.data, 1, 3, 16))))
+
+
 def test_shuffled_depends_on_seed_and_epoch_and_on_nothing_else():
     orders = {tuple(shuffled(np.arange(50), 50, seed, epoch)) for seed, epoch in itertools.product(range(5), range(5))}
     assert len(orders) == 25

@@ -3,6 +3,8 @@ import gc
 import io
 import json
 import math
+import multiprocessing
+import os
 import random
 import signal
 import threading
@@ -75,7 +77,7 @@ def test_auto_is_a_value_where_it_may_be():
     (["--many=all"], "'all' is not a whole number"), (["--quick=never"], "neither 1 nor 0"),
     (["--size=0"], "--size=0: must be at least 1"), (["--size=1.5"], "'1.5' is not a whole number"),
     (["--rate=0"], "--rate=0.0: must be above 0"), (["--rate=2"], "at most 1"), (["--rate=nan"], "--rate=nan"),
-    (["--rate=x"], "'x' is not a number"), (["--kind=c"], "--kind=c: choose one of a, b"), (["--size"], "give it a value"),
+    (["--rate=inf"], "--rate=inf: must be a number that ends"), (["--rate=x"], "'x' is not a number"), (["--kind=c"], "--kind=c: choose one of a, b"), (["--size"], "give it a value"),
     (["--fast=perhaps"], "neither 1 nor 0"), (["--sise=3"], "no such flag, did you mean --size?"),
     (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
     (["--size=1e19"], "'1e19' is too large"), (["--size=inf"], "'inf' is not a whole number"),
@@ -212,6 +214,20 @@ def test_a_folder_has_one_writer(tmp_path):
         assert (tmp_path / "a" / "file").exists()
     with pytest.raises(BadInput, match="cannot be written"), sole_writer(tmp_path / "a" / "file" / "c", "--data_path=y"):
         raise AssertionError("a folder in a file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_forked_process_does_not_go_on_holding_a_folder(tmp_path):
+    """Processes that load data outlive a killed training process by seconds."""
+    with sole_writer(tmp_path / "a", ""):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        with pytest.raises(BadInput), sole_writer(tmp_path / "a", "--x=y"):
+            raise AssertionError("two")
+    with sole_writer(tmp_path / "a", ""):
+        assert child.is_alive()
+    child.kill()
+    child.join()
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -484,7 +500,8 @@ def test_products_are_timed_once(monkeypatch):
     ((6, 0), "sm_70 compute_50", True),                           # intermediate code is compiled for any later card
     ((6, 0), "sm_61", False), ((6, 1), "sm_60", True), ((8, 6), "sm_80", True), ((8, 0), "sm_86", False),
     ((12, 0), "sm_80 sm_90", False), ((12, 0), "sm_80 compute_90", True), ((9, 0), "sm_90a", True),
-    ((10, 0), "sm_100", True), ((7, 5), "", False)])
+    ((10, 0), "sm_100", True), ((10, 3), "sm_100a", False), ((10, 3), "sm_100f", True), ((7, 5), "", False),
+    ((9, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", True)])
 def test_a_gpu_that_the_installed_torch_was_not_built_for(monkeypatch, capability, built, runs):
     gpu(monkeypatch, capability, built, "Tesla Old")
     if runs:
@@ -495,6 +512,22 @@ def test_a_gpu_that_the_installed_torch_was_not_built_for(monkeypatch, capabilit
         open_machine(DeviceConfig(dtype="fp32"))
     wheel = "whl/cu126" if capability < (7, 5) else "whl/cu128"
     assert "\n" not in str(caught.value) and wheel in str(caught.value)
+
+
+def test_amds_cards_have_names_of_their_own(monkeypatch):
+    gpu(monkeypatch, (9, 0), "gfx90a gfx942")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert open_machine(DeviceConfig(dtype="fp32")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("capability, had, expected", [
+    ((6, 0), "bf16", "fp16"), ((6, 0), "fp32", "fp32"), ((6, 0), "", "fp16"), ((8, 0), "fp16", "bf16"),
+    ((7, 5), "fp32", "fp16")])
+def test_a_run_that_moves_keeps_its_dtype_only_where_timing_chose_it(monkeypatch, capability, had, expected):
+    """From a laptop's RTX to a P100: bf16 would be emulated there."""
+    gpu(monkeypatch, capability)
+    products_run_at(monkeypatch, fp32=1e13, fp16=2e13)
+    assert open_machine(DeviceConfig(), had=had).dtype == expected
 
 
 def test_pages_are_kept_without_a_word(monkeypatch, capfd):

@@ -84,6 +84,17 @@ def test_a_run_killed_in_its_first_step_resumes(run_train, tmp_path, monkeypatch
     assert len(lines) == len(rows_of(expected))  # the row of step 0 stands there once
 
 
+def test_a_resumed_run_does_not_tell_again_of_a_step_left_out(run_train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        loss_fn, calls = train.next_token_loss, iter(range(10**6))
+        patch.setattr(train, "next_token_loss",
+                      lambda model, batch: loss_fn(model, batch) * (math.nan if next(calls) == 2 else 1))
+        run_train("--max_iter=3")
+    assert "up to step 2: 1 with a loss or gradient that is not finite" in capsys.readouterr().err
+    run_train("--resume_checkpoint", "--max_iter=6")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_same_signal_twice_at_once_is_one(run_train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         stop_in(patch, 1, number=signal.SIGINT, times=2)
@@ -777,4 +788,9 @@ def test_plot_draws_runs_that_were(run_train, capsys, refused, tmp_path):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     refused(train.main, [f"--plot={first},{tmp_path / 'none.pt'}"], "--plot=", "none/metrics.jsonl holds no rows")
     refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no rows")
+    refused(train.main, ["--plot="], "--plot=: is empty")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"step": 1, "val_loss": 3.0}\n{"step": 2, "tokens": 9, "seconds": 1.0, "val_loss": 2.0}\n')
+    train.main([f"--plot={odd}"])
+    assert (tmp_path / "curves.png").exists()
     assert not image.exists() and not (tmp_path / "none").exists()
