@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from runtime.device import (
     can_compile,
     compile_in_place,
     explain_out_of_memory,
-    is_out_of_memory,
     keep_pages,
     known_dtype,
     open_machine,
@@ -44,6 +44,7 @@ from runtime.files import require_writable, sole_writer
 from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, parse_bool, read_flags, say
 from runtime.metrics import LossSums, MetricsLog, Watch, draw_curves, read_rows
 from runtime.stop import StopSignals, without_garbage_collection
+from runtime.trial import faster_machine, fitting_batch
 from tokenizer import Tokenizer
 
 PRESETS = {
@@ -423,10 +424,11 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not blob:
-        machine = faster_machine(model, machine)
+        machine = faster_machine(partial(step_of_zeros, model), machine)
     if run.batch_size == "auto":
         n_blocks = loop.num_batch_accum
-        batch_size = fitting_batch(model, machine, n_blocks)
+        states = sum(8 * p.numel() for p in model.parameters())  # of the optimizer, which has none yet: at most two in fp32
+        batch_size = fitting_batch(partial(step_of_zeros, model), machine, n_blocks, states)
         run = dataclasses.replace(run, batch_size=batch_size)
         loop = dataclasses.replace(loop, num_batch_accum=n_blocks // batch_size)
     loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
@@ -455,60 +457,15 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     return state, data, loop, run
 
 
-def fitting_batch(model: GPT, machine: Machine, n_blocks: int) -> int:
-    """The largest divisor of `n_blocks` whose step fits into the device's memory, by what the two smallest take: memory
-    grows evenly with the batch. On a GPU it is tried too. Raises MemoryError when not even one block fits."""
-    states = sum(8 * p.numel() for p in model.parameters())  # of the optimizer, which has none yet: at most two in fp32
-    room = 0.9 * machine.free_memory() - states
-
-    def peak_of(size: int) -> float:
-        machine.reset_peak_memory()
-        start = machine.peak_memory()
-        try:
-            step_of_zeros(model, machine, size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return math.inf
-        finally:
-            model.zero_grad(set_to_none=True)
-        return machine.peak_memory() - start
-    sizes = [size for size in range(1, n_blocks + 1) if n_blocks % size == 0]
-    peak_of(1)  # what is made once, such as handles of libraries, is no part of a block
-    one = peak_of(1)
-    if one > room:
-        raise MemoryError(f"not even one block of {model.config.block_size} tokens fits")
-    two = peak_of(sizes[1]) if len(sizes) > 1 and sizes[1] * one <= 4 * room else math.inf
-    grows = max((two - one) / (sizes[1] - 1), 0.0) if two < math.inf else math.inf
-    fits = [size for size in sizes if size == 1 or one + grows * (size - 1) <= room]
-    while machine.device.type == "cuda" and fits[-1] > 1 and peak_of(fits[-1]) > room:
-        fits.pop()
-        torch.cuda.empty_cache()
-    machine.reset_peak_memory()
-    return fits[-1]
-
-
-def faster_machine(model: GPT, machine: Machine) -> Machine:
-    """Of fp16 and fp32 the one in which a few steps of this model take less time."""
-    def seconds_of(machine: Machine) -> float:
-        times = []
-        for _ in range(4):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step_of_zeros(model, machine, 1)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
-        return min(times)
-    return min((dataclasses.replace(machine, dtype=dtype) for dtype in ("fp32", "fp16")), key=seconds_of)
-
-
 def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
-    """Forward and backward pass of a batch, to see whether they work here, and what they need."""
+    """Forward and backward pass of a batch, to see whether they work here, and what they need. Leaves no gradient."""
     batch = torch.zeros(2, batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
-    with machine.autocast():
-        loss = next_token_loss(model, batch)
-    loss.backward()
+    try:
+        with machine.autocast():
+            loss = next_token_loss(model, batch)
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def report_changes(state: TrainState, training: dict):
@@ -600,7 +557,7 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """From an opened run to the sample of its text. Raises SystemExit when a signal stops it."""
     model, machine, path = state.model, state.machine, state.writer.path
     if can_compile(machine.device) if run.compile_model == "auto" else run.compile_model:
-        compile_in_place(model, lambda: step_of_zeros(model, machine, run.batch_size))
+        compile_in_place(model, partial(step_of_zeros, model, machine, run.batch_size))
     try:
         with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(run.dataloader_num_workers):
             stopped_by = fit(state, loop, next_token_loss,

@@ -237,8 +237,6 @@ def compile_in_place(model: torch.nn.Module, try_step) -> bool:
         warnings.warn(f"--compile_model: torch.compile does not work here ({reason[:120]}); going on without",
                       stacklevel=2)
         return False
-    finally:
-        model.zero_grad(set_to_none=True)
 
 
 # -- random generators ------------------------------------------------------------------------------------------------

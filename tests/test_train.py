@@ -21,6 +21,7 @@ from dataloader import TrainLoader, open_data
 from layers import MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.trial import fitting_batch
 from tokenizer import Tokenizer
 
 # the parts of the preset that a tiny model can have
@@ -589,12 +590,12 @@ def memory(monkeypatch, free, of_size):
     monkeypatch.setattr(train.Machine, "peak_memory", lambda self: peak[0])
     monkeypatch.setattr(train.Machine, "reset_peak_memory", lambda self: peak.__setitem__(0, 1000))
     monkeypatch.setattr(train.Machine, "free_memory", lambda self: free)
+    return lambda machine, batch_size: step(None, machine, batch_size)
 
 
 def fitting(monkeypatch, n_blocks, free, of_size, device="cpu") -> int:
-    memory(monkeypatch, free, of_size)
-    model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=2, block_size=4, vocab_size=3))
-    return train.fitting_batch(model, train.Machine(torch.device(device), "fp32"), n_blocks)
+    step = memory(monkeypatch, free, of_size)
+    return fitting_batch(step, train.Machine(torch.device(device), "fp32"), n_blocks, states=432)
 
 
 @pytest.mark.parametrize("n_blocks, room, expected", [
@@ -602,8 +603,7 @@ def fitting(monkeypatch, n_blocks, free, of_size, device="cpu") -> int:
     (7, 10_000, 7), (1, 10**9, 1)])
 def test_the_largest_batch_that_fits(monkeypatch, n_blocks, room, expected):
     """A divisor of the blocks of a step; 1000 bytes a block, and a tenth of what is free stays free."""
-    n_parameters = 3 * 2 + 12 * 4
-    assert fitting(monkeypatch, n_blocks, (room + 8 * n_parameters) / 0.9 + 100, lambda n: 1000 * n) == expected
+    assert fitting(monkeypatch, n_blocks, (room + 432) / 0.9 + 100, lambda n: 1000 * n) == expected
 
 
 def test_two_sizes_say_what_all_would_take(monkeypatch):
@@ -614,6 +614,20 @@ def test_two_sizes_say_what_all_would_take(monkeypatch):
         tried.append(n)
         return 500 + 100 * n
     assert fitting(monkeypatch, 64, 10**5, of_size) == 64 and tried == [1, 1, 2]
+
+
+def test_a_trial_step_leaves_no_gradient(data_path):
+    model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=16, vocab_size=512))
+    machine = train.Machine(torch.device("cpu"), "fp32")
+    train.step_of_zeros(model, machine, 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    def fails_late(weight):
+        raise RuntimeError("too late")
+    model.embed.weight.register_hook(fails_late)
+    with pytest.raises(RuntimeError, match="too late"):
+        train.step_of_zeros(model, machine, 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_gpu_tries_what_should_fit(monkeypatch):
@@ -630,7 +644,7 @@ def test_a_gpu_tries_what_should_fit(monkeypatch):
     def broken(n):
         raise RuntimeError("another error")
     with pytest.raises(RuntimeError, match="another error"):
-        fitting(monkeypatch, 64, 10**9, broken)
+        fitting(monkeypatch, 64, 10**9, broken, "cuda")
 
 
 def test_room_for_nothing_is_one_line(run_train, monkeypatch, capsys):
@@ -641,7 +655,7 @@ def test_room_for_nothing_is_one_line(run_train, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             run_train("--batch_size=auto")
         error, = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 1 and error.startswith("train.py: ") and "not even one block of 16 tokens fits" in error
+        assert stop.value.code == 1 and error.startswith("train.py: ") and "not even a batch of one block fits" in error
 
 
 @pytest.mark.parametrize("free, sizes", [(10**9, (32, 1)), (9_000_000 / 0.9, (8, 4))])
