@@ -147,6 +147,7 @@ class TrainState:
     skips_told: int = 0          # steps left out that the user has been told of
     saved_step: int = -1         # that the checkpoint holds; -1 before this run has written it
 
+    @torch.no_grad()
     def save(self, is_best: bool = False, at_once: bool = True):
         """at_once: when this returns, it is on disk. Raises FloatingPointError rather than replace a good checkpoint by
         weights that are no longer finite."""

@@ -1,4 +1,4 @@
-"""Peak memory of a training step, traced without a GPU: no number is computed, every tensor is only accounted for.
+"""Peak memory of a training step. Without a GPU it is traced: no number is computed, every tensor is accounted for.
 
     python bench/memory.py --n_layer 12 --n_head 12 --block_size 1024 --vocab_size 32768 --batch_sizes 4 8 16
 
@@ -11,6 +11,7 @@ traced as the CPU's flash attention. `torch.cuda.max_memory_allocated` on a card
 import argparse
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ class LiveBytes(TorchDispatchMode):
                 self.count(leaf.untyped_storage())
         return out
 
+    def start_anew(self):
+        self.peak = self.now
+
     def count(self, storage: torch.UntypedStorage):
         key = storage._cdata
         if key not in self.seen:
@@ -58,21 +62,28 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, dtype: torch.dtype | None = None,
-                 full_logits: bool = False, gradient_checkpointing: bool = False) -> int:
-    """Bytes. dtype: of autocast. The second step is the one that counts: the optimizer has its states from the first."""
-    with FakeTensorMode(), LiveBytes() as live:
-        model = GPT(config)
+                 full_logits: bool = False, gradient_checkpointing: bool = False, device: str = "cpu") -> int:
+    """Bytes, traced for a CPU, measured on a GPU. dtype: of autocast."""
+    def two_steps(start_anew: Callable):
+        """The second is the one that counts: the optimizer has its states from the first."""
+        model = GPT(config).to(device)
         model.gradient_checkpointing = gradient_checkpointing
         optimizer = make_optimizer(model, schedule, dtype or torch.float32)
         for _ in range(2):
-            live.peak = live.now
-            idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
-            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            start_anew()
+            idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=device)
+            with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 loss = F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()) if full_logits else model(idx, idx)
             loss.backward()
             del loss
             optimizer.step()
             optimizer.zero_grad()
+
+    if device == "cuda":
+        two_steps(torch.cuda.reset_peak_memory_stats)
+        return torch.cuda.max_memory_allocated()
+    with FakeTensorMode(), LiveBytes() as live:
+        two_steps(live.start_anew)
     return live.peak
 
 
@@ -100,17 +111,18 @@ def main():
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "block_size", "vocab_size")}
     loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]  # traced on a CPU, meant for a GPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [f"| peak GiB of a step at batch_size | {' | '.join(map(str, args.batch_sizes))} |",
             "|---" * (1 + len(args.batch_sizes)) + "|"]
     for dtype in args.dtypes:
         for arm, (preset, options) in ARMS.items():
             peaks = [peak_of_step(*of_preset(preset, **shape), batch_size, None if dtype == "fp32" else DTYPES[dtype],
-                                  **options) / 2**30 for batch_size in args.batch_sizes]
+                                  **options, device=device) / 2**30 for batch_size in args.batch_sizes]
             rows.append(f"| {arm}, {dtype} | {' | '.join(f'{peak:.2f}' for peak in peaks)} |")
             print(rows[-1], flush=True)
     config, _ = of_preset(None, **shape)
-    text = (f"{args.n_layer} layers x {config.n_embd}, block {args.block_size:,}, vocabulary {args.vocab_size:,}, traced: "
-            f"`python bench/memory.py`. Add about 0.5 GiB for CUDA itself.")
+    text = (f"{args.n_layer} layers x {config.n_embd}, block {args.block_size:,}, vocabulary {args.vocab_size:,}, "
+            f"{'traced' if device == 'cpu' else 'measured on ' + torch.cuda.get_device_name()}: `python bench/memory.py`. Add about 0.5 GiB for CUDA itself.")
     write_into_readme("bench/memory.py", "\n".join(rows) + "\n\n" + text)
 
 
