@@ -66,7 +66,8 @@ def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, 
     """Bytes, traced for a CPU, measured on a GPU. dtype: of autocast."""
     def two_steps(start_anew: Callable):
         """The second is the one that counts: the optimizer has its states from the first."""
-        model = GPT(config).to(device)
+        with torch.device(device):
+            model = GPT(config)
         model.gradient_checkpointing = gradient_checkpointing
         optimizer = make_optimizer(model, schedule, dtype or torch.float32)
         for _ in range(2):
@@ -121,8 +122,9 @@ def main():
             rows.append(f"| {arm}, {dtype} | {' | '.join(f'{peak:.2f}' for peak in peaks)} |")
             print(rows[-1], flush=True)
     config, _ = of_preset(None, **shape)
-    text = (f"{args.n_layer} layers x {config.n_embd}, block {args.block_size:,}, vocabulary {args.vocab_size:,}, "
-            f"{'traced' if device == 'cpu' else 'measured on ' + torch.cuda.get_device_name()}: `python bench/memory.py`. Add about 0.5 GiB for CUDA itself.")
+    how = "traced" if device == "cpu" else f"measured on {torch.cuda.get_device_name()}"
+    text = (f"{args.n_layer} layers x {config.n_embd}, block {args.block_size:,}, vocabulary {args.vocab_size:,}, {how}: "
+            f"`python bench/memory.py`. Add about 0.5 GiB for CUDA itself.")
     write_into_readme("bench/memory.py", "\n".join(rows) + "\n\n" + text)
 
 
