@@ -484,7 +484,7 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """The lines a run begins with."""
     config, step_tokens = state.model.config, run.batch_size * loop.num_batch_accum * state.model.config.block_size
     train_tokens = data.manifest.total("train", "tokens")
-    ends = [f"{end:,g} {unit}" for unit, end in (
+    ends = [f"{end:,} {unit}" for unit, end in (
         ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]
     seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}, vocabulary "
