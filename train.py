@@ -94,8 +94,8 @@ class RunConfig:
     resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
                                         "their\nvalue, and the run continues exactly as if never stopped", bare="1")
     overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints given here with commas\n"
-                           "between, into curves.png in the metrics folder of the first", bare="1")
+    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or files of metrics given "
+                           "here with\ncommas between, into curves.png beside the metrics of the first", bare="1")
     preset: str = flag(None, "values for flags that are not given, see README", choices=tuple(PRESETS))
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
                               "so that\na step sees the tokens it would have seen", at_least=1, at_most=1_000_000, auto=True)
@@ -499,19 +499,19 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
 
 
 def plot(named: str, path: Path):
-    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path."""
+    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path. The picture is
+    beside the first one's rows."""
     paths = [path] if named == "1" else [Path(name.strip()).expanduser() for name in named.split(",")]
-    runs, folder_of_first = {}, None
+    runs, pictures = {}, []
     for path in paths:
         rows_at = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
-        folder_of_first = folder_of_first or rows_at.parent
+        pictures.append(rows_at.parent / "curves.png" if rows_at.name == "metrics.jsonl" else rows_at.with_suffix(".png"))
         runs[str(path)] = read_rows(rows_at)
         if not any("val_loss" in row for row in runs[str(path)]):
             raise BadInput(f"--plot={named}: {rows_at} holds no rows of validations: give checkpoints of runs that have "
                            f"begun")
-    out = folder_of_first / "curves.png"
-    draw_curves(runs, out)
-    print(out)
+    draw_curves(runs, pictures[0])
+    print(pictures[0])
 
 
 def is_finished(loop: LoopConfig, blob: dict, values: dict) -> bool:

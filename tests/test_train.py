@@ -806,5 +806,5 @@ def test_plot_draws_runs_that_were(run_train, capsys, refused, tmp_path):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"step": 1, "val_loss": 3.0}\n{"step": 2, "tokens": 9, "seconds": 1.0, "val_loss": 2.0}\n')
     train.main([f"--plot={odd}"])
-    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "odd.png").exists()
     assert not image.exists() and not (tmp_path / "none").exists()
