@@ -94,8 +94,8 @@ class RunConfig:
     resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
                                         "their\nvalue, and the run continues exactly as if never stopped", bare="1")
     overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or files of metrics given "
-                           "here with\ncommas between, into curves.png beside the metrics of the first", bare="1")
+    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or files of metrics "
+                           "given here\nwith commas between, into curves.png beside the metrics of the first", bare="1")
     preset: str = flag(None, "values for flags that are not given, see README", choices=tuple(PRESETS))
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
                               "so that\na step sees the tokens it would have seen", at_least=1, at_most=1_000_000, auto=True)
@@ -499,8 +499,8 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
 
 
 def plot(named: str, path: Path):
-    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path. The picture is
-    beside the first one's rows."""
+    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path. The picture
+    is beside the first one's rows."""
     paths = [path] if named == "1" else [Path(name.strip()).expanduser() for name in named.split(",")]
     runs, pictures = {}, []
     for path in paths:
