@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from layers import MIXERS, MLPS, NORMS
 from layers.loss import capped_logits, cross_entropy
 from layers.norm import rms_norm
+from layers.shift import ShiftCache, TokenShift
 from runtime.flags import BadInput, check_flags, flag
 
 # Standard deviation of a tied model's first logits: nearly a uniform guess, and far enough from it to learn at once.
@@ -35,6 +36,7 @@ class GPTConfig:
     qk_norm: bool = flag(True, "normalise queries and keys")
     value_residual: bool = flag(True, "mix the first layer's values into the later layers'")
     embed_shortcut: bool = flag(True, "mix the embedding into the input of each block")
+    token_shift: bool = flag(True, "add a learned share of the token before to the input of mixers and feed-forward layers")
     softcap: float = flag(15.0, "keeps logits within this distance of 0; 0 does not", at_least=0)
     tied: bool = flag(True, "embedding and head are one matrix")
     bias: bool = flag(False, "of linear layers and LayerNorm")
@@ -51,23 +53,40 @@ class GPTConfig:
         return self.n_head * self.head_size
 
 
+@dataclass
+class BlockCache:
+    """What a block keeps of the positions it has seen."""
+    mixer: object
+    shifts: list[ShiftCache]
+
+
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); with the shortcut, x is a learned mix of x and the embedding."""
+    """x + mixer(shift(norm(x))), then x + mlp(shift(norm(x))), where a shift adds a share of the token before; with the
+    shortcut, x is at first a learned mix of x and the embedding."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.shortcut = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embed_shortcut and layer > 0 else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
+        self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
         self.mixer = MIXERS[config.mixer](config, layer)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None, cache=None) -> tuple[Tensor, Tensor]:
+    def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> BlockCache:
+        return BlockCache(self.mixer.init_cache(batch_size, n_tokens, device, dtype),
+                          [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
+
+    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None,
+                cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
         """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
         if self.shortcut is not None:
             x = self.shortcut[0] * x + self.shortcut[1] * embedded
-        y, value = self.mixer(self.mixer_norm(x), cache, first)
+        y, value = self.mixer(self.shifted(0, self.mixer_norm(x), cache), cache and cache.mixer, first)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), value
+        return x + self.mlp(self.shifted(1, self.mlp_norm(x), cache)), value
+
+    def shifted(self, i: int, x: Tensor, cache: BlockCache | None) -> Tensor:
+        return x if self.shifts is None else self.shifts[i](x, cache and cache.shifts[i])
 
 
 class GPT(nn.Module):
@@ -122,7 +141,7 @@ class GPT(nn.Module):
         assert reduction in ("mean", "none"), reduction
         x = self.embed(idx)
         if self.positions is not None:
-            start = cache[0].length if cache is not None else 0
+            start = cache[0].mixer.length if cache is not None else 0
             x = x + self.positions.weight[start:start + idx.size(1)]
         if self.config.norm == "rms":
             x = rms_norm(x)
@@ -139,10 +158,9 @@ class GPT(nn.Module):
         return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
 
     def init_cache(self, batch_size: int, n_tokens: int, dtype: torch.dtype | None = None) -> list:
-        """One entry per block, made by its mixer, with room for `n_tokens` positions; `forward` fills it in place."""
+        """One entry per block, with room for `n_tokens` positions; `forward` fills it in place."""
         weight = self.embed.weight
-        return [block.mixer.init_cache(batch_size, n_tokens, weight.device, dtype or weight.dtype)
-                for block in self.blocks]
+        return [block.init_cache(batch_size, n_tokens, weight.device, dtype or weight.dtype) for block in self.blocks]
 
     def flops_per_token(self) -> int:
         """Floating-point operations of the matrix products of one training token: forward, and twice that backward.

@@ -19,13 +19,13 @@ class OptimizerConfig:
     optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
                                   "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
-    learning_rate: float = flag(0.02, "peak learning rate of the matrices; the other groups keep their ratio to it",
+    learning_rate: float = flag(0.03, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
     momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
     weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
     schedule: str = flag("linear", "after the warmup: constant, then linear to zero; or a cosine to a tenth",
                          choices=("linear", "cosine"))
-    warmup_iter: int = flag(20, "steps of linear warmup", at_least=0)
+    warmup_iter: int = flag(10, "steps of linear warmup", at_least=0)
     cooldown_frac: float = flag(0.6, "last part of the run in which the learning rate falls linearly to zero",
                                 at_least=0, at_most=1)
     __post_init__ = check_flags
@@ -35,7 +35,7 @@ class OptimizerConfig:
 ADAM_RATIO = 0.1     # of the matrices, where AdamW has them
 EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
 HEAD_RATIO = 0.5     # a head of its own
-SCALAR_RATIO = 0.5
+SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
 BETAS = 0.9, 0.95
 MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200

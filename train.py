@@ -50,10 +50,10 @@ from tokenizer import Tokenizer
 PRESETS = {
     # nanoGPT's model and recipe: https://github.com/karpathy/nanoGPT, train.py and config/train_gpt2.py
     "gpt2": {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "mlp": "gelu", "norm": "layer",
-             "positions": "learned", "qk_norm": False, "value_residual": False, "embed_shortcut": False, "softcap": 0.0,
-             "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2", "learning_rate": 6e-4, "weight_decay": 0.1,
-             "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0, "max_iter": 600_000, "batch_size": 12,
-             "num_batch_accum": 40, "val_intervals": 1000},
+             "positions": "learned", "qk_norm": False, "value_residual": False, "embed_shortcut": False,
+             "token_shift": False, "softcap": 0.0, "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2",
+             "learning_rate": 6e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0,
+             "max_iter": 600_000, "batch_size": 12, "num_batch_accum": 40, "val_intervals": 1000},
     "6gb": {"batch_size": 8, "num_batch_accum": 8},
     "p100": {"batch_size": 16, "num_batch_accum": 4, "compile_model": False},
     "cpu": {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256, "batch_size": 16, "num_batch_accum": 1,

@@ -25,6 +25,7 @@ ARMS = {
     "softcap at 30": ["--softcap=30"],
     "no value residual": ["--value_residual=0"],
     "no embedding shortcut": ["--embed_shortcut=0"],
+    "no token shift": ["--token_shift=0"],
     "head of its own, not tied": ["--tied=0"],
     "biases": ["--bias"],
     "cosine schedule": ["--schedule=cosine"],

@@ -11,7 +11,7 @@ from dataloader import IGNORE_INDEX
 from layers import MIXERS, MLPS, loss
 from layers.attention import Rotary
 from layers.norm import rms_norm
-from model import GPT, GPTConfig
+from model import EMBED_LOGITS, GPT, GPTConfig
 from runtime.flags import BadInput, read_flags
 from train import PRESETS
 
@@ -20,7 +20,7 @@ GPT2 = {name: value for name, value in PRESETS["gpt2"].items()
 # every layer, and every switch turned from the way it usually is
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"norm": "layer"},
             {"positions": "learned"}, {"qk_norm": False}, {"value_residual": False}, {"embed_shortcut": False},
-            {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
+            {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [pytest.param(switch, id="=".join(map(str, *switch.items()))) for switch in SWITCHES] + [
     pytest.param(GPT2, id="gpt2"), pytest.param({"norm": "layer", "bias": True, "tied": False}, id="layer,bias,untied")]
 B, T, V = 3, 24, 96
@@ -277,13 +277,13 @@ def test_initial_weights_by_hand(init):
         if init == "gpt2":
             expected = 0.02 / 16 ** 0.5 if is_proj else 0.02  # 1/√N for the N = 2 * 8 layers that add to the stream
         elif name == "embed.weight":
-            expected = 0.32 / 128 ** 0.5
+            expected = EMBED_LOGITS / 128 ** 0.5
         elif is_lookup:
             expected = 128 ** -0.5
         else:
             expected = 0 if is_proj or name == "head.weight" else 128 ** -0.5
         assert std == pytest.approx(expected, rel=0.05), name
-    assert all((weight == (0 if name.endswith("bias") else 1)).all()
+    assert all((weight == (0 if name.endswith(("bias", "share")) else 1)).all()
                for name, weight in model.named_parameters() if weight.dim() == 1 and not name.endswith("shortcut"))
 
 
@@ -303,11 +303,11 @@ def test_rotary_by_hand():
 
 
 def test_parameters_of_the_default_shape():
-    """12 layers of 12 * width², a matrix of vocabulary * width; and in 11 layers two numbers of the shortcut, one of
-    values."""
+    """12 layers of 12 * width² and two shifts of width, a matrix of vocabulary * width; and in 11 layers two numbers of the
+    shortcut, one of values."""
     with torch.device("meta"):
         default, untied = GPT(GPTConfig(vocab_size=32_768)), GPT(GPTConfig(vocab_size=32_768, tied=False))
-    assert default.n_parameters() == 12 * 12 * 768**2 + 32_768 * 768 + 11 * 3
+    assert default.n_parameters() == 12 * (12 * 768**2 + 2 * 768) + 32_768 * 768 + 11 * 3
     assert untied.n_parameters() == default.n_parameters() + 32_768 * 768
     assert untied.flops_per_token() == default.flops_per_token()  # a tied head is multiplied with all the same
 

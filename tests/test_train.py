@@ -26,8 +26,8 @@ from tokenizer import Tokenizer
 
 # the parts of the preset that a tiny model can have
 GPT2 = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in train.PRESETS["gpt2"].items()
-        if name in ("mlp", "norm", "positions", "qk_norm", "value_residual", "embed_shortcut", "softcap", "bias", "init",
-                    "optimizer", "weight_decay", "schedule", "grad_clip")]
+        if name in ("mlp", "norm", "positions", "qk_norm", "value_residual", "embed_shortcut", "token_shift", "softcap",
+                    "bias", "init", "optimizer", "weight_decay", "schedule", "grad_clip")]
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -256,7 +256,8 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
 @pytest.mark.parametrize("flag", [
     "--learning_rate=0.01", "--weight_decay=5", "--warmup_iter=5", "--cooldown_frac=0", "--grad_clip=0.001", "--seed=1",
     "--batch_size=3", "--num_batch_accum=1", "--mlp=gelu", "--mlp=swiglu", "--dtype=bf16", "--norm=layer",
-    "--positions=learned", "--qk_norm=0", "--value_residual=0", "--embed_shortcut=0", "--softcap=0", "--tied=0", "--bias",
+    "--positions=learned", "--qk_norm=0", "--value_residual=0", "--embed_shortcut=0", "--token_shift=0", "--softcap=0",
+    "--tied=0", "--bias",
     "--init=gpt2", "--optimizer=adamw", "--optimizer=gpt2", "--schedule=cosine",
     "--momentum_dtype=fp32"])
 def test_every_knob_turns_something(run_train, flag):
@@ -498,7 +499,7 @@ def test_the_gpt2_preset_is_nanogpts_recipe():
     values = flags_with("--preset=gpt2")
     model = {"n_layer": 12, "n_head": 12, "head_size": 768 // 12, "block_size": 1024, "norm": "layer", "bias": True,
              "mlp": "gelu", "positions": "learned", "tied": True, "init": "gpt2", "qk_norm": False, "softcap": 0,
-             "value_residual": False, "embed_shortcut": False}
+             "value_residual": False, "embed_shortcut": False, "token_shift": False}
     recipe = {"learning_rate": 6e-4, "weight_decay": 1e-1, "grad_clip": 1.0, "warmup_iter": 2000, "max_iter": 600_000,
               "schedule": "cosine", "optimizer": "gpt2", "batch_size": 12, "num_batch_accum": 5 * 8, "val_intervals": 1000}
     assert {name: values[name] for name in model | recipe} == model | recipe
