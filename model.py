@@ -81,12 +81,18 @@ class Block(nn.Module):
         """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
         if self.shortcut is not None:
             x = self.shortcut[0] * x + self.shortcut[1] * embedded
-        y, value = self.mixer(self.shifted(0, self.mixer_norm(x), cache), cache and cache.mixer, first)
+        y, value = self.mixer(self.read(0, self.mixer_norm, x, cache), cache and cache.mixer, first)
         x = x + y
-        return x + self.mlp(self.shifted(1, self.mlp_norm(x), cache)), value
+        return x + self.mlp(self.read(1, self.mlp_norm, x, cache)), value
 
-    def shifted(self, i: int, x: Tensor, cache: BlockCache | None) -> Tensor:
-        return x if self.shifts is None else self.shifts[i](x, cache and cache.shifts[i])
+    def read(self, i: int, norm: nn.Module, x: Tensor, cache: BlockCache | None) -> Tensor:
+        """What the block's i-th layer sees of the residual stream."""
+        if self.shifts is None:
+            return norm(x)
+        if cache is not None or not torch.is_grad_enabled():
+            return self.shifts[i](norm(x), cache and cache.shifts[i])
+        # cheap enough to compute again: kept, they would add a twelfth to the memory of a step
+        return checkpoint(lambda x: self.shifts[i](norm(x)), x, use_reentrant=False, preserve_rng_state=False)
 
 
 class GPT(nn.Module):
