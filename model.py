@@ -18,8 +18,8 @@ from layers.norm import rms_norm
 from layers.shift import ShiftCache, TokenShift
 from runtime.flags import BadInput, check_flags, flag
 
-# Standard deviation of a tied model's first logits: nearly a uniform guess, and far enough from it to learn at once.
-EMBED_LOGITS = 0.1
+EMBED_LOGITS = 0.1  # standard deviation of a tied model's first logits: nearly a uniform guess
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -91,7 +91,7 @@ class Block(nn.Module):
             return norm(x)
         if cache is not None or not torch.is_grad_enabled():
             return self.shifts[i](norm(x), cache and cache.shifts[i])
-        # cheap enough to compute again: kept, they would add a twelfth to the memory of a step
+        # computed again in the backward pass, which is cheap, rather than kept
         return checkpoint(lambda x: self.shifts[i](norm(x)), x, use_reentrant=False, preserve_rng_state=False)
 
 

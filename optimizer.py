@@ -31,7 +31,7 @@ class OptimizerConfig:
     __post_init__ = check_flags
 
 
-# Learning rates relative to that of the matrices under Muon, at the reference shape. See bench/learning_rates.py.
+# Learning rates relative to that of the matrices under Muon.
 ADAM_RATIO = 0.1     # of the matrices, where AdamW has them
 EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
 HEAD_RATIO = 0.5     # a head of its own
@@ -42,39 +42,36 @@ MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200
 # Newton-Schulz iteration: coefficients that drive all singular values into [0.7, 1.2] in five steps
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
 NS_NUMBERS = 2**25   # of stacked matrices at once: 64 MiB of bf16
-STACKED = {"qkv.weight": 3}  # matrices that stand in one parameter, one above the other
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 def parameter_groups(model: GPT, config: OptimizerConfig) -> list[dict]:
     """Every parameter once, each group with its `peak_lr`, `weight_decay` and `method`."""
-    rate, width = config.learning_rate, model.config.n_embd
-    named = dict(model.named_parameters())
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "gpt2":
-        matrices = [p for p in named.values() if p.dim() >= 2]
-        rest = [p for p in named.values() if p.dim() < 2]
-        groups = [("adamw", matrices, rate, config.weight_decay, 1), ("adamw", rest, rate, 0.0, 1)]
+        settings = {"matrix": ("adamw", rate, decay), "qkv": ("adamw", rate, decay), "lookup": ("adamw", rate, decay),
+                    "head": ("adamw", rate, decay), "scalar": ("adamw", rate, 0.0)}
     else:
-        in_blocks = {name: p for name, p in model.blocks.named_parameters() if p.dim() == 2}
-        blocks = {id(p) for p in in_blocks.values()}
-        head = [] if model.config.tied else [model.head.weight]
-        lookup = [p for name, p in named.items() if name in ("embed.weight", "positions.weight")]
-        others = blocks | {id(p) for p in (*head, *lookup)}
-        is_muon = config.optimizer == "muon"
-        method, matrix_rate = ("muon", rate) if is_muon else ("adamw", ADAM_RATIO * rate)
-        by_split = {}
-        for name, p in in_blocks.items():
-            n = next((n for end, n in STACKED.items() if name.endswith(end)), 1) if is_muon else 1
-            by_split.setdefault(n, []).append(p)
-        # what is read by a head: a step moves logits by the width times the rate
-        by_width = (REFERENCE_WIDTH / width) ** 0.5
-        groups = [(method, ps, matrix_rate, config.weight_decay, n) for n, ps in by_split.items()]
-        groups += [("adamw", lookup, EMBED_RATIO * rate * by_width, 0.0, 1),
-                   ("adamw", head, HEAD_RATIO * rate * by_width, 0.0, 1),
-                   ("adamw", [p for p in named.values() if id(p) not in others], SCALAR_RATIO * rate, 0.0, 1)]
-    return [{"params": ps, "method": method, "lr": lr, "peak_lr": lr, "weight_decay": decay, "stacked": n}
-            for method, ps, lr, decay, n in groups if ps]
+        inside = ("muon", rate, decay) if config.optimizer == "muon" else ("adamw", ADAM_RATIO * rate, decay)
+        by_width = (REFERENCE_WIDTH / model.config.n_embd) ** 0.5  # a step moves logits by the width times the rate
+        settings = {"matrix": inside, "qkv": inside, "lookup": ("adamw", EMBED_RATIO * rate * by_width, 0.0),
+                    "head": ("adamw", HEAD_RATIO * rate * by_width, 0.0), "scalar": ("adamw", SCALAR_RATIO * rate, 0.0)}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(kind_of(name, parameter), []).append(parameter)
+    return [{"params": groups[kind], "method": method, "lr": lr, "peak_lr": lr, "weight_decay": decay,
+             "stacked": 3 if kind == "qkv" else 1}
+            for kind, (method, lr, decay) in settings.items() if kind in groups]
+
+
+def kind_of(name: str, parameter: Tensor) -> str:
+    """matrix; qkv, three of them one above the other; lookup: embeddings, with a tied head; head; scalar: all others."""
+    if parameter.dim() != 2:
+        return "scalar"
+    if name.startswith("blocks."):
+        return "qkv" if name.endswith("qkv.weight") else "matrix"
+    return "head" if name == "head.weight" else "lookup"
 
 
 class Muon(torch.optim.Optimizer):

@@ -119,8 +119,6 @@ ENDS = {"max_iter", "max_tokens", "max_seconds"}
 CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "momentum_dtype", "weight_decay", "schedule",
               "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "verbose"}
-
-
 FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale will do
 
 
@@ -399,13 +397,14 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     written."""
     run, gpt, schedule, loop, device = configs
     path, resumed = run.checkpoint_path, run.resume_checkpoint
-    in_place = bool(resumed) and path.exists() and path.samefile(resumed)
+    writer = CheckpointWriter(path, run_folder(path), Path(resumed) if resumed else None,
+                              bool(blob) and blob["training"].get("is_best", False))
     if path.is_dir():
         raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
-    if path.exists() and not run.overwrite and not in_place and resumed and of_run(Path(resumed)) == path:
-        raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced by "
-                       f"--overwrite, or choose another --checkpoint_path")
-    if path.exists() and not run.overwrite and not in_place:
+    if path.exists() and not run.overwrite and not writer.is_ours:
+        if resumed and of_run(Path(resumed)) == path:
+            raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced "
+                           f"by --overwrite, or choose another --checkpoint_path")
         raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
                        f"--overwrite, or choose another path")
     if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
@@ -445,8 +444,6 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
         rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
     optimizer = make_optimizer(model, schedule, torch.bfloat16 if machine.dtype == "bf16" else torch.float32)
     scaler = machine.grad_scaler()
-    writer = CheckpointWriter(path, run_folder(path), Path(resumed) if resumed else None,
-                              bool(blob) and blob["training"].get("is_best", False))
     watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
     state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,
                        writer, MetricsLog(run_folder(path), rows), settings)
@@ -454,7 +451,7 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
         with reading(Path(resumed)):
             loader.load_state_dict(blob["training"]["loader"])
             state.load(blob["training"])
-        state.saved_step = state.step if in_place else -1
+        state.saved_step = state.step if writer.is_ours else -1
     return state, data, loop, run
 
 
@@ -507,7 +504,7 @@ def plot(named: str, path: Path):
         rows_at = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
         pictures.append(rows_at.parent / "curves.png" if rows_at.name == "metrics.jsonl" else rows_at.with_suffix(".png"))
         runs[str(path)] = read_rows(rows_at)
-        if not any("val_loss" in row for row in runs[str(path)]):
+        if not any({"val_loss", "tokens", "seconds"} <= row.keys() for row in runs[str(path)]):
             raise BadInput(f"--plot={named}: {rows_at} holds no rows of validations: give checkpoints of runs that have "
                            f"begun")
     draw_curves(runs, pictures[0])

@@ -149,8 +149,8 @@ def draw_curves(runs: dict[str, list[dict]], path: Path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for name, rows in runs.items():
+        rows = [row for row in rows if {"tokens", "seconds"} <= row.keys()]
         for (loss_axis, bpb_axis), over, unit in zip(axes.T, ("tokens", "seconds"), (1e6, 1)):
-            rows = [row for row in rows if {"tokens", "seconds"} <= row.keys()]
             train = [(row[over] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
             val = [(row[over] / unit, row["val_loss"], row.get("val_bpb", math.nan)) for row in rows if "val_loss" in row]
             color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()

@@ -11,6 +11,7 @@ from dataloader import IGNORE_INDEX
 from layers import MIXERS, MLPS, loss
 from layers.attention import Rotary
 from layers.norm import rms_norm
+from layers.shift import TokenShift
 from model import EMBED_LOGITS, GPT, GPTConfig
 from runtime.flags import BadInput, read_flags
 from train import PRESETS
@@ -386,3 +387,11 @@ def test_small_vectors_are_normalised_in_every_dtype(dtype):
     """torch 2.6 by itself adds 0.008 to the mean square of bf16."""
     x = torch.full((4, 64), 0.03, dtype=dtype)
     assert torch.allclose(rms_norm(x).float(), torch.ones(4, 64), atol=0.01)
+
+
+def test_token_shift_by_hand():
+    shift = TokenShift(GPTConfig(n_head=1, head_size=2, vocab_size=3))
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+    assert torch.equal(shift(x), x)  # at first nothing is added
+    torch.nn.init.constant_(shift.share[:1], 0.5)
+    assert shift(x).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]

@@ -804,6 +804,8 @@ def test_plot_draws_runs_that_were(run_train, capsys, refused, tmp_path):
     refused(train.main, [f"--plot={first},{tmp_path / 'none.pt'}"], "--plot=", "none/metrics.jsonl holds no rows")
     refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no rows")
     refused(train.main, ["--plot="], "--plot=: is empty")
+    (tmp_path / "bare.jsonl").write_text('{"step": 1, "val_loss": 3.0}\n')
+    refused(train.main, [f"--plot={tmp_path / 'bare.jsonl'}"], "holds no rows")
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"step": 1, "val_loss": 3.0}\n{"step": 2, "tokens": 9, "seconds": 1.0, "val_loss": 2.0}\n')
     train.main([f"--plot={odd}"])
