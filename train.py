@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from dataloader import Data, TrainLoader, explain_dead_worker, open_data, val_batches
+from dataloader import Data, TrainLoader, explain_dead_worker, open_data, require_a_block, val_batches
 from generate import generate_text
 from model import GPT, GPTConfig
 from optimizer import MuonAdamW, OptimizerConfig, lr_scale, make_optimizer, set_rates
@@ -414,13 +414,14 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     if machine.device.type == "cpu":
         keep_pages()
     data = open_data(run.data_path, None if blob else gpt.vocab_size)
+    for split in ("train", "val"):
+        require_a_block(data, split, gpt.block_size)
     seed_everything(run.seed)
     if blob:
         with reading(Path(resumed)):
             model = GPT.from_blob(blob)
     else:
         model = GPT(dataclasses.replace(gpt, vocab_size=data.manifest.vocab_size))
-    next(val_batches(data, 1, 1, gpt.block_size))  # validation data that are too few are refused now
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not blob:
