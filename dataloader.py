@@ -464,6 +464,12 @@ class TrainLoader:
 
     def close(self):
         """Ends the workers. The position stays, and the next batch starts new ones."""
+        workers = getattr(self.iterator, "_workers", [])
+        if not all(worker.is_alive() for worker in workers):
+            for worker in workers:
+                worker.kill()
+            # torch would wait for this event's lock for ever if the dead worker held it
+            self.iterator._workers_done_event = threading.Event()
         # by hand: while an exception is handled, its traceback keeps the iterator, and so the workers, alive
         getattr(self.iterator, "_shutdown_workers", lambda: None)()
         self.iterator = None

@@ -1,8 +1,12 @@
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -136,6 +140,19 @@ def test_close_ends_the_workers_and_keeps_the_position(data):
     assert not multiprocessing.active_children()
     assert equal(take(loader, 2), take(other, 2))
     loader.close()
+
+
+def test_close_after_a_worker_died_with_a_lock(data):
+    """Workers look at an event at every batch: one that is killed just then holds the event's lock for ever."""
+    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=2)
+    take(loader, 1)
+    holder = threading.Thread(target=loader.iterator._workers_done_event._cond.acquire, daemon=True)
+    holder.start(), holder.join()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # from torch's signal handler
+        os.kill(loader.iterator._workers[1].pid, signal.SIGKILL)
+        time.sleep(10)
+    loader.close()
+    assert not multiprocessing.active_children()
 
 
 def test_another_batch_size_goes_on_with_the_same_blocks(data):
