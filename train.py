@@ -264,7 +264,7 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable) -> tuple[
     stays on the device, and how many tokens they held."""
     total, n_tokens = 0.0, 0
     for _ in range(loop.num_batch_accum):
-        batch = [part.to(state.machine.device, non_blocking=True) for part in next(state.loader)]
+        batch = state.machine.put(next(state.loader))
         with state.machine.autocast():
             loss = loss_fn(state.model, batch) / loop.num_batch_accum  # backward() sums gradients; we want their mean
         state.scaler.scale(loss).backward()
@@ -392,6 +392,24 @@ def merged(start: dict, given: dict) -> dict:
     return values
 
 
+def require_place(run: RunConfig, writer: CheckpointWriter):
+    """Raises BadInput when the run would replace what is not its own without having been told to."""
+    path, resumed = run.checkpoint_path, run.resume_checkpoint
+    if path.is_dir():
+        raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
+    if run.overwrite:
+        return
+    if path.exists() and not writer.is_ours:
+        if resumed and of_run(Path(resumed)) == path:
+            raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced "
+                           f"by --overwrite, or choose another --checkpoint_path")
+        raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
+                       f"--overwrite, or choose another path")
+    if not resumed and read_rows(run_folder(path) / "metrics.jsonl"):
+        raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
+                       f"--overwrite, or choose another path")
+
+
 def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
     """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS. Raises BadInput before any file is
     written."""
@@ -399,17 +417,7 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     path, resumed = run.checkpoint_path, run.resume_checkpoint
     writer = CheckpointWriter(path, run_folder(path), Path(resumed) if resumed else None,
                               bool(blob) and blob["training"].get("is_best", False))
-    if path.is_dir():
-        raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
-    if path.exists() and not run.overwrite and not writer.is_ours:
-        if resumed and of_run(Path(resumed)) == path:
-            raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced "
-                           f"by --overwrite, or choose another --checkpoint_path")
-        raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
-                       f"--overwrite, or choose another path")
-    if not resumed and not run.overwrite and read_rows(run_folder(path) / "metrics.jsonl"):
-        raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
-                       f"--overwrite, or choose another path")
+    require_place(run, writer)
     machine = open_machine(device, had=str(blob["training"].get("machine")).rpartition(", ")[2] if blob else "")
     if machine.device.type == "cpu":
         keep_pages()

@@ -4,15 +4,16 @@
 
 4 layers x 256, blocks of 256, 8,192 ids, 4,096 tokens a step. Each side trains with its own optimizer at every learning rate
 of a grid, with its whole schedule; the default also on shorter budgets, each with its full cooldown, until it just reaches
-the other's final loss. These runs are of losses, so two go on at a time with a thread each, and a run that --out holds
-finished is not run again. Step times are taken alone, on all cores, the sides in turns, each in a process of its own.
-nanoGPT's side runs as it would: eager, all logits at once, fp32 (it switches autocast off on a CPU), the C library's
-allocator as it is.
+the other's final loss, in the dtype it takes by itself and in fp32. These runs are of losses, so two go on at a time with a
+thread each, and a run that --out holds finished is not run again. Step times are taken alone, on all cores, the sides in
+turns, each in a process of its own. nanoGPT's side runs as it would: eager, all logits at once, what goes into and comes out
+of GELU both kept, fp32 (it switches autocast off on a CPU), the C library's allocator as it is.
 
 Writes its table into README.md and its curves into studies/training.png. About two hours on two cores.
 """
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ from side_by_side import REPO, machine, peak_memory, run, table, take_turns, tra
 
 import download_data
 import train
+from layers.mlp import GELU, MLP
 from runtime import device
 
 SHAPE = {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256}
@@ -44,11 +46,11 @@ def full_logits_loss(model, batch):
 
 def as_nanogpt():
     """What of the loop is not a flag."""
-    train.next_token_loss, train.keep_pages = full_logits_loss, lambda: None
+    train.next_token_loss, train.keep_pages, GELU.forward = full_logits_loss, lambda: None, MLP.forward
 
 
-def run_of(side: str, rate: float, steps: int) -> str:
-    return f"{side}_{rate:g}_{steps}"
+def run_of(side: str, rate: float, steps: int, dtype: str) -> str:
+    return f"{side}_{rate:g}_{steps}_{dtype}"
 
 
 def time_arm(name: str, data: str, steps: int = 14):
@@ -123,55 +125,63 @@ def main():
         timed[arm].append(run(__file__, arm, [f"--data={data}", f"--out={args.out}"]))
         return timed[arm][-1]["seconds"]
 
-    def losses(runs: list[tuple[str, float, int]]) -> dict:
-        """Each run's rows of validations. A run is a side, its rate and its steps."""
-        flags = {run_of(*a): [f"--data_path={data}", *SIDES[a[0]], *COMMON, f"--learning_rate={a[1]}", "--dtype=fp32",
+    def losses(runs: list[tuple[str, float, int, str]]) -> dict[str, list[dict]]:
+        """Each run's rows of validations. A run is a side, its rate, its steps and its dtype."""
+        flags = {run_of(*a): [f"--data_path={data}", *SIDES[a[0]], *COMMON, f"--learning_rate={a[1]}", f"--dtype={a[3]}",
                               f"--val_intervals={max(1, a[2] // 4)}", f"--val_iter={VAL_ITER}"] for a in runs}
         rows = train_runs(flags, args.out, {run_of(*a): a[2] for a in runs})
         return {name: [row for row in of_run if "val_loss" in row] for name, of_run in rows.items()}
 
-    steps = args.tokens // STEP_TOKENS
-    grid = losses([("gpt2", rate, steps) for rate in args.gpt2_rates] + [("ours", rate, steps) for rate in args.rates])
-    best = {side: min((run_of(side, rate, steps) for rate in rates), key=lambda name: grid[name][-1]["val_loss"])
-            for side, rates in (("gpt2", args.gpt2_rates), ("ours", args.rates))}
-    shorter = losses([("ours", float(best["ours"].split("_")[1]), budget // STEP_TOKENS) for budget in args.budgets])
+    steps, own = args.tokens // STEP_TOKENS, device.choose_dtype(torch.device("cpu"))
+    sides = {"gpt2": (args.gpt2_rates, "fp32"), "ours": (args.rates, own)}
+    grid = losses([(side, rate, steps, dtype) for side, (rates, dtype) in sides.items() for rate in rates])
+    best = {side: min((run_of(side, rate, steps, dtype) for rate in rates), key=lambda name: grid[name][-1]["val_loss"])
+            for side, (rates, dtype) in sides.items()}
+    rate = float(best["ours"].split("_")[1])
+    shorter = {dtype: losses([("ours", rate, budget // STEP_TOKENS, dtype) for budget in args.budgets])
+               for dtype in (own, "fp32")}
+    ends = {dtype: sorted((rows[-1]["tokens"], rows[-1]["val_loss"]) for rows in runs.values())
+            for dtype, runs in shorter.items()}
     step_seconds = dict(zip(timed, take_turns(seconds_of, list(timed), args.rounds)))
-    write_results(args, grid, best, shorter, timed, step_seconds)
+    write_results(args, sides, grid, best, ends, timed, step_seconds)
 
 
-def write_results(args, grid, best, shorter, timed, step_seconds):
+def write_results(args, sides, grid, best, ends, timed, step_seconds):
     ours, peer = grid[best["ours"]][-1], grid[best["gpt2"]][-1]
-    goal, tokens, steps = peer["val_loss"], peer["tokens"], peer["step"]
-    ends = sorted((rows[-1]["tokens"], rows[-1]["val_loss"]) for rows in shorter.values())
-    reached = next((n for n, loss in ends if loss <= goal), None)
-    share = reached / tokens if reached else float("nan")
-    fp32 = step_seconds["time_ours"] / step_seconds["time_gpt2"]
-    own = step_seconds["time_ours_auto"] / step_seconds["time_gpt2"]
-    compiled = step_seconds["time_ours_compiled"] / step_seconds["time_gpt2"]
+    goal, tokens, own = peer["val_loss"], peer["tokens"], sides["ours"][1]
+    # a budget too small for the goal is not a number
+    reached = {dtype: next((n for n, loss in of_dtype if loss <= goal), math.nan) for dtype, of_dtype in ends.items()}
+
+    def step_ratio(arm):
+        return step_seconds[arm] / step_seconds["time_gpt2"]
+
+    def to_goal(what, arm, dtype):
+        return (what, f"**{reached[dtype] / tokens * step_ratio(arm):.3f}**", seconds(arm, reached[dtype]),
+                seconds("time_gpt2", tokens))
 
     def median(arm, what):
         return statistics.median(figures[what] for figures in timed[arm])
 
     def seconds(arm, n_tokens):
         return f"{step_seconds[arm] * n_tokens / STEP_TOKENS:,.0f} s"
-    peaks = [peak_of_step(*of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE), 16, full_logits=preset == "gpt2") / 2**20
+    peaks = [peak_of_step(*of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE), 16, as_nanogpt=preset == "gpt2") / 2**20
              for preset in (None, "gpt2")]
     rows = [
         (f"validation loss after {tokens / 1e6:.2f} M tokens, nats/token: difference", f"**{ours['val_loss'] - goal:+.3f}**",
          f"{ours['val_loss']:.3f} ({ours['val_bpb']:.3f} bits/byte)",
          f"{goal:.3f} ({peer['val_bpb']:.3f} bits/byte)"),
-        ("tokens to reach nanoGPT's final loss: share", f"**{share:.3f}**", f"{(reached or 0) / 1e6:.2f} M",
+        (f"tokens to reach nanoGPT's final loss, ours in {own}: share", f"**{reached[own] / tokens:.3f}**",
+         f"{reached[own] / 1e6:.2f} M", f"{tokens / 1e6:.2f} M"),
+        ("the same, both in fp32", f"**{reached['fp32'] / tokens:.3f}**", f"{reached['fp32'] / 1e6:.2f} M",
          f"{tokens / 1e6:.2f} M"),
-        ("seconds to reach it, each side with its own defaults: share", f"**{share * own:.3f}**",
-         seconds("time_ours_auto", reached or 0), seconds("time_gpt2", tokens)),
-        ("the same, both in fp32", f"**{share * fp32:.3f}**", seconds("time_ours", reached or 0),
-         seconds("time_gpt2", tokens)),
-        (f"the same, ours compiled (and {median('time_ours_compiled', 'compile'):.0f} s for compiling)",
-         f"**{share * compiled:.3f}**", seconds("time_ours_compiled", reached or 0), seconds("time_gpt2", tokens)),
-        ("step time, both in fp32, ours eager: share", f"**{fp32:.2f}**", f"{step_seconds['time_ours'] * 1e3:,.0f} ms",
-         f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms"),
-        ("step time, both in fp32, ours compiled: share", f"**{compiled:.2f}**",
-         f"{step_seconds['time_ours_compiled'] * 1e3:,.0f} ms", f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms"),
+        to_goal(f"seconds to reach it, each side with its own defaults (ours in {own}): share", "time_ours_auto", own),
+        to_goal("the same, both in fp32", "time_ours", "fp32"),
+        to_goal(f"the same, ours compiled (and {median('time_ours_compiled', 'compile'):.0f} s for compiling)",
+                "time_ours_compiled", "fp32"),
+        *((f"step time, {what}: share", f"**{step_ratio(arm):.2f}**", f"{step_seconds[arm] * 1e3:,.0f} ms",
+           f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms")
+          for what, arm in (("both in fp32 and eager", "time_ours"), ("both in fp32, ours compiled", "time_ours_compiled"),
+                            (f"each side with its own defaults (ours in {own})", "time_ours_auto"))),
         ("loader's share of the step's time", "", f"{median('time_ours', 'loader'):.2%}",
          f"{median('time_gpt2', 'loader'):.2%}"),
         ("peak memory of a step, all its tensors, fp32: share", f"**{peaks[0] / peaks[1]:.2f}**", f"{peaks[0]:,.0f} MiB",
@@ -179,17 +189,17 @@ def write_results(args, grid, best, shorter, timed, step_seconds):
         ("memory that the process came to hold above its start", "", f"{median('time_ours', 'memory'):,.0f} MB",
          f"{median('time_gpt2', 'memory'):,.0f} MB"),
     ]
-    grids = "; ".join(label + " " + ", ".join(f"{grid[run_of(side, rate, steps)][-1]['val_loss']:.3f} at {rate:g}"
-                                              for rate in rates)
-                      for side, label, rates in (("gpt2", "nanoGPT", args.gpt2_rates), ("ours", "ours", args.rates)))
-    budgets = ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in ends)
+    grids = "; ".join(f"{label} " + ", ".join(f"{grid[run_of(side, rate, peer['step'], dtype)][-1]['val_loss']:.3f} at "
+                                              f"{rate:g}" for rate in rates)
+                      for label, (side, (rates, dtype)) in zip(("nanoGPT", "ours"), sides.items()))
+    budgets = "; ".join(f"in {dtype} " + ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in of_dtype)
+                        for dtype, of_dtype in ends.items())
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
-            f"{machine()}, torch {torch.__version__}; on this processor the default's `--dtype=auto` is "
-            f"{device.choose_dtype(torch.device('cpu'))}. Losses of the grids: {grids}; of the default on shorter budgets, "
-            f"each with its full cooldown: {budgets}. One seed. Step times are medians of {args.rounds} processes that took "
-            f"turns: `python bench/training.py --text docs_train.parquet`.")
+            f"{machine()}, torch {torch.__version__}; on this processor `--dtype=auto` is {own}. Losses of the grids: "
+            f"{grids}; of the default on shorter budgets, each with its full cooldown: {budgets}. One seed. Step times are "
+            f"medians of {args.rounds} processes that took turns: `python bench/training.py --text docs_train.parquet`.")
     write_into_readme("bench/training.py", text)
-    draw(grid, best, ends, step_seconds)
+    draw(grid, best, ends[own], step_seconds)
     print(text)
 
 

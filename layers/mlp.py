@@ -27,38 +27,60 @@ class MLP(nn.Module):
         return matrix_flops(self)
 
 
-class SquaredReLULinear(torch.autograd.Function):
-    """relu(x)² times a matrix, which keeps x alone for the backward pass: the square, as large, is computed again."""
+class ActivatedLinear(torch.autograd.Function):
+    """activation(x) times a matrix, which keeps x alone for the backward pass: the other, as large, is computed again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, mlp: "type[LeanMLP]") -> Tensor:
         """x: (..., in), weight: (out, in) -> (..., out)."""
         ctx.save_for_backward(x, weight)
-        return F.linear(F.relu(x).square_(), weight)
+        ctx.mlp = mlp
+        return F.linear(mlp.activation(x), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        hidden = F.relu(x)
-        x_grad = (grad @ weight.to(grad.dtype)).mul_(hidden).mul_(2)
-        weight_grad = grad.flatten(0, -2).T @ hidden.square_().flatten(0, -2).to(grad.dtype)
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype)
+        x_grad = ctx.mlp.activation_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
+        hidden = ctx.mlp.activation(x).flatten(0, -2).to(grad.dtype)
+        return x_grad, (grad.flatten(0, -2).T @ hidden).to(weight.dtype), None
 
 
-class ReLU2(MLP):
-    """relu(x)². Source: So et al. 2021 (Primer), arXiv:2109.08668."""
+class LeanMLP(MLP):
+    """An MLP that also knows its activation's derivative, and therefore keeps one hidden tensor where autograd keeps two."""
+
+    @staticmethod
+    def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
+        """grad: of activation(x), which may be overwritten. Returns that of x."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y = SquaredReLULinear.apply(self.fc(x), self.proj.weight)
+        y = ActivatedLinear.apply(self.fc(x), self.proj.weight, type(self))
         return y if self.proj.bias is None else y + self.proj.bias
 
 
-class GELU(MLP):
+class ReLU2(LeanMLP):
+    """relu(x)². Source: So et al. 2021 (Primer), arXiv:2109.08668."""
+
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.relu(x).square_()
+
+    @staticmethod
+    def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
+        return grad.mul_(F.relu(x)).mul_(2)
+
+
+class GELU(LeanMLP):
     """As in GPT-2. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
 
-    def activation(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
         return F.gelu(x)
+
+    @staticmethod
+    def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(grad, x)
 
 
 class SwiGLU(nn.Module):

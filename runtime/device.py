@@ -8,12 +8,14 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.flags import BadInput, check_flags, flag
 
@@ -56,6 +58,18 @@ class Machine:
         if self.dtype == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
+
+    def put(self, batch: Iterable[Tensor]) -> list[Tensor]:
+        """`batch` on the device. A GPU copies pinned tensors while it still computes what was asked of it before."""
+        if self.device.type != "cuda":
+            return [part.to(self.device, non_blocking=True) for part in batch]
+        copies, steps = copy_stream(self.device), torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(copies):
+            batch = [part.to(self.device, non_blocking=True) for part in batch]
+        steps.wait_stream(copies)
+        for part in batch:
+            part.record_stream(steps)  # its memory is given back only when `steps` has used it
+        return batch
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """fp16 gradients underflow unless the loss is scaled up; for other dtypes this does nothing."""
@@ -100,6 +114,11 @@ class Machine:
     def peak_memory(self) -> int:
         """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else process_peak()
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def process_peak() -> int:

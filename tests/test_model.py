@@ -251,14 +251,15 @@ def test_unnormalised_queries_grow_with_their_weights_and_normalised_do_not(idx)
         assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
 
 
-def test_relu2_by_hand_and_its_gradient():
+@pytest.mark.parametrize("name, activation", [("relu2", lambda x: F.relu(x) ** 2), ("gelu", F.gelu)])
+def test_a_lean_mlp_by_hand_and_its_gradient(name, activation):
     """The function with a backward pass of its own, against torch's."""
-    mlp = MLPS["relu2"](config_of(bias=True)).double()
+    mlp = MLPS[name](config_of(bias=True)).double()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(5, 3, 16, dtype=torch.double, requires_grad=True)
     inputs = [x, *mlp.parameters()]
-    expected = F.linear(F.relu(mlp.fc(x)) ** 2, mlp.proj.weight, mlp.proj.bias)
+    expected = F.linear(activation(mlp.fc(x)), mlp.proj.weight, mlp.proj.bias)
     weights = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad((mlp(x) * weights).sum(), inputs),
                     torch.autograd.grad((expected * weights).sum(), inputs)):
