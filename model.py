@@ -29,7 +29,7 @@ class GPTConfig:
     head_size: int = flag(64, "channels of a head, an even number", at_least=2, at_most=10_000)
     block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
     vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
-    mlp: str = flag("relu2", "feed-forward layer", choices=tuple(MLPS))
+    mlp: str = flag("gelu", "feed-forward layer", choices=tuple(MLPS))
     mixer: str = flag("attention", "layer that mixes positions", choices=tuple(MIXERS))
     norm: str = flag("rms", "normalisation: without parameters and of the embedding too, or GPT-2's", choices=tuple(NORMS))
     positions: str = flag("rotary", "how attention knows the order", choices=("rotary", "learned"))

@@ -19,10 +19,11 @@ class OptimizerConfig:
     optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
                                   "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
-    learning_rate: float = flag(0.03, "peak learning rate of the matrices; the other groups keep their ratio to it",
+    learning_rate: float = flag(0.06, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
     momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
-    weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
+    weight_decay: float = flag("auto", "of the matrices, per step and learning rate; auto fits it to the length of the run, "
+                                       "as the\nlearning rate's schedule is", at_least=0, auto=True)
     schedule: str = flag("linear", "after the warmup: constant, then linear to zero; or a cosine to a tenth",
                          choices=("linear", "cosine"))
     warmup_iter: int = flag(10, "steps of linear warmup", at_least=0)
@@ -38,6 +39,9 @@ HEAD_RATIO = 0.5     # a head of its own
 SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
 BETAS = 0.9, 0.95
+# Learning rate times weight decay, summed over a run of constant rate: what was learnt early is forgotten over a share of
+# the run, not over a number of steps. Source: Wang and Aitchison 2024, arXiv:2405.13698.
+RUN_DECAY = 3.0
 MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200
 # Newton-Schulz iteration: coefficients that drive all singular values into [0.7, 1.2] in five steps
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
@@ -47,7 +51,8 @@ NS_NUMBERS = 2**25   # of stacked matrices at once: 64 MiB of bf16
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 def parameter_groups(model: GPT, config: OptimizerConfig) -> list[dict]:
-    """Every parameter once, each group with its `peak_lr`, `weight_decay` and `method`."""
+    """Every parameter once, each group with its `peak_lr`, `weight_decay`, `run_decay` (None, or what `set_rates` makes the
+    weight decay from) and `method`."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "gpt2":
         settings = {"matrix": ("adamw", rate, decay), "qkv": ("adamw", rate, decay), "lookup": ("adamw", rate, decay),
@@ -60,8 +65,8 @@ def parameter_groups(model: GPT, config: OptimizerConfig) -> list[dict]:
     groups = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(kind_of(name, parameter), []).append(parameter)
-    return [{"params": groups[kind], "method": method, "lr": lr, "peak_lr": lr, "weight_decay": decay,
-             "stacked": 3 if kind == "qkv" else 1}
+    return [{"params": groups[kind], "method": method, "lr": lr, "peak_lr": lr, "stacked": 3 if kind == "qkv" else 1,
+             "weight_decay": 0.0 if decay == "auto" else decay, "run_decay": RUN_DECAY if decay == "auto" else None}
             for kind, (method, lr, decay) in settings.items() if kind in groups]
 
 
@@ -222,9 +227,13 @@ def lr_scale(step: int, progress: float, config: OptimizerConfig) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def set_rates(optimizer: MuonAdamW, step: int, scale: float):
-    """Before each step: every group's learning rate, and Muon's momentum, which grows at first."""
+def set_rates(optimizer: MuonAdamW, step: int, progress: float, config: OptimizerConfig):
+    """Before each step: every group's learning rate and weight decay, and Muon's momentum, which grows at first. step and
+    progress: as `lr_scale` has them; together they tell how many steps there will be."""
+    scale = lr_scale(step, progress, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
+        if group["run_decay"] is not None:
+            group["weight_decay"] = group["run_decay"] / group["peak_lr"] * (progress / step if step else 0.0)
         if "momentum" in group:
             group["momentum"] = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataloader import Data, TrainLoader, explain_dead_worker, open_data, require_a_block, val_batches
 from generate import generate_text
 from model import GPT, GPTConfig
-from optimizer import MuonAdamW, OptimizerConfig, lr_scale, make_optimizer, set_rates
+from optimizer import MuonAdamW, OptimizerConfig, make_optimizer, set_rates
 from runtime.checkpoint import CheckpointWriter, load_last, of_run, reading, run_folder
 from runtime.device import (
     DeviceConfig,
@@ -202,7 +202,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
         stopped, clock, clock_tokens = None, time.perf_counter(), state.tokens
         progress = loop.progress(state.step, state.tokens, state.seconds)
         while progress < 1 and not stopped:
-            set_rates(state.optimizer, state.step, lr_scale(state.step, progress, state.schedule))
+            set_rates(state.optimizer, state.step, progress, state.schedule)
             loss, n_tokens = train_step(state, loop, loss_fn)
             state.step += 1
             state.tokens += n_tokens

@@ -17,8 +17,8 @@ ARMS = {
     "AdamW for the matrices, not Muon": ["--optimizer=adamw"],
     "no rotary, learned positions": ["--positions=learned"],
     "no QK-norm": ["--qk_norm=0"],
-    "GELU for ReLU²": ["--mlp=gelu"],
-    "SwiGLU for ReLU²": ["--mlp=swiglu"],
+    "ReLU² for GELU": ["--mlp=relu2"],
+    "SwiGLU for GELU": ["--mlp=swiglu"],
     "LayerNorm for RMSNorm": ["--norm=layer"],
     "GPT-2's initial weights, not zero projections": ["--init=gpt2"],
     "no softcap": ["--softcap=0"],
@@ -30,7 +30,7 @@ ARMS = {
     "biases": ["--bias"],
     "cosine schedule": ["--schedule=cosine"],
     "Muon's momentum in fp32, not bf16": ["--momentum_dtype=fp32"],
-    "weight decay 0.1": ["--weight_decay=0.1"],
+    "no weight decay": ["--weight_decay=0"],
     "clipping at 1": ["--grad_clip=1"],
 }
 

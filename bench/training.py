@@ -104,9 +104,9 @@ def main():
     parser.add_argument("--text", help="parquet of documents to train on")
     parser.add_argument("--out", type=Path, default=Path("runs/training"), help="folder for the runs")
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[300_000, 350_000, 400_000, 450_000, 500_000, 650_000],
+    parser.add_argument("--budgets", type=int, nargs="+", default=[200_000, 225_000, 250_000, 275_000, 300_000, 350_000],
                         help="tokens of the default's shorter runs")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.015, 0.03, 0.06])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.03, 0.06, 0.12])
     parser.add_argument("--gpt2_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -133,7 +133,7 @@ def main():
         return {name: [row for row in of_run if "val_loss" in row] for name, of_run in rows.items()}
 
     steps, own = args.tokens // STEP_TOKENS, device.choose_dtype(torch.device("cpu"))
-    sides = {"gpt2": (args.gpt2_rates, "fp32"), "ours": (args.rates, own)}
+    sides = {"ours": (args.rates, own), "gpt2": (args.gpt2_rates, "fp32")}
     grid = losses([(side, rate, steps, dtype) for side, (rates, dtype) in sides.items() for rate in rates])
     best = {side: min((run_of(side, rate, steps, dtype) for rate in rates), key=lambda name: grid[name][-1]["val_loss"])
             for side, (rates, dtype) in sides.items()}
@@ -191,7 +191,7 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
     ]
     grids = "; ".join(f"{label} " + ", ".join(f"{grid[run_of(side, rate, peer['step'], dtype)][-1]['val_loss']:.3f} at "
                                               f"{rate:g}" for rate in rates)
-                      for label, (side, (rates, dtype)) in zip(("nanoGPT", "ours"), sides.items()))
+                      for label, (side, (rates, dtype)) in zip(("ours", "nanoGPT"), sides.items()))
     budgets = "; ".join(f"in {dtype} " + ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in of_dtype)
                         for dtype, of_dtype in ends.items())
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "

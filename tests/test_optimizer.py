@@ -7,6 +7,7 @@ import torch
 from model import GPT, GPTConfig
 from optimizer import (
     MOMENTUM,
+    RUN_DECAY,
     Muon,
     MuonAdamW,
     OptimizerConfig,
@@ -84,11 +85,29 @@ def test_rates_before_each_step(model):
     peaks = [group["peak_lr"] for group in optimizer.param_groups]
     momenta = []
     for step in (0, 100, 200, 5000):
-        set_rates(optimizer, step, 0.25)
-        assert [group["lr"] for group in optimizer.param_groups] == [0.25 * peak for peak in peaks]
+        set_rates(optimizer, step, 0.85, OptimizerConfig(warmup_iter=0))
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25 * peak for peak in peaks])
         momenta += [group["momentum"] for group in optimizer.parts["muon"].param_groups[:1]]
     assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert not any("momentum" in group for group in optimizer.parts["adamw"].param_groups)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("rate, n", [(0.02, 50), (0.06, 400)])
+def test_weight_decay_fits_the_run(model, optimizer, rate, n):
+    """At a constant rate the logarithm of what decay leaves of a matrix is -RUN_DECAY, however long the run, at any rate."""
+    config = OptimizerConfig(optimizer=optimizer, learning_rate=rate, warmup_iter=0, cooldown_frac=0)
+    optimizer = make_optimizer(model, config)
+    sums = [0.0] * len(optimizer.param_groups)
+    for step in range(n):
+        set_rates(optimizer, step, step / n, config)
+        sums = [sum_ + group["lr"] * group["weight_decay"] for sum_, group in zip(sums, optimizer.param_groups)]
+    for sum_, group in zip(sums, optimizer.param_groups):
+        in_blocks = group["params"][0].dim() == 2 and group["params"][0] is not model.embed.weight
+        assert sum_ == pytest.approx(RUN_DECAY * (n - 1) / n if in_blocks else 0.0)  # no length is known at the first step
+    fixed = make_optimizer(model, OptimizerConfig(weight_decay=0.25))
+    set_rates(fixed, 3, 0.5, config)
+    assert [group["weight_decay"] for group in fixed.parts["muon"].param_groups] == [0.25] * 2
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -112,7 +131,7 @@ def test_every_parameter_is_in_one_group(optimizer, architecture):
 def test_learning_rate_scales_all_groups(model, optimizer):
     slow, fast = (make_optimizer(model, OptimizerConfig(optimizer=optimizer, learning_rate=rate)) for rate in (1e-3, 4e-3))
     for each in (slow, fast):
-        set_rates(each, 0, 0.5)
+        set_rates(each, 0, 0.0, OptimizerConfig(warmup_iter=1))
     assert [group["lr"] for group in fast.param_groups] == pytest.approx([4 * group["lr"] for group in slow.param_groups])
     assert slow.param_groups[0]["lr"] == pytest.approx(0.5 * (1e-4 if optimizer == "adamw" else 1e-3))
 
@@ -246,7 +265,7 @@ def test_a_first_step_that_is_skipped_changes_nothing(model, optimizer):
 def test_a_loaded_optimizer_keeps_averages_and_obeys_new_rates(model, momentum_dtype):
     old = make_optimizer(model, OptimizerConfig(learning_rate=1e-3, momentum_dtype=momentum_dtype))
     backward(model)
-    set_rates(old, 0, 1.0)
+    set_rates(old, 0, 0.0, OptimizerConfig())
     old.step()
     new = make_optimizer(model, OptimizerConfig(learning_rate=5e-3, weight_decay=0.125, momentum_dtype=momentum_dtype))
     new.load_state_dict(old.state_dict())
