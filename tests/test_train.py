@@ -298,7 +298,7 @@ def test_verbose(run_train, capsys):
     assert capsys.readouterr() == ("", "")
     run_train("--verbose=1", "--sample_tokens=9", checkpoint="b/gpt.pt")
     said = capsys.readouterr()
-    for words in ("2 layers x 16, attention and relu2, vocabulary 512", "epochs", "cpu, fp32", "step      6 | train",
+    for words in ("2 layers x 16, attention and gelu, vocabulary 512", "epochs", "cpu, fp32", "step      6 | train",
                   "nats/token", "bits/byte", "sample, the start", "generate.py --checkpoint_path="):
         assert words in said.out, words
     assert "6/6" in said.err and "loss=" in said.err and "tok/s=" in said.err
