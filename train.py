@@ -480,7 +480,7 @@ def report_changes(state: TrainState, training: dict):
     for name in sorted(CHANGEABLE):
         before, now = training["settings"][name], state.settings[name]
         if before != now:
-            note = "; the learning-rate schedule now fits the new one" if name in ENDS and now else ""
+            note = "; the schedule now fits the new one" if name in ENDS and now else ""
             print(f"changed on resuming: {name} {before} -> {now}{note}")
     if str(state.machine) != training.get("machine"):
         print(f"changed on resuming: machine {training.get('machine')} -> {state.machine}")

@@ -122,7 +122,7 @@ def test_resuming_needs_no_flags_and_may_write_elsewhere(run_train, tmp_path):
 def test_a_changed_horizon_refits_the_schedule_and_says_so(run_train, capsys):
     path = run_train("--max_iter=4", "--warmup_iter=0", "--cooldown_frac=0.5", "--learning_rate=0.001")
     run_train("--resume_checkpoint", "--max_iter=8", "--verbose=1", "--sample_tokens=0")
-    assert "max_iter 4 -> 8; the learning-rate schedule now fits the new one" in capsys.readouterr().out
+    assert "max_iter 4 -> 8; the schedule now fits the new one" in capsys.readouterr().out
     rates = [row["lr"] for row in rows_of(path)[1:]]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3] + [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
@@ -147,7 +147,7 @@ def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_p
     path = run_train("--max_iter=3")
     before = path.read_bytes()
     flags = ["--resume_checkpoint", f"--checkpoint_path={path}", "--max_iter=9"]
-    for changed in ("--n_layer=3", "--n_head=1", "--head_size=16", "--block_size=8", "--mlp=gelu", "--seed=1",
+    for changed in ("--n_layer=3", "--n_head=1", "--head_size=16", "--block_size=8", "--mlp=relu2", "--seed=1",
                     "--vocab_size=500", "--optimizer=adamw", "--softcap=10.0", "--tied=False", "--preset=cpu"):
         name, value = changed.split("=")
         refused(train.main, [*flags, changed], changed, f"{name.strip('-')}=", "drop the flag")
@@ -256,7 +256,7 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
 
 @pytest.mark.parametrize("flag", [
     "--learning_rate=0.01", "--weight_decay=5", "--warmup_iter=5", "--cooldown_frac=0", "--grad_clip=0.001", "--seed=1",
-    "--batch_size=3", "--num_batch_accum=1", "--mlp=gelu", "--mlp=swiglu", "--dtype=bf16", "--norm=layer",
+    "--batch_size=3", "--num_batch_accum=1", "--mlp=relu2", "--mlp=swiglu", "--dtype=bf16", "--norm=layer",
     "--positions=learned", "--qk_norm=0", "--value_residual=0", "--embed_shortcut=0", "--token_shift=0", "--softcap=0",
     "--tied=0", "--bias",
     "--init=gpt2", "--optimizer=adamw", "--optimizer=gpt2", "--schedule=cosine",
@@ -567,7 +567,7 @@ def test_the_end_of_a_resumed_run_can_be_another(run_train, capsys):
     path = run_train("--max_iter=3")
     run_train("--resume_checkpoint", f"--max_tokens={5 * 128}", "--verbose=1", "--sample_tokens=0")
     said = capsys.readouterr().out
-    assert "max_iter 3 -> None" in said and "max_tokens None -> 640; the learning-rate schedule now fits" in said
+    assert "max_iter 3 -> None" in said and "max_tokens None -> 640; the schedule now fits" in said
     assert rows_of(path)[-1]["step"] == 5
     assert [load_checkpoint(path)["training"]["settings"][name] for name in ("max_iter", "max_tokens")] == [None, 640]
     run_train("--resume_checkpoint", "--verbose=1")
