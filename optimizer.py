@@ -19,7 +19,7 @@ class OptimizerConfig:
     optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
                                   "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
-    learning_rate: float = flag(0.06, "peak learning rate of the matrices; the other groups keep their ratio to it",
+    learning_rate: float = flag(0.03, "peak learning rate of the matrices; the other groups keep their ratio to it",
                                 above=0)
     momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
     weight_decay: float = flag("auto", "of the matrices, per step and learning rate; auto fits it to the length of the run, "
