@@ -41,7 +41,7 @@ REFERENCE_WIDTH = 256
 BETAS = 0.9, 0.95
 # Learning rate times weight decay, summed over a run of constant rate: what was learnt early is forgotten over a share of
 # the run, not over a number of steps. Source: Wang and Aitchison 2024, arXiv:2405.13698.
-RUN_DECAY = 3.0
+RUN_DECAY, MOST_DECAY = 3.0, 0.05  # the latter of a step, for runs of a few
 MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200
 # Newton-Schulz iteration: coefficients that drive all singular values into [0.7, 1.2] in five steps
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
@@ -234,6 +234,6 @@ def set_rates(optimizer: MuonAdamW, step: int, progress: float, config: Optimize
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
         if group["run_decay"] is not None:
-            group["weight_decay"] = group["run_decay"] / group["peak_lr"] * (progress / step if step else 0.0)
+            group["weight_decay"] = min(group["run_decay"] * progress / max(step, 1), MOST_DECAY) / group["peak_lr"]
         if "momentum" in group:
             group["momentum"] = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)

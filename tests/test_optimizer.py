@@ -93,7 +93,7 @@ def test_rates_before_each_step(model):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("rate, n", [(0.02, 50), (0.06, 400)])
+@pytest.mark.parametrize("rate, n", [(0.02, 100), (0.06, 400)])
 def test_weight_decay_fits_the_run(model, optimizer, rate, n):
     """At a constant rate the logarithm of what decay leaves of a matrix is -RUN_DECAY, however long the run, at any rate."""
     config = OptimizerConfig(optimizer=optimizer, learning_rate=rate, warmup_iter=0, cooldown_frac=0)
@@ -105,6 +105,9 @@ def test_weight_decay_fits_the_run(model, optimizer, rate, n):
     for sum_, group in zip(sums, optimizer.param_groups):
         in_blocks = group["params"][0].dim() == 2 and group["params"][0] is not model.embed.weight
         assert sum_ == pytest.approx(RUN_DECAY * (n - 1) / n if in_blocks else 0.0)  # no length is known at the first step
+        assert group["lr"] * group["weight_decay"] <= 0.05
+    set_rates(short := make_optimizer(model, config), 1, 0.5, config)
+    assert short.param_groups[0]["lr"] * short.param_groups[0]["weight_decay"] == pytest.approx(0.05)
     fixed = make_optimizer(model, OptimizerConfig(weight_decay=0.25))
     set_rates(fixed, 3, 0.5, config)
     assert [group["weight_decay"] for group in fixed.parts["muon"].param_groups] == [0.25] * 2
