@@ -28,6 +28,12 @@ os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HUB_FOLDER / "home")}
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def english() -> list[str]:
     """About 1 MB of real text, in documents."""

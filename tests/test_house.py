@@ -158,7 +158,7 @@ def test_quick_start_is_one_block_of_two_lines():
     block, = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     run, test = block.splitlines()
     assert "download_data.py --dataset=builtin" in run and "train.py" in run
-    assert "tests/requirements.txt" in test and test.endswith("pytest")
+    assert "tests/requirements.txt" in test and test.endswith("pytest -n 2")
 
 
 def test_files_that_readme_names_exist():
