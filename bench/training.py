@@ -138,10 +138,15 @@ def main():
     best = {side: min((run_of(side, rate, steps, dtype) for rate in rates), key=lambda name: grid[name][-1]["val_loss"])
             for side, (rates, dtype) in sides.items()}
     rate = float(best["ours"].split("_")[1])
-    shorter = {dtype: losses([("ours", rate, budget // STEP_TOKENS, dtype) for budget in args.budgets])
-               for dtype in (own, "fp32")}
-    ends = {dtype: sorted((rows[-1]["tokens"], rows[-1]["val_loss"]) for rows in runs.values())
-            for dtype, runs in shorter.items()}
+    goal, ends = grid[best["gpt2"]][-1]["val_loss"], {}
+
+    def ends_of(dtype, budgets):
+        runs = losses([("ours", rate, budget // STEP_TOKENS, dtype) for budget in budgets])
+        ends[dtype] = sorted((rows[-1]["tokens"], rows[-1]["val_loss"]) for rows in runs.values())
+        return next((i for i, (_, loss) in enumerate(ends[dtype]) if loss <= goal), len(budgets) - 1)
+    reached = ends_of(own, args.budgets)
+    if own != "fp32":
+        ends_of("fp32", args.budgets[max(0, reached - 1):reached + 2])
     step_seconds = dict(zip(timed, take_turns(seconds_of, list(timed), args.rounds)))
     write_results(args, sides, grid, best, ends, timed, step_seconds)
 
