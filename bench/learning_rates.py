@@ -26,7 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default="data/builtin")
     parser.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="folder for the runs")
-    parser.add_argument("--max_iter", type=int, default=200)
+    parser.add_argument("--max_iter", type=int, default=100)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.015, 0.03, 0.06])
     args = parser.parse_args()
     runs = {f"{layers}x{32 * heads}_{batch}_{rate:g}": [
