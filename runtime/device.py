@@ -177,11 +177,11 @@ def known_dtype(device: torch.device) -> str | None:
 
 @functools.cache
 def measured_flops(device: torch.device, dtype: str, n: int) -> float:
-    """FLOP/s of a product of n x n matrices, the best of a few."""
+    """FLOP/s of a product of n x n matrices, the best of many: other processes may take their turns between."""
     best = 0.0
     a = torch.ones(n, n, dtype=DTYPES[dtype], device=device)
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         a @ a
         wait()
