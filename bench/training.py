@@ -104,11 +104,11 @@ def main():
     parser.add_argument("--text", help="parquet of documents to train on")
     parser.add_argument("--out", type=Path, default=Path("runs/training"), help="folder for the runs")
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[250_000, 300_000, 350_000, 400_000, 450_000],
+    parser.add_argument("--budgets", type=int, nargs="+", default=[250_000, 300_000, 350_000, 400_000],
                         help="tokens of the default's shorter runs")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.015, 0.03, 0.06])
     parser.add_argument("--gpt2_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
