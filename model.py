@@ -87,12 +87,7 @@ class Block(nn.Module):
 
     def read(self, i: int, norm: nn.Module, x: Tensor, cache: BlockCache | None) -> Tensor:
         """What the block's i-th layer sees of the residual stream."""
-        if self.shifts is None:
-            return norm(x)
-        if cache is not None or not torch.is_grad_enabled():
-            return self.shifts[i](norm(x), cache and cache.shifts[i])
-        # computed again in the backward pass, which is cheap, rather than kept
-        return checkpoint(lambda x: self.shifts[i](norm(x)), x, use_reentrant=False, preserve_rng_state=False)
+        return norm(x) if self.shifts is None else self.shifts[i](norm(x), cache and cache.shifts[i])
 
 
 class GPT(nn.Module):

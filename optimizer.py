@@ -169,9 +169,14 @@ class MuonAdamW:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self, skip: Tensor | None = None):
-        """skip: a bool on the device; where it is true, nothing changes, and the host need not know."""
-        if skip is not None and skip.device.type == "mps" and skip:  # whose fused AdamW does not look at found_inf
-            return
+        """skip: a bool on the device; where it is true, nothing changes."""
+        if skip is None or skip.device.type == "cuda":
+            self.step_unless(skip)
+        elif not skip:  # a CPU's host knows, and the fused AdamW of mps does not look at found_inf
+            self.step_unless(None)
+
+    def step_unless(self, skip: Tensor | None):
+        """Without the host's knowing."""
         if "muon" in self.parts:
             self.parts["muon"].step(skip)
         if adamw := self.parts.get("adamw"):

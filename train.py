@@ -451,7 +451,7 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     if blob:
         step = blob["training"]["step"]
         rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
-    optimizer = make_optimizer(model, schedule, torch.bfloat16 if machine.dtype == "bf16" else torch.float32)
+    optimizer = make_optimizer(model, schedule, machine.rough_dtype())
     scaler = machine.grad_scaler()
     watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
     state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,

@@ -43,7 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default="data/builtin")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder for the runs")
-    parser.add_argument("--max_iter", type=int, default=122, help="steps of 2,048 tokens")
+    parser.add_argument("--max_iter", type=int, default=160, help="steps of 2,048 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     common = [f"--data_path={args.data_path}", "--n_layer=4", "--n_head=4", "--head_size=32", "--block_size=128",

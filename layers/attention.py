@@ -34,15 +34,15 @@ class Rotary(nn.Module):
         frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angles = torch.outer(torch.arange(block_size, dtype=torch.float32), frequencies)
         # derived from the shape alone, so not in checkpoints
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, head_size/2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (block_size, head_size)
+        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """x: (B, n_head, T, head_size), whose first position is `start`. Returns the same shape in fp32: bf16 angles
         would confuse neighbouring positions."""
         cos, sin = (table[start:start + x.size(2)] for table in (self.cos, self.sin))
         a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Attention(nn.Module):

@@ -45,11 +45,11 @@ class MeanLoss(torch.autograd.Function):
                 continue
             grad = logprobs.exp_()  # d loss / d logits = probability - 1 at the target
             grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            grad.mul_(is_target[:, None])
             if softcap:
-                grad.mul_(bent.addcmul_(bent, bent, value=-1)).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
+                grad = torch.ops.aten.sigmoid_backward(grad, bent).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
             grad = grad.to(dtype)
-            x_grads.append(grad @ w)
+            x_rows = x_rows * is_target[:, None]
+            x_grads.append((grad @ w).mul_(is_target[:, None]))
             if dtype == weight.dtype:
                 weight_grad.addmm_(grad.T, x_rows)
             else:

@@ -11,6 +11,26 @@ class ShiftCache:
     last: Tensor
 
 
+class Shifted(torch.autograd.Function):
+    """x_t + share * x_{t-1}, in as few passes over the numbers as there can be."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, share: Tensor) -> Tensor:
+        """x: (B, T, C), share: (C,)"""
+        ctx.save_for_backward(x, share)
+        y = x.clone()
+        y[:, 1:].addcmul_(x[:, :-1], share)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, share = ctx.saved_tensors
+        x_grad = grad.clone()
+        x_grad[:, :-1].addcmul_(grad[:, 1:], share)
+        return x_grad, (grad[:, 1:] * x[:, :-1]).sum(dim=(0, 1))
+
+
 class TokenShift(nn.Module):
     """x_t + share * x_{t-1}. What a head must otherwise learn to fetch, the token before, is there from the first step on.
     Source: Peng et al. 2023 (RWKV), section 3.1, arXiv:2305.13048."""
@@ -24,7 +44,8 @@ class TokenShift(nn.Module):
 
     def forward(self, x: Tensor, cache: ShiftCache | None = None) -> Tensor:
         """x: (B, T, C), which stand after what `cache` holds; it takes the last of them in. Returns (B, T, C)."""
-        before = torch.zeros_like(x[:, :1]) if cache is None else cache.last.to(x.dtype)
-        if cache is not None:
-            cache.last = x[:, -1:].to(cache.last.dtype)
-        return x + self.share.to(x.dtype) * torch.cat((before, x[:, :-1]), dim=1)
+        share = self.share.to(x.dtype)
+        if cache is None:
+            return Shifted.apply(x, share)
+        before, cache.last = cache.last.to(x.dtype), x[:, -1:].to(cache.last.dtype)
+        return torch.addcmul(x, share, torch.cat((before, x[:, :-1]), dim=1))

@@ -37,9 +37,10 @@ PEAK_FLOPS = {
 class DeviceConfig:
     """The machine."""
     device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is, in this order")
-    dtype: str = flag("auto", "of matrix products; auto is bf16 on a GPU that computes it, fp16 with a loss scaler on one "
-                              "with tensor cores\nfor it, else what a few timed products show to be fastest (CPU: of bf16 "
-                              "and fp32; older GPUs: of fp16\nand fp32); fp32 is TF32 on newer GPUs",
+    dtype: str = flag("auto", "of matrix products; auto is bf16 where the device has units for it, fp16 with a loss scaler "
+                              "on a GPU with\ntensor cores for that, else what a few timed products show to be fastest "
+                              "(older GPUs: of fp16 and fp32;\nother CPUs than x86: of bf16 and fp32); fp32 is TF32 on "
+                              "newer GPUs",
                       choices=("auto", *DTYPES))
     deterministic: bool = flag(False, "on a GPU, kernels that always add in the same order, where torch has them; slower")
     __post_init__ = check_flags
@@ -70,6 +71,10 @@ class Machine:
         for part in batch:
             part.record_stream(steps)  # its memory is given back only when `steps` has used it
         return batch
+
+    def rough_dtype(self) -> torch.dtype:
+        """For products that need little precision, whatever `dtype` says of the others."""
+        return torch.bfloat16 if "bf16" in (self.dtype, known_dtype(self.device)) else torch.float32
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """fp16 gradients underflow unless the loss is scaled up; for other dtypes this does nothing."""
@@ -156,7 +161,7 @@ def open_machine(config: DeviceConfig, had: str = "") -> Machine:
 def choose_dtype(device: torch.device, had: str = "") -> str:
     if known := known_dtype(device):
         return known
-    # CPUs without bf16 units take up to seven times as long, a P100 gains little by fp16, and no table says which
+    # some take up to seven times as long in bf16, a P100 gains little by fp16, and no table says which
     half, n = ("bf16", 256) if device.type == "cpu" else ("fp16", 2048)
     if had in (half, "fp32"):
         return had
@@ -172,7 +177,18 @@ def known_dtype(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability >= (7, 0):
             return "bf16" if capability >= (8, 0) else "fp16"
-    return None
+    return x86_dtype() if device.type == "cpu" else None
+
+
+@functools.cache
+def x86_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """bf16 on a processor that has units for it, fp32 on one that would imitate them; None where the system, or another
+    kind of processor, does not tell."""
+    try:
+        match = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return match and ("bf16" if {"avx512_bf16", "amx_bf16"} & set(match.group(1).split()) else "fp32")
 
 
 @functools.cache

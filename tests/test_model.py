@@ -11,7 +11,7 @@ from dataloader import IGNORE_INDEX
 from layers import MIXERS, MLPS, loss
 from layers.attention import Rotary
 from layers.norm import rms_norm
-from layers.shift import TokenShift
+from layers.shift import Shifted, TokenShift
 from model import EMBED_LOGITS, GPT, GPTConfig
 from runtime.flags import BadInput, read_flags
 from train import PRESETS
@@ -385,9 +385,35 @@ def test_shapes_that_cannot_be(shape, word):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_small_vectors_are_normalised_in_every_dtype(dtype):
-    """torch 2.6 by itself adds 0.008 to the mean square of bf16."""
+    """torch 2.6's own adds 0.008 to the mean square of bf16."""
     x = torch.full((4, 64), 0.03, dtype=dtype)
     assert torch.allclose(rms_norm(x).float(), torch.ones(4, 64), atol=0.01)
+
+
+def gradients(f, *inputs):
+    """Of a sum in which every output has another weight."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = f(*inputs)
+    return y, *torch.autograd.grad(y.float(), inputs, torch.linspace(-1, 2, y.numel()).view_as(y))
+
+
+def assert_same_gradients(f, g, *inputs, tolerance=1e-5):
+    for a, b in zip(gradients(f, *inputs), gradients(g, *inputs), strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_rms_norm_is_torchs():
+    """With gradients, of vectors large, small and zero, and of those that are no rows in memory."""
+    x = torch.randn(5, 7, 16) * torch.logspace(-9, 9, 5)[:, None, None]
+    x[2, 3] = 0
+    for x in (x[1:4], x.transpose(1, 2)[1:4, :, ::2], x[2:].bfloat16()):
+        assert_same_gradients(rms_norm, lambda x: F.rms_norm(x.float(), x.shape[-1:], eps=torch.finfo(torch.float32).eps), x,
+                              tolerance=1e-2 if x.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_the_gradients_of_token_shift():
+    x, share = torch.randn(2, 5, 4), torch.randn(4)
+    assert_same_gradients(Shifted.apply, lambda x, share: x + share * F.pad(x[:, :-1], (0, 0, 1, 0)), x, share)
 
 
 def test_token_shift_by_hand():

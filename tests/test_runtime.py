@@ -482,11 +482,30 @@ def test_dtype_by_what_the_gpu_computes(monkeypatch, capability, dtype):
     ("cpu", "bf16", 3e13, "bf16"), ("cpu", "bf16", 1.1e13, "fp32"), ("cpu", "bf16", 1.4e12, "fp32")])
 def test_where_no_table_says_it_timed_products_choose_the_dtype(monkeypatch, device, half, half_flops, expected):
     """A P100 has fast fp16, a GTX 1080 a 64th of it; CPUs have bf16 units or imitate them."""
+    monkeypatch.setattr(device_script, "x86_dtype", lambda: None)
     if device == "cuda":
         gpu(monkeypatch, (6, 1))
     products_run_at(monkeypatch, **{"fp32": 1e13, half: half_flops})
     assert open_machine(DeviceConfig(device=device)).dtype == expected
     assert open_machine(DeviceConfig(device=device, dtype=half)).dtype == half
+
+
+@pytest.mark.parametrize("cpuinfo, expected", [
+    ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n", "bf16"), ("flags : fpu amx_bf16 amx_tile", "bf16"),
+    ("flags : fpu avx2 avx512f", "fp32"), ("processor : 0\nFeatures : fp asimd bf16\n", None), (None, None)])
+def test_x86_processors_say_what_they_compute(monkeypatch, tmp_path, cpuinfo, expected):
+    """So that a busy machine is not misread. Whatever --dtype says, Muon takes bf16 where it is fast."""
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    has = device_script.x86_dtype(path)
+    assert has == expected
+    monkeypatch.setattr(device_script, "x86_dtype", lambda: has)
+    products_run_at(monkeypatch, fp32=1e13, bf16=9e13)
+    assert open_machine(DeviceConfig(device="cpu")).dtype == (expected or "bf16")
+    for dtype in ("fp32", "bf16"):
+        rough = open_machine(DeviceConfig(device="cpu", dtype=dtype)).rough_dtype()
+        assert rough == (torch.bfloat16 if "bf16" in (expected, dtype) else torch.float32)
 
 
 def test_products_are_timed_once(monkeypatch):
