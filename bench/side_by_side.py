@@ -2,7 +2,6 @@
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
+from runtime.device import process_peak  # noqa: E402
 from runtime.metrics import read_rows  # noqa: E402
 
 
@@ -60,8 +60,8 @@ def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int
 
 
 def peak_memory() -> float:
-    """MB that this process has held at most. (ru_maxrss would begin with the parent's.)"""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1e3
+    """MB that this process has held at most."""
+    return process_peak() / 1e6
 
 
 def machine() -> str:

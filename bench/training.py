@@ -27,6 +27,7 @@ from side_by_side import REPO, machine, peak_memory, run, table, take_turns, tra
 import download_data
 import train
 from layers.mlp import GELU, MLP
+from model import GPT
 from runtime import device
 
 SHAPE = {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256}
@@ -57,8 +58,10 @@ def time_arm(name: str, data: str, steps: int = 14):
     """Prints the median seconds of a step after the first ones, the loader's share, MB that the process came to hold, and
     seconds to compile."""
     side, *options = name.split("_")[1:]
-    if side == "gpt2":
+    if side == "gpt2" and "preset" not in options:
         as_nanogpt()
+    if "fp32muon" in options:
+        device.Machine.rough_dtype = lambda self: torch.float32
     times, loader_times = [], []
     step, load = train.train_step, train.TrainLoader.__next__
 
@@ -119,7 +122,8 @@ def main():
     if not (args.out / "data" / "manifest.json").exists():
         download_data.main([f"--dataset={args.text}", f"--data_path={data}", f"--vocab_size={VOCAB_SIZE}",
                             "--val_tokens=250_000"])
-    timed = {arm: [] for arm in ("time_gpt2", "time_ours", "time_ours_auto", "time_ours_compiled")}
+    timed = {arm: [] for arm in ("time_gpt2", "time_ours", "time_ours_auto", "time_ours_compiled", "time_ours_fp32muon",
+                                 "time_gpt2_preset")}
 
     def seconds_of(arm: str) -> float:
         timed[arm].append(run(__file__, arm, [f"--data={data}", f"--out={args.out}"]))
@@ -157,20 +161,24 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
     # a budget too small for the goal is not a number
     reached = {dtype: next((n for n, loss in of_dtype if loss <= goal), math.nan) for dtype, of_dtype in ends.items()}
 
-    def step_ratio(arm):
-        return step_seconds[arm] / step_seconds["time_gpt2"]
-
     def to_goal(what, arm, dtype):
-        return (what, f"**{reached[dtype] / tokens * step_ratio(arm):.3f}**", seconds(arm, reached[dtype]),
-                seconds("time_gpt2", tokens))
+        ratio = reached[dtype] / tokens * step_seconds[arm] / step_seconds["time_gpt2"]
+        return what, f"**{ratio:.3f}**", seconds(arm, reached[dtype]), seconds("time_gpt2", tokens)
 
     def median(arm, what):
         return statistics.median(figures[what] for figures in timed[arm])
 
     def seconds(arm, n_tokens):
         return f"{step_seconds[arm] * n_tokens / STEP_TOKENS:,.0f} s"
-    peaks = [peak_of_step(*of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE), 16, as_nanogpt=preset == "gpt2") / 2**20
-             for preset in (None, "gpt2")]
+
+    def step_time(what, arm, of_peer="time_gpt2"):
+        return (f"step time, {what}: share", f"**{step_seconds[arm] / step_seconds[of_peer]:.2f}**",
+                f"{step_seconds[arm] * 1e3:,.0f} ms", f"{step_seconds[of_peer] * 1e3:,.0f} ms")
+
+    def peak(preset, **options):
+        return peak_of_step(*of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE), 16, **options) / 2**20
+    peaks = [("`gpt2` preset with all logits", peak("gpt2", all_logits=True)),
+             ("nanoGPT, which also keeps both tensors of the hidden layer", peak("gpt2", all_logits=True, two_hidden=True))]
     rows = [
         (f"validation loss after {tokens / 1e6:.2f} M tokens, nats/token: difference", f"**{ours['val_loss'] - goal:+.3f}**",
          f"{ours['val_loss']:.3f} ({ours['val_bpb']:.3f} bits/byte)",
@@ -183,14 +191,15 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
         to_goal("the same, both in fp32", "time_ours", "fp32"),
         to_goal(f"the same, ours compiled (and {median('time_ours_compiled', 'compile'):.0f} s for compiling)",
                 "time_ours_compiled", "fp32"),
-        *((f"step time, {what}: share", f"**{step_ratio(arm):.2f}**", f"{step_seconds[arm] * 1e3:,.0f} ms",
-           f"{step_seconds['time_gpt2'] * 1e3:,.0f} ms")
-          for what, arm in (("both in fp32 and eager", "time_ours"), ("both in fp32, ours compiled", "time_ours_compiled"),
-                            (f"each side with its own defaults (ours in {own})", "time_ours_auto"))),
+        step_time("both in fp32 and eager", "time_ours"),
+        step_time("the same, Muon's products in fp32 too", "time_ours_fp32muon"),
+        step_time("both in fp32 and eager, against the preset `gpt2` in our loop", "time_ours", "time_gpt2_preset"),
+        step_time("both in fp32, ours compiled", "time_ours_compiled"),
+        step_time(f"each side with its own defaults (ours in {own})", "time_ours_auto"),
         ("loader's share of the step's time", "", f"{median('time_ours', 'loader'):.2%}",
          f"{median('time_gpt2', 'loader'):.2%}"),
-        ("peak memory of a step, all its tensors, fp32: share", f"**{peaks[0] / peaks[1]:.2f}**", f"{peaks[0]:,.0f} MiB",
-         f"{peaks[1]:,.0f} MiB"),
+        *((f"peak memory of a step, all its tensors, fp32, against {what}: share", f"**{peak(None) / of_peer:.2f}**",
+           f"{peak(None):,.0f} MiB", f"{of_peer:,.0f} MiB") for what, of_peer in peaks),
         ("memory that the process came to hold above its start", "", f"{median('time_ours', 'memory'):,.0f} MB",
          f"{median('time_gpt2', 'memory'):,.0f} MB"),
     ]
@@ -200,12 +209,18 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
     budgets = "; ".join(f"in {dtype} " + ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in of_dtype)
                         for dtype, of_dtype in ends.items())
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
-            f"{machine()}, torch {torch.__version__}; on this processor `--dtype=auto` is {own}. Losses of the grids: "
+            f"{n_parameters(None)} M parameters against {n_parameters('gpt2')} M; {machine()}, torch {torch.__version__}; "
+            f"on this processor `--dtype=auto` is {own}, and Muon's own products are of that dtype. Losses of the grids: "
             f"{grids}; of the default on shorter budgets, each with its full cooldown: {budgets}. One seed. Step times are "
             f"medians of {args.rounds} processes that took turns: `python bench/training.py --text docs_train.parquet`.")
     write_into_readme("bench/training.py", text)
     draw(grid, best, ends[own], step_seconds)
     print(text)
+
+
+def n_parameters(preset: str | None) -> str:
+    with torch.device("meta"):
+        return f"{GPT(of_preset(preset, **SHAPE, vocab_size=VOCAB_SIZE)[0]).n_parameters() / 1e6:.2f}"
 
 
 def draw(grid, best, ends, step_seconds):

@@ -78,7 +78,7 @@ class Attention(nn.Module):
             v = torch.lerp(v, first, self.value_mix.to(v.dtype))
         value = v
         if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            q, k = rms_norm(q, keeps_x=True), rms_norm(k, keeps_x=True)  # parts of a tensor that v keeps
         if self.rotary is not None:
             q, k = self.rotary(q, start), self.rotary(k, start)
         q, k = q.to(v.dtype), k.to(v.dtype)

@@ -6,29 +6,30 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class UnitRMS(torch.autograd.Function):
-    """Keeps its output for the backward pass, which what reads it mostly keeps too, and passes over the numbers a third as
-    often as autograd would."""
+    """Passes over the numbers a third as often as autograd would."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    def forward(ctx, x: Tensor, keeps_x: bool) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(norm.square() / x.size(-1) + EPS)
         y = x * scale
-        ctx.save_for_backward(y, scale)
-        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x if keeps_x else y, scale)
+        ctx.keeps_x, ctx.x_dtype = keeps_x, x.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        kept, scale = ctx.saved_tensors
+        y = kept * scale if ctx.keeps_x else kept
         along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)
-        return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype)
+        return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype), None
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x scaled to mean square 1 over its last dimension, in fp32. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    return UnitRMS.apply(x)
+def rms_norm(x: Tensor, keeps_x: bool = False) -> Tensor:
+    """x scaled to mean square 1 over its last dimension, in fp32. keeps_x: for the backward pass, rather than the result;
+    one of them costs no memory where another layer keeps it too. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    return UnitRMS.apply(x, keeps_x)
 
 
 class RMSNorm(nn.Module):

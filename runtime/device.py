@@ -109,12 +109,15 @@ class Machine:
         return free
 
     def reset_peak_memory(self):
-        """`peak_memory` counts from here on, where the system can do that."""
+        """`peak_memory` counts from here on. Raises OSError where the system cannot do that, which is but Linux."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.device.type == "mps":
+            raise OSError("mps does not count")
         else:
-            with suppress(OSError):  # only Linux
-                Path("/proc/self/clear_refs").write_text("5")
+            with suppress(AttributeError, OSError, TypeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)  # what `keep_pages` keeps would hide what is allocated
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory(self) -> int:
         """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""
@@ -128,6 +131,8 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def process_peak() -> int:
     """Most bytes the process has held; 0 where the system does not tell."""
+    with suppress(OSError, AttributeError):  # Linux, whose ru_maxrss begins with the parent's
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
     try:
         import resource  # not on Windows
     except ImportError:

@@ -10,12 +10,17 @@ from collections.abc import Callable
 import torch
 
 from runtime.device import Machine, is_out_of_memory
+from runtime.flags import BadInput
 
 
 def fitting_batch(step: Callable, machine: Machine, n_blocks: int, states: int) -> int:
     """The largest divisor of `n_blocks` whose step fits into the device's memory beside `states` bytes, by what the two
     smallest take: memory grows evenly with the batch. On a GPU it is tried too. Raises MemoryError when not even one
-    block fits."""
+    block fits, BadInput where the system does not tell what a step takes."""
+    try:
+        machine.reset_peak_memory()
+    except OSError:
+        raise BadInput("--batch_size=auto: this system does not tell how much memory a step takes: give a number") from None
     room = 0.9 * machine.free_memory() - states
     sizes = [size for size in range(1, n_blocks + 1) if n_blocks % size == 0]
     peak_of(step, machine, 1)  # what is made once, such as handles of libraries, is no part of a block

@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -406,9 +407,13 @@ def test_rms_norm_is_torchs():
     """With gradients, of vectors large, small and zero, and of those that are no rows in memory."""
     x = torch.randn(5, 7, 16) * torch.logspace(-9, 9, 5)[:, None, None]
     x[2, 3] = 0
-    for x in (x[1:4], x.transpose(1, 2)[1:4, :, ::2], x[2:].bfloat16()):
-        assert_same_gradients(rms_norm, lambda x: F.rms_norm(x.float(), x.shape[-1:], eps=torch.finfo(torch.float32).eps), x,
-                              tolerance=1e-2 if x.dtype == torch.bfloat16 else 1e-5)
+
+    def by_torch(x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=torch.finfo(torch.float32).eps)
+    for rows, tolerance in ((x[1:4], 1e-5), (x.transpose(1, 2)[1:4, :, ::2], 1e-5), (x[2:].bfloat16(), 1e-2)):
+        for keeps_x in (False, True):
+            assert_same_gradients(partial(rms_norm, keeps_x=keeps_x), by_torch, rows, tolerance=tolerance)
+    assert torch.autograd.gradcheck(rms_norm, torch.randn(2, 8, dtype=torch.float64, requires_grad=True))
 
 
 def test_the_gradients_of_token_shift():

@@ -578,6 +578,7 @@ def test_memory_is_known():
 
 
 def test_only_fp16_scales_and_autocasts(monkeypatch):
+    monkeypatch.setattr(device_script, "x86_dtype", lambda: None)
     products_run_at(monkeypatch, fp32=2e9, bf16=1e9)
     machine = open_machine(DeviceConfig(device="cpu"))
     assert machine.dtype == "fp32" and not machine.grad_scaler().is_enabled() and machine.peak_flops() == 2e9

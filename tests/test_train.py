@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -616,6 +618,31 @@ def test_two_sizes_say_what_all_would_take(monkeypatch):
         tried.append(n)
         return 500 + 100 * n
     assert fitting(monkeypatch, 64, 10**5, of_size) == 64 and tried == [1, 1, 2]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_what_a_step_takes_is_seen_again_and_again():
+    """Though freed memory is kept, and whatever the process held before."""
+    done = subprocess.run([sys.executable, "-c", """if True:
+        import torch
+        from runtime.device import Machine, keep_pages
+        from runtime.trial import peak_of
+        keep_pages()
+        torch.ones(300 << 18)
+        machine = Machine(torch.device("cpu"), "fp32")
+        for n in 1, 1, 2, 1:
+            print(peak_of(lambda machine, n: torch.ones(n * 50 << 18).add_(1), machine, n) / 2**20)
+        """], capture_output=True, text=True, cwd=Path(train.__file__).parent, check=True)
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([50, 50, 100, 50], abs=5)
+
+
+def test_a_system_that_does_not_tell_what_a_step_takes(data_path, tmp_path, monkeypatch, refused):
+    def cannot(self):
+        raise OSError
+    monkeypatch.setattr(train.Machine, "reset_peak_memory", cannot)
+    refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={tmp_path}/gpt.pt", *TINY_MODEL, "--device=cpu",
+                         "--batch_size=auto"], "--batch_size=auto", "give a number")
+    assert list(tmp_path.glob("**/*.pt")) == []
 
 
 def test_a_trial_step_leaves_no_gradient(data_path):
