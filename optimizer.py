@@ -19,8 +19,8 @@ class OptimizerConfig:
     optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
                                   "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
-    learning_rate: float = flag(0.03, "peak learning rate of the matrices; the other groups keep their ratio to it",
-                                above=0)
+    learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
+                                        "0.05, and\nwith steps of fewer than 8,192 tokens less", above=0, auto=True)
     momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
     weight_decay: float = flag("auto", "of the matrices, per step and learning rate; auto fits it to the length of the run, "
                                        "as the\nlearning rate's schedule is", at_least=0, auto=True)
@@ -31,7 +31,16 @@ class OptimizerConfig:
                                 at_least=0, at_most=1)
     __post_init__ = check_flags
 
+    def rate(self, step_tokens: int) -> float:
+        """The peak learning rate of a run whose steps see so many tokens."""
+        if self.learning_rate != "auto":
+            return self.learning_rate
+        return RATE * min(1.0, step_tokens / NOISY_TOKENS) ** 0.5
 
+
+# Below some number of tokens a step's gradient is mostly noise, and the best rate grows with the root of that number; above
+# it hardly grows. Source: McCandlish et al. 2018, arXiv:1812.06162; Malladi et al. 2022, arXiv:2205.10287.
+RATE, NOISY_TOKENS = 0.05, 8192
 # Learning rates relative to that of the matrices under Muon.
 ADAM_RATIO = 0.1     # of the matrices, where AdamW has them
 EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
@@ -50,10 +59,10 @@ NS_NUMBERS = 2**25   # of stacked matrices at once: 64 MiB of bf16
 
 # -- groups -----------------------------------------------------------------------------------------------------------
 
-def parameter_groups(model: GPT, config: OptimizerConfig) -> list[dict]:
+def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> list[dict]:
     """Every parameter once, each group with its `peak_lr`, `weight_decay`, `run_decay` (None, or what `set_rates` makes the
     weight decay from) and `method`."""
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = config.rate(step_tokens), config.weight_decay
     if config.optimizer == "gpt2":
         settings = {"matrix": ("adamw", rate, decay), "qkv": ("adamw", rate, decay), "lookup": ("adamw", rate, decay),
                     "head": ("adamw", rate, decay), "scalar": ("adamw", rate, 0.0)}
@@ -208,9 +217,10 @@ class MuonAdamW:
                     raise ValueError("averages of another shape than the parameter")  # fused kernels do not look
 
 
-def make_optimizer(model: GPT, config: OptimizerConfig, ns_dtype: torch.dtype = torch.float32) -> MuonAdamW:
-    """ns_dtype: of Muon's products."""
-    return MuonAdamW(parameter_groups(model, config), ns_dtype,
+def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = NOISY_TOKENS,
+                   ns_dtype: torch.dtype = torch.float32) -> MuonAdamW:
+    """step_tokens: that a step sees; ns_dtype: of Muon's products."""
+    return MuonAdamW(parameter_groups(model, config, step_tokens), ns_dtype,
                      torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32)
 
 

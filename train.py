@@ -451,7 +451,8 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
     if blob:
         step = blob["training"]["step"]
         rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
-    optimizer = make_optimizer(model, schedule, machine.rough_dtype())
+    step_tokens = run.batch_size * loop.num_batch_accum * gpt.block_size
+    optimizer = make_optimizer(model, schedule, step_tokens, machine.rough_dtype())
     scaler = machine.grad_scaler()
     watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
     state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,
@@ -495,7 +496,8 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}, vocabulary "
           f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
-          f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token")
+          f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {state.settings['optimizer']} at "
+          f"{state.schedule.rate(step_tokens):.3g}")
     print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {step_tokens:,} "
           f"({run.batch_size} x {loop.num_batch_accum} blocks) until {' or '.join(ends)}"
           + (f", {seen / train_tokens:.2f} epochs" if seen else ""))

@@ -75,7 +75,7 @@ def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, 
         with torch.device(device):
             model = GPT(config)
         model.gradient_checkpointing = gradient_checkpointing
-        optimizer = make_optimizer(model, schedule, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        optimizer = make_optimizer(model, schedule, ns_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         for _ in range(2):
             start_anew()
             idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=device)

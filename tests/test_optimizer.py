@@ -130,6 +130,16 @@ def test_every_parameter_is_in_one_group(optimizer, architecture):
         assert methods[id(parameter)] == ("muon" if in_block and optimizer == "muon" else "adamw"), name
 
 
+def test_the_default_rate_fits_the_tokens_of_a_step(model):
+    """The root of their number, up to 8,192. A rate that is given is taken as it is."""
+    def peaks(step_tokens, **config):
+        return [group["peak_lr"] for group in make_optimizer(model, OptimizerConfig(**config), step_tokens).param_groups]
+    full = peaks(8192)
+    assert full[0] == 0.05 and peaks(65_536) == full
+    assert peaks(2048) == pytest.approx([rate / 2 for rate in full])
+    assert peaks(2048, learning_rate=0.05) == full
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_learning_rate_scales_all_groups(model, optimizer):
     slow, fast = (make_optimizer(model, OptimizerConfig(optimizer=optimizer, learning_rate=rate)) for rate in (1e-3, 4e-3))
