@@ -210,7 +210,7 @@ def test_stacked_matrices_are_orthogonalised_one_by_one():
 
 
 def test_queries_keys_and_values_are_three_matrices(model):
-    groups = parameter_groups(model, OptimizerConfig())
+    groups = parameter_groups(model, OptimizerConfig(), 8192)
     stacked = {id(p): group["stacked"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert stacked[id(parameter)] == (3 if name.endswith("mixer.qkv.weight") else 1), name
