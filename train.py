@@ -162,6 +162,11 @@ class TrainState:
                 "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}}
         self.writer.save(blob, is_best, at_once, lambda: setattr(self, "saved_step", step))
 
+    def rate(self) -> float:
+        """The peak learning rate."""
+        batch_size, batches, block_size = (self.settings[name] for name in ("batch_size", "num_batch_accum", "block_size"))
+        return self.schedule.rate(batch_size * batches * block_size)
+
     def kept(self) -> str:
         """What a run that fails now leaves behind."""
         path = self.writer.path
@@ -237,8 +242,8 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
         return stopped if progress < 1 else None
 
 def diverged(state: TrainState, what: str, step: int | None = None) -> FloatingPointError:
-    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, or --grad_clip=1; "
-                              f"{state.kept()}")
+    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, which is {state.rate():.3g}, or "
+                              f"--grad_clip=1; {state.kept()}")
 
 
 def require_finite(state: TrainState, row: dict) -> float:
@@ -497,7 +502,7 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}, vocabulary "
           f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {state.settings['optimizer']} at "
-          f"{state.schedule.rate(step_tokens):.3g}")
+          f"{state.rate():.3g}")
     print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {step_tokens:,} "
           f"({run.batch_size} x {loop.num_batch_accum} blocks) until {' or '.join(ends)}"
           + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
