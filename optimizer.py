@@ -20,7 +20,8 @@ class OptimizerConfig:
                                   "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
     learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
-                                        "0.05, and\nwith steps of fewer than 8,192 tokens less", above=0, auto=True)
+                                        "0.05, and\nwith steps of fewer than 8,192 tokens less; a tenth of it with "
+                                        "--optimizer=gpt2", above=0, auto=True)
     momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
     weight_decay: float = flag("auto", "of the matrices, per step and learning rate; auto fits it to the length of the run, "
                                        "as the\nlearning rate's schedule is", at_least=0, auto=True)
@@ -35,11 +36,12 @@ class OptimizerConfig:
         """The peak learning rate of a run whose steps see so many tokens."""
         if self.learning_rate != "auto":
             return self.learning_rate
-        return RATE * min(1.0, step_tokens / NOISY_TOKENS) ** 0.5
+        return RATE * min(1.0, step_tokens / NOISY_TOKENS) ** 0.5 * (ADAM_RATIO if self.optimizer == "gpt2" else 1.0)
 
 
 # Below some number of tokens a step's gradient is mostly noise, and the best rate grows with the root of that number; above
-# it hardly grows. Source: McCandlish et al. 2018, arXiv:1812.06162; Malladi et al. 2022, arXiv:2205.10287.
+# it hardly grows (measured here from 512 to 8,192, studies/learning_rates.md). Source: McCandlish et al. 2018,
+# arXiv:1812.06162; Malladi et al. 2022, arXiv:2205.10287.
 RATE, NOISY_TOKENS = 0.05, 8192
 # Learning rates relative to that of the matrices under Muon.
 ADAM_RATIO = 0.1     # of the matrices, where AdamW has them

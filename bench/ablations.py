@@ -67,7 +67,7 @@ def main():
     spread = statistics.stdev(row["val_loss"] for row in last["default"])
     text = "\n".join([
         "# Each ingredient taken out", "", *lines, "",
-        f"4 layers x 128, blocks of 128, 4,096 ids, the built-in text, {args.max_iter} steps of 2,048 tokens at the "
+        f"4 layers x 128, blocks of 128, 4,096 ids, the built-in text, {args.max_iter} steps of 2,048 tokens at "
         f"learning rate 0.03; means of {len(seeds)} seeds, differences paired by seed ± their standard error; the "
         f"default's own spread over seeds is {spread:.3f}. One thread a run, {machine()}: `python bench/ablations.py`. A "
         f"model so small, and so briefly trained, says nothing certain about a larger one.", ""])

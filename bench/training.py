@@ -2,12 +2,13 @@
 
     python bench/training.py --text docs_train.parquet --out runs/training
 
-4 layers x 256, blocks of 256, 8,192 ids, 4,096 tokens a step. Each side trains with its own optimizer at every learning rate
-of a grid, with its whole schedule; the default also on shorter budgets, each with its full cooldown, until it just reaches
-the other's final loss, in the dtype it takes by itself and in fp32. These runs are of losses, so two go on at a time with a
-thread each, and a run that --out holds finished is not run again. Step times are taken alone, on all cores, the sides in
-turns, each in a process of its own. nanoGPT's side runs as it would: eager, all logits at once, what goes into and comes out
-of GELU both kept, fp32 (it switches autocast off on a CPU), the C library's allocator as it is.
+4 layers x 256, blocks of 256, 8,192 ids, 4,096 tokens a step. Each side trains with its own optimizer at every learning
+rate of a grid, with its whole schedule; the default recipe, at its best rate, also on shorter budgets, each with its full
+cooldown, until it just reaches the other's final loss, in the dtype it takes by itself and in fp32. These runs are of
+losses, so two go on at a time with a thread each, and a run that --out holds finished is not run again. Step times are
+taken alone, on all cores, the sides in turns, each in a process of its own. nanoGPT's side runs as it would: eager, all
+logits at once, what goes into and comes out of GELU both kept, fp32 (it switches autocast off on a CPU), the C library's
+allocator as it is.
 
 Writes its table into README.md and its curves into studies/training.png. About two hours on two cores.
 """
@@ -187,7 +188,8 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
          f"{reached[own] / 1e6:.2f} M", f"{tokens / 1e6:.2f} M"),
         ("the same, both in fp32", f"**{reached['fp32'] / tokens:.3f}**", f"{reached['fp32'] / 1e6:.2f} M",
          f"{tokens / 1e6:.2f} M"),
-        to_goal(f"seconds to reach it, each side with its own defaults (ours in {own}): share", "time_ours_auto", own),
+        to_goal(f"seconds to reach it, each side with the dtype it takes by itself (ours in {own}): share", "time_ours_auto",
+                own),
         to_goal("the same, both in fp32", "time_ours", "fp32"),
         to_goal(f"the same, ours compiled (and {median('time_ours_compiled', 'compile'):.0f} s for compiling)",
                 "time_ours_compiled", "fp32"),
@@ -195,7 +197,7 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
         step_time("the same, Muon's products in fp32 too", "time_ours_fp32muon"),
         step_time("both in fp32 and eager, against the preset `gpt2` in our loop", "time_ours", "time_gpt2_preset"),
         step_time("both in fp32, ours compiled", "time_ours_compiled"),
-        step_time(f"each side with its own defaults (ours in {own})", "time_ours_auto"),
+        step_time(f"each side with the dtype it takes by itself (ours in {own})", "time_ours_auto"),
         ("loader's share of the step's time", "", f"{median('time_ours', 'loader'):.2%}",
          f"{median('time_gpt2', 'loader'):.2%}"),
         *((f"peak memory of a step, all its tensors, fp32, against {what}: share", f"**{peak(None) / of_peer:.2f}**",
@@ -211,8 +213,8 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
             f"{n_parameters(None)} M parameters against {n_parameters('gpt2')} M; {machine()}, torch {torch.__version__}; "
             f"on this processor `--dtype=auto` is {own}, and Muon's own products are of that dtype. Losses of the grids: "
-            f"{grids}; of the default on shorter budgets, each with its full cooldown: {budgets}. One seed. Step times are "
-            f"medians of {args.rounds} processes that took turns: `python bench/training.py --text docs_train.parquet`.")
+            f"{grids}; ours at the best rate on shorter budgets, each with its full cooldown: {budgets}. One seed. Step "
+            f"times are medians of {args.rounds} processes that took turns: `python bench/training.py --text docs_train.parquet`.")
     write_into_readme("bench/training.py", text)
     draw(grid, best, ends[own], step_seconds)
     print(text)
@@ -231,11 +233,11 @@ def draw(grid, best, ends, step_seconds):
     for axis, scale, label in ((axes[0], lambda arm, x: x / 1e6, "million tokens"),
                                (axes[1], lambda arm, x: step_seconds[arm] * x / STEP_TOKENS, "seconds of training")):
         for side, name, arm in (("gpt2", "nanoGPT's recipe, its best rate", "time_gpt2"),
-                                ("ours", "default", "time_ours_auto")):
+                                ("ours", "default recipe, its best rate", "time_ours_auto")):
             curve = [(row["tokens"], row["val_loss"]) for row in grid[best[side]]]
             axis.plot([scale(arm, x) for x, _ in curve], [y for _, y in curve], "o-", label=name)
         axis.plot([scale("time_ours_auto", x) for x, _ in ends], [y for _, y in ends], "x", color="black",
-                  label="default, ends of shorter runs")
+                  label="the same, ends of shorter runs")
         axis.axhline(grid[best["gpt2"]][-1]["val_loss"], color="gray", linewidth=0.8)
         axis.set(xlabel=label, ylabel="validation loss, nats/token")
         axis.grid(alpha=0.3)

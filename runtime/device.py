@@ -39,8 +39,9 @@ class DeviceConfig:
     device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is, in this order")
     dtype: str = flag("auto", "of matrix products; auto is bf16 where the device has units for it, fp16 with a loss scaler "
                               "on a GPU with\ntensor cores for that, else what a few timed products or steps show to be "
-                              "fastest (older GPUs: of fp16 and\nfp32; other CPUs than x86: of bf16 and fp32); fp32 is TF32 "
-                              "on newer GPUs, and leaves Muon's own products\nin bf16 where there are units for it",
+                              "fastest (older GPUs: of fp16 and\nfp32; CPUs that are not x86 under Linux: of bf16 and "
+                              "fp32); fp32 is TF32 on newer GPUs, and leaves\nMuon's own products in bf16 where there are "
+                              "units for it",
                       choices=("auto", *DTYPES))
     deterministic: bool = flag(False, "on a GPU, kernels that always add in the same order, where torch has them; slower")
     __post_init__ = check_flags

@@ -138,6 +138,7 @@ def test_the_default_rate_fits_the_tokens_of_a_step(model):
     assert full[0] == 0.05 and peaks(65_536) == full
     assert peaks(2048) == pytest.approx([rate / 2 for rate in full])
     assert peaks(2048, learning_rate=0.05) == full
+    assert max(peaks(8192, optimizer="gpt2")) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
