@@ -214,7 +214,8 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
             f"{n_parameters(None)} M parameters against {n_parameters('gpt2')} M; {machine()}, torch {torch.__version__}; "
             f"on this processor `--dtype=auto` is {own}, and Muon's own products are of that dtype. Losses of the grids: "
             f"{grids}; ours at the best rate on shorter budgets, each with its full cooldown: {budgets}. One seed. Step "
-            f"times are medians of {args.rounds} processes that took turns: `python bench/training.py --text docs_train.parquet`.")
+            f"times are medians of {args.rounds} processes that took turns: `python bench/training.py --text "
+            f"docs_train.parquet`.")
     write_into_readme("bench/training.py", text)
     draw(grid, best, ends[own], step_seconds)
     print(text)
