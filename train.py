@@ -162,10 +162,12 @@ class TrainState:
                 "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}}
         self.writer.save(blob, is_best, at_once, lambda: setattr(self, "saved_step", step))
 
+    def step_tokens(self) -> int:
+        return math.prod(self.settings[name] for name in ("batch_size", "num_batch_accum", "block_size"))
+
     def rate(self) -> float:
         """The peak learning rate."""
-        batch_size, batches, block_size = (self.settings[name] for name in ("batch_size", "num_batch_accum", "block_size"))
-        return self.schedule.rate(batch_size * batches * block_size)
+        return self.schedule.rate(self.step_tokens())
 
     def kept(self) -> str:
         """What a run that fails now leaves behind."""
@@ -494,7 +496,7 @@ def report_changes(state: TrainState, training: dict):
 
 def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """The lines a run begins with."""
-    config, step_tokens = state.model.config, run.batch_size * loop.num_batch_accum * state.model.config.block_size
+    config, step_tokens = state.model.config, state.step_tokens()
     train_tokens = data.manifest.total("train", "tokens")
     ends = [f"{end:,} {unit}" for unit, end in (
         ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]

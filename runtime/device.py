@@ -110,7 +110,7 @@ class Machine:
         return free
 
     def reset_peak_memory(self):
-        """`peak_memory` counts from here on. Raises OSError where the system cannot do that, which is but Linux."""
+        """`peak_memory` counts from here on. Raises OSError where the system cannot do that: a CPU's can under Linux."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.device.type == "mps":
