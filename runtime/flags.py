@@ -33,7 +33,8 @@ class BadInput(ValueError):
 
 def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None, bare=None, auto=False):
     """A dataclass field that `--help` explains and `check_flags` holds to its range. bare: what the flag without a
-    value means, where it may stand alone (a bool may: True). auto: the text "auto" is a value too, and stays text."""
+    value means, where it may stand alone (a bool may: True). auto: the text "auto" is a value too, and stays text.
+    A field of type tuple[X, ...] takes several values, each within the range."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices, "bare": bare, "auto": auto}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -44,18 +45,23 @@ def check_flags(config):
         value, limits = getattr(config, field.name), field.metadata
         if value is None or "help" not in limits or (limits["auto"] and value == "auto"):
             continue
-        given = f"--{field.name}={value}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{given}: must be a number that ends")
-        # `not (value >= limit)` rather than `value < limit`: NaN must fail too
-        if limits["at_least"] is not None and not value >= limits["at_least"]:
-            raise BadInput(f"{given}: must be at least {limits['at_least']}")
-        if limits["above"] is not None and not value > limits["above"]:
-            raise BadInput(f"{given}: must be above {limits['above']}")
-        if limits["at_most"] is not None and not value <= limits["at_most"]:
-            raise BadInput(f"{given}: must be at most {limits['at_most']}")
-        if limits["choices"] is not None and value not in limits["choices"]:
-            raise BadInput(f"{given}: choose one of {', '.join(limits['choices'])}")
+        for item in value if isinstance(value, tuple) else (value,):
+            check_value(f"--{field.name}={item}", item, limits)
+
+
+def check_value(given: str, value, limits: dict):
+    """limits: what `flag` declares. Raises BadInput, which begins with the flag as it was given."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{given}: must be a number that ends")
+    # `not (value >= limit)` rather than `value < limit`: NaN must fail too
+    if limits["at_least"] is not None and not value >= limits["at_least"]:
+        raise BadInput(f"{given}: must be at least {limits['at_least']}")
+    if limits["above"] is not None and not value > limits["above"]:
+        raise BadInput(f"{given}: must be above {limits['above']}")
+    if limits["at_most"] is not None and not value <= limits["at_most"]:
+        raise BadInput(f"{given}: must be at most {limits['at_most']}")
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise BadInput(f"{given}: choose one of {', '.join(limits['choices'])}")
 
 
 def parse_bool(text: str) -> bool:
@@ -101,7 +107,7 @@ PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path:
 
 
 def value_type(field) -> type:
-    """The type a flag's text is read as: `int` for both `int` and `int | None`."""
+    """The type a flag's text is read as: `int` for `int`, `int | None` and `tuple[int, ...]`."""
     options = [option for option in typing.get_args(field.type) if option is not type(None)]
     return options[0] if options else field.type
 
@@ -110,7 +116,13 @@ def or_auto(parse):
     return lambda text: text if text == "auto" else parse(text)
 
 
+def takes_several(field) -> bool:
+    return typing.get_origin(field.type) is tuple
+
+
 def shown_default(field):
+    if takes_several(field):
+        return " ".join(map(str, field.default))
     return int(field.default) if isinstance(field.default, bool) else field.default
 
 
@@ -144,7 +156,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
                 continue
             is_bool, parse = value_type(field) is bool, PARSERS[value_type(field)]
             bare = True if is_bool else field.metadata["bare"]
-            shown = "" if field.default in (None, "") else f" (default: {shown_default(field)})"
+            shown = "" if field.default in (None, "", ()) else f" (default: {shown_default(field)})"
             choices = field.metadata["choices"]
             listed = f": {', '.join(choices)}" if choices else ""
             group.add_argument(
@@ -152,13 +164,14 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
                 default=argparse.SUPPRESS if suppress else field.default,
                 metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[value_type(field)],
                 help=field.metadata["help"].replace("%", "%%") + listed + shown,
-                **({"nargs": "?", "const": bare} if bare is not None else {}))
+                **({"nargs": "+"} if takes_several(field) else {"nargs": "?", "const": bare} if bare is not None else {}))
 
 
 def read_flags(config: type, values: dict):
     """The dataclass `config` from the entries of `values` that are its fields. Raises BadInput, see check_flags."""
     names = {field.name for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+                     if name in names})
 
 
 def parse_flags(description: str | None, argv, *configs: type) -> list:

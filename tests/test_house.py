@@ -14,6 +14,7 @@ import tokenizer
 import train
 from conftest import REPO, TINY_MODEL
 from runtime.device import DeviceConfig
+from runtime.flags import takes_several
 from runtime.sources import SourceConfig
 
 # Scripts import only scripts to their left.
@@ -125,6 +126,8 @@ def flag_table(configs: tuple) -> str:
     rows = ["| flag | default | what |", "|---|---|---|"]
     for field in flags_of(configs):
         default = "" if field.default is None else field.default
+        if takes_several(field):
+            default = " ".join(map(str, default))
         if isinstance(default, bool):
             default = int(default)
         elif isinstance(default, int) and default >= 100_000:
