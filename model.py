@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import MIXERS, MLPS, NORMS
+from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.loss import capped_logits, cross_entropy
 from layers.norm import rms_norm
 from layers.shift import ShiftCache, TokenShift
 from runtime.flags import BadInput, check_flags, flag
 
+LETTERS = {mixer.letter: mixer for mixer in MIXERS.values()}
 EMBED_LOGITS = 0.1  # standard deviation of a tied model's first logits: nearly a uniform guess
 
 
@@ -29,8 +30,13 @@ class GPTConfig:
     head_size: int = flag(64, "channels of a head, an even number", at_least=2, at_most=10_000)
     block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
     vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
-    mlp: str = flag("gelu", "feed-forward layer", choices=tuple(MLPS))
-    mixer: str = flag("attention", "layer that mixes positions", choices=tuple(MIXERS))
+    mlp: str = flag("auto", "feed-forward layer; auto: gelu, or the kind of --linear if that is not linear",
+                    choices=("auto", *MLPS))
+    n_hidden: int = flag(None, "width of the hidden layer in it (default: such that it has about 8 * width² parameters)",
+                         at_least=1, at_most=10_000_000)
+    mixer: str = flag("attention", "layer that mixes positions: attention, gated_delta, or a pattern of their letters A and "
+                                   "D, a letter a\nlayer, which is repeated: DDDA")
+    linear: str = flag("linear", "every linear layer in the blocks, those of attention too", choices=tuple(LINEARS))
     norm: str = flag("rms", "normalisation: without parameters and of the embedding too, or GPT-2's", choices=tuple(NORMS))
     positions: str = flag("rotary", "how attention knows the order", choices=("rotary", "learned"))
     qk_norm: bool = flag(True, "normalise queries and keys")
@@ -45,12 +51,20 @@ class GPTConfig:
 
     def __post_init__(self):
         check_flags(self)
+        if self.mlp == "auto":
+            object.__setattr__(self, "mlp", "gelu" if self.linear == "linear" else self.linear)
+        if self.mixer not in MIXERS and not (0 < len(self.mixer) <= self.n_layer and set(self.mixer) <= LETTERS.keys()):
+            raise BadInput(f"--mixer={self.mixer}: give one of {', '.join(MIXERS)}, or a pattern of the letters "
+                           f"{', '.join(LETTERS)}, of at most the {self.n_layer} of --n_layer")
         if self.head_size % 2:
             raise BadInput(f"--head_size={self.head_size}: must be even, rotary positions turn pairs of channels")
 
     @property
     def n_embd(self) -> int:
         return self.n_head * self.head_size
+
+    def mixer_of(self, layer: int) -> type:
+        return MIXERS.get(self.mixer) or LETTERS[self.mixer[layer % len(self.mixer)]]
 
 
 @dataclass
@@ -69,7 +83,7 @@ class Block(nn.Module):
         self.shortcut = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embed_shortcut and layer > 0 else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
-        self.mixer = MIXERS[config.mixer](config, layer)
+        self.mixer = config.mixer_of(layer)(config, layer)
         self.mlp = MLPS[config.mlp](config)
 
     def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> BlockCache:
@@ -108,13 +122,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """zero: 1/√fan_in matrices, but what writes into the residual stream, and a head of its own, starts at zero: at
-        first every block is the identity and (nearly, if tied) every token equally likely. gpt2: as in section 2.3 of
-        Radford et al. 2019, and nanoGPT."""
+        """zero: matrices that keep the variance (1/√fan_in, if linear), but what writes into the residual stream, and a
+        head of its own, starts at zero: at first every block is the identity and (nearly, if tied) every token equally
+        likely. gpt2: as in section 2.3 of Radford et al. 2019, and nanoGPT."""
         gpt2, n_layer = self.config.init == "gpt2", self.config.n_layer
+        unit_std = {f"{name}.weight": layer.unit_std for name, layer in self.named_modules() if hasattr(layer, "unit_std")}
         for name, weight in self.named_parameters():
-            if weight.dim() < 2:
-                continue  # biases and norms: their layers have set them
+            if weight.dim() < 2 or not name.endswith("weight"):
+                continue  # biases, norms and coefficients: their layers have set them
             if name == "embed.weight" and self.config.norm == "rms" and not self.config.tied:
                 std = 1.0  # its norm takes the scale away, so the scale only sets how fast it turns
             elif weight is self.embed.weight:
@@ -124,7 +139,7 @@ class GPT(nn.Module):
             elif name == "head.weight":
                 std = 0.02 if gpt2 else 0.0
             else:
-                std = 0.02 if gpt2 else weight.size(1) ** -0.5
+                std = 0.02 if gpt2 else unit_std.get(name, weight.size(1) ** -0.5)
             nn.init.normal_(weight, std=std)
         for name, bias in self.blocks.named_parameters():
             if name.endswith("bias"):
@@ -166,9 +181,15 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of the matrix products of one training token: forward, and twice that backward.
         What is computed a second time to save memory does not count."""
-        forward = sum(layer.flops_per_token(self.config.block_size)
-                      for block in self.blocks for layer in (block.mixer, block.mlp))
-        return 3 * (forward + 2 * self.head.weight.numel())
+        return 3 * 2 * self.head.weight.numel() + sum(
+            layer.flops_per_token(self.config.block_size) for block in self.blocks for layer in (block.mixer, block.mlp))
+
+    def elementwise_flops_per_token(self) -> int:
+        """The same of what is no matrix product and differs between architectures: activations and the bases of KAN layers,
+        where an addition, a multiplication, a division or an exponential counts one. Norms, softmax and what else all share
+        is left out."""
+        return sum(layer.elementwise_flops_per_token(self.config.block_size)
+                   for block in self.blocks for layer in (block.mixer, block.mlp))
 
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

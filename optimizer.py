@@ -82,8 +82,9 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> l
 
 
 def kind_of(name: str, parameter: Tensor) -> str:
-    """matrix; qkv, three of them one above the other; lookup: embeddings, with a tied head; head; scalar: all others."""
-    if parameter.dim() != 2:
+    """matrix; qkv, three of them one above the other; lookup: embeddings, with a tied head; head; scalar: all others, the
+    coefficients of a rational function too."""
+    if parameter.dim() != 2 or not name.endswith("weight"):
         return "scalar"
     if name.startswith("blocks."):
         return "qkv" if name.endswith("qkv.weight") else "matrix"

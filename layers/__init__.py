@@ -8,13 +8,23 @@ dtype)`, and
     forward(x, cache=None, first=None) -> (y, value)     x, y: (B, T, C)
 
 where `value` is what the later blocks get as `first` if it is the first block's: see Attention. Both have
-`flops_per_token(block_size)`, the floating-point operations of their matrix products in a forward pass, and name the
-matrices that write into the residual stream `proj`: the model starts those at zero.
+`flops_per_token(block_size)`, the floating-point operations that their matrix products cost a training token, forward and
+(as much again, twice) backward, and `elementwise_flops_per_token(block_size)`, those of activations and bases; they make
+their linear layers by LINEARS[config.linear], and name those that write into the residual stream `proj`: the model starts
+their matrices at zero. A mixer
+has a `letter`, by which a pattern of several names it.
 """
+from functools import partial
+
 from layers.attention import Attention
-from layers.mlp import GELU, ReLU2, SwiGLU
+from layers.gated_delta import GatedDelta
+from layers.kan import LINEARS
+from layers.mlp import GELU, KAN, ReLU2, SwiGLU
 from layers.norm import LayerNorm, RMSNorm
 
-MIXERS = {"attention": Attention}
-MLPS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU}
+__all__ = ["LINEARS", "MIXERS", "MLPS", "NORMS"]
+
+MIXERS = {"attention": Attention, "gated_delta": GatedDelta}
+MLPS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU,
+        **{kind: partial(KAN, kind=kind) for kind in LINEARS if kind != "linear"}}
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.kan import LINEARS
+from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
 
@@ -52,13 +54,14 @@ class Attention(nn.Module):
     et al. 2020, arXiv:2010.04245). value_residual: values are a learned mix of the layer's own and the first layer's,
     which keep what the token itself was (Zhou et al. 2024, arXiv:2410.17897).
     """
+    letter = "A"
 
     def __init__(self, config, layer: int):
         super().__init__()
         self.n_head, self.head_size, self.qk_norm = config.n_head, config.head_size, config.qk_norm
         width = config.n_head * config.head_size
-        self.qkv = nn.Linear(config.n_embd, 3 * width, bias=config.bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.qkv = LINEARS[config.linear](config.n_embd, 3 * width, config.bias)
+        self.proj = LINEARS[config.linear](width, config.n_embd, config.bias)
         self.rotary = Rotary(config.head_size, config.block_size) if config.positions == "rotary" else None
         # the first layer has nothing to mix in
         self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
@@ -93,5 +96,7 @@ class Attention(nn.Module):
     def flops_per_token(self, block_size: int) -> int:
         """Projections, and scores and sums over the whole block: the upper triangle counts too, as is customary
         (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
-        projections = self.qkv.weight.numel() + self.proj.weight.numel()
-        return 2 * projections + 2 * 2 * block_size * self.n_head * self.head_size
+        return 3 * (matrix_flops(self) + 2 * 2 * block_size * self.n_head * self.head_size)
+
+    def elementwise_flops_per_token(self, block_size: int) -> int:
+        return 3 * elementwise_flops(self)

@@ -3,19 +3,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def matrix_flops(layer: nn.Module) -> int:
-    """Of one position's product with every matrix of `layer`."""
-    return 2 * sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+from layers.kan import LINEARS
+from layers.linear import ActivatedLinear, Linear, elementwise_flops, matrix_flops
 
 
 class MLP(nn.Module):
-    """Linear, `activation`, linear. The hidden layer is four times as wide as the model."""
+    """Linear, `activation`, linear. The hidden layer is four times as wide as the model, if the config says nothing else."""
+    activation_flops = 0  # of one hidden unit
 
-    def __init__(self, config):
+    def __init__(self, config, n_hidden: int | None = None):
+        """n_hidden: what the hidden layer has if the config says nothing."""
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.n_hidden, linear = config.n_hidden or n_hidden or 4 * config.n_embd, LINEARS[config.linear]
+        self.fc = linear(config.n_embd, self.n_hidden, config.bias)
+        self.proj = linear(self.n_hidden, config.n_embd, config.bias)
 
     def activation(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -24,26 +25,10 @@ class MLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
     def flops_per_token(self, block_size: int) -> int:
-        return matrix_flops(self)
+        return 3 * matrix_flops(self)
 
-
-class ActivatedLinear(torch.autograd.Function):
-    """activation(x) times a matrix, which keeps x alone for the backward pass: the other, as large, is computed again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, mlp: "type[LeanMLP]") -> Tensor:
-        """x: (..., in), weight: (out, in) -> (..., out)."""
-        ctx.save_for_backward(x, weight)
-        ctx.mlp = mlp
-        return F.linear(mlp.activation(x), weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        x_grad = ctx.mlp.activation_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
-        hidden = ctx.mlp.activation(x).flatten(0, -2).to(grad.dtype)
-        return x_grad, (grad.flatten(0, -2).T @ hidden).to(weight.dtype), None
+    def elementwise_flops_per_token(self, block_size: int) -> int:
+        return 3 * (self.activation_flops * self.n_hidden + elementwise_flops(self))
 
 
 class LeanMLP(MLP):
@@ -55,12 +40,15 @@ class LeanMLP(MLP):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.proj) is not Linear:
+            return super().forward(x)
         y = ActivatedLinear.apply(self.fc(x), self.proj.weight, type(self))
         return y if self.proj.bias is None else y + self.proj.bias
 
 
 class ReLU2(LeanMLP):
     """relu(x)². Source: So et al. 2021 (Primer), arXiv:2109.08668."""
+    activation_flops = 2
 
     @staticmethod
     def activation(x: Tensor) -> Tensor:
@@ -73,6 +61,7 @@ class ReLU2(LeanMLP):
 
 class GELU(LeanMLP):
     """As in GPT-2. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    activation_flops = 5
 
     @staticmethod
     def activation(x: Tensor) -> Tensor:
@@ -83,19 +72,36 @@ class GELU(LeanMLP):
         return torch.ops.aten.gelu_backward(grad, x)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(MLP):
     """silu(gate(x)) * fc(x), then linear; three matrices, so the hidden layer is 8/3 times as wide as the model to
     have the parameters of the others. Source: Shazeer 2020, arXiv:2002.05202."""
+    activation_flops = 5
 
     def __init__(self, config):
-        super().__init__()
-        n_hidden = 8 * config.n_embd // 3
-        self.gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        super().__init__(config, 8 * config.n_embd // 3)
+        self.gate = LINEARS[config.linear](config.n_embd, self.n_hidden, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
+
+class KAN(nn.Module):
+    """KAN layers, which need no activation between. Two, with a hidden layer four times as wide as the model, if their
+    functions are shared; one, of as many parameters, if every edge has its own, unless the config says how wide a hidden
+    layer is to be."""
+
+    def __init__(self, config, kind: str):
+        super().__init__()
+        layer, width = LINEARS[kind], config.n_embd
+        n_hidden = config.n_hidden or (4 * width if layer.terms == 1 else None)
+        self.fc = layer(width, n_hidden, config.bias) if n_hidden else nn.Identity()
+        self.proj = layer(n_hidden or width, width, config.bias, is_hidden=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.fc(x))
+
     def flops_per_token(self, block_size: int) -> int:
-        return matrix_flops(self)
+        return 3 * matrix_flops(self)
+
+    def elementwise_flops_per_token(self, block_size: int) -> int:
+        return 3 * elementwise_flops(self)

@@ -1,0 +1,132 @@
+"""The gated delta rule: a mixer whose cost grows evenly with the length of the text, and whose cache does not grow.
+
+Each head keeps a matrix S, head_size x head_size, that answers a key with a value. At every token it forgets a share of all
+it holds, and then corrects its answer to the token's key towards the token's value:
+
+    S_t = α_t S_{t-1} + k_t u_tᵀ,   u_t = β_t (v_t - α_t S_{t-1}ᵀ k_t),   y_t = S_tᵀ q_t
+
+Source: Yang et al. 2024 (Gated DeltaNet), arXiv:2412.06464. β_t goes up to 2, where the correction turns the old answer
+around, and so can count modulo two: Grazzi et al. 2024, arXiv:2411.12537.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.kan import LINEARS
+from layers.linear import elementwise_flops, matrix_flops
+from layers.norm import rms_norm
+
+CHUNK = 64  # tokens that are worked on at once; the work grows with it, the number of steps one after the other falls
+MEMORY = 4, 1024  # tokens after which the heads have forgotten all but 1/e, at first: from the first head to the last
+
+
+@dataclass
+class DeltaCache:
+    """What the heads hold after `length` positions: (B, n_head, head_size, head_size), in fp32."""
+    state: Tensor
+    length: int = 0
+
+
+class GatedDelta(nn.Module):
+    """Multi-head gated delta rule, with the parameters of attention and two gates a head. Keys and queries have length 1,
+    and what a head answers is normalised. value_residual: as in Attention."""
+    letter = "D"
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.n_head, self.head_size = config.n_head, config.head_size
+        width, linear = config.n_head * config.head_size, LINEARS[config.linear]
+        self.qkv = linear(config.n_embd, 3 * width, config.bias)
+        self.gates = linear(config.n_embd, 2 * config.n_head, config.bias)
+        self.proj = linear(width, config.n_embd, config.bias)
+        shortest, longest = MEMORY
+        steps = [shortest * (longest / shortest) ** (i / max(1, config.n_head - 1)) for i in range(config.n_head)]
+        # softplus of it is 1 / steps
+        self.decay = nn.Parameter(torch.tensor([math.log(math.expm1(1 / n)) for n in steps]))
+        self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
+
+    def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> DeltaCache:
+        """B * n_head * head_size² numbers, however many tokens come."""
+        return DeltaCache(torch.zeros(batch_size, self.n_head, self.head_size, self.head_size, device=device))
+
+    def forward(self, x: Tensor, cache: DeltaCache | None = None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
+        Returns (B, T, C), and the values of this layer, (B, n_head, T, head_size)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if self.value_mix is not None:
+            v = torch.lerp(v, first, self.value_mix.to(v.dtype))
+        q, k = (rms_norm(part, keeps_x=True) * self.head_size ** -0.5 for part in (q, k))
+        beta, decay = self.gates(x).float().view(B, T, 2, self.n_head).permute(2, 0, 3, 1)       # each (B, H, T)
+        beta, log_alpha = 2 * torch.sigmoid(beta), -F.softplus(decay + self.decay[:, None])
+        if cache is None:
+            y, _ = by_chunks(q, k, v, beta, log_alpha, None)
+        else:
+            step = by_tokens if T == 1 else by_chunks
+            y, cache.state = step(q, k, v, beta, log_alpha, cache.state)
+            cache.length += T
+        y = rms_norm(y).to(v.dtype)
+        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), v
+
+    def flops_per_token(self, block_size: int) -> int:
+        """Projections, and the products of `by_chunks`: three of a chunk with itself, three with the state, and one more in
+        the backward pass of the triangular system. The padding of a last chunk counts too."""
+        chunk = min(CHUNK, block_size)
+        n = -(-block_size // chunk)
+        within, across = (3 * 3 + 2) * 2 * chunk * chunk * self.head_size, 3 * 3 * 2 * chunk * self.head_size**2
+        return 3 * matrix_flops(self) + self.n_head * (n * within + (n - 1) * across) // block_size
+
+    def elementwise_flops_per_token(self, block_size: int) -> int:
+        """Of the linear layers, and of solving the triangular system, which is no product, forward and backward."""
+        return 3 * elementwise_flops(self) + 2 * 2 * min(CHUNK, block_size) * self.n_head * self.head_size
+
+
+def by_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule as it stands above, token by token. q, k, v: (B, H, T, D); beta, log_alpha: (B, H, T); state: (B, H, D, D),
+    keys by values. Returns (B, H, T, D) and the new state."""
+    answers = []
+    for t in range(q.size(2)):
+        key, value, query = (part[:, :, t].float().unsqueeze(-1) for part in (k, v, q))            # (B, H, D, 1)
+        state = state * log_alpha[:, :, t, None, None].exp()
+        correction = beta[:, :, t, None, None] * (value - state.mT @ key)
+        state = state + key @ correction.mT
+        answers.append((state.mT @ query).squeeze(-1))
+    return torch.stack(answers, dim=2), state
+
+
+def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
+              state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same in products of matrices, a chunk of tokens at a time. state: None, at the start of a text, asks for no state
+    in return.
+
+    With Γ_t the product of the α of a chunk up to t, u_t + Σ_{j<t} β_t Γ_t/Γ_j (k_t·k_j) u_j = β_t (v_t - Γ_t S₀ᵀ k_t): a
+    triangular system, solved once for the v and once for the k (section 3.3 of the source).
+    """
+    T, chunk = q.size(2), min(CHUNK, q.size(2))
+    if rest := -T % chunk:  # tokens that change nothing: no correction, nothing forgotten
+        q, k, v = (F.pad(part, (0, 0, 0, rest)) for part in (q, k, v))
+        beta, log_alpha = (F.pad(part, (0, rest)) for part in (beta, log_alpha))
+    q, k, v, beta, log_alpha = (part.unflatten(2, (-1, chunk)) for part in (q, k, v, beta, log_alpha))  # (B, H, n, c, …)
+    log_gamma = log_alpha.cumsum(dim=-1)
+    ratios = (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(  # above the diagonal they may overflow
+        torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1), -torch.inf).exp()     # Γ_t / Γ_j
+    gamma, to_end = log_gamma.exp().unsqueeze(-1), ratios[..., -1, :].unsqueeze(-1)
+    system = (k @ k.mT).float() * ratios * beta.unsqueeze(-1)                  # its diagonal is taken to be 1
+    known = torch.cat((v.float(), k.float() * gamma), dim=-1) * beta.unsqueeze(-1)
+    from_values, from_state = torch.linalg.solve_triangular(
+        system, known, upper=False, unitriangular=True).chunk(2, dim=-1)
+    scores = (q @ k.mT) * ratios
+    asks, tells = q * gamma, (k * to_end).mT
+    answers, n, is_asked = [], q.size(2), state is not None
+    for i in range(n):
+        correction, answer = from_values[:, :, i], 0.0
+        if state is not None:
+            correction, answer = correction - from_state[:, :, i] @ state, asks[:, :, i] @ state
+        answers.append(scores[:, :, i] @ correction + answer)
+        if i < n - 1 or is_asked:
+            update = (tells[:, :, i] @ correction).float()
+            state = update if state is None else state * gamma[:, :, i, -1:] + update
+    return torch.cat(answers, dim=2)[:, :, :T], state if is_asked else None

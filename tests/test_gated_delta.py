@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from layers import gated_delta
+from layers.gated_delta import MEMORY, GatedDelta, by_chunks, by_tokens
+from model import GPTConfig
+
+B, H, T, D = 2, 3, 40, 8
+
+
+def example(seed: int = 0, **like) -> list[torch.Tensor]:
+    """q, k, v, beta, log_alpha, state; keys and queries of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    q, k = (torch.nn.functional.normalize(random(B, H, T, D), dim=-1) for _ in range(2))
+    return [q, k, random(B, H, T, D), 2 * torch.sigmoid(random(B, H, T)), -random(B, H, T).exp() / 5, random(B, H, D, D)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 40, 64])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_chunks_equal_tokens(monkeypatch, chunk, with_state):
+    """With gradients; 7 does not divide the text."""
+    monkeypatch.setattr(gated_delta, "CHUNK", chunk)
+    inputs = [part.requires_grad_() for part in example()]
+    zeros = torch.zeros(B, H, D, D)
+    want, want_state = by_tokens(*inputs[:5], inputs[5] if with_state else zeros)
+    got, state = by_chunks(*inputs[:5], inputs[5] if with_state else None)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert torch.allclose(state, want_state, atol=1e-5) if with_state else state is None
+    used = inputs[:5 + with_state]
+    weights = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad((got * weights).sum(), used), torch.autograd.grad((want * weights).sum(), used)):
+        assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_a_text_in_two_parts_is_one_text():
+    *parts, state = example()
+    whole, end = by_chunks(*parts, state)
+    first, middle = by_chunks(*(part[:, :, :13] for part in parts), state)
+    second, other_end = by_tokens(*(part[:, :, 13:] for part in parts), middle)
+    assert torch.allclose(torch.cat((first, second), dim=2), whole, atol=1e-5) and torch.allclose(end, other_end, atol=1e-5)
+
+
+def test_it_answers_a_key_with_its_last_value():
+    """Hand example: three keys at right angles, the second with two values one after the other, nothing forgotten."""
+    keys = torch.eye(4)[[0, 1, 2, 1]]
+    values = torch.arange(16.0).view(4, 4)
+    _, state = by_chunks(torch.zeros(1, 1, 4, 4), keys[None, None], values[None, None], torch.ones(1, 1, 4),
+                         torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4))
+    assert torch.allclose(state[0, 0].T @ torch.eye(4), torch.stack([values[0], values[3], values[2], torch.zeros(4)]).T)
+
+
+def test_it_counts_modulo_two():
+    """A correction of 2 turns what a key answers around; nothing else attention can do in one layer for any length."""
+    n = 101
+    ones = torch.ones(1, 1, n)
+    keys, nothing = torch.zeros(1, 1, n, 2), torch.zeros(1, 1, n, 2)
+    keys[..., 0] = 1
+    start = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    y, _ = by_chunks(keys, keys, nothing, 2 * ones, 0 * ones, start)
+    assert torch.allclose(y[0, 0, :, 0], torch.tensor([(-1.0) ** (t + 1) for t in range(n)]))
+
+
+def test_it_forgets_at_the_rates_it_starts_with():
+    mixer = GatedDelta(GPTConfig(n_head=3, head_size=D, block_size=T, vocab_size=9), 0)
+    rates = torch.nn.functional.softplus(mixer.decay)
+    assert torch.allclose(1 / rates, torch.tensor([MEMORY[0], math.sqrt(MEMORY[0] * MEMORY[1]), MEMORY[1]]), rtol=1e-3)
+
+
+def test_long_ago_does_not_overflow():
+    """Ratios of what is left are between 0 and 1, also where all is forgotten at once."""
+    q, k, v, beta, log_alpha, state = (part.requires_grad_() for part in example())
+    y, _ = by_chunks(q, k, v, beta, log_alpha * 1e4, state)
+    y.sum().backward()
+    assert torch.isfinite(y).all() and all(torch.isfinite(part.grad).all() for part in (q, k, v, beta, log_alpha))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(dtype):
+    inputs = example()
+    want, want_state = by_tokens(*inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        got, state = by_chunks(*inputs)
+    assert state.dtype == torch.float32
+    assert (got.float() - want).norm() < 0.03 * want.norm() and (state - want_state).norm() < 0.03 * want_state.norm()
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_text():
+    mixer = GatedDelta(GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
+    costs = [mixer.flops_per_token(n) for n in (1024, 2048, 4096)]
+    assert costs[2] < 1.01 * costs[0]
+    caches = [mixer.init_cache(1, n, torch.device("cpu"), torch.float32).state.numel() for n in (16, 4096)]
+    assert caches[0] == caches[1] == 2 * D * D

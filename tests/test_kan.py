@@ -1,0 +1,216 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from layers.kan import CENTERS, LINEARS, SWISH, BSplineKAN, ChebyshevKAN, RationalKAN
+from layers.linear import elementwise_flops, matrix_flops
+from layers.norm import rms_norm
+from model import GPT, GPTConfig
+from optimizer import OptimizerConfig, make_optimizer
+
+KNOTS = 1.5 * torch.arange(-5, 6, dtype=torch.double)
+KANS = {kind: layer for kind, layer in LINEARS.items() if kind != "linear"}
+
+
+def cox_de_boor(x: torch.Tensor, knots: torch.Tensor, order: int) -> torch.Tensor:
+    """B-splines of degree `order` at x (...), by the recursion that defines them: (..., len(knots) - order - 1)."""
+    x = x.unsqueeze(-1)
+    basis = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
+    for k in range(1, order + 1):
+        rise = (x - knots[:-k - 1]) / (knots[k:-1] - knots[:-k - 1])
+        fall = (knots[k + 1:] - x) / (knots[k + 1:] - knots[1:-k])
+        basis = rise * basis[..., :-1] + fall * basis[..., 1:]
+    return basis
+
+
+def edge(layer, i: int, j: int, x: float) -> float:
+    """The function on the edge from input i to output j, as its definition has it."""
+    n_in = layer.weight.size(1) // layer.terms
+    coefficients = layer.weight[j].view(layer.terms, n_in)[:, i].tolist()
+    if isinstance(layer, RationalKAN):
+        group = i // math.ceil(n_in / len(layer.numerator))
+        a = (layer.numerator[group] / layer.sizes[:6]).tolist()
+        b = (layer.denominator[group] / layer.sizes[6:]).tolist()
+        above = sum(c * x**k for k, c in enumerate(a))
+        return coefficients[0] * above / (1 + sum(abs(c) * abs(x)**k for k, c in enumerate(b, start=1)))
+    if isinstance(layer, ChebyshevKAN):
+        return sum(c * math.cos(k * math.acos(math.tanh(x))) / k for k, c in enumerate(coefficients, start=1))
+    splines = cox_de_boor(torch.tensor(x, dtype=torch.double), KNOTS, 3).tolist()
+    return sum(c * value for c, value in zip(coefficients, [x / (1 + math.exp(-x)), *splines]))
+
+
+def random_layer(kind: str, n_in: int, n_out: int, bias: bool = True, is_hidden: bool = True):
+    torch.manual_seed(0)
+    layer = KANS[kind](n_in, n_out, bias, is_hidden)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name in ("weight", "bias"):
+                parameter.normal_()
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return layer
+
+
+@pytest.mark.parametrize("kind", KANS)
+@pytest.mark.parametrize("n_in", [1, 3, 10, 16])  # fewer channels than groups, groups of several sizes, and of one
+@torch.no_grad()
+def test_a_layer_is_a_sum_over_edges(kind, n_in):
+    layer, x = random_layer(kind, n_in, 4), 2 * torch.randn(2, 5, n_in)
+    seen = x if kind == "grkan" else rms_norm(x)
+    expected = [[[layer.bias[j].item() + sum(edge(layer, i, j, row[i].item()) for i in range(n_in)) for j in range(4)]
+                 for row in rows] for rows in seen]
+    assert torch.allclose(layer(x), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KANS)
+def test_gradients_are_those_of_autograd(kind):
+    """The backward passes written by hand, against torch's of the same functions."""
+    layer, x = random_layer(kind, 10, 4), torch.randn(3, 5, 10, requires_grad=True)
+    parameters = [x, *layer.parameters()]
+    if kind == "grkan":
+        a, b = ((part / sizes).repeat_interleave(2, dim=0) for part, sizes in (
+            (layer.numerator, layer.sizes[:6]), (layer.denominator, layer.sizes[6:])))
+        basis = sum(a[:, k] * x**k for k in range(6)) / (1 + sum(b[:, k].abs() * x.abs()**(k + 1) for k in range(4)))
+    else:
+        basis = layer.activation(rms_norm(x))
+    expected = F.linear(basis, layer.weight, layer.bias)
+    weights = torch.randn_like(expected)
+    for got, want in zip(torch.autograd.grad((layer(x) * weights).sum(), parameters),
+                         torch.autograd.grad((expected * weights).sum(), parameters)):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+        assert want.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["chebkan", "bspline"])
+def test_gradients_are_those_of_small_differences(kind):
+    x = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(random_layer(kind, 3, 2).double(), x)
+
+
+@torch.no_grad()
+def test_closed_splines_are_those_of_the_recursion():
+    x = torch.linspace(-8, 8, 1001, dtype=torch.double)
+    splines = BSplineKAN.activation(x[:, None])[:, 1:]
+    assert torch.allclose(splines, cox_de_boor(x, KNOTS, 3), atol=1e-12)
+    inside = x.abs() < 3
+    assert torch.allclose(splines[inside].sum(dim=1), torch.ones(inside.sum(), dtype=torch.double))
+    assert (splines[x.abs() >= 7.5] == 0).all()
+
+
+@torch.no_grad()
+def test_chebyshev_by_hand():
+    """T_2 = 2t² - 1, T_3 = 4t³ - 3t, at t = tanh(atanh(1/2)) = 1/2."""
+    basis = ChebyshevKAN.activation(torch.tensor([[math.atanh(0.5)]]))[0]
+    assert torch.allclose(basis[:3] * torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, -0.5, -1.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["chebkan", "bspline"])
+def test_numpys_functions_are_torchs(kind):
+    x = np.linspace(-4, 4, 101)
+    assert np.allclose(KANS[kind].of_numpy(x), KANS[kind].activation(torch.from_numpy(x)[:, None]).numpy(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_rational_functions_start_as_the_identity_and_as_swish():
+    x = torch.linspace(-3, 3, 601)[:, None]
+    for is_hidden, expected in ((False, x), (True, F.silu(x))):
+        layer = RationalKAN(1, 1, False, is_hidden)
+        layer.weight.fill_(1)
+        assert torch.allclose(layer(x), expected, atol=0.05 if not is_hidden else 0.03)  # not equal: no |b| is 0
+
+
+def test_the_coefficients_of_swish():
+    x = np.linspace(-3, 3, 301)
+    fit = sum(a * x**k for k, a in enumerate(SWISH[0])) / (1 + sum(abs(b) * abs(x)**k for k, b in enumerate(SWISH[1], 1)))
+    assert abs(fit - x / (1 + np.exp(-x))).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+@pytest.mark.parametrize("is_hidden", [False, True])
+@torch.no_grad()
+def test_outputs_have_variance_1_at_unit_std(kind, is_hidden):
+    torch.manual_seed(0)
+    layer = LINEARS[kind](400, 300, False, is_hidden)
+    layer.weight.normal_(std=layer.unit_std)
+    assert layer(torch.randn(200, 400)).var().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KANS)
+@torch.no_grad()
+def test_a_deep_stack_neither_explodes_nor_dies(kind):
+    torch.manual_seed(0)
+    x = start = torch.randn(64, 128)
+    for _ in range(24):
+        layer = KANS[kind](128, 128, False)
+        layer.weight.normal_(std=layer.unit_std)
+        x = layer(x)
+    assert 0.3 < x.std() / start.std() < 3
+
+
+def test_no_coefficient_starts_without_a_gradient():
+    """sign(0) = 0 would freeze a denominator for ever."""
+    for is_hidden in (False, True):
+        layer, x = RationalKAN(16, 16, False, is_hidden), torch.randn(64, 16)
+        torch.nn.init.normal_(layer.weight)
+        (layer(x) * torch.randn(64, 16)).sum().backward()
+        assert (layer.numerator.grad != 0).all() and (layer.denominator.grad != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KANS)
+def test_half_precision_computes_functions_in_fp32(kind, dtype):
+    """In fp16 itself x^5 is infinite from 10 on, and 12 % of outputs were not finite at this size."""
+    layer, x = random_layer(kind, 32, 16), (30 * torch.randn(256, 32)).to(dtype)
+    expected = layer(x.float())
+    expected.square().mean().backward()
+    grads = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(x)
+    y.float().square().mean().backward()
+    assert y.dtype == dtype and torch.isfinite(y).all()
+    assert (y.float() - expected).norm() < 0.02 * expected.norm()
+    for parameter, grad in zip(layer.parameters(), grads):
+        assert torch.isfinite(parameter.grad).all() and (parameter.grad - grad).norm() < 0.05 * grad.norm()
+
+
+@pytest.mark.parametrize("kind", KANS)
+def test_what_a_layer_keeps_does_not_grow_with_its_functions(kind):
+    """The input, twice at most (as it is and normalised), and not the values of 8 functions of it."""
+    layer, x, kept = random_layer(kind, 64, 8), torch.randn(1000, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert sum(kept) < 2.2 * x.numel() + 2 * layer.weight.numel()
+
+
+@pytest.mark.parametrize("kind", KANS)
+def test_coefficients_go_to_adamw_without_decay_and_matrices_to_muon(kind):
+    model = GPT(GPTConfig(n_layer=2, n_head=2, head_size=8, block_size=8, vocab_size=32, linear=kind))
+    groups = make_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
+    of = {id(parameter): group for group in groups for parameter in group["params"]}
+    for name, parameter in model.blocks.named_parameters():
+        group, is_matrix = of[id(parameter)], name.endswith("weight")
+        assert group["method"] == ("muon" if is_matrix else "adamw"), name
+        assert (group["weight_decay"] > 0) == is_matrix, name
+        assert not is_matrix or parameter.dim() == 2
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gated_delta"])
+@pytest.mark.parametrize("mlp", ["auto", "gelu", "swiglu"])
+def test_linear_replaces_every_linear_layer_of_the_blocks(mlp, mixer):
+    config = GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=8, vocab_size=32, linear="grkan", mlp=mlp, mixer=mixer)
+    linears = [layer for layer in GPT(config).blocks.modules() if hasattr(layer, "weight") and layer.weight.dim() == 2]
+    assert len(linears) == {"auto": 2, "gelu": 2, "swiglu": 3}[mlp] + {"attention": 2, "gated_delta": 3}[mixer]
+    assert all(type(layer) is RationalKAN for layer in linears)
+
+
+def test_flops_by_hand():
+    """16 inputs, 4 outputs. A rational function: 5 multiplications and 5 additions above, an absolute value, 4 of each
+    below, a division; the matrix: a multiplication and an addition a number."""
+    layer = RationalKAN(16, 4, False)
+    assert (matrix_flops(layer), elementwise_flops(layer)) == (2 * 16 * 4, 16 * 20)
+    assert matrix_flops(ChebyshevKAN(16, 4, False)) == 2 * 8 * 16 * 4
+    assert matrix_flops(BSplineKAN(16, 4, False)) == 2 * (1 + len(CENTERS)) * 16 * 4
