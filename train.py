@@ -119,6 +119,7 @@ ENDS = {"max_iter", "max_tokens", "max_seconds"}
 CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "momentum_dtype", "weight_decay", "schedule",
               "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
 NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "verbose"}
+DIVERGED = "lower --learning_rate"  # in the last line of a run that did, by which compare.py knows
 FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale will do
 
 
@@ -244,7 +245,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callabl
         return stopped if progress < 1 else None
 
 def diverged(state: TrainState, what: str, step: int | None = None) -> FloatingPointError:
-    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, which is {state.rate():.3g}, or "
+    return FloatingPointError(f"{what} at step {step or state.step}: {DIVERGED}, which is {state.rate():.3g}, or "
                               f"--grad_clip=1; {state.kept()}")
 
 
@@ -501,7 +502,8 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     ends = [f"{end:,} {unit}" for unit, end in (
         ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]
     seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
-    print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}, vocabulary "
+    print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}"
+          + (f", {config.linear} for every linear layer" if config.linear != "linear" else "") + f", vocabulary "
           f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
           f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {state.settings['optimizer']} at "
           f"{state.rate():.3g}")

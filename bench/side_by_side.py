@@ -1,7 +1,6 @@
 """What the benches share: each measurement in a process of its own, sides that take turns, a table in README.md."""
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -9,9 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
-from runtime.device import process_peak  # noqa: E402
+from runtime.device import hardware, process_peak  # noqa: E402
 from runtime.metrics import read_rows  # noqa: E402
 
 
@@ -65,9 +66,7 @@ def peak_memory() -> float:
 
 
 def machine() -> str:
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return hardware(torch.device("cpu"))
 
 
 def table(rows: list[tuple]) -> str:

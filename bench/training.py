@@ -211,7 +211,7 @@ def write_results(args, sides, grid, best, ends, timed, step_seconds):
     budgets = "; ".join(f"in {dtype} " + ", ".join(f"{loss:.3f} after {n / 1e6:.2f} M" for n, loss in of_dtype)
                         for dtype, of_dtype in ends.items())
     text = (f"{table(rows)}\n\n4 layers x 256, block 256, {VOCAB_SIZE:,} ids, {STEP_TOKENS:,} tokens a step; "
-            f"{n_parameters(None)} M parameters against {n_parameters('gpt2')} M; {machine()}, torch {torch.__version__}; "
+            f"{n_parameters(None)} M parameters against {n_parameters('gpt2')} M; {machine()}; "
             f"on this processor `--dtype=auto` is {own}, and Muon's own products are of that dtype. Losses of the grids: "
             f"{grids}; ours at the best rate on shorter budgets, each with its full cooldown: {budgets}. One seed. Step "
             f"times are medians of {args.rounds} processes that took turns: `python bench/training.py --text "

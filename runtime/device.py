@@ -3,6 +3,7 @@ import ctypes
 import functools
 import json
 import os
+import platform
 import random
 import re
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from runtime.flags import BadInput, check_flags, flag
 
+CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense matrix-product peak in FLOP/s, by a part of the device's name; from the makers' data sheets. The first that fits
@@ -141,6 +143,21 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def hardware(device: torch.device) -> str:
+    """What it runs on, for the caption of a measurement."""
+    name = next((line.split(":")[1].strip() for line in lines_of(CPUINFO) if line.startswith("model name")),
+                platform.machine())
+    card = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return f"{card}{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+
+
 def open_machine(config: DeviceConfig, had: str = "") -> Machine:
     """had: the dtype that a run which goes on was begun with; timing products again might choose another one. Raises
     BadInput when the device is not there."""
@@ -187,13 +204,10 @@ def known_dtype(device: torch.device) -> str | None:
 
 
 @functools.cache
-def x86_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+def x86_dtype(cpuinfo: Path = CPUINFO) -> str | None:
     """bf16 on a processor that has units for it, fp32 on one that would imitate them; None where the system, or another
     kind of processor, does not tell."""
-    try:
-        match = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
-    except OSError:
-        return None
+    match = re.search(r"^flags\s*:(.*)", "\n".join(lines_of(cpuinfo)), re.MULTILINE)
     return match and ("bf16" if {"avx512_bf16", "amx_bf16"} & set(match.group(1).split()) else "fp32")
 
 

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import typing
+from collections.abc import Collection
 from pathlib import Path
 
 from tqdm import tqdm
@@ -144,15 +145,16 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = False):
-    """Declares every field of the `configs` dataclasses on `parser`; one help line each, with its default.
+def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = False, without: Collection[str] = ()):
+    """Declares every field of the `configs` dataclasses on `parser`, but those of `without`; one help line each, with its
+    default.
 
     With `suppress`, a flag that is not given leaves no trace in the namespace.
     """
     for config in configs:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         for field in dataclasses.fields(config):
-            if "help" not in field.metadata:
+            if "help" not in field.metadata or field.name in without:
                 continue
             is_bool, parse = value_type(field) is bool, PARSERS[value_type(field)]
             bare = True if is_bool else field.metadata["bare"]
