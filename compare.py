@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ TOLERANCE = 0.01        # of parameters, between arms that are matched
 CLOSE = 0.0025          # near enough to stay as it is, or to take a hidden layer whose width is a multiple of 8
 NULL_SEEDS = 1000       # of the first arm against itself: seeds from here on
 VALIDATIONS = 10        # of a run, for its curve
+SPEED_ROUNDS = 3        # in which the arms take turns
+SPEED_STEPS, SPEED_WARMUP = 15, 5  # of each, and how many do not count
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class CompareConfig:
     grid_share: float = flag(0.25, "part of the budget on which they are tried", above=0, at_most=1)
     match: str = flag("parameters", "what arms are given alike, beside the budget", choices=("parameters", "none"))
     null: bool = flag(False, "run the first arm against itself, with other seeds: what a difference of nothing looks like")
-    jobs: int = flag(1, "runs at a time, which share the cores; more than 1 only if the times need not be right", at_least=1,
-                     at_most=1000)
+    jobs: int = flag(1, "runs at a time, which share the cores; the speed of arms is measured afterwards, one at a time",
+                     at_least=1, at_most=1000)
     out_path: Path = flag(Path("studies/comparison"), "folder for the results")
     overwrite: bool = flag(False, "let another comparison replace the results in --out_path")
 
@@ -84,7 +86,8 @@ class CompareConfig:
         check_flags(self)
         if len(set(self.arms)) < len(self.arms) or not self.null and len(self.arms) < 2:
             raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more that differ, or one and --null")
-        self.limit  # noqa: B018 (raises)
+        if self.limit[0] == "seconds" and self.jobs > 1:
+            raise BadInput(f"--jobs={self.jobs}: runs that end by seconds must have the machine to themselves")
 
     @property
     def limit(self) -> tuple[str, float]:
@@ -117,8 +120,9 @@ class Cell:
     """One run of train.py."""
     name: str
     arm: Arm
+    what: str             # "rate", "run" or "speed"
     multiple: float       # of the learning rate
-    seed: int
+    seed: int             # or the round in which a speed is measured
     share: float          # of the budget
     flags: tuple[str, ...]
     checkpoint: Path
@@ -142,6 +146,10 @@ class Result:
     @property
     def bpb(self) -> float:
         return self.rows[-1]["val_bpb"] if self.status == "finished" else math.inf
+
+    def speed(self) -> float:
+        """Tokens per second of a usual step, where a row is logged every step."""
+        return statistics.median(row["tok_per_sec"] for row in self.rows if row["step"] > SPEED_WARMUP)
 
 
 def read_arm(text: str, given: str) -> dict:
@@ -225,24 +233,35 @@ def matched(values: dict, target: int, vocab_size: int) -> dict:
     return values if n is None else values | {"n_hidden": n}
 
 
-def cell_of(arm: Arm, config: CompareConfig, data: Data, multiple: float, seed: int, share: float) -> Cell:
-    """Its name says what it is, and holds a hash of everything that determines its numbers."""
+def cell_of(arm: Arm, config: CompareConfig, data: Data, what: str, multiple: float, seed: int) -> Cell:
+    """A run on the whole budget, on the part of it that rates are tried on, or of a few steps. Raises BadInput when that is
+    less than one."""
+    if what == "speed":
+        return named_cell(arm, config, data, what, multiple, seed, 0.0, {
+            "max_iter": SPEED_STEPS, "log_intervals": 1, "val_iter": 1, "val_intervals": SPEED_STEPS})
     kind, amount = config.limit
+    share = config.grid_share if what == "rate" else 1.0
     amount *= share
     if kind == "flops":
         kind, amount = "tokens", amount / (arm.flops + arm.elementwise_flops)
     if kind == "tokens" and amount < arm.step_tokens:
         raise BadInput(f"--budget={config.budget}: {share:g} of it, which a run of {arm.name!r} gets, is {amount:,.0f} "
                        f"tokens, less than a step of {arm.step_tokens:,}: give more")
-    values = {"dataloader_num_workers": 0, "log_intervals": 10} | arm.values | {
-        f"max_{kind}": int(amount) if kind == "tokens" else amount, "learning_rate": arm.rate * multiple, "seed": seed}
+    own = {f"max_{kind}": int(amount) if kind == "tokens" else amount}
     if kind == "tokens" and "val_intervals" not in arm.values:
-        values["val_intervals"] = max(1, math.ceil(amount / arm.step_tokens / VALIDATIONS))
+        own["val_intervals"] = max(1, math.ceil(amount / arm.step_tokens / VALIDATIONS))
+    return named_cell(arm, config, data, what, multiple, seed, share, own)
+
+
+def named_cell(arm: Arm, config: CompareConfig, data: Data, what: str, multiple: float, seed: int, share: float,
+               own: dict) -> Cell:
+    """Its name says what it is, and holds a hash of everything that determines its numbers. own: flags of its own."""
+    values = {"dataloader_num_workers": 0} | arm.values | own | {"learning_rate": arm.rate * multiple, "seed": seed}
     flags = tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))
     digest = hashlib.sha256("\n".join([data.manifest.fingerprint(), *flags]).encode()).hexdigest()[:10]
     words = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.size}-{arm.name}".strip("-"))[:60]
-    name = f"{words}-{multiple:g}-{'all' if share == 1 else f'{share:g}'}-{seed}-{digest}"
-    return Cell(name, arm, multiple, seed, share, flags, config.out_path / "runs" / f"{name}.pt")
+    name = f"{words}-{what}-{multiple:g}-{seed}-{digest}"
+    return Cell(name, arm, what, multiple, seed, share, flags, config.out_path / "runs" / f"{name}.pt")
 
 
 # -- running it -------------------------------------------------------------------------------------------------------
@@ -260,13 +279,14 @@ class Runner:
         """Results in the order of the cells. When a signal comes, every cell under way saves and stops."""
         futures = [self.pool.submit(self.run_cell, cell) for cell in cells]
         waiting, passed_on = set(futures), None
-        with tqdm(total=sum(cell.share for cell in cells), desc=what, unit="run", dynamic_ncols=True,
+        size_of = lambda cell: cell.share or 1.0
+        with tqdm(total=sum(map(size_of, cells)), desc=what, unit="run", dynamic_ncols=True,
                   mininterval=0.2 if sys.stderr.isatty() else 30) as bar:
             while waiting:
                 ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in ended:
                     result = future.result()
-                    bar.update(result.cell.share)
+                    bar.update(size_of(result.cell))
                     if result.status != "stopped":
                         tqdm.write(told(result))
                 if self.stop.signal != passed_on:
@@ -315,59 +335,86 @@ class Runner:
 
 def told(result: Result) -> str:
     cell = result.cell
-    end = f"{result.bpb:.4f} bits/byte, {result.rows[-1]['seconds']:.0f} s" if result.status == "finished" else \
-        f"{result.status}: {result.reason}"
-    return f"{cell.arm.size} {cell.arm.name}, rate x {cell.multiple:g}, seed {cell.seed}, {cell.share:.0%}: {end}".strip()
+    if result.status != "finished":
+        end = f"{result.status}: {result.reason}"
+    elif cell.what == "speed":
+        end = f"{result.speed():,.0f} tok/s"
+    else:
+        end = f"{result.bpb:.4f} bits/byte, {result.rows[-1]['seconds']:.0f} s"
+    which = {"rate": f"rate x {cell.multiple:g} on {cell.share:.0%}", "run": f"seed {cell.seed}",
+             "speed": f"speed, round {cell.seed}"}[cell.what]
+    return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
 
 
 def run_all(arms: list[Arm], config: CompareConfig, data: Data, stop: StopSignals) -> "list[Outcome]":
-    """The grid of every arm, then every seed at the best rate. Raises BadInput before anything runs."""
-    grid = {arm: [cell_of(arm, config, data, multiple, arm.seeds[0], config.grid_share) for multiple in config.rates]
-            for arm in arms}
-    for arm in arms:
-        cell_of(arm, config, data, 1.0, arm.seeds[0], 1.0)
-    runner = Runner(config.jobs, stop)
-    results = iter(runner.run(list(itertools.chain(*grid.values())), "rates"))
-    tried = {arm: [next(results) for _ in cells] for arm, cells in grid.items()}
-    chosen = {arm: min(runs, key=lambda run: run.bpb) for arm, runs in tried.items()}
-    full = {arm: [cell_of(arm, config, data, run.cell.multiple, seed, 1.0) for seed in arm.seeds]
-            for arm, run in chosen.items() if run.status == "finished"}
-    results = iter(runner.run(list(itertools.chain(*full.values())), "runs") if not stop.signal else ())
-    return [Outcome(arm, tried[arm], chosen[arm], [next(results) for _ in full.get(arm, ())] if not stop.signal else [])
-            for arm in arms]
+    """The grid of every arm; then every seed at the best rate; then, one at a time and in turns, how fast the arms are."""
+    outcomes = [Outcome(arm) for arm in arms]
+    cells = lambda outcome, what, multiples, seeds: [cell_of(outcome.arm, config, data, what, multiple, seed)
+                                                     for multiple in multiples for seed in seeds]
+
+    def run(what: str, wanted: dict[Outcome, list[Cell]], jobs: int):
+        """Into the outcomes, in rounds: the first cell of each arm, then the second of each."""
+        order = [(outcome, cell) for rank in itertools.zip_longest(*wanted.values())
+                 for outcome, cell in zip(wanted, rank) if cell is not None]
+        if not stop.signal:
+            results = Runner(jobs, stop).run([cell for _, cell in order], f"{what}s")
+            for (outcome, _), result in zip(order, results):
+                getattr(outcome, f"{what}s").append(result)
+    run("rate", {outcome: cells(outcome, "rate", config.rates, outcome.arm.seeds[:1]) for outcome in outcomes}, config.jobs)
+    run("run", {outcome: cells(outcome, "run", [outcome.best().cell.multiple], outcome.arm.seeds)
+                for outcome in outcomes if outcome.best()}, config.jobs)
+    if config.limit[0] != "seconds":
+        run("speed", {outcome: cells(outcome, "speed", [outcome.best().cell.multiple], range(SPEED_ROUNDS))
+                      for outcome in outcomes if outcome.finished()}, 1)
+    return outcomes
 
 
 # -- what it says -----------------------------------------------------------------------------------------------------
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """All runs of an arm."""
     arm: Arm
-    tried: list[Result]   # at the rates of the grid
-    best: Result          # of them
-    runs: list[Result]    # at that rate, a seed each
+    rates: list[Result] = field(default_factory=list)   # on a part of the budget, at the rates of the grid
+    runs: list[Result] = field(default_factory=list)    # at the best of them, a seed each
+    speeds: list[Result] = field(default_factory=list)
+
+    def best(self) -> Result | None:
+        """At the best rate."""
+        finished = [run for run in self.rates if run.status == "finished"]
+        return min(finished, key=lambda run: run.bpb) if finished else None
 
     def finished(self) -> list[Result]:
         return [run for run in self.runs if run.status == "finished"]
 
-    def last(self, name: str) -> list[float]:
-        return [run.rows[-1][name] for run in self.finished()]
+    def last(self, name: str) -> float:
+        """The mean of what the runs ended with."""
+        return statistics.mean(run.rows[-1][name] for run in self.finished())
+
+    def speed(self) -> float:
+        """Tokens per second: measured apart, or of the runs where seconds were the budget."""
+        measured = [run.speed() for run in self.speeds if run.status == "finished"]
+        return statistics.median(measured) if measured else self.last("tokens") / self.last("seconds")
+
+    def rows(self) -> list[list[dict]]:
+        """Of each run, with seconds at the speed that was measured."""
+        speed = self.speed()
+        return [[row | {"seconds": row["tokens"] / speed} for row in run.rows] for run in self.finished()]
 
     def slope(self) -> float:
         """Bits per byte that a run of e times the budget is better by: between the grid's run and the whole one of the same
         seed, which both have their full cooldown. An intermediate loss would not do."""
-        whole = next((run for run in self.finished() if run.cell.seed == self.best.cell.seed), None)
-        if whole is None or self.best.cell.share == 1:
-            return math.nan
-        return (self.best.bpb - whole.bpb) / -math.log(self.best.cell.share)
+        best = self.best()
+        whole = next((run for run in self.finished() if run.cell.seed == best.cell.seed), None)
+        return (best.bpb - whole.bpb) / -math.log(best.cell.share) if whole and best.cell.share < 1 else math.nan
 
     def at_edge(self) -> bool:
         """Whether a rate beyond the grid might have been better."""
-        multiples = [run.cell.multiple for run in self.tried]
-        return len(multiples) > 2 and self.best.cell.multiple in (min(multiples), max(multiples))
+        multiples, best = [run.cell.multiple for run in self.rates], self.best()
+        return len(multiples) > 2 and best is not None and best.cell.multiple in (min(multiples), max(multiples))
 
     def problems(self) -> Iterator[str]:
-        for run in (*self.tried, *self.runs):
+        for run in (*self.rates, *self.runs, *self.speeds):
             if run.status != "finished":
                 yield told(run)
 
@@ -382,13 +429,13 @@ def table_rows(outcomes: list[Outcome]) -> list[dict]:
         row = {"size": arm.size, "arm": arm.name, "runs": len(finished), "runs_wanted": len(arm.seeds),
                "parameters": arm.n_parameters, "flops_per_token": arm.flops,
                "elementwise_flops_per_token": arm.elementwise_flops, "n_hidden": arm.values.get("n_hidden"),
-               "learning_rate": arm.rate * outcome.best.cell.multiple, "rate_at_edge": outcome.at_edge()}
+               "rate_at_edge": outcome.at_edge()}
         if finished:
-            bpb, seconds = Estimate.of([run.bpb for run in finished]), statistics.mean(outcome.last("seconds"))
-            row |= {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": statistics.mean(outcome.last("val_loss")),
-                    "tokens": statistics.mean(outcome.last("tokens")), "seconds": seconds,
-                    "tok_per_sec": statistics.mean(outcome.last("tokens")) / seconds,
-                    "peak_memory": max(row["peak_memory"] for run in finished for row in run.rows if "peak_memory" in row)}
+            bpb, seconds = Estimate.of([run.bpb for run in finished]), outcome.last("tokens") / outcome.speed()
+            row |= {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": outcome.last("val_loss"),
+                    "learning_rate": arm.rate * outcome.best().cell.multiple, "tokens": outcome.last("tokens"),
+                    "seconds": seconds, "tok_per_sec": outcome.speed(),
+                    "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
         pairs = [run.bpb - reference[i] for i, run in enumerate(outcome.runs) if run.status == "finished" and i in reference]
         if pairs and outcome is not first:
             difference = Estimate.of(pairs)
@@ -397,7 +444,7 @@ def table_rows(outcomes: list[Outcome]) -> list[dict]:
             if first.slope() > 0:
                 row["worth"] = math.exp(-difference.mean / first.slope()) - 1
         if finished and first.finished():
-            longer = seconds / statistics.mean(first.last("seconds"))
+            longer = seconds / (first.last("tokens") / first.speed())
             row["bpb_equal_seconds"] = bpb.mean + outcome.slope() * math.log(longer) if outcome is not first else bpb.mean
         rows.append(row)
     compared = [row for row in rows if "p" in row]
@@ -435,7 +482,7 @@ def regime(outcomes: list[Outcome], config: CompareConfig, data: Data, device: s
     return (f"{model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary {model.vocab_size:,}, "
             f"{outcomes[0].arm.n_parameters / 1e6:.2f} M parameters, {matched}; {span} M tokens of "
             f"{data.manifest.source.get('dataset', 'text')} in steps of {outcomes[0].arm.step_tokens:,}, budget "
-            f"{config.budget}; {config.seeds} seeds; {device}, {config.jobs} runs at a time")
+            f"{config.budget}; {config.seeds} seeds; {device}")
 
 
 HEAD = ("arm", "bits/byte", "difference to the first", "p (Holm)", "significant", "worth in steps",
@@ -468,7 +515,8 @@ and "at equal seconds": what the arm would have reached in the seconds that the 
 part of the budget and that on the whole, each with its full cooldown, and are rough beyond a factor of two. Learning rate:
 the best of the grid on a part of the budget; (edge): it was the grid's first or last. FLOPs of a training token, forward
 and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of the
-process, on a GPU of its tensors."""
+process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns
+and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
 
 
 def report(outcomes: list[Outcome], config: CompareConfig, data: Data, device: str, line: str):
@@ -483,7 +531,7 @@ def report(outcomes: list[Outcome], config: CompareConfig, data: Data, device: s
         problems = [problem for outcome in group for problem in outcome.problems()]
         heading, where = group[0].arm.size or "Results", regime(group, config, data, device)
         name = "".join(c if c.isalnum() else "_" for c in group[0].arm.size).strip("_")
-        curves = {outcome.arm.name: [run.rows for run in outcome.finished()] for outcome in group if outcome.finished()}
+        curves = {outcome.arm.name: outcome.rows() for outcome in group if outcome.finished()}
         ends = {row["arm"]: row for row in size_rows if "bpb" in row}
         if curves:
             pictures["_".join(filter(None, ("curves", name)))] = draw_lines(curves)
@@ -519,7 +567,7 @@ def scaling(by_size: list[list[Outcome]]) -> dict:
     points = {}
     for outcome in itertools.chain(*by_size):
         if outcome.finished():
-            tokens = statistics.mean(outcome.last("tokens"))
+            tokens = outcome.last("tokens")
             points.setdefault(outcome.arm.name, []).append(
                 (tokens * (outcome.arm.flops + outcome.arm.elementwise_flops),
                  statistics.mean(run.bpb for run in outcome.finished())))
@@ -579,7 +627,7 @@ def main(argv=None):
     line = shlex.join(["python", "compare.py", *(sys.argv[1:] if argv is None else argv)])
     with sole_writer(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
         for arm in arms:
-            cell_of(arm, config, data, 1.0, 1, config.grid_share)
+            cell_of(arm, config, data, "rate", 1.0, 1)
         require_place(config, plan_of(config, common, data))
         start = time.perf_counter()
         outcomes = run_all(arms, config, data, stop)
@@ -588,7 +636,7 @@ def main(argv=None):
             raise SystemExit(128 + stop.signal)
         report(outcomes, config, data, f"{hardware(machine.device)}, {machine.dtype}", line)
         print(f"{time.perf_counter() - start:,.0f} s")
-    if any(run.status == "failed" for outcome in outcomes for run in (*outcome.tried, *outcome.runs)):
+    if any(run.status == "failed" for outcome in outcomes for run in (*outcome.rates, *outcome.runs, *outcome.speeds)):
         raise OSError("some runs failed, see above; the same command tries them again")
 
 

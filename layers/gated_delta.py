@@ -6,7 +6,8 @@ it holds, and then corrects its answer to the token's key towards the token's va
     S_t = α_t S_{t-1} + k_t u_tᵀ,   u_t = β_t (v_t - α_t S_{t-1}ᵀ k_t),   y_t = S_tᵀ q_t
 
 Source: Yang et al. 2024 (Gated DeltaNet), arXiv:2412.06464. β_t goes up to 2, where the correction turns the old answer
-around, and so can count modulo two: Grazzi et al. 2024, arXiv:2411.12537.
+around, and so can count modulo two: Grazzi et al. 2024, arXiv:2411.12537. What it has of convolutions, the model's token
+shift does here.
 """
 import math
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class DeltaCache:
 
 
 class GatedDelta(nn.Module):
-    """Multi-head gated delta rule, with the parameters of attention and two gates a head. Keys and queries have length 1,
-    and what a head answers is normalised. value_residual: as in Attention."""
+    """Multi-head gated delta rule. Keys and queries have length 1; what a head answers is normalised, and passes a gate that
+    the token sets, channel by channel. value_residual: as in Attention."""
     letter = "D"
 
     def __init__(self, config, layer: int):
@@ -40,7 +41,8 @@ class GatedDelta(nn.Module):
         self.n_head, self.head_size = config.n_head, config.head_size
         width, linear = config.n_head * config.head_size, LINEARS[config.linear]
         self.qkv = linear(config.n_embd, 3 * width, config.bias)
-        self.gates = linear(config.n_embd, 2 * config.n_head, config.bias)
+        self.rates = linear(config.n_embd, 2 * config.n_head, config.bias)  # β and α of each head
+        self.gate = linear(config.n_embd, width, config.bias)
         self.proj = linear(width, config.n_embd, config.bias)
         shortest, longest = MEMORY
         steps = [shortest * (longest / shortest) ** (i / max(1, config.n_head - 1)) for i in range(config.n_head)]
@@ -60,16 +62,17 @@ class GatedDelta(nn.Module):
         if self.value_mix is not None:
             v = torch.lerp(v, first, self.value_mix.to(v.dtype))
         q, k = (rms_norm(part, keeps_x=True) * self.head_size ** -0.5 for part in (q, k))
-        beta, decay = self.gates(x).float().view(B, T, 2, self.n_head).permute(2, 0, 3, 1)       # each (B, H, T)
-        beta, log_alpha = 2 * torch.sigmoid(beta), -F.softplus(decay + self.decay[:, None])
+        beta, decay = self.rates(x).float().view(B, T, 2, self.n_head).permute(2, 0, 3, 1)       # each (B, H, T)
+        beta = 2 * torch.sigmoid(beta - 1)  # about 1/2 at first
+        log_alpha = -F.softplus(decay + self.decay[:, None])
         if cache is None:
             y, _ = by_chunks(q, k, v, beta, log_alpha, None)
         else:
             step = by_tokens if T == 1 else by_chunks
             y, cache.state = step(q, k, v, beta, log_alpha, cache.state)
             cache.length += T
-        y = rms_norm(y).to(v.dtype)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), v
+        y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
+        return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), v
 
     def flops_per_token(self, block_size: int) -> int:
         """Projections, and the products of `by_chunks`: three of a chunk with itself, three with the state, and one more in
@@ -80,8 +83,9 @@ class GatedDelta(nn.Module):
         return 3 * matrix_flops(self) + self.n_head * (n * within + (n - 1) * across) // block_size
 
     def elementwise_flops_per_token(self, block_size: int) -> int:
-        """Of the linear layers, and of solving the triangular system, which is no product, forward and backward."""
-        return 3 * elementwise_flops(self) + 2 * 2 * min(CHUNK, block_size) * self.n_head * self.head_size
+        """Of the linear layers, the gate, and solving the triangular system, which is no product, forward and backward."""
+        width = self.n_head * self.head_size
+        return 3 * (elementwise_flops(self) + 5 * width) + 2 * 2 * min(CHUNK, block_size) * width
 
 
 def by_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from layers.linear import ActivatedLinear, Linear
 from layers.norm import rms_norm
 
 GROUPS = 8   # of channels that share a rational function
-# With eight terms on every edge, a layer from width to width has the parameters of an MLP whose hidden layer is 4 widths wide.
+# With eight terms on every edge, a layer has the parameters of an MLP whose hidden layer is four times as wide as the model.
 DEGREE = 8   # of the Chebyshev polynomials
 STEP = 1.5   # between the knots of the B-splines, which cover -3 … 3
 CENTERS = tuple(STEP * i for i in range(-3, 4))

@@ -203,7 +203,7 @@ def test_coefficients_go_to_adamw_without_decay_and_matrices_to_muon(kind):
 def test_linear_replaces_every_linear_layer_of_the_blocks(mlp, mixer):
     config = GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=8, vocab_size=32, linear="grkan", mlp=mlp, mixer=mixer)
     linears = [layer for layer in GPT(config).blocks.modules() if hasattr(layer, "weight") and layer.weight.dim() == 2]
-    assert len(linears) == {"auto": 2, "gelu": 2, "swiglu": 3}[mlp] + {"attention": 2, "gated_delta": 3}[mixer]
+    assert len(linears) == {"auto": 2, "gelu": 2, "swiglu": 3}[mlp] + {"attention": 2, "gated_delta": 4}[mixer]
     assert all(type(layer) is RationalKAN for layer in linears)
 
 

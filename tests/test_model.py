@@ -106,7 +106,7 @@ def test_cached_decoding_equals_the_full_forward(model, idx, steps):
     for n in steps:
         parts.append(model(idx[:, at:at + n], cache=cache))
         at += n
-    assert torch.allclose(torch.cat(parts, dim=1), model(idx), atol=1e-5)
+    assert torch.allclose(torch.cat(parts, dim=1), model(idx), atol=3e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

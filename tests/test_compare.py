@@ -1,0 +1,393 @@
+"""Comparisons: arms, matching, statistics on runs that are made up, and the command with a train.py that only pretends."""
+import csv
+import dataclasses
+import html.parser
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import compare
+from compare import Arm, Cell, CompareConfig, Outcome, Result, arms_of, cell_of, matched, read_arm, table_rows, verdict
+from conftest import REPO, TINY_MODEL, rows_of
+from dataloader import open_data
+from layers import MLPS
+from runtime.checkpoint import load_checkpoint
+from runtime.flags import BadInput
+
+SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_size": 8, "num_batch_accum": 1}
+
+
+@pytest.fixture(scope="module")
+def data(data_path):
+    return open_data(data_path)
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+def test_an_arm_is_flags_of_train_py():
+    assert read_arm("mlp=grkan, n_layer=4,bias", "--arms") == {"mlp": "grkan", "n_layer": 4, "bias": True}
+    for text, words in (("mlp=no", "choose one of"), ("mpl=gelu", "did you mean --mlp"), ("n_layer", "give it a value"),
+                        ("mixer=DDX", "a pattern"), ("seed=3", "seed is no part"), ("n_layer=0", "at least 1"),
+                        ("", "no such")):
+        with pytest.raises(BadInput, match=words) as error:
+            read_arm(text, "--arms")
+        assert str(error.value).startswith(f"--arms {text!r}")
+
+
+ARMS = (*(f"mlp={mlp}" for mlp in MLPS), "linear=grkan", "mixer=DA", "mixer=gated_delta", "bias=1", "norm=layer",
+        "linear=grkan,mlp=swiglu")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE | {"n_head": 8, "head_size": 64, "n_layer": 6}])
+def test_arms_have_the_parameters_of_the_first(data, shape):
+    arms = arms_of(CompareConfig(arms=ARMS), shape, data)
+    for arm in arms:
+        assert abs(arm.n_parameters - arms[0].n_parameters) <= 0.01 * arms[0].n_parameters, arm.name
+        assert arm.n_parameters == compare.model_of(arm.values, data.manifest.vocab_size).n_parameters()
+    assert arms[0].values == shape | {"mlp": "relu2"}  # the first stays as it is
+
+
+def test_a_hidden_layer_is_solved_for():
+    """SwiGLU with three matrices has 3 * width * n_hidden parameters, ReLU² 2 * width * n_hidden."""
+    target = compare.model_of(SHAPE | {"mlp": "relu2", "n_hidden": 480}, 512).n_parameters()
+    assert matched(SHAPE | {"mlp": "swiglu"}, target, 512)["n_hidden"] == 320
+    halved = compare.model_of(SHAPE | {"mlp": "relu2", "n_hidden": 256}, 512).n_parameters()
+    assert matched(SHAPE | {"mlp": "relu2"}, halved, 512)["n_hidden"] == 256
+
+
+def test_what_cannot_be_matched_is_refused(data):
+    for arm, words in (("linear=chebkan", "change its shape"), ("n_hidden=32", "--match=none"), ("n_layer=9", "parameters")):
+        with pytest.raises(BadInput, match=words):
+            arms_of(CompareConfig(arms=("mlp=gelu", arm)), SHAPE, data)
+        assert len(arms_of(CompareConfig(arms=("mlp=gelu", arm), match="none"), SHAPE, data)) == 2
+
+
+def test_cells_of_a_seed_differ_in_nothing_but_the_arm(data):
+    arms = arms_of(CompareConfig(), SHAPE, data)
+    cells = [cell_of(arm, CompareConfig(), data, "run", 2.0, 3) for arm in arms]
+    a, b = (set(cell.flags) for cell in cells)
+    assert a ^ b == {"--mlp=gelu", "--mlp=relu2"} and {"--seed=3", "--max_tokens=10000000"} <= a
+    assert cells[0].name != cells[1].name
+    again = cell_of(arms[0], CompareConfig(seeds=5, jobs=2), data, "run", 2.0, 3)
+    assert again.name == cells[0].name  # how many seeds there are, or run at a time, is no part of a run
+
+
+def test_budgets(data):
+    gelu, deep = arms_of(CompareConfig(arms=("mlp=gelu", "n_layer=4"), match="none"), SHAPE, data)
+    def flags(arm, budget, what="run"):
+        return cell_of(arm, CompareConfig(budget=budget), data, what, 1.0, 1).flags
+    assert "--max_seconds=7.5" in flags(gelu, "seconds=30", "rate")
+    assert "--max_tokens=25000" in flags(gelu, "tokens=1e5", "rate")
+    ends = [int(flag.split("=")[1]) for arm in (gelu, deep) for flag in flags(arm, "flops=1e12") if "max_tokens" in flag]
+    for arm, tokens in zip((gelu, deep), ends):
+        assert tokens * (arm.flops + arm.elementwise_flops) == pytest.approx(1e12, rel=1e-4)
+    assert ends[0] > 1.3 * ends[1]
+    with pytest.raises(BadInput, match="less than a step of 512"):
+        flags(gelu, "tokens=2000", "rate")
+    for budget in ("tokens", "steps=10", "tokens=-1", "tokens=nan", "flops=many"):
+        with pytest.raises(BadInput, match=f"--budget={budget}: give tokens=N"):
+            CompareConfig(budget=budget)
+
+
+def test_null_has_other_seeds(data):
+    first, again = arms_of(CompareConfig(arms=("mlp=gelu",), null=True, seeds=2), SHAPE, data)
+    assert first.values == again.values and first.seeds == (1, 2) and again.seeds == (1001, 1002)
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: float = 1000.0) -> Outcome:
+    """An arm whose runs of 10,000 tokens ended at such bits per byte; None diverged. That on a quarter ended at `grid`."""
+    arm = Arm(name, "", {}, tuple(range(1, len(losses) + 1)), 100, 0.02, 1000, 600, 40)
+
+    def result(what: str, seed: int, share: float, bpb: float | None) -> Result:
+        cell = Cell(f"{name}{what}{seed}", arm, what, 1.0, seed, share, (), Path("none.pt"))
+        if bpb is None:
+            return Result(cell, "diverged", "loss is nan at step 7: lower --learning_rate", [])
+        rows = [{"step": step, "tokens": step * 100 * share, "seconds": 1.0, "val_loss": 2 * bpb, "val_bpb": bpb,
+                 "tok_per_sec": speed, "peak_memory": 2**20, "flops": 1} for step in (50, 100)]
+        return Result(cell, "finished", "", rows)
+    return Outcome(arm, [result("rate", 1, 0.25, grid)], [result("run", i + 1, 1.0, bpb) for i, bpb in enumerate(losses)],
+                   [result("speed", 0, 0.0, 1.0)])
+
+
+def test_a_table_by_hand():
+    """The first arm gains 0.4 bits by a budget of four times; the second is 0.1 better, and half as fast."""
+    first, second = table_rows([outcome_of("a", [1.60, 1.62, 1.61], grid=2.0),
+                                outcome_of("b", [1.50, 1.522, 1.508], grid=1.9, speed=500.0)])
+    assert first["bpb"] == pytest.approx(1.61) and first["bpb_margin"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert second["difference"] == pytest.approx(-0.1) and second["difference_margin"] < 0.02
+    assert second["significant"] == "yes" and second["p"] == second["p_holm"] < 0.01
+    assert second["worth"] == pytest.approx(4 ** (0.1 / 0.4) - 1)
+    assert (first["seconds"], second["seconds"]) == (10, 20)
+    # b loses log_4(2) = half of the 0.4 that it gains by four times the budget
+    assert second["bpb_equal_seconds"] == pytest.approx(1.51 + 0.2) and first["bpb_equal_seconds"] == first["bpb"]
+    assert verdict(second, first).startswith("b: better than a by 0.1000 bits/byte (95 % interval -0.1")
+    assert "worth +41% of a's steps" in verdict(second, first)
+
+
+def test_what_is_not_significant_is_not_said():
+    first, second = table_rows([outcome_of("a", [1.60, 1.62, 1.61]), outcome_of("b", [1.58, 1.63, 1.60])])
+    assert second["significant"] == "no"
+    assert verdict(second, first).startswith("b: no difference to a is shown (95 % interval -0.0")
+    assert not any(word in verdict(second, first) for word in ("better", "worse", "worth"))
+
+
+def test_one_of_many_that_looks_good_by_itself():
+    base, noise = [1.60, 1.62, 1.61], [[1.58, 1.63, 1.60], [1.64, 1.60, 1.62], [1.61, 1.60, 1.63]]
+    first, lucky, *_ = table_rows([outcome_of("a", base), outcome_of("b", [1.59, 1.604, 1.602]),
+                                   *(outcome_of(str(i), losses) for i, losses in enumerate(noise))])
+    assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significant"] == "not as one of several"
+    assert "likely by chance (Holm)" in verdict(lucky, first)
+
+
+def test_diverged_runs_are_told_and_not_averaged():
+    a, b, c = outcome_of("a", [1.60, 1.62, 1.61]), outcome_of("b", [1.50, None, 1.51]), outcome_of("c", [None, None, None])
+    first, some, none = table_rows([a, b, c])
+    assert (some["runs"], some["runs_wanted"], some["pairs"]) == (2, 3, 2)
+    assert some["bpb"] == pytest.approx(1.505) and some["difference"] == pytest.approx(-0.1)  # of the seeds that both have
+    assert none["runs"] == 0 and "bpb" not in none
+    assert verdict(none, first) == "c: no run that could be compared was finished."
+    assert list(b.problems()) == ["b, seed 2: diverged: loss is nan at step 7: lower --learning_rate"]
+    assert compare.shown(none)[0] == "c" and compare.shown(none)[-1] == "0 of 3"
+
+
+def test_one_seed_says_nothing():
+    first, second = table_rows([outcome_of("a", [1.6]), outcome_of("b", [1.2])])
+    assert second["significant"] == "no" and second["difference_margin"] == math.inf
+    assert verdict(second, first) == "b: -0.4000 bits/byte against a with one seed, of which nothing follows."
+
+
+def test_a_rate_at_the_edge_of_the_grid_is_marked():
+    outcome = outcome_of("a", [1.6])
+    outcome.rates = [dataclasses.replace(run, cell=dataclasses.replace(run.cell, multiple=multiple),
+                                         rows=[row | {"val_bpb": bpb} for row in run.rows])
+                     for run in outcome.rates for multiple, bpb in ((0.5, 2.0), (1.0, 1.9), (2.0, 1.8))]
+    assert outcome.at_edge() and outcome.best().cell.multiple == 2.0
+    assert "(edge)" in compare.shown(table_rows([outcome])[0])[7]
+    outcome.rates.pop()
+    assert not outcome.at_edge()  # of two rates, each is the first or last
+
+
+def test_scaling_through_two_sizes():
+    small, large = outcome_of("a", [2.0]), outcome_of("a", [1.0])
+    small.arm, large.arm = (dataclasses.replace(small.arm, size=size, flops=n) for size, n in (("s", 60), ("l", 9960)))
+    (points, a, b), = compare.scaling([[small], [large]]).values()
+    assert [x for x, _ in points] == [1e6, 1e8] and a * 1e6**-b == pytest.approx(2) and a * 1e8**-b == pytest.approx(1)
+
+
+# -- the command, with a train.py that pretends -----------------------------------------------------------------------
+
+PRETENDS = """
+import json, os, signal, sys, time
+from pathlib import Path
+flags = dict(flag.lstrip("-").split("=", 1) if "=" in flag else (flag.lstrip("-"), "1") for flag in sys.argv[1:])
+path = Path(flags["checkpoint_path"]); folder = path.with_suffix(""); folder.mkdir(parents=True, exist_ok=True)
+with open(Path(__file__).parent / "log", "a") as log:
+    log.write(path.stem + (" again" if "resume_checkpoint" in flags else "") + chr(10))
+mode = Path(__file__).with_name("mode").read_text()
+if mode == "slow":
+    path.write_text("checkpoint")
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))
+    time.sleep(60)
+if "run" in path.stem and "relu2" in path.stem and path.stem.split("-")[-2] == "2" and mode in ("dies", "diverges", "fails"):
+    if mode == "dies":
+        path.write_text("checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("train.py: " + ("loss is nan at step 3: lower --learning_rate, which is 1" if mode == "diverges" else "disk full"),
+          file=sys.stderr)
+    sys.exit(1)
+bpb = 1.5 + (0.1 if "relu2" in path.stem else 0) + (0.4 if "rate" in path.stem else 0) + int(path.stem.split("-")[-2]) / 1e3
+bpb += abs(float(flags.get("learning_rate", 1)) - 0.02) + (hash(path.stem) % 7) * 1e-5
+rows = [{"step": n, "tokens": n * 512, "seconds": n / 10, "flops": n, "val_loss": 2 * bpb + 9 / n, "val_bpb": bpb,
+         "tok_per_sec": 100.0, "peak_memory": 2**28} for n in (10, 20, 30)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+path.write_text("checkpoint")
+"""
+
+
+@pytest.fixture
+def pretending(tmp_path, monkeypatch):
+    """compare.py runs this instead of train.py. pretending(mode) sets what it does; .log() says what ran since."""
+    folder = tmp_path / "pretends"
+    folder.mkdir()
+    (folder / "train.py").write_text(PRETENDS)
+    monkeypatch.setattr(compare, "REPO", folder)
+
+    def set_mode(mode: str):
+        (folder / "mode").write_text(mode)
+        (folder / "log").write_text("")
+    set_mode.log = lambda: (folder / "log").read_text().split("\n")[:-1]
+    set_mode("well")
+    return set_mode
+
+
+@pytest.fixture
+def flags(data_path, tmp_path):
+    return [f"--data_path={data_path}", f"--out_path={tmp_path / 'out'}", "--budget=tokens=15360", "--arms", "mlp=gelu",
+            "mlp=relu2", *(f"--{name}={value}" for name, value in SHAPE.items())]
+
+
+def test_the_command_tunes_runs_and_times_every_arm(pretending, flags, tmp_path, capsys):
+    compare.main(flags)
+    out, folder = capsys.readouterr().out, tmp_path / "out"
+    ran = pretending.log()
+    assert len(ran) == 2 * (3 + 3 + 3)
+    assert [sum(f"-{what}-" in name for name in ran) for what in ("rate", "run", "speed")] == [6, 6, 6]
+    runs = [name for name in ran if "-run-" in name]
+    assert [name.split("-")[0] for name in runs[:4]] == ["mlp=gelu", "mlp=relu2"] * 2  # in turns
+    with open(folder / "comparison.csv", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert float(second["difference"]) == pytest.approx(0.1, abs=1e-3) and second["significant"] == "yes"
+    assert second["parameters"] == first["parameters"] and second["runs"] == "3"
+    assert float(first["tok_per_sec"]) == 100 and float(first["seconds"]) == pytest.approx(30 * 512 / 100)
+    text = (folder / "comparison.md").read_text(encoding="utf-8")
+    assert text in out and "mlp=relu2: worse than mlp=gelu by 0.10" in text and "2 layers x 128" in text
+    assert not list(folder.glob("runs/*.pt"))  # what is finished needs no checkpoint
+    assert (folder / "curves.svg").stat().st_size > 5000 and (folder / "front.svg").stat().st_size > 5000
+
+
+def test_what_is_finished_is_not_run_again(pretending, flags, capsys):
+    compare.main(flags)
+    before = capsys.readouterr().out
+    pretending("well")
+    compare.main(flags)
+    again = capsys.readouterr().out
+    assert not pretending.log() and again[again.index("# Comp"):].splitlines()[:-1] == \
+        before[before.index("# Comp"):].splitlines()[:-1]
+    compare.main([*flags, "--seeds=4"])
+    assert len(pretending.log()) == 2 and all("-run-" in name for name in pretending.log())
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that what is opened is closed, and collects tags, addresses and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_beside_it(pretending, flags, tmp_path):
+    compare.main([*flags, "--sizes", "n_layer=1", "n_layer=2"])
+    page = Page()
+    page.feed((tmp_path / "out" / "comparison.html").read_text(encoding="utf-8"))
+    assert not page.open and page.tags.count("svg") == 5 and page.tags.count("table") == 2
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    for words in ("mlp=relu2: worse than mlp=gelu", "Loss against FLOPs", "Pareto front", "n_layer=1", "95 %"):
+        assert words in page.text, words
+
+
+@pytest.mark.parametrize("mode, words", [("diverges", "diverged: loss is nan"), ("dies", "failed: killed by signal 9"),
+                                         ("fails", "failed: disk full")])
+def test_runs_that_end_badly_are_told(pretending, flags, tmp_path, capsys, mode, words):
+    pretending(mode)
+    if mode == "diverges":
+        compare.main(flags)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            compare.main(flags)
+        assert stop.value.code == 1 and "some runs failed" in capsys.readouterr().err
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert f"mlp=relu2, seed 2: {words}" in text and "| 2 of 3 |" in text and "2 pairs of seeds" in text
+    pretending("well")
+    compare.main(flags)
+    assert len(pretending.log()) == (0 if mode == "diverges" else 1)
+    if mode == "dies":
+        assert pretending.log()[0].endswith(" again")  # from its checkpoint
+
+
+def test_ctrl_c_saves_what_is_under_way(flags, tmp_path, pretending):
+    """As a terminal sends it: to the whole group, of which the runs are no part."""
+    pretending("slow")
+    program = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+import compare; from pathlib import Path
+compare.REPO = Path({str(compare.REPO)!r})
+compare.main({[*flags, "--jobs=2"]!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    end = time.monotonic() + 60
+    while len(pretending.log()) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error, error
+    assert len(pretending.log()) == 2 and len(list((tmp_path / "out" / "runs").glob("*.pt"))) == 2
+    pretending("well")
+    compare.main(flags)
+    assert sum(name.endswith(" again") for name in pretending.log()) == 2
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--arms", "mlp=gelu"], "two or more that differ"), (["--arms", "mlp=gelu", "mlp=gelu"], "two or more that differ"),
+    (["--arms", "mlp=gelu", "mlp=what"], "'mlp=what': --mlp=what: choose one of"),
+    (["--budget=tokens=600"], "less than a step"),
+    (["--budget=cups=2"], "give tokens=N"), (["--budget=seconds=9", "--jobs=2"], "to themselves"),
+    (["--data_path=/nowhere"], "no shards to read"), (["--batch_size=auto"], "give a number"), (["--rates", "0"], "above 0"),
+    (["--max_iter=5"], "no such flag"), (["--block_size=100000"], "--block_size=100000"),
+    (["--device=cuda:77"], "not on this")])
+def test_bad_input_is_refused_in_a_line(pretending, refused, flags, tmp_path, more, words):
+    refused(compare.main, [*flags, *more], words)
+    assert not pretending.log() and not (tmp_path / "out").exists()
+
+
+def test_another_comparisons_results_are_not_replaced(pretending, refused, flags, tmp_path):
+    compare.main(flags)
+    before = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    refused(compare.main, [*flags, "--budget=tokens=20480"], "holds a comparison with another budget", "--overwrite")
+    refused(compare.main, [*flags, "--norm=layer"], "another flags of train.py")
+    assert (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8") == before
+    compare.main([*flags, "--budget=tokens=20480", "--overwrite"])
+
+
+def test_the_command_with_the_real_train_py(data_path, tmp_path, monkeypatch, capsys):
+    """Two arms end to end; what the table says is what their runs logged."""
+    monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
+    compare.main([f"--data_path={data_path}", f"--out_path={tmp_path / 'out'}", "--arms", "mlp=gelu",
+                  "linear=grkan,mixer=DA", "--budget=tokens=1024", "--seeds=2", "--rates", "1", "--jobs=2", *TINY_MODEL,
+                  "--batch_size=4", "--num_batch_accum=1", "--val_iter=2"])
+    with open(tmp_path / "out" / "comparison.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row, name in zip(rows, ("mlp=gelu", "linear=grkan_mixer=DA")):
+        ends = [rows_of(folder.with_suffix(".pt"))[-1] for folder in sorted(tmp_path.glob(f"out/runs/{name}-run-*"))]
+        assert len(ends) == 2 and all(end["tokens"] == 1024 and end["step"] == 16 for end in ends)
+        assert float(row["bpb"]) == pytest.approx(sum(end["val_bpb"] for end in ends) / 2)
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("out/runs/*/result.json")]
+    assert len(results) == 2 * (1 + 2 + 1) and {result["status"] for result in results} == {"finished"}
+
+
+def test_a_cell_is_the_run_that_its_flags_make(data, data_path, tmp_path):
+    """And a checkpoint that train.py left resumes without its flags."""
+    arm = arms_of(CompareConfig(out_path=tmp_path), SHAPE | {"data_path": data_path}, data)[0]
+    cell = cell_of(arm, CompareConfig(budget="tokens=1024", out_path=tmp_path), data, "run", 1.0, 7)
+    import train
+    train.main([f"--checkpoint_path={cell.checkpoint}", *cell.flags, "--verbose=0", "--device=cpu", "--val_iter=1"])
+    settings = load_checkpoint(cell.checkpoint)["training"]["settings"]
+    assert (settings["seed"], settings["mlp"], settings["max_tokens"]) == (7, "gelu", 1024)
+    assert settings["learning_rate"] == pytest.approx(arm.rate)
