@@ -259,7 +259,7 @@ def named_cell(arm: Arm, config: CompareConfig, data: Data, what: str, multiple:
     values = {"dataloader_num_workers": 0} | arm.values | own | {"learning_rate": arm.rate * multiple, "seed": seed}
     flags = tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))
     digest = hashlib.sha256("\n".join([data.manifest.fingerprint(), *flags]).encode()).hexdigest()[:10]
-    words = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.size}-{arm.name}".strip("-"))[:60]
+    words = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.name}-{arm.size}".strip("-"))[:80]
     name = f"{words}-{what}-{multiple:g}-{seed}-{digest}"
     return Cell(name, arm, what, multiple, seed, share, flags, config.out_path / "runs" / f"{name}.pt")
 
