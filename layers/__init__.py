@@ -9,10 +9,9 @@ dtype)`, and
 
 where `value` is what the later blocks get as `first` if it is the first block's: see Attention. Both have
 `flops_per_token(block_size)`, the floating-point operations that their matrix products cost a training token, forward and
-(as much again, twice) backward, and `elementwise_flops_per_token(block_size)`, those of activations and bases; they make
+(as much again, twice) backward, and `elementwise_flops_per_token(block_size)`, those of activations and bases. Both make
 their linear layers by LINEARS[config.linear], and name those that write into the residual stream `proj`: the model starts
-their matrices at zero. A mixer
-has a `letter`, by which a pattern of several names it.
+their matrices at zero. A mixer has a `letter`, by which a pattern of several names it.
 """
 from functools import partial
 
@@ -25,6 +24,6 @@ from layers.norm import LayerNorm, RMSNorm
 __all__ = ["LINEARS", "MIXERS", "MLPS", "NORMS"]
 
 MIXERS = {"attention": Attention, "gated_delta": GatedDelta}
-MLPS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU,
-        **{kind: partial(KAN, kind=kind) for kind in LINEARS if kind != "linear"}}
+KANS = {kind: partial(KAN, kind=kind) for kind in LINEARS if kind != "linear"}
+MLPS = {"relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, **KANS}
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

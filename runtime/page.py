@@ -118,6 +118,11 @@ def draw_lines(curves: dict[str, list[list[dict]]]) -> str:
     return as_svg(figure)
 
 
+def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in one number without losing in the other. [(1, 3), (2, 4), (3, 2)] -> [(1, 3), (3, 2)]"""
+    return sorted({p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)})
+
+
 def draw_front(ends: dict[str, dict]) -> str:
     """Bits per byte of each name against seconds and memory, and the front of those that no other beats in both. ends: name
     -> bpb, bpb_margin, seconds, peak_memory. Returns SVG."""
@@ -125,8 +130,7 @@ def draw_front(ends: dict[str, dict]) -> str:
     for axis, what, unit, label in zip(axes, ("seconds", "peak_memory"), (1, 2**20),
                                        ("seconds of training", "peak memory, MiB")):
         at = {name: (end[what] / unit, end["bpb"]) for name, end in ends.items()}
-        front = sorted(p for p in at.values() if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in at.values()))
-        axis.plot(*zip(*front), "--", color="#999999", linewidth=1, zorder=1, label="Pareto front")
+        axis.plot(*zip(*front_of(list(at.values()))), "--", color="#999999", linewidth=1, zorder=1, label="Pareto front")
         for (name, (x, y)), color in zip(at.items(), COLORS * 9):
             margin = ends[name]["bpb_margin"]
             axis.errorbar(x, y, yerr=margin if math.isfinite(margin) else None, fmt="o", color=color, capsize=3, label=name)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import download_data
 import generate
+import probes
 import tokenizer
 import train
 from conftest import REPO, TINY_MODEL
@@ -114,7 +116,8 @@ def test_every_flag_has_help(helps):
 
 COMMANDS = {
     "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
-    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig)}
+    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig),
+    "compare": (compare.CompareConfig,), "probes": probes.CONFIGS}
 
 
 def flags_of(configs: tuple) -> list:
@@ -143,7 +146,9 @@ def test_readme_tables_are_the_commands_flags(script, helps):
     readme, table = (REPO / "README.md").read_text(encoding="utf-8"), flag_table(COMMANDS[script])
     expected = f"### `{script}.py`\n\n{table}\n"
     assert expected in readme, f"README's table is out of date; it should be:\n\n{expected}"
-    assert re.findall(r"^\| `--(\w+)`", table, re.MULTILINE) == re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
+    shared = [field.name for field in flags_of(train.CONFIGS) if field.name not in compare.OWN]
+    assert re.findall(r"^\| `--(\w+)`", table, re.MULTILINE) + shared * (script == "compare") == \
+        re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
 
 
 def test_readme_commands_have_real_flags(helps):
@@ -186,9 +191,10 @@ def test_readmes_recipe_for_an_architecture(tmp_path, data_path):
         file.write("\n\n" + recipe.group(1))
     init = tmp_path / "layers" / "__init__.py"
     lines = init.read_text(encoding="utf-8").splitlines()
-    replaced = [line for line in lines if not line.startswith(("from layers.mlp import", "MLPS ="))]
-    assert len(lines) == len(replaced) + 2
-    init.write_text("\n".join([*replaced, recipe.group(2)]), encoding="utf-8")
+    for new in recipe.group(2).splitlines():
+        at, = (i for i, line in enumerate(lines) if line.split()[:2] == new.split()[:2])
+        lines[at] = new
+    init.write_text("\n".join(lines), encoding="utf-8")
     done = subprocess.run([sys.executable, "train.py", f"--data_path={data_path}", *TINY_MODEL, "--mlp=squared",
                            "--max_iter=1", "--num_batch_accum=1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "attention and squared" in done.stdout, done.stderr

@@ -22,7 +22,8 @@ from train import PRESETS
 
 OPTIMIZERS = ["muon", "adamw", "gpt2"]
 ARCHITECTURES = {"default": {}, "untied": {"tied": False}, "gpt2": PRESETS["gpt2"], "gpt2 untied":
-                 PRESETS["gpt2"] | {"tied": False}, "swiglu": {"mlp": "swiglu", "bias": True, "positions": "learned"}}
+                 PRESETS["gpt2"] | {"tied": False}, "swiglu": {"mlp": "swiglu", "bias": True, "positions": "learned"},
+                 "kan": {"linear": "grkan", "mixer": "DA"}}
 
 
 def model_of(**values) -> GPT:
@@ -124,7 +125,7 @@ def test_every_parameter_is_in_one_group(optimizer, architecture):
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     methods = {id(p): group["method"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2
+        is_matrix = parameter.dim() == 2 and name.endswith("weight")
         in_block = is_matrix and name.startswith("blocks.")
         assert decays[id(parameter)] == (0.3 if (is_matrix if optimizer == "gpt2" else in_block) else 0), name
         assert methods[id(parameter)] == ("muon" if in_block and optimizer == "muon" else "adamw"), name

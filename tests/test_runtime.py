@@ -5,7 +5,9 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
+import re
 import signal
 import threading
 import time
@@ -51,6 +53,7 @@ class Example:
     resume: str = flag(None, "a file, or alone", bare="1")
     many: int = flag(4, "how many", at_least=1, auto=True)
     quick: bool = flag("auto", "be quick", auto=True)
+    steps: tuple[float, ...] = flag((0.5, 1.0), "some steps", above=0)
     __post_init__ = check_flags
 
 
@@ -64,6 +67,11 @@ def test_flags_are_read():
     assert parse_flags("d", ["--fast=1"], Example) == [Example(fast=True)]
     assert parse_int("1e9") == 10**9 and parse_int(str(2**63 - 1)) == 2**63 - 1
     assert parse_flags("d", ["--path=~/x"], Example) == [Example(path=Path.home() / "x")]
+
+
+def test_a_flag_may_take_several_values():
+    assert parse_flags("d", ["--steps", "3", "0.25", "--size=2"], Example) == [Example(2, steps=(3.0, 0.25))]
+    assert parse_flags("d", ["--steps=4"], Example) == [Example(steps=(4.0,))]
 
 
 def test_auto_is_a_value_where_it_may_be():
@@ -83,7 +91,9 @@ def test_auto_is_a_value_where_it_may_be():
     (["--fast=perhaps"], "neither 1 nor 0"), (["--sise=3"], "no such flag, did you mean --size?"),
     (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
     (["--size=1e19"], "'1e19' is too large"), (["--size=inf"], "'inf' is not a whole number"),
-    (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag")])
+    (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag"),
+    (["--steps", "1", "0"], "--steps=0.0: must be above 0"), (["--steps", "1", "b"], "'b' is not a number"),
+    (["--steps"], "--steps: expected at least one")])
 def test_flags_are_refused(argv, words):
     with pytest.raises(BadInput) as error:
         parse_flags("d", argv, Example)
@@ -94,7 +104,8 @@ def test_help_tells_flag_meaning_and_default(capsys):
     with pytest.raises(SystemExit):
         parse_flags("d", ["--help"], Example)
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("Things to set", "--size N a size (default: 3)", "100 % at most", "a, b (default: a)", "(default: 0)"):
+    for words in ("Things to set", "--size N a size (default: 3)", "100 % at most", "a, b (default: a)", "(default: 0)",
+                  "some steps (default: 0.5 1.0)"):
         assert words in text
 
 
@@ -506,6 +517,16 @@ def test_x86_processors_say_what_they_compute(monkeypatch, tmp_path, cpuinfo, ex
     for dtype in ("fp32", "bf16"):
         rough = open_machine(DeviceConfig(device="cpu", dtype=dtype)).rough_dtype()
         assert rough == (torch.bfloat16 if "bf16" in (expected, dtype) else torch.float32)
+
+
+def test_hardware_is_named(monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One\n")
+    monkeypatch.setattr(device_script, "CPUINFO", tmp_path / "cpuinfo")
+    assert re.fullmatch(r"A Fast One, \d+ cores, Python 3[.\d]+, torch 2\S+", device_script.hardware(torch.device("cpu")))
+    monkeypatch.setattr(device_script, "CPUINFO", tmp_path / "none")  # not Linux
+    assert platform.machine() in device_script.hardware(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    assert device_script.hardware(torch.device("cuda")).startswith("A Card, ")
 
 
 def test_products_are_timed_once(monkeypatch):

@@ -20,7 +20,7 @@ import generate
 import train
 from conftest import TINY_MODEL, assert_same, at_batch, rows_of, stop_in, training_of
 from dataloader import TrainLoader, open_data
-from layers import MIXERS, MLPS
+from layers import LINEARS, MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.trial import fitting_batch
@@ -40,7 +40,8 @@ GPT2 = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name,
     ((1, 3), ["--dtype=fp16", "--batch_size=2"]), ((1, 4), GPT2), ((1,), ["--gradient_checkpointing"]),
     ((3,), ["--optimizer=adamw", "--tied=0"]), ((1,), ["--momentum_dtype=fp32"]),
     ((1,), ["--schedule=cosine", "--grad_clip=0.1", "--weight_decay=0.1"]),
-    *(((1,), [f"--mlp={mlp}"]) for mlp in MLPS), *(((1,), [f"--mixer={mixer}"]) for mixer in MIXERS)])
+    *(((1,), [f"--mlp={mlp}"]) for mlp in MLPS), *(((1,), [f"--mixer={mixer}"]) for mixer in (*MIXERS, "DA")),
+    *(((1,), [f"--linear={linear}"]) for linear in LINEARS), ((1,), ["--linear=grkan", "--mixer=AD", "--dtype=fp16"])])
 def test_a_stopped_run_resumes_bit_for_bit(run_train, tmp_path, monkeypatch, capsys, steps, flags):
     """Stopped in the middle of steps, before, at and after validations (every 3 steps), in several epochs."""
     flags = ["--batch_size=150", *flags]  # two batches are more than half an epoch
@@ -469,8 +470,10 @@ def test_where_compiling_fails_training_goes_on(run_train, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(run_train):
-    eager, compiled = run_train(checkpoint="a/gpt.pt"), run_train("--compile_model", checkpoint="b/gpt.pt")
+@pytest.mark.parametrize("flags", [[], ["--linear=grkan", "--mixer=DA"], ["--mlp=chebkan"], ["--mlp=bspline"]])
+def test_compiled_equals_eager(run_train, flags):
+    eager = run_train(*flags, checkpoint="a/gpt.pt")
+    compiled = run_train(*flags, "--compile_model", checkpoint="b/gpt.pt")
     for a, b in zip(rows_of(eager), rows_of(compiled)):
         assert a.get("train_loss") == pytest.approx(b.get("train_loss"), abs=1e-3)
     assert load_checkpoint(eager)["model"].keys() == load_checkpoint(compiled)["model"].keys()
