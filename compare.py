@@ -10,6 +10,7 @@ checkpoints: the same command goes on where it was stopped, and what is finished
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the runs' metrics stay in
 its folder `runs`.
 """
+import ast
 import csv
 import dataclasses
 import hashlib
@@ -17,35 +18,28 @@ import io
 import itertools
 import json
 import math
-import os
+import multiprocessing
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dataloader import Data, open_data, require_a_block
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.checkpoint import run_folder
 from runtime.device import DeviceConfig, hardware, open_machine
 from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
-from runtime.metrics import read_rows
 from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, markdown, write_page
+from runtime.runs import Run, Runner
 from runtime.statistics import Estimate, holm, p_value, power_law
 from runtime.stop import StopSignals
-from runtime.threads import available_cores
 from train import CONFIGS, DIVERGED, PRESETS, LoopConfig, RunConfig
 
 REPO = Path(__file__).parent
@@ -84,8 +78,14 @@ class CompareConfig:
 
     def __post_init__(self):
         check_flags(self)
-        if len(set(self.arms)) < len(self.arms) or not self.null and len(self.arms) < 2:
-            raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more that differ, or one and --null")
+        given = f"--arms {' '.join(map(repr, self.arms))}"
+        if self.null and len(self.arms) > 1:
+            raise BadInput(f"{given}: --null runs one arm against itself: give one")
+        if not self.null and len(self.arms) < 2:
+            raise BadInput(f"{given}: give two or more, or one and --null")
+        for name in ("arms", "sizes", "rates"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: one of them is there twice")
         if self.limit[0] == "seconds" and self.jobs > 1:
             raise BadInput(f"--jobs={self.jobs}: runs that end by seconds must have the machine to themselves")
 
@@ -109,6 +109,7 @@ class Arm:
     values: dict          # the flags of train.py that make it
     seeds: tuple[int, ...]
     step_tokens: int
+    batch: tuple[int, int]  # blocks, and tokens in each, of a batch: of training and of validation
     rate: float           # that the grid's multiples are of
     n_parameters: int
     flops: int            # of matrix products, for a training token
@@ -118,21 +119,12 @@ class Arm:
 @dataclass(frozen=True)
 class Cell:
     """One run of train.py."""
-    name: str
     arm: Arm
     what: str             # "rate", "run" or "speed"
     multiple: float       # of the learning rate
     seed: int             # or the round in which a speed is measured
     share: float          # of the budget
-    flags: tuple[str, ...]
-    checkpoint: Path
-
-    @property
-    def result_path(self) -> Path:
-        return run_folder(self.checkpoint) / "result.json"
-
-    def rows(self) -> list[dict]:
-        return read_rows(run_folder(self.checkpoint) / "metrics.jsonl")
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -152,11 +144,26 @@ class Result:
         return statistics.median(row["tok_per_sec"] for row in self.rows if row["step"] > SPEED_WARMUP)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where cells run, and on what: a cell's numbers depend on all of it."""
+    data: Data
+    machine: str          # device and dtype
+    hardware: str
+    code: str             # hash of the source
+
+    @property
+    def vocab_size(self) -> int:
+        return self.data.manifest.vocab_size
+
+
 def read_arm(text: str, given: str) -> dict:
     """What flags of train.py an arm sets: "mlp=grkan,n_layer=4" -> {"mlp": "grkan", "n_layer": 4}. given: the flag it was
     given by, for the message. Raises BadInput."""
     parser = Parser(None)
     add_flags(parser, *CONFIGS, suppress=True)
+    if set(text.split(",")) & {"help", "h"}:
+        raise BadInput(f"{given} {text!r}: give flags of train.py, such as mlp=relu2; `python train.py --help` lists them")
     try:
         values = vars(parser.parse_args([f"--{part.strip()}" for part in text.split(",")]))
         for config in CONFIGS:
@@ -176,22 +183,25 @@ def of_config(config: type, values: dict) -> dict:
 
 def arms_of(config: CompareConfig, common: dict, data: Data) -> list[Arm]:
     """Every arm at every size, the arms of a size matched. Raises BadInput."""
-    names = [(name, range(1, config.seeds + 1)) for name in config.arms]
+    names = [(name, tuple(range(1, config.seeds + 1))) for name in config.arms]
     if config.null:
-        names = [names[0], (f"{config.arms[0]} again", range(NULL_SEEDS + 1, NULL_SEEDS + config.seeds + 1))]
+        names.append((f"{config.arms[0]} again", tuple(range(NULL_SEEDS + 1, NULL_SEEDS + config.seeds + 1))))
     arms = []
     for size in config.sizes or ("",):
-        shape = common | (read_arm(size, "--sizes") if size else {})
-        target = None
+        shape, first = common | (read_arm(size, "--sizes") if size else {}), None
         for name, seeds in names:
             values = shape | read_arm(name.removesuffix(" again"), "--arms")
             try:
-                if target is not None and config.match == "parameters":
-                    values = matched(values, target, data.manifest.vocab_size)
-                arm = measured(name, size, values, tuple(seeds), data)
+                if first and config.match == "parameters":
+                    values = matched(values, first.n_parameters, data.manifest.vocab_size)
+                arm = measured(name, size, values, seeds, data)
+                if first and arm.batch != first.batch:
+                    theirs, ours = (f"{blocks} x {tokens}" for blocks, tokens in (first.batch, arm.batch))
+                    raise BadInput(f"has batches of {ours} tokens, the first arm {theirs}: they would be trained and "
+                                   f"validated on other data: give both the same --batch_size and --block_size")
             except BadInput as error:
                 raise BadInput(f"--arms {name!r}: {error}") from None
-            target = target or arm.n_parameters
+            first = first or arm
             arms.append(arm)
     return arms
 
@@ -211,8 +221,8 @@ def measured(name: str, size: str, values: dict, seeds: tuple[int, ...], data: D
     for split in ("train", "val"):
         require_a_block(data, split, model.config.block_size)
     rate = read_flags(OptimizerConfig, of_config(OptimizerConfig, values)).rate(step_tokens)
-    return Arm(name, size, values, seeds, step_tokens, rate, model.n_parameters(), model.flops_per_token(),
-               model.elementwise_flops_per_token())
+    return Arm(name, size, values, seeds, step_tokens, (run.batch_size, model.config.block_size), rate,
+               model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token())
 
 
 def matched(values: dict, target: int, vocab_size: int) -> dict:
@@ -233,11 +243,11 @@ def matched(values: dict, target: int, vocab_size: int) -> dict:
     return values if n is None else values | {"n_hidden": n}
 
 
-def cell_of(arm: Arm, config: CompareConfig, data: Data, what: str, multiple: float, seed: int) -> Cell:
+def cell_of(arm: Arm, config: CompareConfig, place: Place, what: str, multiple: float, seed: int) -> Cell:
     """A run on the whole budget, on the part of it that rates are tried on, or of a few steps. Raises BadInput when that is
     less than one."""
     if what == "speed":
-        return named_cell(arm, config, data, what, multiple, seed, 0.0, {
+        return named_cell(arm, config, place, what, multiple, seed, 0.0, {
             "max_iter": SPEED_STEPS, "log_intervals": 1, "val_iter": 1, "val_intervals": SPEED_STEPS})
     kind, amount = config.limit
     share = config.grid_share if what == "rate" else 1.0
@@ -250,88 +260,53 @@ def cell_of(arm: Arm, config: CompareConfig, data: Data, what: str, multiple: fl
     own = {f"max_{kind}": int(amount) if kind == "tokens" else amount}
     if kind == "tokens" and "val_intervals" not in arm.values:
         own["val_intervals"] = max(1, math.ceil(amount / arm.step_tokens / VALIDATIONS))
-    return named_cell(arm, config, data, what, multiple, seed, share, own)
+    return named_cell(arm, config, place, what, multiple, seed, share, own)
 
 
-def named_cell(arm: Arm, config: CompareConfig, data: Data, what: str, multiple: float, seed: int, share: float,
+def named_cell(arm: Arm, config: CompareConfig, place: Place, what: str, multiple: float, seed: int, share: float,
                own: dict) -> Cell:
     """Its name says what it is, and holds a hash of everything that determines its numbers. own: flags of its own."""
     values = {"dataloader_num_workers": 0} | arm.values | own | {"learning_rate": arm.rate * multiple, "seed": seed}
     flags = tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))
-    digest = hashlib.sha256("\n".join([data.manifest.fingerprint(), *flags]).encode()).hexdigest()[:10]
+    shards = [shard.sha256 for split in ("train", "val") for shard in place.data.manifest.shards[split]]
+    known = [place.data.manifest.tokenizer, *shards, place.machine, torch.__version__, place.code,
+             *(text for text in flags if not text.startswith("--data_path")), place.hardware if what == "speed" else ""]
+    digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:10]
     words = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.name}-{arm.size}".strip("-"))[:80]
     name = f"{words}-{what}-{multiple:g}-{seed}-{digest}"
-    return Cell(name, arm, what, multiple, seed, share, flags, config.out_path / "runs" / f"{name}.pt")
+    return Cell(arm, what, multiple, seed, share, Run(REPO / "train.py", config.out_path / "runs" / f"{name}.pt", flags))
+
+
+def code_hash() -> str:
+    """Of the source that a run's numbers come from, without its comments and docstrings."""
+    files = [*(REPO / f"{name}.py" for name in ("train", "model", "optimizer", "dataloader")),
+             *sorted(REPO.glob("layers/*.py")), *sorted(REPO.glob("kernels/rational*.py"))]
+    digest = hashlib.sha256()
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def open_place(data: Data, common: dict) -> Place:
+    """Raises BadInput when the device is not there. A GPU is asked in a process of its own: the memory that one holds would
+    be missing to the runs."""
+    config = read_flags(DeviceConfig, of_config(DeviceConfig, common))
+    if not torch.cuda.is_available():
+        return Place(data, *machine_of(config), code_hash())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return Place(data, *pool.apply(machine_of, (config,)), code_hash())
+
+
+def machine_of(config: DeviceConfig) -> tuple[str, str]:
+    machine = open_machine(config)
+    return str(machine), hardware(machine.device)
 
 
 # -- running it -------------------------------------------------------------------------------------------------------
-
-class Runner:
-    """Runs cells, some at a time, each a process of its own whose threads are its share of the cores."""
-
-    def __init__(self, jobs: int, stop: StopSignals):
-        self.stop, self.pool, self.jobs = stop, ThreadPoolExecutor(jobs), jobs
-        self.processes: dict[str, subprocess.Popen] = {}
-        self.lock = threading.Lock()
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs))}
-
-    def run(self, cells: list[Cell], what: str) -> list[Result]:
-        """Results in the order of the cells. When a signal comes, every cell under way saves and stops."""
-        futures = [self.pool.submit(self.run_cell, cell) for cell in cells]
-        waiting, passed_on = set(futures), None
-        size_of = lambda cell: cell.share or 1.0
-        with tqdm(total=sum(map(size_of, cells)), desc=what, unit="run", dynamic_ncols=True,
-                  mininterval=0.2 if sys.stderr.isatty() else 30) as bar:
-            while waiting:
-                ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    result = future.result()
-                    bar.update(size_of(result.cell))
-                    if result.status != "stopped":
-                        tqdm.write(told(result))
-                if self.stop.signal != passed_on:
-                    passed_on = self.stop.signal
-                    with self.lock:
-                        for process in self.processes.values():
-                            process.send_signal(signal.SIGTERM)
-        return [future.result() for future in futures]
-
-    def run_cell(self, cell: Cell) -> Result:
-        if cell.result_path.exists():
-            with suppress(ValueError, KeyError):  # cut off by a power cut: run it again
-                ended = json.loads(cell.result_path.read_text(encoding="utf-8"))
-                return Result(cell, ended["status"], ended["reason"], cell.rows())
-        resume = ["--resume_checkpoint"] if cell.checkpoint.exists() else [*cell.flags, "--overwrite"]
-        with self.lock:
-            if self.stop.signal:
-                return Result(cell, "stopped", "", [])
-            process = subprocess.Popen(
-                [sys.executable, str(REPO / "train.py"), f"--checkpoint_path={cell.checkpoint}", *resume, "--verbose=0"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment,
-                start_new_session=True)  # a terminal's Ctrl-C comes to this process alone, which passes it on
-            self.processes[cell.name] = process
-        _, error = process.communicate()
-        with self.lock:
-            del self.processes[cell.name]
-        reason = " ".join((error.strip().splitlines() or [""])[-1].removeprefix("train.py: ").split())
-        if process.returncode == 0:
-            return self.ended(cell, "finished", "")
-        if self.stop.signal:
-            return Result(cell, "stopped", reason, [])
-        if DIVERGED in reason:
-            return self.ended(cell, "diverged", reason)
-        # not for ever: what was killed, or had no room, goes on when the command is given again
-        return Result(cell, "failed", f"killed by signal {-process.returncode}" if process.returncode < 0 else reason, [])
-
-    def ended(self, cell: Cell, status: str, reason: str) -> Result:
-        """Remembers how, and removes the checkpoints, which nothing needs any more."""
-        with whole_file(cell.result_path, "w") as file:
-            json.dump({"status": status, "reason": reason, "flags": cell.flags}, file, indent=1)
-        folder = run_folder(cell.checkpoint)
-        for path in (cell.checkpoint, *folder.glob("*.pt"), *folder.glob("events.*")):
-            path.unlink(missing_ok=True)
-        return Result(cell, status, reason, cell.rows())
-
 
 def told(result: Result) -> str:
     cell = result.cell
@@ -346,26 +321,38 @@ def told(result: Result) -> str:
     return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
 
 
-def run_all(arms: list[Arm], config: CompareConfig, data: Data, stop: StopSignals) -> "list[Outcome]":
+def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSignals) -> "list[Outcome]":
     """The grid of every arm; then every seed at the best rate; then, one at a time and in turns, how fast the arms are."""
     outcomes = [Outcome(arm) for arm in arms]
-    cells = lambda outcome, what, multiples, seeds: [cell_of(outcome.arm, config, data, what, multiple, seed)
-                                                     for multiple in multiples for seed in seeds]
 
-    def run(what: str, wanted: dict[Outcome, list[Cell]], jobs: int):
-        """Into the outcomes, in rounds: the first cell of each arm, then the second of each."""
-        order = [(outcome, cell) for rank in itertools.zip_longest(*wanted.values())
-                 for outcome, cell in zip(wanted, rank) if cell is not None]
-        if not stop.signal:
-            results = Runner(jobs, stop).run([cell for _, cell in order], f"{what}s")
-            for (outcome, _), result in zip(order, results):
-                getattr(outcome, f"{what}s").append(result)
-    run("rate", {outcome: cells(outcome, "rate", config.rates, outcome.arm.seeds[:1]) for outcome in outcomes}, config.jobs)
-    run("run", {outcome: cells(outcome, "run", [outcome.best().cell.multiple], outcome.arm.seeds)
-                for outcome in outcomes if outcome.best()}, config.jobs)
-    if config.limit[0] != "seconds":
-        run("speed", {outcome: cells(outcome, "speed", [outcome.best().cell.multiple], range(SPEED_ROUNDS))
-                      for outcome in outcomes if outcome.finished()}, 1)
+    def run(what: str, wanted: list[Outcome], multiples, seeds, jobs: int) -> list[list[Result]]:
+        """The results of each of `wanted`: in rounds, the first cell of each, then the second of each. multiples(outcome),
+        seeds(outcome): what its cells have."""
+        if stop.signal:
+            return [[] for _ in wanted]
+        cells = [[cell_of(outcome.arm, config, place, what, multiple, seed) for multiple in multiples(outcome)
+                  for seed in seeds(outcome)] for outcome in wanted]
+        order = [cell for rank in itertools.zip_longest(*cells) for cell in rank if cell is not None]
+        result_of = lambda i, ended: Result(order[i], *ended, order[i].run.rows())
+        ended = Runner(jobs, stop, DIVERGED).run([cell.run for cell in order], [cell.share or 1.0 for cell in order],
+                                                 f"{what}s", lambda i, ended: told(result_of(i, ended)))
+        results = {cell.run.checkpoint: result_of(i, how) for i, (cell, how) in enumerate(zip(order, ended))}
+        return [[results[cell.run.checkpoint] for cell in own] for own in cells]
+
+    def best_multiple(outcome: Outcome) -> list[float]:
+        return [outcome.best().cell.multiple]
+
+    for outcome, results in zip(outcomes, run("rate", outcomes, lambda outcome: config.rates,
+                                              lambda outcome: outcome.arm.seeds[:1], config.jobs)):
+        outcome.rates = results
+    tuned = [outcome for outcome in outcomes if outcome.best()]
+    for outcome, results in zip(tuned, run("run", tuned, best_multiple, lambda outcome: outcome.arm.seeds, config.jobs)):
+        outcome.runs = results
+    if config.limit[0] == "seconds":
+        return outcomes
+    trained = [outcome for outcome in tuned if outcome.finished()]
+    for outcome, results in zip(trained, run("speed", trained, best_multiple, lambda outcome: range(SPEED_ROUNDS), 1)):
+        outcome.speeds = results
     return outcomes
 
 
@@ -380,9 +367,11 @@ class Outcome:
     speeds: list[Result] = field(default_factory=list)
 
     def best(self) -> Result | None:
-        """At the best rate."""
+        """At the best rate; none as long as one of them has yet to be tried again."""
         finished = [run for run in self.rates if run.status == "finished"]
-        return min(finished, key=lambda run: run.bpb) if finished else None
+        if not finished or any(run.status not in ("finished", "diverged") for run in self.rates):
+            return None
+        return min(finished, key=lambda run: run.bpb)
 
     def finished(self) -> list[Result]:
         return [run for run in self.runs if run.status == "finished"]
@@ -392,26 +381,34 @@ class Outcome:
         return statistics.mean(run.rows[-1][name] for run in self.finished())
 
     def speed(self) -> float:
-        """Tokens per second: measured apart, or of the runs where seconds were the budget."""
+        """Tokens per second: measured apart, or of the runs themselves where seconds were the budget. NaN if not known."""
+        if "--max_seconds" in " ".join(self.finished()[0].cell.run.flags):
+            return self.last("tokens") / self.last("seconds")
         measured = [run.speed() for run in self.speeds if run.status == "finished"]
-        return statistics.median(measured) if measured else self.last("tokens") / self.last("seconds")
+        return statistics.median(measured) if measured else math.nan
 
     def rows(self) -> list[list[dict]]:
         """Of each run, with seconds at the speed that was measured."""
         speed = self.speed()
         return [[row | {"seconds": row["tokens"] / speed} for row in run.rows] for run in self.finished()]
 
-    def slope(self) -> float:
-        """Bits per byte that a run of e times the budget is better by: between the grid's run and the whole one of the same
-        seed, which both have their full cooldown. An intermediate loss would not do."""
+    def slope(self) -> tuple[float, float]:
+        """Bits per byte that a run of e times the tokens is better by, and how many times e there are between the grid's run
+        and the whole one of the same seed, which both have their full cooldown: an intermediate loss would not do. NaN where
+        the larger was not the better one."""
         best = self.best()
         whole = next((run for run in self.finished() if run.cell.seed == best.cell.seed), None)
-        return (best.bpb - whole.bpb) / -math.log(best.cell.share) if whole and best.cell.share < 1 else math.nan
+        if whole is None or whole.rows[-1]["tokens"] <= best.rows[-1]["tokens"] or whole.bpb >= best.bpb:
+            return math.nan, math.nan
+        between = math.log(whole.rows[-1]["tokens"] / best.rows[-1]["tokens"])
+        return (best.bpb - whole.bpb) / between, between
 
-    def at_edge(self) -> bool:
+    def edge(self) -> str:
         """Whether a rate beyond the grid might have been better."""
         multiples, best = [run.cell.multiple for run in self.rates], self.best()
-        return len(multiples) > 2 and best is not None and best.cell.multiple in (min(multiples), max(multiples))
+        if best is None or best.cell.multiple not in (min(multiples), max(multiples)):
+            return ""
+        return "edge" if len(multiples) > 1 else "only one tried"
 
     def problems(self) -> Iterator[str]:
         for run in (*self.rates, *self.runs, *self.speeds):
@@ -420,69 +417,97 @@ class Outcome:
 
 
 def table_rows(outcomes: list[Outcome]) -> list[dict]:
-    """A row for each arm, the first of which the others of its size are compared with. Arms without a finished run have
-    None where others have numbers."""
+    """A row for each arm, the first of which the others of its size are compared with. Arms without a finished run lack what
+    others have. `corrected` has yet to see all rows that are reported together."""
     first, rows = outcomes[0], []
     reference = {i: run.bpb for i, run in enumerate(first.runs) if run.status == "finished"}
+    slope, between = first.slope() if first.finished() else (math.nan, math.nan)
     for outcome in outcomes:
         arm, finished = outcome.arm, outcome.finished()
         row = {"size": arm.size, "arm": arm.name, "runs": len(finished), "runs_wanted": len(arm.seeds),
                "parameters": arm.n_parameters, "flops_per_token": arm.flops,
                "elementwise_flops_per_token": arm.elementwise_flops, "n_hidden": arm.values.get("n_hidden"),
-               "rate_at_edge": outcome.at_edge()}
-        if finished:
-            bpb, seconds = Estimate.of([run.bpb for run in finished]), outcome.last("tokens") / outcome.speed()
-            row |= {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": outcome.last("val_loss"),
-                    "learning_rate": arm.rate * outcome.best().cell.multiple, "tokens": outcome.last("tokens"),
-                    "seconds": seconds, "tok_per_sec": outcome.speed(),
-                    "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
+               "edge": outcome.edge()}
+        rows.append(row)
+        if not finished:
+            continue
+        bpb = Estimate.of([run.bpb for run in finished])
+        row |= {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": outcome.last("val_loss"),
+                "learning_rate": arm.rate * outcome.best().cell.multiple, "tokens": outcome.last("tokens"),
+                "seconds": outcome.last("tokens") / outcome.speed(), "tok_per_sec": outcome.speed(),
+                "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
+        if outcome is first:
+            row["bpb_equal_seconds"] = bpb.mean
+            continue
         pairs = [run.bpb - reference[i] for i, run in enumerate(outcome.runs) if run.status == "finished" and i in reference]
-        if pairs and outcome is not first:
+        if pairs:
             difference = Estimate.of(pairs)
             row |= {"difference": difference.mean, "difference_margin": difference.margin, "pairs": len(pairs),
                     "p": p_value(pairs)}
-            if first.slope() > 0:
-                row["worth"] = math.exp(-difference.mean / first.slope()) - 1
-        if finished and first.finished():
-            longer = seconds / (first.last("tokens") / first.speed())
-            row["bpb_equal_seconds"] = bpb.mean + outcome.slope() * math.log(longer) if outcome is not first else bpb.mean
-        rows.append(row)
+            for name, value in (("worth", difference.mean), ("worth_low", difference.high), ("worth_high", difference.low)):
+                if abs(value) < math.inf and slope > 0:  # no further than was measured
+                    row[name] = math.exp(min(max(-value / slope, -between), between)) - 1
+        if first.finished():
+            own_slope, own_between = outcome.slope()
+            longer = math.log(row["seconds"] / rows[0]["seconds"])
+            if abs(longer) <= own_between:
+                row["bpb_equal_seconds"] = bpb.mean + own_slope * longer
+    return rows
+
+
+def corrected(rows: list[dict]) -> list[dict]:
+    """The same rows, with p-values corrected for the number of comparisons, and whether these leave a difference."""
     compared = [row for row in rows if "p" in row]
-    for row, corrected in zip(compared, holm([row["p"] for row in compared])):
-        row["p_holm"] = corrected
+    for row, p in zip(compared, holm([row["p"] for row in compared])):
         excludes_0 = abs(row["difference"]) > row["difference_margin"]
-        row["significant"] = "yes" if corrected < 0.05 else "not as one of several" if excludes_0 else "no"
+        row |= {"p_holm": p, "comparisons": len(compared),
+                "significant": "yes" if p < 0.05 and excludes_0 else "only by itself" if excludes_0 else "no"}
     return rows
 
 
 def verdict(row: dict, first: dict) -> str:
     """One sentence on an arm, which says no more than its interval does."""
     name, base = row["arm"], first["arm"]
+    missing = "".join(f" {other['arm']} finished only {other['runs']} of {other['runs_wanted']} runs, and what the others "
+                      f"would have been is not known." for other in (row, first) if 0 < other["runs"] < other["runs_wanted"])
     if "difference" not in row:
         return f"{name}: no run that could be compared was finished."
-    interval = f"95 % interval {row['difference'] - row['difference_margin']:+.4f} to " \
-               f"{row['difference'] + row['difference_margin']:+.4f}, {row['pairs']} pairs of seeds"
     if math.isinf(row["difference_margin"]):
-        return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, of which nothing follows."
+        return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, of which nothing follows.{missing}"
+    interval = (f"95 % interval {row['difference'] - row['difference_margin']:+.4f} to "
+                f"{row['difference'] + row['difference_margin']:+.4f}, {row['pairs']} seeds")
     if row["significant"] == "no":
-        return f"{name}: no difference to {base} is shown ({interval})."
+        return f"{name}: no difference to {base} is shown ({interval}).{missing}"
+    if row["significant"] == "only by itself":
+        return (f"{name}: a difference to {base} would be shown if it were the only comparison ({interval}; "
+                f"p = {row['p']:.3f}), but not as one of {row['comparisons']} (p = {row['p_holm']:.3f}).{missing}")
     how = "better" if row["difference"] < 0 else "worse"
-    worth = f", worth {row['worth']:+.0%} of {base}'s steps" if abs(row.get("worth", math.nan)) < 3 else ""
-    caution = "" if row["significant"] == "yes" else "; but among so many comparisons one such is likely by chance (Holm)"
-    return f"{name}: {how} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){worth}{caution}."
+    worth = f"; in steps of {base} that is {worth_of(row)}" if "worth" in row else ""
+    edges = "".join(f" The best rate of {other['arm']} was the grid's first or last." for other in (row, first)
+                    if other["edge"] == "edge")
+    return f"{name}: {how} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){worth}.{missing}{edges}"
 
 
-def regime(outcomes: list[Outcome], config: CompareConfig, data: Data, device: str) -> str:
+def worth_of(row: dict) -> str:
+    """ "+19% (+4% to +41%)"."""
+    return f"{row['worth']:+.0%} ({row['worth_low']:+.0%} to {row['worth_high']:+.0%})" if "worth_low" in row else \
+        f"{row['worth']:+.0%}"
+
+
+def regime(outcomes: list[Outcome], config: CompareConfig, place: Place) -> str:
     """In what circumstances all this was measured: no verdict reaches beyond."""
     runs = [run for outcome in outcomes for run in outcome.finished()]
-    model = model_of(outcomes[0].arm.values, data.manifest.vocab_size).config
-    tokens = sorted({run.rows[-1]["tokens"] for run in runs})
-    span = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((tokens[0], tokens[-1]))) if tokens else "no"
-    matched = "as many parameters as the first" if config.match == "parameters" else "parameters as they come"
-    return (f"{model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary {model.vocab_size:,}, "
-            f"{outcomes[0].arm.n_parameters / 1e6:.2f} M parameters, {matched}; {span} M tokens of "
-            f"{data.manifest.source.get('dataset', 'text')} in steps of {outcomes[0].arm.step_tokens:,}, budget "
-            f"{config.budget}; {config.seeds} seeds; {device}")
+    first = outcomes[0].arm
+    model = model_of(first.values, place.vocab_size).config
+    tokens = sorted({run.rows[-1]["tokens"] for run in runs}) or [0]
+    span = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((tokens[0], tokens[-1])))
+    alike = "as many parameters as the first" if config.match == "parameters" else "parameters as they come"
+    epochs = tokens[-1] / place.data.manifest.total("train", "tokens")
+    return (f"First arm: {model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary "
+            f"{model.vocab_size:,}, {first.n_parameters / 1e6:.2f} M parameters, steps of {first.step_tokens:,} tokens; the "
+            f"others: {alike}. {span} M tokens ({epochs:.2f} epochs) of "
+            f"{place.data.manifest.source.get('dataset', 'text')}, budget {config.budget}, {config.seeds} seeds; "
+            f"{place.hardware}, {place.machine}")
 
 
 HEAD = ("arm", "bits/byte", "difference to the first", "p (Holm)", "significant", "worth in steps",
@@ -499,79 +524,88 @@ def shown(row: dict) -> tuple[str, ...]:
     def with_margin(name: str) -> str:
         margin = row.get(f"{name}_margin", math.inf)
         return number(name, "+.4f" if name == "difference" else ".4f") + (f" ± {margin:.4f}" if margin < math.inf else "")
-    worth = row.get("worth")
     return (row["arm"], with_margin("bpb"), with_margin("difference"), number("p_holm", ".3f"), row.get("significant", ""),
-            "" if worth is None else f"{worth:+.0%}" if worth < 3 else "> +300%", number("bpb_equal_seconds", ".4f"),
-            number("learning_rate", ".3g") + (" (edge)" if row["rate_at_edge"] else ""), f"{row['parameters']:,}",
+            worth_of(row) if "worth" in row else "", number("bpb_equal_seconds", ".4f"),
+            number("learning_rate", ".3g") + (f" ({row['edge']})" if row["edge"] else ""), f"{row['parameters']:,}",
             number("flops_per_token", ".2f", 1e-6), number("elementwise_flops_per_token", ".2f", 1e-6),
             number("tok_per_sec", ",.0f"), number("seconds", ",.0f"), number("peak_memory", ",.0f", 2**-20),
             f"{row['runs']} of {row['runs_wanted']}")
 
 
 NOTES = """\
-Means over seeds ± 95 % interval (Student's t); differences are paired by seed, negative is better; p and "significant" are
-corrected for the number of arms (Holm). "Worth in steps": how much longer the first arm would have to train to be as good,
-and "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go by the arm's run on a
-part of the budget and that on the whole, each with its full cooldown, and are rough beyond a factor of two. Learning rate:
-the best of the grid on a part of the budget; (edge): it was the grid's first or last. FLOPs of a training token, forward
-and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of the
-process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns
-and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
+Means over seeds ± 95 % interval (Student's t), which is of seeds alone, not of the choice of text. Differences are paired by
+seed, negative is better; p and "significant" are corrected for all comparisons on this page (Holm). "Worth in steps": how
+much longer, or shorter, the first arm would have to train to be as good, and in brackets the same at the ends of the
+difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go by
+an arm's run of one seed on a part of the budget and on the whole, each with its full cooldown, and reach no farther than the
+ratio of the two. Learning rate: the best of the grid on a part of the budget; (edge): it was the grid's first or last. FLOPs
+of a training token, forward and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak
+memory is that of the process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all
+runs, the arms in turns and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the
+runs' own."""
+NULL_NOTE = """\
+The two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of a comparison
+do, which share the order."""
 
 
-def report(outcomes: list[Outcome], config: CompareConfig, data: Data, device: str, line: str):
+def report(outcomes: list[Outcome], config: CompareConfig, place: Place, line: str):
     """Writes the tables, the pictures and the page, and prints what they say."""
     by_size = [list(group) for _, group in itertools.groupby(outcomes, key=lambda outcome: outcome.arm.size)]
-    rows, parts, lines, pictures = [], [], [], {}
-    for group in by_size:
-        size_rows = table_rows(group)
-        rows += size_rows
+    rows_of = [table_rows(group) for group in by_size]
+    rows = corrected(list(itertools.chain(*rows_of)))
+    parts, lines, pictures = [], [], {}
+    for group, size_rows in zip(by_size, rows_of):
         table = Table(HEAD, [shown(row) for row in size_rows])
         verdicts = [verdict(row, size_rows[0]) for row in size_rows[1:]]
         problems = [problem for outcome in group for problem in outcome.problems()]
-        heading, where = group[0].arm.size or "Results", regime(group, config, data, device)
-        name = "".join(c if c.isalnum() else "_" for c in group[0].arm.size).strip("_")
-        curves = {outcome.arm.name: outcome.rows() for outcome in group if outcome.finished()}
-        ends = {row["arm"]: row for row in size_rows if "bpb" in row}
-        if curves:
-            pictures["_".join(filter(None, ("curves", name)))] = draw_lines(curves)
-            pictures["_".join(filter(None, ("front", name)))] = draw_front(ends)
-        parts += [("h2", heading), ("p", f"{where}."), ("ul", verdicts), table,
-                  *(Figure(pictures[key], key) for key in list(pictures)[-2 * bool(curves):] if curves)]
+        heading, where = group[0].arm.size or "Results", regime(group, config, place)
+        parts += [("h2", heading), ("p", f"{where}."), ("ul", verdicts), table]
         lines += [f"## {heading}", "", f"{where}.", "", *(f"- {sentence}" for sentence in verdicts), "", markdown(table), ""]
+        if curves := {outcome.arm.name: outcome.rows() for outcome in group if outcome.finished()}:
+            suffix = "".join(c if c.isalnum() else "_" for c in f" {group[0].arm.size}".rstrip())
+            own = {f"curves{suffix}": draw_lines(curves),
+                   f"front{suffix}": draw_front({row["arm"]: row for row in size_rows if "bpb" in row})}
+            parts += [Figure(svg, name) for name, svg in own.items()]
+            pictures |= own
         if problems:
             parts += [("h3", "Runs that are left out"), ("ul", problems)]
             lines += ["Runs that are left out:", "", *(f"- {problem}" for problem in problems), ""]
-    if len(by_size) > 1 and (fits := scaling(by_size)):
-        pictures["scaling"] = draw_scaling(fits)
-        sentences = [f"{name}: loss = {a:.3g} x FLOPs^-{b:.4f}" + (", a line through two sizes" if len(points) == 2 else "")
+    if len(by_size) > 1:
+        fits = scaling(by_size)
+        sentences = [f"{name}: bits/byte = {a:.3g} x FLOPs^-{b:.4f}" + (", a line through two sizes" * (len(points) == 2))
                      for name, (points, a, b) in fits.items()]
-        parts += [("h2", "Loss against FLOPs"), ("ul", sentences), Figure(pictures["scaling"], "scaling")]
+        if not fits:
+            sentences = ["No arm has runs of two sizes whose FLOPs differ enough to tell how loss falls with them."]
+        parts += [("h2", "Loss against FLOPs"), ("ul", sentences)]
         lines += ["## Loss against FLOPs", "", *(f"- {sentence}" for sentence in sentences), ""]
-    title = "A null test: the first arm against itself" if config.null else "Comparison"
-    text = "\n".join([f"# {title}", "", f"`{line}`", "", *lines, NOTES, ""])
-    with whole_file(config.out_path / "comparison.md", "w") as file:
-        file.write(text)
-    with whole_file(config.out_path / "comparison.csv", "w") as file:
-        file.write(as_csv(rows))
-    for name, svg in pictures.items():
-        with whole_file(config.out_path / f"{name}.svg", "w") as file:
-            file.write(svg)
-    write_page(config.out_path / "comparison.html", title, [("code", line), *parts, ("p", NOTES)])
+        if fits:
+            pictures["scaling"] = draw_scaling(fits)
+            parts.append(Figure(pictures["scaling"], "scaling"))
+    title = "A null test: an arm against itself" if config.null else "Comparison"
+    notes = [NOTES, *([NULL_NOTE] if config.null else [])]
+    text = "\n".join([f"# {title}", "", f"`{line}`", "", *lines, "\n\n".join(notes), ""])
+    for old in config.out_path.glob("*.svg"):
+        old.unlink()
+    files = {"comparison.md": text, "comparison.csv": as_csv(rows), **{f"{name}.svg": svg for name, svg in pictures.items()}}
+    for name, content in files.items():
+        with whole_file(config.out_path / name, "w") as file:
+            file.write(content)
+    write_page(config.out_path / "comparison.html", title, [("code", line), *parts, *(("p", note) for note in notes)])
     print(text)
     print(config.out_path / "comparison.html")
 
 
 def scaling(by_size: list[list[Outcome]]) -> dict:
-    """name -> ((FLOPs of a run, bits per byte) at each size, a, b), for arms that finished at two sizes or more."""
+    """name -> ((FLOPs of a run, bits per byte) at each size, a, b), for arms that finished at two sizes or more whose FLOPs
+    differ by half at least."""
     points = {}
     for outcome in itertools.chain(*by_size):
         if outcome.finished():
-            tokens = outcome.last("tokens")
             points.setdefault(outcome.arm.name, []).append(
-                (tokens * (outcome.arm.flops + outcome.arm.elementwise_flops),
+                (outcome.last("tokens") * (outcome.arm.flops + outcome.arm.elementwise_flops),
                  statistics.mean(run.bpb for run in outcome.finished())))
-    return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items() if len(found) > 1}
+    return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items()
+            if max(found)[0] > 1.5 * min(found)[0]}
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -621,20 +655,20 @@ def require_place(config: CompareConfig, plan: dict):
 def main(argv=None):
     """Compares architectures at an equal budget."""
     config, common = read_command(argv)
-    machine = open_machine(read_flags(DeviceConfig, of_config(DeviceConfig, common)))
     data = open_data(common.get("data_path", RunConfig.data_path))
     arms = arms_of(config, common, data)
+    place = open_place(data, common)
+    for arm in arms:
+        cell_of(arm, config, place, "rate", 1.0, 1)  # a budget too small says so now
     line = shlex.join(["python", "compare.py", *(sys.argv[1:] if argv is None else argv)])
     with sole_writer(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
-        for arm in arms:
-            cell_of(arm, config, data, "rate", 1.0, 1)
         require_place(config, plan_of(config, common, data))
         start = time.perf_counter()
-        outcomes = run_all(arms, config, data, stop)
+        outcomes = run_all(arms, config, place, stop)
         if stop.signal:
             print(f"stopped: every run is saved, and the same command goes on: {line}", file=sys.stderr)
             raise SystemExit(128 + stop.signal)
-        report(outcomes, config, data, f"{hardware(machine.device)}, {machine.dtype}", line)
+        report(outcomes, config, place, line)
         print(f"{time.perf_counter() - start:,.0f} s")
     if any(run.status == "failed" for outcome in outcomes for run in (*outcome.rates, *outcome.runs, *outcome.speeds)):
         raise OSError("some runs failed, see above; the same command tries them again")

@@ -14,13 +14,13 @@ import time
 
 import torch
 from memory import peak_of_step
-from side_by_side import REPO, machine, run, table, take_turns, write_into_readme
+from side_by_side import REPO, run, table, take_turns, write_into_readme
 
 sys.path.insert(0, str(REPO))
 from compare import matched, model_of  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from runtime.device import DeviceConfig, compile_in_place, keep_pages, open_machine  # noqa: E402
+from runtime.device import DeviceConfig, compile_in_place, hardware, keep_pages, open_machine  # noqa: E402
 from runtime.flags import read_flags  # noqa: E402
 
 SIDES = ["mlp=relu2", "mlp=swiglu", "mlp=grkan", "mlp=chebkan", "linear=grkan", "mixer=gated_delta"]
@@ -65,7 +65,7 @@ def step_seconds(side: str, width: int, dtype: str, is_compiled: bool, steps: in
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 768])
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--sides", nargs="+", default=SIDES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
@@ -76,7 +76,7 @@ def main():
         side, width, how = args.arm.split(" ")
         print(json.dumps(step_seconds(side, int(width), args.dtype, how == "compiled", args.steps)))
         return
-    rows = []
+    rows, device = [], open_machine(DeviceConfig(dtype=args.dtype)).device
     for width in args.widths:
         for how in ["eager"] if args.eager else ["compiled", "eager"]:
             arms = [f"{side} {width} {how}" for side in ("mlp=gelu", *args.sides)]
@@ -89,9 +89,10 @@ def main():
                          for side in ("mlp=gelu", *args.sides))
         rows += [(f"{side}, width {width}: peak memory, times mlp=gelu's", f"**{peak / base:.2f}**",
                   f"{peak / 2**20:,.0f} MiB", f"{base / 2**20:,.0f} MiB") for side, peak in zip(args.sides, others)]
-    text = table(rows) + (f"\n\n4 layers, blocks of {BLOCK_SIZE}, {BATCH_SIZE * BLOCK_SIZE:,} tokens a step, "
-                          f"{VOCAB_SIZE:,} ids, equal parameters, {args.dtype}, {machine()}; medians of {args.rounds} "
-                          f"processes that took turns: `python bench/architectures.py`.")
+    text = table(rows) + (
+        f"\n\n4 layers, blocks of {BLOCK_SIZE}, {BATCH_SIZE * BLOCK_SIZE:,} tokens a step, {VOCAB_SIZE:,} ids, equal "
+        f"parameters, {args.dtype}, {hardware(device)}; medians of {args.rounds} processes that took turns: "
+        f"`python bench/architectures.py`.")
     print(text)
     write_into_readme("bench/architectures.py", text)
 

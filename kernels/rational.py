@@ -8,6 +8,7 @@ CPU, Triton on a GPU of NVIDIA, plain torch elsewhere; torch.compile takes both 
 fp32 whatever comes in: x^5 overflows fp16 from 10 on.
 """
 import functools
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -29,8 +30,8 @@ def group_size(channels: int, groups: int) -> int:
 def rational(x: Tensor, table: Tensor) -> Tensor:
     """x: (rows, channels); table: (groups, 10) in fp32, t0 … t9 of each group. Returns f(x), of x's dtype."""
     kind, x = x.device.type, x.contiguous()
-    if kind == "cuda" and triton_kernels() is not None:
-        return triton_kernels().forward(x, table)
+    if kind == "cuda" and (kernels := triton_kernels(x.device)):
+        return kernels.forward(x, table)
     if kind != "cpu":
         return rational_by_torch(x.float(), table).to(x.dtype)
     values, y = x.float(), torch.empty(x.shape)
@@ -47,8 +48,8 @@ def _(x: Tensor, table: Tensor) -> Tensor:
 def rational_backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: of f(x), (rows, channels). Returns f(x) and the gradient of x, both of x's dtype, and that of the table."""
     kind, x = x.device.type, x.contiguous()
-    if kind == "cuda" and triton_kernels() is not None:
-        return triton_kernels().backward(grad.contiguous(), x, table)
+    if kind == "cuda" and (kernels := triton_kernels(x.device)):
+        return kernels.backward(grad.contiguous(), x, table)
     if kind != "cpu":
         return backward_by_torch(grad, x, table)
     values, grad, groups = x.float(), grad.contiguous().float(), len(table)
@@ -185,10 +186,16 @@ def backward_by_torch(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, T
 
 
 @functools.cache
-def triton_kernels():
-    """The module of the GPU's kernels; None where there is no Triton."""
+def triton_kernels(device: torch.device):
+    """The module of the GPU's kernels; None where Triton does not know the card, or does not work, of which it warns."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return None
     try:
         from kernels import rational_triton
-    except ImportError:
+        x, table = torch.ones(1, 1, device=device), torch.ones(1, N_COEFFICIENTS, device=device)
+        rational_triton.backward(x, x, table)
+        return rational_triton
+    except Exception as error:  # no Triton, no compiler for its launcher, another driver: each its own type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"rational functions go without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
         return None
-    return rational_triton

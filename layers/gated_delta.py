@@ -118,7 +118,8 @@ def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
     ratios = (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(  # above the diagonal they may overflow
         torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1), -torch.inf).exp()     # Γ_t / Γ_j
     gamma, to_end = log_gamma.exp().unsqueeze(-1), ratios[..., -1, :].unsqueeze(-1)
-    system = (k @ k.mT).float() * ratios * beta.unsqueeze(-1)                  # its diagonal is taken to be 1
+    with torch.autocast(k.device.type, enabled=False):  # rounded, it would not fit the k beside it: the rule overshoots
+        system = (k.float() @ k.float().mT) * ratios * beta.unsqueeze(-1)      # its diagonal is taken to be 1
     known = torch.cat((v.float(), k.float() * gamma), dim=-1) * beta.unsqueeze(-1)
     from_values, from_state = torch.linalg.solve_triangular(
         system, known, upper=False, unitriangular=True).chunk(2, dim=-1)

@@ -52,7 +52,7 @@ class ReLU2(LeanMLP):
 
     @staticmethod
     def activation(x: Tensor) -> Tensor:
-        return F.relu(x).square_()
+        return F.relu(x).square()
 
     @staticmethod
     def activation_backward(grad: Tensor, x: Tensor) -> Tensor:

@@ -92,6 +92,15 @@ def as_svg(figure) -> str:
     return file.getvalue()
 
 
+def validations(runs: list[list[dict]]) -> list[list[dict]]:
+    """Of every run, the rows of the steps that all were validated at, and last those of their ends, whose steps may
+    differ."""
+    validated = [{row["step"]: row for row in rows if "val_loss" in row and row["step"] > 0} for rows in runs]
+    shared = set.intersection(*(set(rows) - {max(rows, default=0)} for rows in validated))
+    ends = [[rows[max(rows)] for rows in validated]] if all(validated) else []
+    return [[rows[step] for rows in validated] for step in sorted(shared)] + ends
+
+
 def draw_lines(curves: dict[str, list[list[dict]]]) -> str:
     """Validation loss of each name's runs, their mean with a band from the lowest to the highest, against tokens, FLOPs and
     seconds. curves: name -> rows of each run. Returns SVG."""
@@ -100,8 +109,7 @@ def draw_lines(curves: dict[str, list[list[dict]]]) -> str:
              "seconds": (1, "seconds of training")}
     lowest, early = math.inf, []
     for (name, runs), color in zip(curves.items(), COLORS * 9):
-        points = [[row for row in rows if "val_loss" in row and row["step"] > 0] for rows in runs]
-        points = [list(at) for at in zip(*points)]  # of the same validation of every run
+        points = validations(runs)
         losses = [[row["val_loss"] for row in at] for at in points]
         means, lows, highs = ([f(values) for values in losses] for f in (statistics.mean, min, max))
         early += [mean for at, mean in zip(points, means) if at[0]["tokens"] >= points[-1][0]["tokens"] / 5]

@@ -14,12 +14,28 @@ from pathlib import Path
 import pytest
 
 import compare
-from compare import Arm, Cell, CompareConfig, Outcome, Result, arms_of, cell_of, matched, read_arm, table_rows, verdict
+import train
+from compare import (
+    Arm,
+    Cell,
+    CompareConfig,
+    Outcome,
+    Place,
+    Result,
+    arms_of,
+    cell_of,
+    corrected,
+    matched,
+    read_arm,
+    table_rows,
+    verdict,
+)
 from conftest import REPO, TINY_MODEL, rows_of
 from dataloader import open_data
 from layers import MLPS
 from runtime.checkpoint import load_checkpoint
 from runtime.flags import BadInput
+from runtime.runs import Run, reason_of
 
 SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_size": 8, "num_batch_accum": 1}
 
@@ -27,6 +43,11 @@ SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_si
 @pytest.fixture(scope="module")
 def data(data_path):
     return open_data(data_path)
+
+
+@pytest.fixture(scope="module")
+def place(data):
+    return Place(data, "cpu, fp32", "a machine", "0123")
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
@@ -69,20 +90,55 @@ def test_what_cannot_be_matched_is_refused(data):
         assert len(arms_of(CompareConfig(arms=("mlp=gelu", arm), match="none"), SHAPE, data)) == 2
 
 
-def test_cells_of_a_seed_differ_in_nothing_but_the_arm(data):
+def test_arms_that_would_see_other_data_are_refused(data):
+    for arm in ("batch_size=4", "block_size=32", "preset=gpt2"):
+        shape = {name: value for name, value in SHAPE.items() if arm != "preset=gpt2" or name != "batch_size"}
+        with pytest.raises(BadInput, match="other data"):
+            arms_of(CompareConfig(arms=("mlp=gelu", arm), match="none"), shape, data)
+    assert len(arms_of(CompareConfig(arms=("mlp=gelu", "preset=gpt2"), match="none"), SHAPE, data)) == 2
+
+
+def test_cells_of_a_seed_differ_in_nothing_but_the_arm(data, place):
     arms = arms_of(CompareConfig(), SHAPE, data)
-    cells = [cell_of(arm, CompareConfig(), data, "run", 2.0, 3) for arm in arms]
-    a, b = (set(cell.flags) for cell in cells)
+    cells = [cell_of(arm, CompareConfig(), place, "run", 2.0, 3) for arm in arms]
+    a, b = (set(cell.run.flags) for cell in cells)
     assert a ^ b == {"--mlp=gelu", "--mlp=relu2"} and {"--seed=3", "--max_tokens=10000000"} <= a
-    assert cells[0].name != cells[1].name
-    again = cell_of(arms[0], CompareConfig(seeds=5, jobs=2), data, "run", 2.0, 3)
-    assert again.name == cells[0].name  # how many seeds there are, or run at a time, is no part of a run
+    assert cells[0].run.checkpoint != cells[1].run.checkpoint
 
 
-def test_budgets(data):
+def test_a_cell_is_another_where_its_numbers_would_be(data, place, tmp_path, monkeypatch):
+    """Its name is not changed by how many seeds there are, how many run at a time, or how the data's folder is spelled."""
+    arm, config = arms_of(CompareConfig(), SHAPE, data)[0], CompareConfig()
+
+    def name(arm=arm, config=config, place=place, what="run"):
+        return cell_of(arm, config, place, what, 1.0, 1).run.checkpoint.name
+    assert name(config=CompareConfig(seeds=5, jobs=2)) == name()
+    spelled = [dataclasses.replace(arm, values=arm.values | {"data_path": path}) for path in ("data", "/home/data")]
+    assert name(arm=spelled[0]) == name(arm=spelled[1])
+    for changed in ({"machine": "cpu, bf16"}, {"code": "4567"}):
+        assert name(place=dataclasses.replace(place, **changed)) != name()
+    elsewhere = dataclasses.replace(place, hardware="another")
+    assert name(place=elsewhere) == name() and name(place=elsewhere, what="speed") != name(what="speed")
+    shards = {"train": data.manifest.shards["train"], "val": data.manifest.shards["val"][:0]}
+    other_text = dataclasses.replace(data, manifest=dataclasses.replace(data.manifest, shards=shards))
+    assert name(place=dataclasses.replace(place, data=other_text)) != name()
+
+
+def test_comments_are_no_part_of_the_code_that_numbers_come_from(tmp_path, monkeypatch):
+    for name in ("train", "model", "optimizer", "dataloader"):
+        (tmp_path / f"{name}.py").write_text("x = 1\n")
+    monkeypatch.setattr(compare, "REPO", tmp_path)
+    before = compare.code_hash()
+    (tmp_path / "model.py").write_text('"""What it is."""\nx = 1  # why\n')
+    assert compare.code_hash() == before
+    (tmp_path / "model.py").write_text("x = 2\n")
+    assert compare.code_hash() != before
+
+
+def test_budgets(data, place):
     gelu, deep = arms_of(CompareConfig(arms=("mlp=gelu", "n_layer=4"), match="none"), SHAPE, data)
     def flags(arm, budget, what="run"):
-        return cell_of(arm, CompareConfig(budget=budget), data, what, 1.0, 1).flags
+        return cell_of(arm, CompareConfig(budget=budget), place, what, 1.0, 1).run.flags
     assert "--max_seconds=7.5" in flags(gelu, "seconds=30", "rate")
     assert "--max_tokens=25000" in flags(gelu, "tokens=1e5", "rate")
     ends = [int(flag.split("=")[1]) for arm in (gelu, deep) for flag in flags(arm, "flops=1e12") if "max_tokens" in flag]
@@ -103,12 +159,16 @@ def test_null_has_other_seeds(data):
 
 # -- what it says -----------------------------------------------------------------------------------------------------
 
+def rows_of_arms(*outcomes: Outcome) -> list[dict]:
+    return corrected(table_rows(list(outcomes)))
+
+
 def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: float = 1000.0) -> Outcome:
     """An arm whose runs of 10,000 tokens ended at such bits per byte; None diverged. That on a quarter ended at `grid`."""
-    arm = Arm(name, "", {}, tuple(range(1, len(losses) + 1)), 100, 0.02, 1000, 600, 40)
+    arm = Arm(name, "", {}, tuple(range(1, len(losses) + 1)), 100, (4, 25), 0.02, 1000, 600, 40)
 
     def result(what: str, seed: int, share: float, bpb: float | None) -> Result:
-        cell = Cell(f"{name}{what}{seed}", arm, what, 1.0, seed, share, (), Path("none.pt"))
+        cell = Cell(arm, what, 1.0, seed, share, Run(Path("train.py"), Path("none.pt"), ()))
         if bpb is None:
             return Result(cell, "diverged", "loss is nan at step 7: lower --learning_rate", [])
         rows = [{"step": step, "tokens": step * 100 * share, "seconds": 1.0, "val_loss": 2 * bpb, "val_bpb": bpb,
@@ -120,7 +180,7 @@ def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: 
 
 def test_a_table_by_hand():
     """The first arm gains 0.4 bits by a budget of four times; the second is 0.1 better, and half as fast."""
-    first, second = table_rows([outcome_of("a", [1.60, 1.62, 1.61], grid=2.0),
+    first, second = rows_of_arms(*[outcome_of("a", [1.60, 1.62, 1.61], grid=2.0),
                                 outcome_of("b", [1.50, 1.522, 1.508], grid=1.9, speed=500.0)])
     assert first["bpb"] == pytest.approx(1.61) and first["bpb_margin"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
     assert second["difference"] == pytest.approx(-0.1) and second["difference_margin"] < 0.02
@@ -130,11 +190,12 @@ def test_a_table_by_hand():
     # b loses log_4(2) = half of the 0.4 that it gains by four times the budget
     assert second["bpb_equal_seconds"] == pytest.approx(1.51 + 0.2) and first["bpb_equal_seconds"] == first["bpb"]
     assert verdict(second, first).startswith("b: better than a by 0.1000 bits/byte (95 % interval -0.1")
-    assert "worth +41% of a's steps" in verdict(second, first)
+    assert second["worth_low"] < second["worth"] < second["worth_high"]
+    assert "; in steps of a that is +41% (+3" in verdict(second, first)
 
 
 def test_what_is_not_significant_is_not_said():
-    first, second = table_rows([outcome_of("a", [1.60, 1.62, 1.61]), outcome_of("b", [1.58, 1.63, 1.60])])
+    first, second = rows_of_arms(*[outcome_of("a", [1.60, 1.62, 1.61]), outcome_of("b", [1.58, 1.63, 1.60])])
     assert second["significant"] == "no"
     assert verdict(second, first).startswith("b: no difference to a is shown (95 % interval -0.0")
     assert not any(word in verdict(second, first) for word in ("better", "worse", "worth"))
@@ -142,25 +203,38 @@ def test_what_is_not_significant_is_not_said():
 
 def test_one_of_many_that_looks_good_by_itself():
     base, noise = [1.60, 1.62, 1.61], [[1.58, 1.63, 1.60], [1.64, 1.60, 1.62], [1.61, 1.60, 1.63]]
-    first, lucky, *_ = table_rows([outcome_of("a", base), outcome_of("b", [1.59, 1.604, 1.602]),
+    first, lucky, *_ = rows_of_arms(*[outcome_of("a", base), outcome_of("b", [1.59, 1.604, 1.602]),
                                    *(outcome_of(str(i), losses) for i, losses in enumerate(noise))])
-    assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significant"] == "not as one of several"
-    assert "likely by chance (Holm)" in verdict(lucky, first)
+    assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significant"] == "only by itself"
+    assert "if it were the only comparison" in verdict(lucky, first)
+    assert "but not as one of 4 (p = 0.1" in verdict(lucky, first) and "better" not in verdict(lucky, first)
+
+
+def test_worth_ends_where_the_budgets_do():
+    """Differences of a thousand times what a larger budget gains, up and down."""
+    first, better, worse = rows_of_arms(outcome_of("a", [1.60, 1.61], grid=1.6001), outcome_of("b", [1.50, 1.511]),
+                                        outcome_of("c", [1.70, 1.711]))
+    assert better["worth"] == pytest.approx(3) and worse["worth"] == pytest.approx(-0.75)
+    assert "-75% (-75% to -75%)" in compare.shown(worse)[5]
+    first, other = rows_of_arms(outcome_of("a", [1.60, 1.61], grid=1.5), outcome_of("b", [1.50, 1.511], 1.4, speed=500.0))
+    assert "worth" not in other and "bpb_equal_seconds" not in other  # a larger budget was worse: nothing follows
+    assert verdict(other, first).endswith("2 seeds).")
 
 
 def test_diverged_runs_are_told_and_not_averaged():
     a, b, c = outcome_of("a", [1.60, 1.62, 1.61]), outcome_of("b", [1.50, None, 1.51]), outcome_of("c", [None, None, None])
-    first, some, none = table_rows([a, b, c])
+    first, some, none = rows_of_arms(a, b, c)
     assert (some["runs"], some["runs_wanted"], some["pairs"]) == (2, 3, 2)
     assert some["bpb"] == pytest.approx(1.505) and some["difference"] == pytest.approx(-0.1)  # of the seeds that both have
     assert none["runs"] == 0 and "bpb" not in none
     assert verdict(none, first) == "c: no run that could be compared was finished."
+    assert verdict(some, first).endswith("b finished only 2 of 3 runs, and what the others would have been is not known.")
     assert list(b.problems()) == ["b, seed 2: diverged: loss is nan at step 7: lower --learning_rate"]
     assert compare.shown(none)[0] == "c" and compare.shown(none)[-1] == "0 of 3"
 
 
 def test_one_seed_says_nothing():
-    first, second = table_rows([outcome_of("a", [1.6]), outcome_of("b", [1.2])])
+    first, second = rows_of_arms(*[outcome_of("a", [1.6]), outcome_of("b", [1.2])])
     assert second["significant"] == "no" and second["difference_margin"] == math.inf
     assert verdict(second, first) == "b: -0.4000 bits/byte against a with one seed, of which nothing follows."
 
@@ -170,16 +244,26 @@ def test_a_rate_at_the_edge_of_the_grid_is_marked():
     outcome.rates = [dataclasses.replace(run, cell=dataclasses.replace(run.cell, multiple=multiple),
                                          rows=[row | {"val_bpb": bpb} for row in run.rows])
                      for run in outcome.rates for multiple, bpb in ((0.5, 2.0), (1.0, 1.9), (2.0, 1.8))]
-    assert outcome.at_edge() and outcome.best().cell.multiple == 2.0
-    assert "(edge)" in compare.shown(table_rows([outcome])[0])[7]
-    outcome.rates.pop()
-    assert not outcome.at_edge()  # of two rates, each is the first or last
+    assert outcome.edge() == "edge" and outcome.best().cell.multiple == 2.0
+    assert "(edge)" in compare.shown(rows_of_arms(outcome)[0])[7]
+    outcome.rates[1] = dataclasses.replace(outcome.rates[1], rows=[row | {"val_bpb": 1.7} for row in outcome.rates[1].rows])
+    assert outcome.edge() == ""
+    assert outcome_of("a", [1.6]).edge() == "only one tried"
+
+
+def test_a_rate_that_failed_holds_up_the_runs():
+    outcome = outcome_of("a", [])
+    outcome.rates.append(dataclasses.replace(outcome.rates[0], status="diverged", rows=[]))
+    assert outcome.best() is outcome.rates[0]
+    outcome.rates.append(dataclasses.replace(outcome.rates[0], status="failed", rows=[]))
+    assert outcome.best() is None
 
 
 def test_scaling_through_two_sizes():
     small, large = outcome_of("a", [2.0]), outcome_of("a", [1.0])
     small.arm, large.arm = (dataclasses.replace(small.arm, size=size, flops=n) for size, n in (("s", 60), ("l", 9960)))
     (points, a, b), = compare.scaling([[small], [large]]).values()
+    assert not compare.scaling([[small], [small]])  # as with a budget of FLOPs: nothing can be fitted
     assert [x for x, _ in points] == [1e6, 1e8] and a * 1e6**-b == pytest.approx(2) and a * 1e8**-b == pytest.approx(1)
 
 
@@ -193,6 +277,10 @@ path = Path(flags["checkpoint_path"]); folder = path.with_suffix(""); folder.mkd
 with open(Path(__file__).parent / "log", "a") as log:
     log.write(path.stem + (" again" if "resume_checkpoint" in flags else "") + chr(10))
 mode = Path(__file__).with_name("mode").read_text()
+if mode in ("damaged", "unreadable"):
+    path.write_text("half")
+    print("train.py: " + ("the disk is full" if mode == "damaged" else "damaged, or not a checkpoint"), file=sys.stderr)
+    sys.exit(1 if mode == "damaged" else 2)
 if mode == "slow":
     path.write_text("checkpoint")
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))
@@ -205,7 +293,7 @@ if "run" in path.stem and "relu2" in path.stem and path.stem.split("-")[-2] == "
           file=sys.stderr)
     sys.exit(1)
 bpb = 1.5 + (0.1 if "relu2" in path.stem else 0) + (0.4 if "rate" in path.stem else 0) + int(path.stem.split("-")[-2]) / 1e3
-bpb += abs(float(flags.get("learning_rate", 1)) - 0.02) + (hash(path.stem) % 7) * 1e-5
+bpb += abs(float(flags.get("learning_rate", 1)) - 0.02) + (sum(map(ord, path.stem)) % 7) * 1e-5
 rows = [{"step": n, "tokens": n * 512, "seconds": n / 10, "flops": n, "val_loss": 2 * bpb + 9 / n, "val_bpb": bpb,
          "tok_per_sec": 100.0, "peak_memory": 2**28} for n in (10, 20, 30)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
@@ -219,6 +307,8 @@ def pretending(tmp_path, monkeypatch):
     folder = tmp_path / "pretends"
     folder.mkdir()
     (folder / "train.py").write_text(PRETENDS)
+    for name in ("model", "optimizer", "dataloader"):
+        (folder / f"{name}.py").write_text("")
     monkeypatch.setattr(compare, "REPO", folder)
 
     def set_mode(mode: str):
@@ -312,7 +402,7 @@ def test_runs_that_end_badly_are_told(pretending, flags, tmp_path, capsys, mode,
             compare.main(flags)
         assert stop.value.code == 1 and "some runs failed" in capsys.readouterr().err
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
-    assert f"mlp=relu2, seed 2: {words}" in text and "| 2 of 3 |" in text and "2 pairs of seeds" in text
+    assert f"mlp=relu2, seed 2: {words}" in text and "| 2 of 3 |" in text and "2 seeds)" in text
     pretending("well")
     compare.main(flags)
     assert len(pretending.log()) == (0 if mode == "diverges" else 1)
@@ -345,7 +435,9 @@ compare.main({[*flags, "--jobs=2"]!r})
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--arms", "mlp=gelu"], "two or more that differ"), (["--arms", "mlp=gelu", "mlp=gelu"], "two or more that differ"),
+    (["--arms", "mlp=gelu"], "two or more"), (["--arms", "mlp=gelu", "mlp=gelu"], "one of them is there twice"),
+    (["--rates", "1", "1.0"], "--rates 1.0 1.0: one of them is there twice"), (["--null"], "give one"),
+    (["--sizes", "n_layer=2", "n_layer=2"], "there twice"), (["--arms", "mlp=gelu", "help"], "'help': give flags"),
     (["--arms", "mlp=gelu", "mlp=what"], "'mlp=what': --mlp=what: choose one of"),
     (["--budget=tokens=600"], "less than a step"),
     (["--budget=cups=2"], "give tokens=N"), (["--budget=seconds=9", "--jobs=2"], "to themselves"),
@@ -382,12 +474,55 @@ def test_the_command_with_the_real_train_py(data_path, tmp_path, monkeypatch, ca
     assert len(results) == 2 * (1 + 2 + 1) and {result["status"] for result in results} == {"finished"}
 
 
-def test_a_cell_is_the_run_that_its_flags_make(data, data_path, tmp_path):
-    """And a checkpoint that train.py left resumes without its flags."""
+def test_a_cell_is_the_run_that_its_flags_make(data, place, data_path, tmp_path):
     arm = arms_of(CompareConfig(out_path=tmp_path), SHAPE | {"data_path": data_path}, data)[0]
-    cell = cell_of(arm, CompareConfig(budget="tokens=1024", out_path=tmp_path), data, "run", 1.0, 7)
-    import train
-    train.main([f"--checkpoint_path={cell.checkpoint}", *cell.flags, "--verbose=0", "--device=cpu", "--val_iter=1"])
-    settings = load_checkpoint(cell.checkpoint)["training"]["settings"]
+    run = cell_of(arm, CompareConfig(budget="tokens=1024", out_path=tmp_path), place, "run", 1.0, 7).run
+    train.main([f"--checkpoint_path={run.checkpoint}", *run.flags, "--verbose=0", "--device=cpu", "--val_iter=1"])
+    settings = load_checkpoint(run.checkpoint)["training"]["settings"]
     assert (settings["seed"], settings["mlp"], settings["max_tokens"]) == (7, "gelu", 1024)
     assert settings["learning_rate"] == pytest.approx(arm.rate)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+def test_the_line_that_a_command_ended_with():
+    assert reason_of("a warning\ntrain.py: the disk\n  is full\nat exit: leaked\n", "train.py") == "the disk"
+    assert reason_of("Killed", "train.py") == "Killed" and reason_of("", "train.py") == "it said nothing"
+
+
+def test_a_result_without_its_rows_is_run_again(pretending, flags, tmp_path):
+    """As a power cut may leave it: metrics are not brought to disk one by one."""
+    compare.main(flags)
+    first, second, third, *_ = sorted((tmp_path / "out" / "runs").iterdir())
+    (first / "metrics.jsonl").unlink()
+    lines = (second / "metrics.jsonl").read_text().splitlines()
+    (second / "metrics.jsonl").write_text(lines[0].replace("val_bpb", "other"))
+    (third / "result.json").write_text('{"status": "fin')
+    pretending("well")
+    compare.main(flags)
+    assert sorted(pretending.log()) == sorted(folder.name for folder in (first, second, third))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_run_afresh(pretending, flags, tmp_path):
+    """It is told once, and not for ever."""
+    pretending("damaged")
+    with pytest.raises(SystemExit):
+        compare.main(flags)
+    pretending("well")
+    with pytest.raises(SystemExit):
+        pretending("unreadable")
+        compare.main(flags)
+    assert all(name.endswith(" again") for name in pretending.log())
+    pretending("well")
+    compare.main(flags)
+    assert not any(name.endswith(" again") for name in pretending.log())
+
+
+def test_an_error_leaves_nothing_running(pretending, flags, monkeypatch):
+    """A disk that is full when the first result is written, while another run is under way."""
+    pretending("well")
+    monkeypatch.setattr(Run, "remember", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*flags, "--jobs=2"])
+    assert stop.value.code == 1 and time.monotonic() - start < 20 and len(pretending.log()) <= 4

@@ -78,13 +78,19 @@ def test_long_ago_does_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(dtype):
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_half_precision_is_near(dtype, is_hard):
+    """Also where keys are nearly the same and every answer is turned around."""
     inputs = example()
+    if is_hard:
+        inputs[1] = torch.nn.functional.normalize(torch.ones_like(inputs[1]) + 0.1 * inputs[1], dim=-1)
+        inputs[3], inputs[4] = torch.full_like(inputs[3], 1.98), torch.zeros_like(inputs[4])
     want, want_state = by_tokens(*inputs)
     with torch.autocast("cpu", dtype=dtype):
         got, state = by_chunks(*inputs)
     assert state.dtype == torch.float32
-    assert (got.float() - want).norm() < 0.03 * want.norm() and (state - want_state).norm() < 0.03 * want_state.norm()
+    most = 0.05 if is_hard else 0.02
+    assert (got.float() - want).norm() < most * want.norm() and (state - want_state).norm() < most * want_state.norm()
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_text():

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
 from layers.attention import Rotary
-from layers.kan import ChebyshevKAN
 from layers.norm import rms_norm
 from layers.shift import Shifted, TokenShift
 from model import EMBED_LOGITS, GPT, GPTConfig
@@ -46,9 +45,6 @@ def random_model(**switches) -> GPT:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)  # scalars and norms, around what they start with
         else:
             torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
-    for layer in model.modules():
-        if isinstance(layer, ChebyshevKAN):  # smooth functions: rough ones make every number in these tests uncertain
-            layer.weight /= torch.arange(1, layer.terms + 1).repeat_interleave(layer.weight.size(1) // layer.terms)**2
     return model
 
 

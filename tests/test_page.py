@@ -1,5 +1,5 @@
 """Pages, tables and pictures of results."""
-from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, front_of, markdown, write_page
+from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, front_of, markdown, validations, write_page
 
 
 def rows(losses: list[float]) -> list[dict]:
@@ -25,6 +25,11 @@ def test_curves_show_every_name_and_are_the_same_twice():
     assert svg == draw_lines(curves)
     for words in ("one", "two", "million tokens", "Loss against FLOPs", "seconds of training"):
         assert words in svg
+
+
+def test_runs_that_end_at_different_steps_are_averaged_step_by_step():
+    a, b = rows([8.0, 5.0, 4.0, 3.0]), rows([8.0, 5.2, 4.2])
+    assert [[row["val_loss"] for row in at] for at in validations([a, b])] == [[5.0, 5.2], [3.0, 4.2]]
 
 
 def test_the_front_has_what_none_beats_in_both():
