@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +12,9 @@ import torch
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 from runtime.device import hardware, process_peak  # noqa: E402
-from runtime.metrics import read_rows  # noqa: E402
+from runtime.runs import Run, Runner  # noqa: E402
+from runtime.stop import StopSignals  # noqa: E402
+from train import DIVERGED  # noqa: E402
 
 
 def install_peers():
@@ -40,24 +41,22 @@ def take_turns(measure: Callable[[str], float], arms: list[str], rounds: int) ->
 
 
 def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int], jobs: int = 2) -> dict[str, list[dict]]:
-    """The rows of `train.py` with the flags of each run, `jobs` at a time with a thread each. Checkpoints and metrics stay
-    in `folder`: a run that is finished there is not run again, and one that was cut short goes on."""
-    def rows_of(name: str) -> list[dict]:
-        flags, last, path = runs[name], max_iter[name], folder / f"{name}.pt"
-        metrics = folder / name / "metrics.jsonl"
-        if not (rows := read_rows(metrics)) or rows[-1]["step"] < last:
-            flags = [f"--checkpoint_path={path}", "--verbose=0", "--dataloader_num_workers=0", f"--max_iter={last}", *flags]
-            done = subprocess.run([sys.executable, REPO / "train.py", *flags,
-                                   "--resume_checkpoint" if path.exists() else "--overwrite"],
-                                  capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr}")
-            rows = read_rows(metrics)
-        print(f"  {name}: {rows[-1]['val_loss']:.4f} nats/token, {rows[-1]['val_bpb']:.4f} bits/byte, "
-              f"{rows[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
-        return rows
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(runs, pool.map(rows_of, runs)))
+    """The rows of `train.py` with the flags of each run, `jobs` at a time, which share the cores. Metrics stay in `folder`:
+    a run that is finished there is not run again, and one that was cut short goes on."""
+    own = {name: Run(REPO / "train.py", folder / f"{name}_{max_iter[name]}.pt",
+                     ("--dataloader_num_workers=0", f"--max_iter={max_iter[name]}", *flags)) for name, flags in runs.items()}
+    names = list(own)
+
+    def told(i: int, ended: tuple[str, str]) -> str:
+        if ended[0] != "finished":
+            return f"  {names[i]}: {ended[0]}: {ended[1]}"
+        last = own[names[i]].rows()[-1]
+        return f"  {names[i]}: {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte, {last['seconds']:.0f} s"
+    with StopSignals() as stop:
+        ended = Runner(jobs, stop, DIVERGED).run(list(own.values()), [1.0] * len(own), "runs", told)
+    if stop.signal or any(status != "finished" for status, _ in ended):
+        raise SystemExit("not all runs were finished: the same command goes on")
+    return {name: run.rows() for name, run in own.items()}
 
 
 def peak_memory() -> float:
