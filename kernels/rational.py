@@ -9,6 +9,7 @@ fp32 whatever comes in: x^5 overflows fp16 from 10 on.
 """
 import functools
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -34,9 +35,9 @@ def rational(x: Tensor, table: Tensor) -> Tensor:
         return kernels.forward(x, table)
     if kind != "cpu":
         return rational_by_torch(x.float(), table).to(x.dtype)
-    values, y = x.float(), torch.empty(x.shape)
-    in_tiles(forward_tile, len(x), values.numpy(), table.contiguous().numpy(), y.numpy())
-    return y.to(x.dtype)
+    y, coefficients = torch.empty_like(x), table.contiguous().numpy()
+    in_tiles(lambda tile, x, y: forward_tile(x, coefficients, y), [x], [y])
+    return y
 
 
 @rational.register_fake
@@ -52,12 +53,11 @@ def rational_backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, T
         return kernels.backward(grad.contiguous(), x, table)
     if kind != "cpu":
         return backward_by_torch(grad, x, table)
-    values, grad, groups = x.float(), grad.contiguous().float(), len(table)
-    y, x_grad = torch.empty(x.shape), torch.empty(x.shape)
-    sums = torch.zeros(-(-len(x) // ROWS), groups, N_COEFFICIENTS)
-    in_tiles(backward_tile, len(x), values.numpy(), table.contiguous().numpy(), y.numpy(), grad.numpy(), x_grad.numpy(),
-             sums.numpy())
-    return y.to(x.dtype), x_grad.to(x.dtype), sums.sum(dim=0, dtype=torch.float64).float()
+    y, x_grad, coefficients = torch.empty_like(x), torch.empty_like(x), table.contiguous().numpy()
+    sums = torch.zeros(-(-len(x) // ROWS), *table.shape)
+    in_tiles(lambda tile, x, grad, y, x_grad: backward_tile(x, coefficients, y, grad, x_grad, sums[tile].numpy()),
+             [x, grad.contiguous()], [y, x_grad])
+    return y, x_grad, sums.sum(dim=0, dtype=torch.float64).float()
 
 
 @rational_backward.register_fake
@@ -68,14 +68,23 @@ def _(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # -- CPU --------------------------------------------------------------------------------------------------------------
 
-def in_tiles(kernel, rows: int, *arrays: np.ndarray):
-    """kernel(tile, *arrays) for every tile, by as many threads as torch uses."""
-    tiles, threads = range(-(-rows // ROWS)), torch.get_num_threads()
+def in_tiles(kernel: Callable, inputs: list[Tensor], outputs: list[Tensor]):
+    """kernel(tile, *inputs, *outputs) with the rows of every tile, by as many threads as torch uses. What is not fp32 is so
+    for a tile at a time."""
+    def work(tile: int):
+        rows = slice(tile * ROWS, (tile + 1) * ROWS)
+        ins, outs = [x[rows].float() for x in inputs], [y[rows] for y in outputs]
+        full = [y if y.dtype == torch.float32 else torch.empty(y.shape) for y in outs]
+        kernel(tile, *(x.numpy() for x in ins), *(y.numpy() for y in full))
+        for y, values in zip(outs, full):
+            if y is not values:
+                y.copy_(values)
+    tiles, threads = range(-(-len(inputs[0]) // ROWS)), torch.get_num_threads()
     if threads == 1 or len(tiles) == 1:
         for tile in tiles:
-            kernel(tile, *arrays)
+            work(tile)
     else:
-        list(pool_of(threads).map(lambda tile: kernel(tile, *arrays), tiles))
+        list(pool_of(threads).map(work, tiles))
 
 
 @functools.cache
@@ -90,13 +99,13 @@ F = np.float32
 
 
 @compiled
-def forward_tile(tile, x, table, y):
+def forward_tile(x, table, y):
     rows, channels = x.shape
     size = -(-channels // len(table))
     for group in range(len(table)):
         a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = table[group]
         lo, hi = group * size, min((group + 1) * size, channels)
-        for row in range(tile * ROWS, min((tile + 1) * ROWS, rows)):
+        for row in range(rows):
             xs, ys = x[row, lo:hi], y[row, lo:hi]
             for c in range(hi - lo):
                 v = xs[c]
@@ -106,13 +115,13 @@ def forward_tile(tile, x, table, y):
 
 
 @compiled
-def backward_tile(tile, x, table, y, grad, x_grad, sums):
+def backward_tile(x, table, y, grad, x_grad, sums):
     rows, channels = x.shape
     size = -(-channels // len(table))
     for group in range(len(table)):
         a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = table[group]
         lo, hi = group * size, min((group + 1) * size, channels)
-        for row in range(tile * ROWS, min((tile + 1) * ROWS, rows)):
+        for row in range(rows):
             xs, ys, gs, x_gs = x[row, lo:hi], y[row, lo:hi], grad[row, lo:hi], x_grad[row, lo:hi]
             s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = F(0)
             for c in range(hi - lo):
@@ -143,7 +152,7 @@ def backward_tile(tile, x, table, y, grad, x_grad, sums):
                 h3 = h2 * w
                 s8 -= h3
                 s9 -= h3 * w
-            out = sums[tile, group]
+            out = sums[group]
             out[0] += s0
             out[1] += s1
             out[2] += s2
