@@ -70,7 +70,8 @@ class CompareConfig:
                                     above=0)
     grid_share: float = flag(0.25, "part of the budget on which they are tried", above=0, at_most=1)
     match: str = flag("parameters", "what arms are given alike, beside the budget", choices=("parameters", "none"))
-    null: bool = flag(False, "run the first arm against itself, with other seeds: what a difference of nothing looks like")
+    null: bool = flag(False, "run the first arm against itself, with other seeds, and no other arm: what a difference of "
+                              "nothing looks like")
     jobs: int = flag(1, "runs at a time, which share the cores; the speed of arms is measured afterwards, one at a time",
                      at_least=1, at_most=1000)
     out_path: Path = flag(Path("studies/comparison"), "folder for the results")
@@ -78,11 +79,8 @@ class CompareConfig:
 
     def __post_init__(self):
         check_flags(self)
-        given = f"--arms {' '.join(map(repr, self.arms))}"
-        if self.null and len(self.arms) > 1:
-            raise BadInput(f"{given}: --null runs one arm against itself: give one")
         if not self.null and len(self.arms) < 2:
-            raise BadInput(f"{given}: give two or more, or one and --null")
+            raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more, or one and --null")
         for name in ("arms", "sizes", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: one of them is there twice")
@@ -183,7 +181,7 @@ def of_config(config: type, values: dict) -> dict:
 
 def arms_of(config: CompareConfig, common: dict, data: Data) -> list[Arm]:
     """Every arm at every size, the arms of a size matched. Raises BadInput."""
-    names = [(name, tuple(range(1, config.seeds + 1))) for name in config.arms]
+    names = [(name, tuple(range(1, config.seeds + 1))) for name in (config.arms[:1] if config.null else config.arms)]
     if config.null:
         names.append((f"{config.arms[0]} again", tuple(range(NULL_SEEDS + 1, NULL_SEEDS + config.seeds + 1))))
     arms = []

@@ -155,6 +155,7 @@ def test_budgets(data, place):
 def test_null_has_other_seeds(data):
     first, again = arms_of(CompareConfig(arms=("mlp=gelu",), null=True, seeds=2), SHAPE, data)
     assert first.values == again.values and first.seeds == (1, 2) and again.seeds == (1001, 1002)
+    assert [arm.name for arm in arms_of(CompareConfig(null=True), SHAPE, data)] == ["mlp=gelu", "mlp=gelu again"]
 
 
 # -- what it says -----------------------------------------------------------------------------------------------------
@@ -436,7 +437,7 @@ compare.main({[*flags, "--jobs=2"]!r})
 
 @pytest.mark.parametrize("more, words", [
     (["--arms", "mlp=gelu"], "two or more"), (["--arms", "mlp=gelu", "mlp=gelu"], "one of them is there twice"),
-    (["--rates", "1", "1.0"], "--rates 1.0 1.0: one of them is there twice"), (["--null"], "give one"),
+    (["--rates", "1", "1.0"], "--rates 1.0 1.0: one of them is there twice"),
     (["--sizes", "n_layer=2", "n_layer=2"], "there twice"), (["--arms", "mlp=gelu", "help"], "'help': give flags"),
     (["--arms", "mlp=gelu", "mlp=what"], "'mlp=what': --mlp=what: choose one of"),
     (["--budget=tokens=600"], "less than a step"),

@@ -470,7 +470,8 @@ def test_where_compiling_fails_training_goes_on(run_train, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--linear=grkan", "--mixer=DA"], ["--mlp=chebkan"], ["--mlp=bspline"]])
+@pytest.mark.parametrize("flags", [[], ["--linear=grkan", "--mixer=DA"], ["--linear=grkan", "--gradient_checkpointing"],
+                                   ["--mlp=chebkan"], ["--mlp=bspline"]])
 def test_compiled_equals_eager(run_train, flags):
     eager = run_train(*flags, checkpoint="a/gpt.pt")
     compiled = run_train(*flags, "--compile_model", checkpoint="b/gpt.pt")
