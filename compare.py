@@ -380,7 +380,7 @@ class Outcome:
 
     def speed(self) -> float:
         """Tokens per second: measured apart, or of the runs themselves where seconds were the budget. NaN if not known."""
-        if "--max_seconds" in " ".join(self.finished()[0].cell.run.flags):
+        if any(text.startswith("--max_seconds=") for text in self.finished()[0].cell.run.flags):
             return self.last("tokens") / self.last("seconds")
         measured = [run.speed() for run in self.speeds if run.status == "finished"]
         return statistics.median(measured) if measured else math.nan

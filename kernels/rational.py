@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 N_NUMERATOR, N_DENOMINATOR = 6, 4
 N_COEFFICIENTS = N_NUMERATOR + N_DENOMINATOR
@@ -27,7 +27,7 @@ def group_size(channels: int, groups: int) -> int:
     return -(-channels // groups)
 
 
-@torch.library.custom_op("gpt_workbench::rational", mutates_args=())
+@library.custom_op("gpt_workbench::rational", mutates_args=())
 def rational(x: Tensor, table: Tensor) -> Tensor:
     """x: (rows, channels); table: (groups, 10) in fp32, t0 … t9 of each group. Returns f(x), of x's dtype."""
     kind, x = x.device.type, x.contiguous()
@@ -45,7 +45,7 @@ def _(x: Tensor, table: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("gpt_workbench::rational_backward", mutates_args=())
+@library.custom_op("gpt_workbench::rational_backward", mutates_args=())
 def rational_backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: of f(x), (rows, channels). Returns f(x) and the gradient of x, both of x's dtype, and that of the table."""
     kind, x = x.device.type, x.contiguous()

@@ -9,6 +9,12 @@ ROWS, COLUMNS = 32, 128  # of a tile: rows a program takes, channels it takes at
 
 
 @triton.jit
+def coefficients(t):
+    return (tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3), tl.load(t + 4), tl.load(t + 5), tl.load(t + 6),
+            tl.load(t + 7), tl.load(t + 8), tl.load(t + 9))
+
+
+@triton.jit
 def numerator(x, t0, t1, t2, t3, t4, t5):
     return ((((t5 * x + t4) * x + t3) * x + t2) * x + t1) * x + t0
 
@@ -21,9 +27,7 @@ def denominator(w, t6, t7, t8, t9):
 @triton.jit
 def forward_kernel(x_ptr, table_ptr, y_ptr, rows, channels, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     group = tl.program_id(1)
-    t = table_ptr + group * 10
-    t0, t1, t2, t3, t4 = tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3), tl.load(t + 4)
-    t5, t6, t7, t8, t9 = tl.load(t + 5), tl.load(t + 6), tl.load(t + 7), tl.load(t + 8), tl.load(t + 9)
+    t0, t1, t2, t3, t4, t5, t6, t7, t8, t9 = coefficients(table_ptr + group * 10)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     last = tl.minimum(channels, (group + 1) * size)
     for start in range(group * size, last, COLUMNS):
@@ -38,9 +42,7 @@ def forward_kernel(x_ptr, table_ptr, y_ptr, rows, channels, size, ROWS: tl.const
 def backward_kernel(grad_ptr, x_ptr, table_ptr, y_ptr, x_grad_ptr, sums_ptr, rows, channels, size, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr):
     group = tl.program_id(1)
-    t = table_ptr + group * 10
-    t0, t1, t2, t3, t4 = tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3), tl.load(t + 4)
-    t5, t6, t7, t8, t9 = tl.load(t + 5), tl.load(t + 6), tl.load(t + 7), tl.load(t + 8), tl.load(t + 9)
+    t0, t1, t2, t3, t4, t5, t6, t7, t8, t9 = coefficients(table_ptr + group * 10)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     last = tl.minimum(channels, (group + 1) * size)
     s0, s1, s2, s3, s4 = 0.0, 0.0, 0.0, 0.0, 0.0

@@ -101,7 +101,8 @@ class Runner:
                 if waiting:
                     self.end(signal.SIGTERM)
                     _, waiting = wait(waiting, timeout=GRACE)
-                    self.end(signal.SIGKILL if waiting and os.name == "posix" else signal.SIGTERM)
+                    if waiting and os.name == "posix":
+                        self.end(signal.SIGKILL)
         return [future.result() for future in futures]
 
     def end(self, number: int):

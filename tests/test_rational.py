@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
 from conftest import REPO
 from kernels.rational import ROWS, backward_by_torch, group_size, rational, rational_backward, rational_by_torch
@@ -66,8 +67,8 @@ def test_rows_that_are_not_contiguous():
 def test_torch_accepts_the_operations():
     """Their shapes without data agree with those with data, and nothing that comes in is changed."""
     x, grad, table = example(20, 16, 4)
-    torch.library.opcheck(rational, (x, table))
-    torch.library.opcheck(rational_backward, (grad, x, table))
+    library.opcheck(rational, (x, table))
+    library.opcheck(rational_backward, (grad, x, table))
 
 
 TRITON = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
