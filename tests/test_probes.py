@@ -266,8 +266,9 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
 
 
 def children_of(process) -> list[int]:
-    """Workers, without the tracker that multiprocessing starts."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    """Workers, without the tracker that multiprocessing starts. -ww: else `ps` cuts lines at the terminal's width."""
+    found = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True,
+                           text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
 
 
@@ -275,6 +276,7 @@ def workers_of(process) -> list[int]:
     end = time.monotonic() + 60
     while not (found := children_of(process)) and time.monotonic() < end:
         time.sleep(0.05)
+    assert found, "no worker within a minute"
     return found
 
 
