@@ -3,9 +3,10 @@
     python compare.py --data_path=data --arms "mlp=relu2" "mlp=grkan" "mixer=DDDA" --budget tokens=3e6
 
 An arm is flags of train.py. All arms get as many parameters as the first (the width of the hidden layer is solved for), the
-same data in the same order, and the same grid of learning rates, tried on a part of the budget; then each is trained at its
-best rate with every seed, on the whole budget, with its full cooldown. Each such run, a cell, is a process of train.py that
-checkpoints: the same command goes on where it was stopped, and what is finished is not run again.
+same data in the same order, and the same grid of learning rates, tried on a part of the budget. The best of it and the rate
+below are tried on the whole; then each arm is trained at the better of the two with every seed. Each such run, a cell, has
+its full cooldown and is a process of train.py that checkpoints: the same command goes on where it was stopped, and what is
+finished is not run again.
 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the runs' metrics stay in
 its folder `runs`.
@@ -314,16 +315,25 @@ def told(result: Result) -> str:
         end = f"{result.speed():,.0f} tok/s"
     else:
         end = f"{result.bpb:.4f} bits/byte, {result.rows[-1]['seconds']:.0f} s"
-    which = {"rate": f"rate x {cell.multiple:g} on {cell.share:.0%}", "run": f"seed {cell.seed}",
-             "speed": f"speed, round {cell.seed}"}[cell.what]
+    which = {"rate": f"rate x {cell.multiple:g} on {cell.share:.0%}", "speed": f"speed, round {cell.seed}",
+             "run": f"rate x {cell.multiple:g}, seed {cell.seed}"}[cell.what]
     return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
 
 
+def best_of(results: list[Result]) -> Result | None:
+    """None as long as one of them has yet to be tried again."""
+    finished = [result for result in results if result.status == "finished"]
+    if any(result.status not in ("finished", "diverged") for result in results):
+        return None
+    return min(finished, key=lambda result: result.bpb, default=None)
+
+
 def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSignals) -> "list[Outcome]":
-    """The grid of every arm; then every seed at the best rate; then, one at a time and in turns, how fast the arms are."""
+    """The grid of every arm; its finalists; every seed at the best rate; and, one at a time and in turns, how fast the arms
+    are."""
     outcomes = [Outcome(arm) for arm in arms]
 
-    def run(what: str, wanted: list[Outcome], multiples, seeds, jobs: int) -> list[list[Result]]:
+    def run(what: str, wanted: list[Outcome], multiples, seeds, jobs: int = config.jobs) -> list[list[Result]]:
         """The results of each of `wanted`: in rounds, the first cell of each, then the second of each. multiples(outcome),
         seeds(outcome): what its cells have."""
         if stop.signal:
@@ -340,11 +350,16 @@ def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSign
     def best_multiple(outcome: Outcome) -> list[float]:
         return [outcome.best().cell.multiple]
 
-    for outcome, results in zip(outcomes, run("rate", outcomes, lambda outcome: config.rates,
-                                              lambda outcome: outcome.arm.seeds[:1], config.jobs)):
+    def first_seed(outcome: Outcome) -> tuple[int, ...]:
+        return outcome.arm.seeds[:1]
+
+    for outcome, results in zip(outcomes, run("rate", outcomes, lambda outcome: config.rates, first_seed)):
         outcome.rates = results
-    tuned = [outcome for outcome in outcomes if outcome.best()]
-    for outcome, results in zip(tuned, run("run", tuned, best_multiple, lambda outcome: outcome.arm.seeds, config.jobs)):
+    tried = [outcome for outcome in outcomes if outcome.best()]
+    for outcome, results in zip(tried, run("run", tried, Outcome.candidates, first_seed)):
+        outcome.finalists = results
+    tuned = [outcome for outcome in tried if outcome.best()]
+    for outcome, results in zip(tuned, run("run", tuned, best_multiple, lambda outcome: outcome.arm.seeds)):
         outcome.runs = results
     if config.limit[0] == "seconds":
         return outcomes
@@ -361,15 +376,21 @@ class Outcome:
     """All runs of an arm."""
     arm: Arm
     rates: list[Result] = field(default_factory=list)   # on a part of the budget, at the rates of the grid
-    runs: list[Result] = field(default_factory=list)    # at the best of them, a seed each
+    runs: list[Result] = field(default_factory=list)    # at the best rate, a seed each
     speeds: list[Result] = field(default_factory=list)
+    finalists: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, at the candidates
 
     def best(self) -> Result | None:
-        """At the best rate; none as long as one of them has yet to be tried again."""
-        finished = [run for run in self.rates if run.status == "finished"]
-        if not finished or any(run.status not in ("finished", "diverged") for run in self.rates):
-            return None
-        return min(finished, key=lambda run: run.bpb)
+        """At the best rate, on the whole budget if that was tried."""
+        return best_of(self.finalists or self.rates)
+
+    def candidates(self) -> list[float]:
+        """The multiples that may be best on the whole budget: the longer the training, the lower the best rate (Bjorck et
+        al., arXiv:2409.19913), so what is best on a part of it may be too high."""
+        best = best_of(self.rates).cell
+        lower = [result.cell.multiple for result in self.rates if result.cell.multiple < best.multiple and
+                 result.status == "finished"]
+        return [best.multiple, *([max(lower)] if lower and best.share < 1 else [])]
 
     def finished(self) -> list[Result]:
         return [run for run in self.runs if run.status == "finished"]
@@ -391,10 +412,10 @@ class Outcome:
         return [[row | {"seconds": row["tokens"] / speed} for row in run.rows] for run in self.finished()]
 
     def slope(self) -> tuple[float, float]:
-        """Bits per byte that a run of e times the tokens is better by, and how many times e there are between the grid's run
-        and the whole one of the same seed, which both have their full cooldown: an intermediate loss would not do. NaN where
-        the larger was not the better one."""
-        best = self.best()
+        """Bits per byte that a run of e times the tokens is better by, and how many times e there are between the grid's
+        best run and the whole one of the same seed, each at the rate that is best for it and with its full cooldown: an
+        intermediate loss would not do. NaN where the larger was not the better one."""
+        best = best_of(self.rates)
         whole = next((run for run in self.finished() if run.cell.seed == best.cell.seed), None)
         if whole is None or whole.rows[-1]["tokens"] <= best.rows[-1]["tokens"] or whole.bpb >= best.bpb:
             return math.nan, math.nan
@@ -408,10 +429,11 @@ class Outcome:
             return ""
         return "edge" if len(multiples) > 1 else "only one tried"
 
+    def all(self) -> Iterator[Result]:
+        return itertools.chain(self.rates, self.finalists, self.runs, self.speeds)
+
     def problems(self) -> Iterator[str]:
-        for run in (*self.rates, *self.runs, *self.speeds):
-            if run.status != "finished":
-                yield told(run)
+        yield from dict.fromkeys(told(run) for run in self.all() if run.status != "finished")
 
 
 def table_rows(outcomes: list[Outcome]) -> list[dict]:
@@ -535,12 +557,12 @@ Means over seeds ± 95 % interval (Student's t), which is of seeds alone, not of
 seed, negative is better; p and "significant" are corrected for all comparisons on this page (Holm). "Worth in steps": how
 much longer, or shorter, the first arm would have to train to be as good, and in brackets the same at the ends of the
 difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go by
-an arm's run of one seed on a part of the budget and on the whole, each with its full cooldown, and reach no farther than the
-ratio of the two. Learning rate: the best of the grid on a part of the budget; (edge): it was the grid's first or last. FLOPs
-of a training token, forward and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak
-memory is that of the process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all
-runs, the arms in turns and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the
-runs' own."""
+an arm's best run on a part of the budget and that of the same seed on the whole, each with its full cooldown, and reach no
+farther than the ratio of the two. Learning rate: of the grid's best on a part of the budget and the rate below, the one that
+was better on the whole, with the first seed; (edge): it was the grid's first or last. FLOPs of a training token, forward
+and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of the
+process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns
+and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
 NULL_NOTE = """\
 The two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of a comparison
 do, which share the order."""
@@ -668,7 +690,7 @@ def main(argv=None):
             raise SystemExit(128 + stop.signal)
         report(outcomes, config, place, line)
         print(f"{time.perf_counter() - start:,.0f} s")
-    if any(run.status == "failed" for outcome in outcomes for run in (*outcome.rates, *outcome.runs, *outcome.speeds)):
+    if any(run.status == "failed" for outcome in outcomes for run in outcome.all()):
         raise OSError("some runs failed, see above; the same command tries them again")
 
 
