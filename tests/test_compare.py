@@ -15,25 +15,12 @@ import pytest
 
 import compare
 import train
-from compare import (
-    Arm,
-    Cell,
-    CompareConfig,
-    Outcome,
-    Place,
-    Result,
-    arms_of,
-    cell_of,
-    corrected,
-    matched,
-    read_arm,
-    table_rows,
-    verdict,
-)
+from compare import CompareConfig, Place, arms_of, cell_of, matched, read_arm
 from conftest import REPO, TINY_MODEL, rows_of
 from dataloader import open_data
 from layers import MLPS
 from runtime.checkpoint import load_checkpoint
+from runtime.comparison import Arm, Cell, Outcome, Result, corrected, scaling, shown, table_rows, verdict
 from runtime.flags import BadInput
 from runtime.runs import Run, reason_of
 
@@ -216,7 +203,7 @@ def test_worth_ends_where_the_budgets_do():
     first, better, worse = rows_of_arms(outcome_of("a", [1.60, 1.61], grid=1.6001), outcome_of("b", [1.50, 1.511]),
                                         outcome_of("c", [1.70, 1.711]))
     assert better["worth"] == pytest.approx(3) and worse["worth"] == pytest.approx(-0.75)
-    assert "-75% (-75% to -75%)" in compare.shown(worse)[5]
+    assert "-75% (-75% to -75%)" in shown(worse)[5]
     first, other = rows_of_arms(outcome_of("a", [1.60, 1.61], grid=1.5), outcome_of("b", [1.50, 1.511], 1.4, speed=500.0))
     assert "worth" not in other and "bpb_equal_seconds" not in other  # a larger budget was worse: nothing follows
     assert verdict(other, first).endswith("2 seeds).")
@@ -231,7 +218,7 @@ def test_diverged_runs_are_told_and_not_averaged():
     assert verdict(none, first) == "c: no run that could be compared was finished."
     assert verdict(some, first).endswith("b finished only 2 of 3 runs, and what the others would have been is not known.")
     assert list(b.problems()) == ["b, rate x 1, seed 2: diverged: loss is nan at step 7: lower --learning_rate"]
-    assert compare.shown(none)[0] == "c" and compare.shown(none)[-1] == "0 of 3"
+    assert shown(none)[0] == "c" and shown(none)[-1] == "0 of 3"
 
 
 def test_one_seed_says_nothing():
@@ -246,7 +233,7 @@ def test_a_rate_at_the_edge_of_the_grid_is_marked():
                                          rows=[row | {"val_bpb": bpb} for row in run.rows])
                      for run in outcome.rates for multiple, bpb in ((0.5, 2.0), (1.0, 1.9), (2.0, 1.8))]
     assert outcome.edge() == "edge" and outcome.best().cell.multiple == 2.0
-    assert "(edge)" in compare.shown(rows_of_arms(outcome)[0])[7]
+    assert "(edge)" in shown(rows_of_arms(outcome)[0])[7]
     outcome.rates[1] = dataclasses.replace(outcome.rates[1], rows=[row | {"val_bpb": 1.7} for row in outcome.rates[1].rows])
     assert outcome.edge() == ""
     assert outcome_of("a", [1.6]).edge() == "only one tried"
@@ -263,8 +250,8 @@ def test_a_rate_that_failed_holds_up_the_runs():
 def test_scaling_through_two_sizes():
     small, large = outcome_of("a", [2.0]), outcome_of("a", [1.0])
     small.arm, large.arm = (dataclasses.replace(small.arm, size=size, flops=n) for size, n in (("s", 60), ("l", 9960)))
-    (points, a, b), = compare.scaling([[small], [large]]).values()
-    assert not compare.scaling([[small], [small]])  # as with a budget of FLOPs: nothing can be fitted
+    (points, a, b), = scaling([[small], [large]]).values()
+    assert not scaling([[small], [small]])  # as with a budget of FLOPs: nothing can be fitted
     assert [x for x, _ in points] == [1e6, 1e8] and a * 1e6**-b == pytest.approx(2) and a * 1e8**-b == pytest.approx(1)
 
 
