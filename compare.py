@@ -3,10 +3,10 @@
     python compare.py --data_path=data --arms "mlp=relu2" "mlp=grkan" "mixer=DDDA" --budget tokens=3e6
 
 An arm is flags of train.py. All arms get as many parameters as the first (the width of the hidden layer is solved for), the
-same data in the same order, and the same grid of learning rates, tried on a part of the budget. The best of it and the rate
-below are tried on the whole; then each arm is trained at the better of the two with every seed. Each such run, a cell, has
-its full cooldown and is a process of train.py that checkpoints: the same command goes on where it was stopped, and what is
-finished is not run again.
+same data in the same order, and the same grid of learning rates, tried on a part of the budget. From the best of it the rate
+falls, on the whole budget, as long as that is better; then each arm is trained at its best rate with every seed. Each such
+run, a cell, has its full cooldown and is a process of train.py that checkpoints: the same command goes on where it was
+stopped, and what is finished is not run again.
 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the runs' metrics stay in
 its folder `runs`.
@@ -260,8 +260,8 @@ def machine_of(config: DeviceConfig) -> tuple[str, str]:
 # -- running it -------------------------------------------------------------------------------------------------------
 
 def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSignals) -> list[Outcome]:
-    """The grid of every arm; its finalists; every seed at the best rate; and, one at a time and in turns, how fast the arms
-    are."""
+    """The grid of every arm; from its best downwards on the whole budget; every seed at the best rate; and, one at a time
+    and in turns, how fast the arms are."""
     outcomes = [Outcome(arm) for arm in arms]
 
     def run(what: str, wanted: list[Outcome], multiples, seeds, jobs: int = config.jobs) -> list[list[Result]]:
@@ -286,10 +286,10 @@ def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSign
 
     for outcome, results in zip(outcomes, run("rate", outcomes, lambda outcome: config.rates, first_seed)):
         outcome.rates = results
-    tried = [outcome for outcome in outcomes if outcome.best()]
-    for outcome, results in zip(tried, run("run", tried, Outcome.candidates, first_seed)):
-        outcome.finalists = results
-    tuned = [outcome for outcome in tried if outcome.best()]
+    while not stop.signal and (falling := [outcome for outcome in outcomes if outcome.candidate()]):
+        for outcome, results in zip(falling, run("run", falling, lambda outcome: [outcome.candidate()], first_seed)):
+            outcome.finalists += results
+    tuned = [outcome for outcome in outcomes if outcome.best()]
     for outcome, results in zip(tuned, run("run", tuned, best_multiple, lambda outcome: outcome.arm.seeds)):
         outcome.runs = results
     if config.limit[0] == "seconds":

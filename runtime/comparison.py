@@ -87,19 +87,23 @@ class Outcome:
     rates: list[Result] = field(default_factory=list)   # on a part of the budget, at the rates of the grid
     runs: list[Result] = field(default_factory=list)    # at the best rate, a seed each
     speeds: list[Result] = field(default_factory=list)
-    finalists: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, at the candidates
+    finalists: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, rates falling
 
     def best(self) -> Result | None:
         """At the best rate, on the whole budget if that was tried."""
         return best_of(self.finalists or self.rates)
 
-    def candidates(self) -> list[float]:
-        """The multiples that may be best on the whole budget: the longer the training, the lower the best rate (Bjorck et
-        al., arXiv:2409.19913), so what is best on a part of it may be too high."""
-        best = best_of(self.rates).cell
-        lower = [result.cell.multiple for result in self.rates if result.cell.multiple < best.multiple and
-                 result.status == "finished"]
-        return [best.multiple, *([max(lower)] if lower and best.share < 1 else [])]
+    def candidate(self) -> float | None:
+        """The multiple to try next on the whole budget: the best on a part of it, and as long as it gets better, the next
+        lower. Longer training wants a lower rate (Bjorck et al., arXiv:2409.19913), so what is best on a part may be too
+        high. None when there is no more to try, or a run has yet to be tried again."""
+        start, best = best_of(self.rates), best_of(self.finalists)
+        if start is None or not self.finalists:
+            return start and start.cell.multiple
+        lowest = self.finalists[-1]
+        lower = [result.cell.multiple for result in self.rates if result.cell.multiple < lowest.cell.multiple]
+        goes_on = lowest.status == "diverged" or best is lowest
+        return max(lower, default=None) if goes_on and start.cell.share < 1 else None
 
     def finished(self) -> list[Result]:
         return [run for run in self.runs if run.status == "finished"]
@@ -246,16 +250,16 @@ def shown(row: dict) -> tuple[str, ...]:
 
 
 NOTES = """\
-Means over seeds ± 95 % interval (Student's t), which is of seeds alone, not of the choice of text. Differences are paired by
-seed, negative is better; p and "significant" are corrected for all comparisons on this page (Holm). "Worth in steps": how
-much longer, or shorter, the first arm would have to train to be as good, and in brackets the same at the ends of the
-difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go by
-an arm's best run on a part of the budget and that of the same seed on the whole, each with its full cooldown, and reach no
-farther than the ratio of the two. Learning rate: of the grid's best on a part of the budget and the rate below, the one that
-was better on the whole, with the first seed; (edge): it was the grid's first or last. FLOPs of a training token, forward
-and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of the
-process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns
-and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
+Means over seeds ± 95 % interval (Student's t), which is of seeds alone, not of the choice of text. Differences are paired
+by seed, negative is better; p and "significant" are corrected for all comparisons on this page (Holm). "Worth in steps":
+how much longer, or shorter, the first arm would have to train to be as good, and in brackets the same at the ends of the
+difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go
+by an arm's best run on a part of the budget and that of the same seed on the whole, each with its full cooldown, and reach
+no farther than the ratio of the two. Learning rate: from the grid's best on a part of the budget downwards, as long as the
+whole budget with the first seed gets better by it; (edge): it was the grid's first or last. FLOPs of a training token,
+forward and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of
+the process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in
+turns and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
 NULL_NOTE = """\
 The two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of a comparison
 do, which share the order."""

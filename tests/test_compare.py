@@ -334,28 +334,43 @@ def test_the_command_tunes_runs_and_times_every_arm(pretending, flags, tmp_path,
 
 
 def test_a_rate_that_is_too_high_for_the_whole_budget_is_found_out(pretending, flags, tmp_path):
-    """0.025 is best on a part, 0.0125 on the whole."""
+    """0.025 is best on a part, 0.0125 on the whole, 0.00625 on neither."""
     pretending("long")
     compare.main(flags)
     runs = [name.split("-")[2:4] for name in pretending.log() if "-run-" in name]
-    assert runs == [[rate, seed] for rate, seed in zip("22111111", "11112233")]
+    assert runs == [[rate, seed] for rate, seed in zip(["2", "2", "1", "1", "0.5", "0.5", "1", "1", "1", "1"], "1111112233")]
     with open(tmp_path / "out" / "comparison.csv", encoding="utf-8") as file:
         assert {(float(row["learning_rate"]), row["edge"]) for row in csv.DictReader(file)} == {(0.0125, "")}
 
 
-def test_the_rate_below_is_a_candidate_on_a_part_of_the_budget_only():
-    outcome, run = outcome_of("a", [1.6]), outcome_of("a", [1.6]).rates[0]
+@pytest.mark.parametrize("part, whole, tried", [
+    ({0.5: 2.0, 1: 1.9, 2: 1.8}, {2: 1.6, 1: 1.7}, [2, 1]),
+    ({2: 1.8, 0.5: 2.0, 1: 1.9}, {2: 1.6, 1: 1.5, 0.5: 1.4}, [2, 1, 0.5]),
+    ({1: 1.7, 2: 1.8, 0.5: 1.9}, {1: 1.6, 0.5: 1.7}, [1, 0.5]),
+    ({0.5: 1.7, 1: 1.8}, {0.5: 1.6}, [0.5]),
+    ({1: 1.9, 2: 1.8}, {2: None, 1: None}, [2, 1]),
+    ({1: 1.9, 2: None}, {1: 1.6}, [1]), ({1: None, 2: None}, {}, [])])
+def test_rates_fall_on_the_whole_budget_as_long_as_it_gets_better(part, whole, tried):
+    """None diverged."""
+    outcome = outcome_of("a", [1.6])
+    run = outcome.rates[0]
 
-    def grid(share: float, losses: dict[float, float]) -> list[Result]:
-        return [dataclasses.replace(run, cell=dataclasses.replace(run.cell, multiple=multiple, share=share),
-                                    rows=[{"val_bpb": bpb}]) for multiple, bpb in losses.items()]
-    for share, losses, candidates in ((0.25, {0.5: 2.0, 1: 1.9, 2: 1.8}, [2, 1]), (1.0, {1: 1.9, 2: 1.8}, [2]),
-                                      (0.25, {2: 1.8, 0.5: 2.0, 1: 1.7}, [1, 0.5]), (0.25, {0.5: 1.6, 1: 1.7}, [0.5]),
-                                      (0.25, {0.5: 2.0, 1: 1.9}, [1, 0.5])):
-        outcome.rates = grid(share, losses)
-        assert outcome.candidates() == candidates
-    outcome.rates[0] = dataclasses.replace(outcome.rates[0], status="diverged", rows=[])
-    assert outcome.candidates() == [1]
+    def result(multiple: float, share: float, bpb: float | None) -> Result:
+        cell = dataclasses.replace(run.cell, multiple=multiple, share=share)
+        return Result(cell, "finished" if bpb else "diverged", "", [{"val_bpb": bpb}])
+    outcome.rates = [result(multiple, 0.25, bpb) for multiple, bpb in part.items()]
+    found = []
+    while (multiple := outcome.candidate()) and len(found) < 9:
+        found.append(multiple)
+        outcome.finalists.append(result(multiple, 1.0, whole[multiple]))
+    assert found == tried
+    outcome.rates, outcome.finalists = [result(1, 1.0, 1.9), result(2, 1.0, 1.8)], []  # the grid had the whole budget
+    assert outcome.candidate() == 2
+    outcome.finalists = [result(2, 1.0, 1.8)]
+    assert outcome.candidate() is None
+    outcome.finalists = [dataclasses.replace(outcome.finalists[0], status="failed")]
+    outcome.rates[0] = result(1, 0.25, 1.9)
+    assert outcome.candidate() is None and outcome.best() is None
 
 
 def test_what_is_finished_is_not_run_again(pretending, flags, capsys):
