@@ -30,7 +30,7 @@ import torch
 from dataloader import Data, open_data, require_a_block
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.comparison import Arm, Cell, Outcome, Result, report, told
+from runtime.comparison import SPEED_WARMUP, Arm, Cell, Outcome, Result, report, told
 from runtime.device import DeviceConfig, hardware, open_machine
 from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
@@ -48,7 +48,7 @@ CLOSE = 0.0025          # near enough to stay as it is, or to take a hidden laye
 NULL_SEEDS = 1000       # of the first arm against itself: seeds from here on
 VALIDATIONS = 10        # of a run, for its curve
 SPEED_ROUNDS = 3        # in which the arms take turns
-SPEED_STEPS = 15        # of each
+SPEED_STEPS = SPEED_WARMUP + 10  # of each
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ def main(argv=None):
             raise SystemExit(128 + stop.signal)
         report(outcomes, lambda group: regime(group, config, place), line, config.out_path, config.null)
         print(f"{time.perf_counter() - start:,.0f} s")
-    if any(run.status == "failed" for outcome in outcomes for run in outcome.all()):
+    if any(run.status == "failed" for outcome in outcomes for run in outcome.results()):
         raise OSError("some runs failed, see above; the same command tries them again")
 
 

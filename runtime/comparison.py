@@ -142,11 +142,11 @@ class Outcome:
             return ""
         return "edge" if len(multiples) > 1 else "only one tried"
 
-    def all(self) -> Iterator[Result]:
+    def results(self) -> Iterator[Result]:
         return itertools.chain(self.rates, self.finalists, self.runs, self.speeds)
 
     def problems(self) -> Iterator[str]:
-        yield from dict.fromkeys(told(run) for run in self.all() if run.status != "finished")
+        yield from dict.fromkeys(told(run) for run in self.results() if run.status != "finished")
 
 
 def table_rows(outcomes: list[Outcome]) -> list[dict]:
@@ -256,10 +256,11 @@ how much longer, or shorter, the first arm would have to train to be as good, an
 difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go
 by an arm's best run on a part of the budget and that of the same seed on the whole, each with its full cooldown, and reach
 no farther than the ratio of the two. Learning rate: from the grid's best on a part of the budget downwards, as long as the
-whole budget with the first seed gets better by it; (edge): it was the grid's first or last. FLOPs of a training token,
-forward and backward: matrix products, and apart from them activations and the bases of KAN layers. Peak memory is that of
-the process, on a GPU of its tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in
-turns and alone, and seconds are those of a run at that speed; where seconds are the budget, both are the runs' own."""
+whole budget with the first seed gets better by it (that run is one of those compared, and a little too good for having been
+chosen, whatever the arm); (edge): it was the grid's first or last. FLOPs of a training token, forward and backward: matrix
+products, and apart from them activations and the bases of KAN layers. Peak memory is that of the process, on a GPU of its
+tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns and alone, and seconds
+are those of a run at that speed; where seconds are the budget, both are the runs' own."""
 NULL_NOTE = """\
 The two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of a comparison
 do, which share the order."""
