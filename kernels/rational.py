@@ -79,6 +79,7 @@ def in_tiles(kernel: Callable, inputs: list[Tensor], outputs: list[Tensor]):
         for y, values in zip(outs, full):
             if y is not values:
                 y.copy_(values)
+    inputs = [x.detach() for x in inputs]  # gradients are off in the thread that calls, but not in those of the pool
     tiles, threads = range(-(-len(inputs[0]) // ROWS)), torch.get_num_threads()
     if threads == 1 or len(tiles) == 1:
         for tile in tiles:

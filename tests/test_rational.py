@@ -46,14 +46,18 @@ def test_half_precision_rounds_only_what_goes_in_and_out(dtype):
     assert y.dtype == x_grad.dtype == dtype and table_grad.dtype == torch.float32
 
 
-def test_threads_change_no_bit():
-    x, grad, table = example(5 * ROWS + 3, 24, 4)
-    alone = rational(x, table), *rational_backward(grad, x, table)
-    torch.set_num_threads(2)
-    try:
-        together = rational(x, table), *rational_backward(grad, x, table)
-    finally:
-        torch.set_num_threads(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_threads_change_no_bit(dtype):
+    """Of inputs that want gradients, as in training: threads of their own have gradients on."""
+    x, grad, table = example(5 * ROWS + 3, 24, 4, dtype)
+    x, grad, table = x.requires_grad_(), grad.requires_grad_(), table.requires_grad_()
+    with torch.no_grad():
+        alone = rational(x, table), *rational_backward(grad, x, table)
+        torch.set_num_threads(2)
+        try:
+            together = rational(x, table), *rational_backward(grad, x, table)
+        finally:
+            torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
