@@ -157,7 +157,7 @@ def draw_scaling(fits: dict[str, tuple]) -> str:
         axis.plot(x, [a * value ** -b for value in x], "-", color=color, linewidth=1.2, label=f"{name}: FLOPs^-{b:.4f}")
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
              title="Loss against FLOPs")
-    axis.yaxis.set_major_formatter("{x:.3g}")  # 1.6, where a logarithmic axis says 1.6 x 10^0
-    axis.yaxis.set_minor_formatter("{x:.3g}")
+    axis.yaxis.set_major_formatter("{x:.4g}")  # 1.6, where a logarithmic axis says 1.6 x 10^0
+    axis.yaxis.set_minor_formatter("{x:.4g}")
     axis.legend(fontsize=8, frameon=False)
     return as_svg(figure)

@@ -1,4 +1,6 @@
 """Pages, tables and pictures of results."""
+import re
+
 from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, front_of, markdown, validations, write_page
 
 
@@ -43,3 +45,9 @@ def test_the_front_has_what_none_beats_in_both():
 
 def test_scaling_is_drawn_with_its_exponent():
     assert "a: FLOPs^-0.0500" in draw_scaling({"a": ([(1e15, 2.0), (1e16, 1.8)], 11.2, 0.05)})
+
+
+def test_losses_that_lie_close_are_told_apart_on_a_logarithmic_axis():
+    svg = draw_scaling({"a": ([(1e12, 1.579), (2e12, 1.571)], 1.937, 0.0074)})
+    labels = re.findall(r">(1\.5\d*)</text>", svg)
+    assert len(labels) > 1 and len(set(labels)) == len(labels)
