@@ -394,23 +394,17 @@ class BlockBatches:
     Block i is tokens i*block_size .. (i+1)*block_size + 1 of the split: inputs, and targets one further on. The blocks
     of all epochs stand in one endless row, shuffled within each epoch, and a batch may straddle two epochs.
     """
+    given = "--data_path"
 
-    def __init__(self, tokens: ShardedTokens, batch_size: int, block_size: int, seed: int | None):
-        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
-        self.n_blocks = (len(tokens) - 1) // block_size
+    def __init__(self, data: Data, split: str, batch_size: int, block_size: int, seed: int | None):
+        """Raises BadInput when the split does not hold a block."""
+        self.data, self.tokens = data, require_a_block(data, split, block_size)
+        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
+        self.n_blocks = (len(self.tokens) - 1) // block_size
 
     def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
         """Blocks first..first + batch_size of the row: inputs and targets, each int64 (batch_size, block_size)."""
-        return self.read(self.order(np.arange(first, first + self.batch_size)))
-
-    def order(self, places: np.ndarray) -> np.ndarray:
-        """Which block stands at each of `places` in the endless row."""
-        blocks = np.empty_like(places)
-        epochs = places // self.n_blocks
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            blocks[here] = shuffled(places[here] % self.n_blocks, self.n_blocks, self.seed, int(epoch))
-        return blocks
+        return self.read(in_order(np.arange(first, first + self.batch_size), self.n_blocks, self.seed))
 
     def read(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = np.stack([self.tokens.read(start, start + self.block_size + 1)
@@ -419,22 +413,40 @@ class BlockBatches:
         return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
 
 
+    def checked(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`batch`, whose ids an embedding can look up: on a GPU a stray one ends in an error that names nothing."""
+        if (largest := max(int(part.max()) for part in batch)) >= self.data.manifest.vocab_size:
+            raise BadInput(f"--data_path={self.data.path}: a shard holds id {largest}, beyond the vocabulary of "
+                           f"{self.data.manifest.vocab_size}: it is damaged: {PREPARE_AGAIN}")
+        return batch
+
+
+def in_order(places: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
+    """Which block stands at each of `places` in the endless row of all epochs."""
+    blocks = np.empty_like(places)
+    epochs = places // n_blocks
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        blocks[here] = shuffled(places[here] % n_blocks, n_blocks, seed, int(epoch))
+    return blocks
+
+
 class TrainLoader:
     """Endless shuffled training batches whose position can be saved and restored exactly.
 
+    batches: such as BlockBatches; a batch is a pure function of where its first block stands in the row of all epochs.
     blocks_seen counts what was handed out, not what workers have read ahead: it is the whole position.
     """
 
-    def __init__(self, data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
-                 pin_memory: bool = False):
-        self.batches = BlockBatches(require_a_block(data, "train", block_size), batch_size, block_size, seed)
-        self.data, self.fingerprint = data, data.manifest.fingerprint()
+    def __init__(self, batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False):
+        """fingerprint: of all that is trained on."""
+        self.batches, self.fingerprint = batches, fingerprint
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each int64 (batch_size, block_size)."""
+    def __next__(self) -> tuple[Tensor, ...]:
+        """What `batches` makes; of shards inputs and targets, each int64 (batch_size, block_size)."""
         if self.iterator is None:
             with no_interrupt():
                 self.iterator = iter(DataLoader(
@@ -443,7 +455,7 @@ class TrainLoader:
                     generator=torch.Generator()))  # its own: by default a start draws from torch's global generator
         batch = next(self.iterator)
         self.blocks_seen += self.batches.batch_size
-        return require_vocabulary(batch, self.data)
+        return self.batches.checked(batch)
 
     def state_dict(self) -> dict:
         return {"blocks_seen": self.blocks_seen, "seed": self.batches.seed, "block_size": self.batches.block_size,
@@ -453,8 +465,8 @@ class TrainLoader:
         """Raises BadInput when the position belongs to other data, ValueError when it is none. Batch size and workers may
         have changed."""
         if state["data"] != self.fingerprint:
-            raise BadInput(f"--data_path: the training data ({self.fingerprint}) is not what the checkpoint was trained "
-                           f"on ({state['data']}): give the same data to resume")
+            raise BadInput(f"{self.batches.given}: the training data ({self.fingerprint}) is not what the checkpoint was "
+                           f"trained on ({state['data']}): give the same data to resume")
         if (state["seed"], state["block_size"]) != (self.batches.seed, self.batches.block_size):
             raise ValueError(f"a position of seed {state['seed']} and block_size {state['block_size']}")
         if type(state["blocks_seen"]) is not int or state["blocks_seen"] < 0:
@@ -473,6 +485,13 @@ class TrainLoader:
         # by hand: while an exception is handled, its traceback keeps the iterator, and so the workers, alive
         getattr(self.iterator, "_shutdown_workers", lambda: None)()
         self.iterator = None
+
+
+def shard_loader(data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
+                 pin_memory: bool = False) -> TrainLoader:
+    """Of the training split. Raises BadInput when it does not hold a block."""
+    batches = BlockBatches(data, "train", batch_size, block_size, seed)
+    return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
 @contextmanager
@@ -514,18 +533,10 @@ def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) ->
 
     Yields inputs and targets, each int64 (at most batch_size, block_size).
     """
-    batches = BlockBatches(require_a_block(data, "val", block_size), batch_size, block_size, seed=None)
+    batches = BlockBatches(data, "val", batch_size, block_size, seed=None)
     blocks = np.arange(min(n_batches * batch_size, batches.n_blocks))
     for first in range(0, len(blocks), batch_size):
-        yield require_vocabulary(batches.read(blocks[first:first + batch_size]), data)
-
-
-def require_vocabulary(batch: tuple[Tensor, Tensor], data: Data) -> tuple[Tensor, Tensor]:
-    """`batch`, whose ids an embedding can look up: on a GPU a stray one ends in an error that names nothing."""
-    if (largest := max(int(part.max()) for part in batch)) >= data.manifest.vocab_size:
-        raise BadInput(f"--data_path={data.path}: a shard holds id {largest}, beyond the vocabulary of "
-                       f"{data.manifest.vocab_size}: it is damaged: {PREPARE_AGAIN}")
-    return batch
+        yield batches.checked(batches.read(blocks[first:first + batch_size]))
 
 
 def require_a_block(data: Data, split: str, block_size: int) -> ShardedTokens:

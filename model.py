@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
+from layers.attention import Rotary
+from layers.linear import linears_of
 from layers.loss import capped_logits, cross_entropy
 from layers.norm import rms_norm
+from layers.places import Places, mask_of_cache, mask_of_texts, positions_in_texts
 from layers.shift import ShiftCache, TokenShift
 from runtime.flags import BadInput, check_flags, flag
 
@@ -28,6 +31,8 @@ class GPTConfig:
     n_layer: int = flag(12, "blocks", at_least=1, at_most=10_000)
     n_head: int = flag(12, "attention heads; the width is n_head * head_size", at_least=1, at_most=10_000)
     head_size: int = flag(64, "channels of a head, an even number", at_least=2, at_most=10_000)
+    n_kv_head: int = flag(None, "heads of keys and values, which groups of attention heads share (default: as many)",
+                          at_least=1, at_most=10_000)
     block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
     vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
     mlp: str = flag("auto", "feed-forward layer; auto: gelu, or the kind of --linear if that is not linear",
@@ -37,8 +42,12 @@ class GPTConfig:
     mixer: str = flag("attention", "layer that mixes positions: attention, gated_delta, or a pattern of their letters A and "
                                    "D, a letter a\nlayer, which is repeated: DDDA")
     linear: str = flag("linear", "every linear layer in the blocks, those of attention too", choices=tuple(LINEARS))
-    norm: str = flag("rms", "normalisation: without parameters and of the embedding too, or GPT-2's", choices=tuple(NORMS))
+    norm: str = flag("rms", "normalisation: without parameters and of the embedding too, Llama's, or GPT-2's",
+                     choices=tuple(NORMS))
+    norm_eps: float = flag(None, "added to the mean square there (default: 1e-5; with --norm=rms 1e-7)", above=0, at_most=1)
     positions: str = flag("rotary", "how attention knows the order", choices=("rotary", "learned"))
+    rotary_base: float = flag(10_000.0, "of the angles, of which the slowest turns once in about 6 times so many tokens",
+                              above=1)
     qk_norm: bool = flag(True, "normalise queries and keys")
     value_residual: bool = flag(True, "mix the first layer's values into the later layers'")
     embed_shortcut: bool = flag(True, "mix the embedding into the input of each block")
@@ -56,6 +65,11 @@ class GPTConfig:
         if self.mixer not in MIXERS and not (0 < len(self.mixer) <= self.n_layer and set(self.mixer) <= LETTERS.keys()):
             raise BadInput(f"--mixer={self.mixer}: give one of {', '.join(MIXERS)}, or a pattern of the letters "
                            f"{', '.join(LETTERS)}, of at most the {self.n_layer} of --n_layer")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
+        if self.n_kv_head not in (None, self.n_head) and any(
+                self.mixer_of(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
+            raise BadInput(f"--n_kv_head={self.n_kv_head}: only attention has such heads, not --mixer={self.mixer}")
         if self.head_size % 2:
             raise BadInput(f"--head_size={self.head_size}: must be even, rotary positions turn pairs of channels")
 
@@ -72,6 +86,25 @@ class BlockCache:
     """What a block keeps of the positions it has seen."""
     mixer: object
     shifts: list[ShiftCache]
+
+    def put(self, rows: list[int], other: "BlockCache", stop: int, n: int):
+        for part, others in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
+            part.put(rows, others, stop, n)
+
+
+@dataclass
+class Cache:
+    """What a model keeps of the texts it has seen, one a row, with room for `n_slots` positions. They all end at slot
+    `length`; where they differ in length, a row has left its first `skipped` slots, (B,), empty."""
+    blocks: list[BlockCache]
+    n_slots: int
+    length: int = 0
+    skipped: Tensor | None = None
+
+    def put(self, rows: list[int], other: "Cache"):
+        """The texts of `other`, all of one length, become those of these rows."""
+        for block, others in zip(self.blocks, other.blocks):
+            block.put(rows, others, self.length, other.length)
 
 
 class Block(nn.Module):
@@ -90,18 +123,18 @@ class Block(nn.Module):
         return BlockCache(self.mixer.init_cache(batch_size, n_tokens, device, dtype),
                           [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
 
-    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None,
+    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None, places: Places,
                 cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
         """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
         if self.shortcut is not None:
             x = self.shortcut[0] * x + self.shortcut[1] * embedded
-        y, value = self.mixer(self.read(0, self.mixer_norm, x, cache), cache and cache.mixer, first)
+        y, value = self.mixer(self.read(0, self.mixer_norm, x, places, cache), places, cache and cache.mixer, first)
         x = x + y
-        return x + self.mlp(self.read(1, self.mlp_norm, x, cache)), value
+        return x + self.mlp(self.read(1, self.mlp_norm, x, places, cache)), value
 
-    def read(self, i: int, norm: nn.Module, x: Tensor, cache: BlockCache | None) -> Tensor:
+    def read(self, i: int, norm: nn.Module, x: Tensor, places: Places, cache: BlockCache | None) -> Tensor:
         """What the block's i-th layer sees of the residual stream."""
-        return norm(x) if self.shifts is None else self.shifts[i](norm(x), cache and cache.shifts[i])
+        return norm(x) if self.shifts is None else self.shifts[i](norm(x), places, cache and cache.shifts[i])
 
 
 class GPT(nn.Module):
@@ -113,6 +146,8 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False  # how it is trained, not what it is: no part of the config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        is_rotary = config.positions == "rotary"
+        self.rotary = Rotary(config.head_size, config.block_size, config.rotary_base) if is_rotary else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = NORMS[config.norm](config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -145,38 +180,86 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(bias)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list | None = None,
-                reduction: str = "mean") -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, reduction: str = "mean",
+                begins: Tensor | None = None, n_last: int | None = None) -> Tensor:
         """idx: (B, T) int64. Returns logits (B, T, V) in fp32; with targets (B, T), the loss in nats/token: a scalar,
         or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Under autocast the logits have its
         precision; softmax and sums are fp32 all the same.
 
         The loss path never holds (B, T, V): head, softcap and cross-entropy run in chunks, see layers/loss.py.
         cache: what `init_cache` made; idx then continues what it holds, and it takes idx in.
+        begins: (B, T) bool, where a text begins, if rows hold several: none sees another, whatever the mixer.
+        n_last: logits of so many last positions alone.
         """
         assert reduction in ("mean", "none"), reduction
+        assert begins is None or cache is None
+        places, positions = self.places_of(idx, cache, begins)
         x = self.embed(idx)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.positions is not None:
-            start = cache[0].mixer.length if cache is not None else 0
-            x = x + self.positions.weight[start:start + idx.size(1)]
+            x = x + self.positions.weight[positions]
         if self.config.norm == "rms":
             x = rms_norm(x)
         embedded, first = x, None
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, value = checkpoint(block, x, embedded, first, use_reentrant=False, preserve_rng_state=False)
+                x, value = checkpoint(block, x, embedded, first, places, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, value = block(x, embedded, first, cache[i] if cache is not None else None)
+                x, value = block(x, embedded, first, places, cache.blocks[i] if cache is not None else None)
             first = value if first is None else first
-        x = self.norm(x)
+        if cache is not None:
+            cache.length += idx.size(1)
+        x = self.norm(x if n_last is None else x[:, -n_last:])
         if targets is None:
             return capped_logits(x, self.head.weight, self.config.softcap)
         return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
 
-    def init_cache(self, batch_size: int, n_tokens: int, dtype: torch.dtype | None = None) -> list:
-        """One entry per block, with room for `n_tokens` positions; `forward` fills it in place."""
+    def places_of(self, idx: Tensor, cache: Cache | None, begins: Tensor | None) -> tuple[Places, slice | Tensor]:
+        """Where `idx` stands, and the position of each token in its text, a slice or (B, T)."""
+        T, start = idx.size(1), 0 if cache is None else cache.length
+        positions = slice(start, start + T)
+        if begins is not None:
+            positions = positions_in_texts(begins)
+        elif cache is not None and cache.skipped is not None:
+            positions = torch.arange(start, start + T, device=idx.device) - cache.skipped[:, None]
+        mask = None
+        if any(block.mixer.letter == "A" for block in self.blocks):
+            mask = mask_of_texts(begins) if begins is not None else mask_of_cache(
+                T, start, cache and cache.skipped, idx.device)
+        return Places(start, mask, self.rotary and self.rotary(positions), begins), positions
+
+    def init_cache(self, batch_size: int, n_slots: int, dtype: torch.dtype | None = None) -> Cache:
+        """With room for `n_slots` positions in each row; `forward` fills it in place."""
         weight = self.embed.weight
-        return [block.init_cache(batch_size, n_tokens, weight.device, dtype or weight.dtype) for block in self.blocks]
+        return Cache([block.init_cache(batch_size, n_slots, weight.device, dtype or weight.dtype)
+                      for block in self.blocks], n_slots)
+
+    def prefill(self, texts: list[Tensor], n_slots: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
+        """Takes in texts, each (T,) int64 and T >= 1, of any lengths up to n_slots. Returns the logits after the last token
+        of each, (B, V), and the cache, which further tokens of all rows continue."""
+        longest = max(len(text) for text in texts)
+        by_length = {}
+        for row, text in enumerate(texts):
+            by_length.setdefault(len(text), []).append(row)
+        if len(by_length) == 1:
+            cache = self.init_cache(len(texts), n_slots, dtype)
+            return self.forward(torch.stack(texts), cache=cache, n_last=1)[:, 0], cache
+        cache = self.init_cache(len(texts), n_slots, dtype)
+        cache.length = longest
+        cache.skipped = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
+        logits = [None] * len(texts)
+        for n, rows in by_length.items():  # no padding is computed, and none has to be kept from recurrent states
+            part = self.init_cache(len(rows), n, dtype)
+            for row, logit in zip(rows, self.forward(torch.stack([texts[row] for row in rows]), cache=part, n_last=1)[:, 0]):
+                logits[row] = logit
+            cache.put(rows, part)
+        return torch.stack(logits), cache
+
+    def cast_matrices(self, dtype: torch.dtype):
+        """For inference under autocast to `dtype`, which would convert every matrix again at every token. The rest stays."""
+        for layer in (self.embed, self.head, *linears_of(self)):
+            layer.weight.requires_grad_(False)
+            layer.weight.data = layer.weight.data.to(dtype)
 
     def flops_per_token(self) -> int:
         """Floating-point operations of the matrix products of one training token: forward, and twice that backward.

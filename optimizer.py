@@ -73,17 +73,19 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> l
         by_width = (REFERENCE_WIDTH / model.config.n_embd) ** 0.5  # a step moves logits by the width times the rate
         settings = {"matrix": inside, "qkv": inside, "lookup": ("adamw", EMBED_RATIO * rate * by_width, 0.0),
                     "head": ("adamw", HEAD_RATIO * rate * by_width, 0.0), "scalar": ("adamw", SCALAR_RATIO * rate, 0.0)}
-    groups = {}
+    groups, shape = {}, model.config
+    # equal ones: shared heads of keys and values leave several matrices of queries
+    stacks = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
     for name, parameter in model.named_parameters():
         groups.setdefault(kind_of(name, parameter), []).append(parameter)
-    return [{"params": groups[kind], "method": method, "lr": lr, "peak_lr": lr, "stacked": 3 if kind == "qkv" else 1,
+    return [{"params": groups[kind], "method": method, "lr": lr, "peak_lr": lr, "stacked": stacks if kind == "qkv" else 1,
              "weight_decay": 0.0 if decay == "auto" else decay, "run_decay": RUN_DECAY if decay == "auto" else None}
             for kind, (method, lr, decay) in settings.items() if kind in groups]
 
 
 def kind_of(name: str, parameter: Tensor) -> str:
-    """matrix; qkv, three of them one above the other; lookup: embeddings, with a tied head; head; scalar: all others, the
-    coefficients of a rational function too."""
+    """matrix; qkv, three or more of them one above the other; lookup: embeddings, with a tied head; head; scalar: all
+    others, the coefficients of a rational function too."""
     if parameter.dim() != 2 or not name.endswith("weight"):
         return "scalar"
     if name.startswith("blocks."):

@@ -24,6 +24,7 @@ import regex
 from tqdm import tqdm
 
 from kernels import bpe
+from runtime.conversations import ROLES
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.sources import SourceConfig, open_source, take_text
@@ -33,7 +34,15 @@ from runtime.threads import available_cores, map_in_threads
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # leads every document
 # Reserved from day one, so that finetuning on conversations never resizes an embedding.
-SPECIAL_TOKENS = (SEPARATOR, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
+END = "<|end|>"        # of a message
+SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END)
+# What `encode_chat` does, for programs that take a template of Jinja.
+CHAT_TEMPLATE = (
+    "{{ '" + SEPARATOR + "' }}{% for message in messages %}{% if message['role'] not in ['" + "', '".join(ROLES) + "'] %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + ROLE_TOKENS["assistant"] + "' }}{% endif %}")
 PATTERNS = {
     # GPT-4's with at most two digits a word: at 32k ids, nanochat measured 0.965 bits per byte against 0.972 with three
     "default": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -172,6 +181,29 @@ class Tokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`; special tokens written in it are ordinary text, and what is not valid Unicode becomes U+FFFD."""
         return self.encode_texts(pack([text]))[0].tolist() if text else []
+
+    def encode_chat(self, messages: list[dict], answer: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, [{"role": …, "content": …}, …], and which of them the assistant has to say: the content of
+        its messages, and the end of each. answer: it ends where the assistant's next message begins.
+
+        [separator], then for each message [role] content [end]. Raises BadInput when this vocabulary has no such tokens.
+        """
+        role_ids, end_id = self.chat_ids()
+        ids, is_said = [self.separator_id], [False]
+        for message in messages:
+            content = self.encode(message["content"])
+            ids += [role_ids[message["role"]], *content, end_id]
+            is_said += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
+        if answer:
+            ids.append(role_ids["assistant"])
+            is_said.append(False)
+        return ids, is_said
+
+    def chat_ids(self) -> tuple[dict[str, int], int]:
+        """The token of each role, and the end of a message. Raises BadInput if this vocabulary has none."""
+        if missing := [name for name in (*ROLE_TOKENS.values(), END) if name not in self.special_tokens]:
+            raise BadInput(f"the tokenizer has no {missing[0]} token, so its model cannot hold conversations")
+        return {role: self.special_tokens[name] for role, name in ROLE_TOKENS.items()}, self.special_tokens[END]
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64.

@@ -5,7 +5,6 @@
 
 Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/gpt/metrics.jsonl and TensorBoard events.
 """
-import argparse
 import dataclasses
 import gc
 import math
@@ -22,11 +21,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from dataloader import Data, TrainLoader, explain_dead_worker, open_data, require_a_block, val_batches
-from generate import generate_text
+from dataloader import Data, TrainLoader, explain_dead_worker, open_data, require_a_block, shard_loader, val_batches
+from generate import SamplingConfig, generate_text
 from model import GPT, GPTConfig
 from optimizer import MuonAdamW, OptimizerConfig, make_optimizer, set_rates
-from runtime.checkpoint import CheckpointWriter, load_last, of_run, reading, run_folder
+from runtime.checkpoint import CheckpointWriter, reading, run_folder
 from runtime.device import (
     DeviceConfig,
     Machine,
@@ -40,9 +39,10 @@ from runtime.device import (
     seed_everything,
     set_rng_state,
 )
-from runtime.files import require_writable, sole_writer
-from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, parse_bool, read_flags, say
+from runtime.files import sole_writer
+from runtime.flags import BadInput, check_flags, command, flag, read_flags, say
 from runtime.metrics import LossSums, MetricsLog, Watch, draw_curves, read_rows
+from runtime.resume import ENDS, TrainingCommand, is_finished, with_ends
 from runtime.stop import StopSignals, without_garbage_collection
 from runtime.trial import faster_machine, fitting_batch
 from tokenizer import Tokenizer
@@ -54,6 +54,9 @@ PRESETS = {
              "token_shift": False, "softcap": 0.0, "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2",
              "learning_rate": 6e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0,
              "max_iter": 600_000, "batch_size": 12, "num_batch_accum": 40, "val_intervals": 1000},
+    # Llama's model with our recipe: stock engines run what is exported of it
+    "llama": {"mlp": "swiglu", "norm": "scaled_rms", "qk_norm": False, "value_residual": False, "embed_shortcut": False,
+              "token_shift": False, "softcap": 0.0},
     "6gb": {"batch_size": 8, "num_batch_accum": 8},
     "p100": {"batch_size": 16, "num_batch_accum": 4, "compile_model": False},
     "cpu": {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256, "batch_size": 16, "num_batch_accum": 1,
@@ -113,12 +116,14 @@ class RunConfig:
 
 
 CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
-# What a resumed run may not change, what it may but is then another run, and what is no part of a run.
-FIXED = {"seed", "preset", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))}
-ENDS = {"max_iter", "max_tokens", "max_seconds"}
+# Of every run that trains: what it may change when it goes on, but is then another run, and what is no part of it.
 CHANGEABLE = {*ENDS, "num_batch_accum", "batch_size", "learning_rate", "momentum_dtype", "weight_decay", "schedule",
-              "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_iter", "val_intervals", "deterministic"}
-NOT_SAVED = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "verbose"}
+              "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_intervals", "deterministic"}
+NOT_SAVED = {"resume_checkpoint", "overwrite", "verbose"}
+PRETRAINING = TrainingCommand(
+    "train.py", "Trains a GPT on the shards that download_data.py prepared.", CONFIGS, "checkpoint_path",
+    {"seed", "preset", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))},
+    CHANGEABLE | {"val_iter"}, NOT_SAVED | {"checkpoint_path", "plot"})
 DIVERGED = "lower --learning_rate"  # in the last line of a run that did, by which compare.py knows
 FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale will do
 
@@ -145,6 +150,7 @@ class TrainState:
     best: float = math.inf       # lowest validation loss so far
     skips_told: int = 0          # steps left out that the user has been told of
     saved_step: int = -1         # that the checkpoint holds; -1 before this run has written it
+    script: str = "train.py"     # that can go on with the checkpoint
 
     @torch.no_grad()
     def save(self, is_best: bool = False, at_once: bool = True):
@@ -158,7 +164,7 @@ class TrainState:
             "tokenizer": self.tokenizer.to_json(),
             "training": {
                 "settings": self.settings, "step": step, "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
-                "is_best": is_best,
+                "is_best": is_best, "script": self.script,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "watch": self.watch.counts,
                 "loader": self.loader.state_dict(), "rng": rng_state(), "machine": str(self.machine)}}
         self.writer.save(blob, is_best, at_once, lambda: setattr(self, "saved_step", step))
@@ -341,58 +347,10 @@ def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_siz
     return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
 
-def read_flags_given(argv) -> tuple[dict, dict]:
-    """What every flag is if it is not given, and the flags that are. Raises BadInput."""
-    parser = Parser("Trains a GPT on the shards that download_data.py prepared.")
-    add_flags(parser, *CONFIGS, suppress=True)
-    given = vars(parser.parse_args(argv))
-    defaults = {field.name: field.default for config in CONFIGS for field in dataclasses.fields(config)}
-    for name in ("resume_checkpoint", "plot"):
-        if given.get(name) == "":
-            raise BadInput(f"--{name}=: is empty: give a path, or the bare flag for that of --checkpoint_path")
-    read_flags(RunConfig, defaults | given)  # a preset that is none
-    return defaults, given
-
-
-def paths_of(defaults: dict, given: dict) -> tuple[Path, Path | None]:
-    """The checkpoint that the run writes, and the one that it goes on from."""
-    path, resume = given.get("checkpoint_path", defaults["checkpoint_path"]), given.get("resume_checkpoint")
-    try:
-        return path, (path if resume is not None and parse_bool(resume) else None)
-    except argparse.ArgumentTypeError:  # neither yes nor no: a path
-        resumed = Path(resume).expanduser()
-        return given.get("checkpoint_path") or of_run(resumed) or resumed, resumed
-
-
-def read_checkpoint(path: Path, defaults: dict, given: dict) -> tuple[dict, dict]:
-    """The flags that the run of the checkpoint had, and the checkpoint. Raises BadInput when it cannot be gone on with, or
-    when a flag is given that such a run keeps."""
-    blob = load_last(path)
-    if "training" not in blob:
-        raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to go on with")
-    with reading(path):
-        training = blob["training"]
-        if type(training["step"]) is not int or training["step"] < 0:
-            raise ValueError(f"step is {training['step']!r}")
-        if missing := defaults.keys() - NOT_SAVED - training["settings"].keys():
-            raise BadInput(f"does not say what {min(missing)} its run had: resume it with the version that wrote it")
-        saved = {name: Path(value) if isinstance(defaults[name], Path) else value
-                 for name, value in training["settings"].items() if name in defaults}
-        for config in CONFIGS:
-            read_flags(config, defaults | saved)
-    for name in sorted(given.keys() & FIXED & saved.keys()):
-        if given[name] != saved[name]:
-            raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed run "
-                           f"keeps: drop the flag, or start a fresh run at another --checkpoint_path")
-    return saved, blob
-
-
 def merged(start: dict, given: dict) -> dict:
-    """The flags a run begins with, and those given. An end that is given is the only one. A batch_size that has yet to be
-    found keeps the blocks of a step, as num_batch_accum batches of one; validation keeps the batches it would have had."""
-    values = start | given
-    if given.keys() & ENDS:
-        values |= {name: given.get(name) for name in ENDS}
+    """The flags a run begins with, and those given. A batch_size that has yet to be found keeps the blocks of a step, as
+    num_batch_accum batches of one; validation keeps the batches it would have had."""
+    values = with_ends(start, given)
     is_auto = values["batch_size"] == "auto"
     values["val_batch"] = start["val_batch"] or (start if is_auto else values)["batch_size"]
     if is_auto:
@@ -400,41 +358,18 @@ def merged(start: dict, given: dict) -> dict:
     return values
 
 
-def require_place(run: RunConfig, writer: CheckpointWriter):
-    """Raises BadInput when the run would replace what is not its own without having been told to."""
-    path, resumed = run.checkpoint_path, run.resume_checkpoint
-    if path.is_dir():
-        raise BadInput(f"--checkpoint_path={path}: is a folder: give a file, such as {path}.pt")
-    if run.overwrite:
-        return
-    if path.exists() and not writer.is_ours:
-        if resumed and of_run(Path(resumed)) == path:
-            raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be replaced "
-                           f"by --overwrite, or choose another --checkpoint_path")
-        raise BadInput(f"--checkpoint_path={path}: exists: go on with it by --resume_checkpoint, replace it by "
-                       f"--overwrite, or choose another path")
-    if not resumed and read_rows(run_folder(path) / "metrics.jsonl"):
-        raise BadInput(f"--checkpoint_path={path}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
-                       f"--overwrite, or choose another path")
-
-
 def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
     """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS. Raises BadInput before any file is
     written."""
     run, gpt, schedule, loop, device = configs
-    path, resumed = run.checkpoint_path, run.resume_checkpoint
-    writer = CheckpointWriter(path, run_folder(path), Path(resumed) if resumed else None,
-                              bool(blob) and blob["training"].get("is_best", False))
-    require_place(run, writer)
-    machine = open_machine(device, had=str(blob["training"].get("machine")).rpartition(", ")[2] if blob else "")
-    if machine.device.type == "cpu":
-        keep_pages()
+    path, resumed = run.checkpoint_path, Path(run.resume_checkpoint) if run.resume_checkpoint else None
+    writer, machine = open_place(PRETRAINING, path, resumed, run.overwrite, device, blob)
     data = open_data(run.data_path, None if blob else gpt.vocab_size)
     for split in ("train", "val"):
         require_a_block(data, split, gpt.block_size)
     seed_everything(run.seed)
     if blob:
-        with reading(Path(resumed)):
+        with reading(resumed):
             model = GPT.from_blob(blob)
     else:
         model = GPT(dataclasses.replace(gpt, vocab_size=data.manifest.vocab_size))
@@ -448,29 +383,45 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopCo
         batch_size = fitting_batch(partial(step_of_zeros, model), machine, n_blocks, states)
         run = dataclasses.replace(run, batch_size=batch_size)
         loop = dataclasses.replace(loop, num_batch_accum=n_blocks // batch_size)
-    loader = TrainLoader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
-                         pin_memory=machine.device.type == "cuda")
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for config in (run, model.config, schedule, loop, configs[-1]) for name, value in vars(config).items()
-                if name not in NOT_SAVED}
-    require_writable(path, f"--checkpoint_path={path}")
-    require_writable(run_folder(path) / "metrics.jsonl", f"--checkpoint_path={path}")
+    loader = shard_loader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
+                          pin_memory=machine.device.type == "cuda")
+    settings = PRETRAINING.settings(run, model.config, schedule, loop, device)
+    state = make_state(PRETRAINING, model, data.tokenizer, schedule, loader, machine, writer, settings, resumed, blob)
+    return state, data, loop, run
+
+
+def open_place(command: TrainingCommand, path: Path, resumed: Path | None, overwrite: bool, device: DeviceConfig,
+               blob: dict | None) -> tuple[CheckpointWriter, Machine]:
+    """Where a run writes, and the machine it runs on. Raises BadInput."""
+    writer = CheckpointWriter(path, run_folder(path), resumed, bool(blob) and blob["training"].get("is_best", False))
+    command.require_place(path, resumed, overwrite, writer)
+    machine = open_machine(device, had=str(blob["training"].get("machine")).rpartition(", ")[2] if blob else "")
+    if machine.device.type == "cpu":
+        keep_pages()
+    return writer, machine
+
+
+def make_state(command: TrainingCommand, model: GPT, tokenizer: Tokenizer, schedule: OptimizerConfig, loader: TrainLoader,
+               machine: Machine, writer: CheckpointWriter, settings: dict, resumed: Path | None,
+               blob: dict | None) -> TrainState:
+    """New, or as `blob`, the checkpoint `resumed`, left it. Raises BadInput."""
+    path = writer.path
+    command.require_writable(path)
     rows = []
     if blob:
         step = blob["training"]["step"]
-        rows = [row for row in read_rows(run_folder(Path(resumed)) / "metrics.jsonl") if row["step"] <= step]
-    step_tokens = run.batch_size * loop.num_batch_accum * gpt.block_size
-    optimizer = make_optimizer(model, schedule, step_tokens, machine.rough_dtype())
+        rows = [row for row in read_rows(run_folder(resumed) / "metrics.jsonl") if row["step"] <= step]
     scaler = machine.grad_scaler()
     watch = Watch(machine.device, limit=FP16_SKIPS if scaler.is_enabled() else 2)
-    state = TrainState(model, data.tokenizer, optimizer, schedule, scaler, loader, machine, watch,
-                       writer, MetricsLog(run_folder(path), rows), settings)
+    state = TrainState(model, tokenizer, None, schedule, scaler, loader, machine, watch, writer,
+                       MetricsLog(run_folder(path), rows), settings, script=command.script)
+    state.optimizer = make_optimizer(model, schedule, state.step_tokens(), machine.rough_dtype())
     if blob:
-        with reading(Path(resumed)):
+        with reading(resumed):
             loader.load_state_dict(blob["training"]["loader"])
             state.load(blob["training"])
         state.saved_step = state.step if writer.is_ours else -1
-    return state, data, loop, run
+    return state
 
 
 def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
@@ -482,17 +433,6 @@ def step_of_zeros(model: GPT, machine: Machine, batch_size: int):
         loss.backward()
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def report_changes(state: TrainState, training: dict):
-    """Says what makes the rest of a resumed run, or its numbers, differ from what they would have been."""
-    for name in sorted(CHANGEABLE):
-        before, now = training["settings"][name], state.settings[name]
-        if before != now:
-            note = "; the schedule now fits the new one" if name in ENDS and now else ""
-            print(f"changed on resuming: {name} {before} -> {now}{note}")
-    if str(state.machine) != training.get("machine"):
-        print(f"changed on resuming: machine {training.get('machine')} -> {state.machine}")
 
 
 def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
@@ -531,55 +471,64 @@ def plot(named: str, path: Path):
     print(pictures[0])
 
 
-def is_finished(loop: LoopConfig, blob: dict, values: dict) -> bool:
-    """Whether nothing is left to do, which it says. Raises BadInput when an end is given that is past."""
-    training = blob["training"]
-    ends = [(name, limit) for name, now in (("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
-            if (limit := getattr(loop, name)) and training[now] >= limit]
-    for name, limit in ends:
-        if training["settings"][name] != limit:
-            raise BadInput(f"--{name}={limit}: the checkpoint is at step {training['step']} already: give more")
-        if values["verbose"]:
-            print(f"{values['resume_checkpoint']}: finished before at step {training['step']:,}; a larger --{name} trains "
-                  f"on")
-    return bool(ends)
-
-
 @command
 def main(argv=None):
-    defaults, given = read_flags_given(argv)
-    path, resumed = paths_of(defaults, given)
+    given, defaults = PRETRAINING.flags_given(argv), PRETRAINING.defaults()
+    path, resumed = PRETRAINING.paths_of(given, defaults["checkpoint_path"])
     if "plot" in given:
         plot(given["plot"], path)
         return
     with sole_writer(run_folder(path), f"--checkpoint_path={path}"):
-        start, blob = read_checkpoint(resumed, defaults, given) if resumed else (PRESETS.get(given.get("preset"), {}), None)
+        start, blob = PRESETS.get(given.get("preset"), {}), None
+        if resumed:
+            start, blob = PRETRAINING.read_checkpoint(resumed, given)
         values = merged(defaults | start, given) | {
             "checkpoint_path": path, "resume_checkpoint": str(resumed) if resumed else None}
         configs = [read_flags(config, values) for config in CONFIGS]
-        if blob and is_finished(configs[CONFIGS.index(LoopConfig)], blob, values):
+        if blob and is_finished(configs[CONFIGS.index(LoopConfig)], blob["training"], resumed, values["verbose"]):
             return
         with explain_out_of_memory(less_memory(values)):
             state, data, loop, run = open_run(configs, blob)
             if loop.verbose:
                 describe(state, data, loop, run)
-                if path.exists() and state.saved_step < 0:
-                    print(f"replacing {path}")
-                if blob:
-                    report_changes(state, blob["training"])
+                report_start(PRETRAINING, state, blob)
             del blob  # as large as model and optimizer together
-            train(state, data, loop, run)
+            evaluate = lambda state: validate(state.model, data, state.machine, run.val_iter, run.val_batch)
+            train(state, loop, next_token_loss, evaluate, run.compile_model, PRETRAINING)
+    if loop.verbose:
+        report_end(state, run)
 
 
-def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
-    """From an opened run to the sample of its text. Raises SystemExit when a signal stops it."""
+def report_start(command: TrainingCommand, state: TrainState, blob: dict | None):
+    path = state.writer.path
+    if path.exists() and state.saved_step < 0:
+        print(f"replacing {path}")
+    if blob:
+        command.report_changes(state.settings, str(state.machine), blob["training"])
+
+
+def report_end(state: TrainState, run: RunConfig):
+    path = state.writer.path
+    print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
+          f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
+    if run.sample_tokens:
+        print("sample, the start of a document:")
+        with state.machine.autocast():
+            print("".join(generate_text(state.model, state.tokenizer, "", run.sample_tokens, SamplingConfig(),
+                                        seed=run.seed)).strip())
+
+
+def train(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callable, compile_model: bool | str,
+          command: TrainingCommand):
+    """`fit`, with everything closed at its end. Raises SystemExit when a signal stops it, OSError and MemoryError with what
+    is kept."""
     model, machine, path = state.model, state.machine, state.writer.path
-    if can_compile(machine.device) if run.compile_model == "auto" else run.compile_model:
-        compile_in_place(model, partial(step_of_zeros, model, machine, run.batch_size))
+    if can_compile(machine.device) if compile_model == "auto" else compile_model:
+        compile_in_place(model, partial(step_of_zeros, model, machine, state.settings["batch_size"]))
+    num_workers = state.loader.num_workers
     try:
-        with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(run.dataloader_num_workers):
-            stopped_by = fit(state, loop, next_token_loss,
-                             lambda state: validate(model, data, machine, run.val_iter, run.val_batch))
+        with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(num_workers):
+            stopped_by = fit(state, loop, loss_fn, on_eval)
     except BrokenPipeError:
         raise
     except (OSError, MemoryError) as error:
@@ -592,22 +541,15 @@ def train(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
             state.writer.wait()
     if stopped_by:
         with suppress(OSError):  # the terminal may be what is gone
-            print(f"stopped at step {state.step:,}, saved: `python train.py --checkpoint_path={path} "
+            print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out}={path} "
                   f"--resume_checkpoint` goes on", file=sys.stderr)
         raise SystemExit(128 + stopped_by)
-    if loop.verbose:
-        print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
-              f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
-        if run.sample_tokens:
-            print("sample, the start of a document:")
-            with machine.autocast():
-                print("".join(generate_text(model, state.tokenizer, "", run.sample_tokens, 0.8, 50, run.seed)).strip())
 
 
 def less_memory(values: dict) -> str:
     """What to say where memory does not suffice."""
     what = "" if values["gradient_checkpointing"] else "--gradient_checkpointing, "
-    auto = "" if values["batch_size"] == "auto" else "--batch_size=auto, "
+    auto = "" if values["batch_size"] == "auto" or "val_batch" not in values else "--batch_size=auto, "
     return f"--batch_size={values['batch_size']} blocks of {values['block_size']} tokens: try {auto}{what}or a smaller model"
 
 

@@ -1,4 +1,5 @@
 """Causal self-attention with rotary positions, and its cache of keys and values."""
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,23 +9,27 @@ from torch import Tensor, nn
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
+from layers.places import Places
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the positions seen so far: each (B, n_head, n_tokens, head_size), the first `length` filled."""
+    """Keys and values of the positions seen so far: each (B, n_kv_head, n_tokens, head_size)."""
     keys: Tensor
     values: Tensor
-    length: int = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions, (B, n_head, T, head_size); returns all there are so far."""
-        stop = self.length + keys.size(2)
+    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions after the first `start`, (B, n_kv_head, T, head_size); returns all there are so far."""
+        stop = start + keys.size(2)
         assert stop <= self.keys.size(2), (stop, self.keys.shape)
-        self.keys[:, :, self.length:stop] = keys
-        self.values[:, :, self.length:stop] = values
-        self.length = stop
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def put(self, rows: list[int], other: "KVCache", stop: int, n: int):
+        """The `n` positions that `other` holds become the last ones before `stop` of these rows."""
+        self.keys[rows, :, stop - n:stop] = other.keys[:, :, :n]
+        self.values[rows, :, stop - n:stop] = other.values[:, :, :n]
 
 
 class Rotary(nn.Module):
@@ -39,16 +44,22 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (block_size, head_size)
         self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """x: (B, n_head, T, head_size), whose first position is `start`. Returns the same shape in fp32: bf16 angles
-        would confuse neighbouring positions."""
-        cos, sin = (table[start:start + x.size(2)] for table in (self.cos, self.sin))
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
+    def forward(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """positions: a slice of T, or (B, T). Returns cosines and sines, each (T, head_size) or (B, 1, T, head_size)."""
+        cos, sin = self.cos[positions], self.sin[positions]
+        return (cos, sin) if isinstance(positions, slice) else (cos.unsqueeze(1), sin.unsqueeze(1))
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x: (B, n_head, T, head_size). Returns the same shape in fp32: bf16 angles would confuse neighbouring positions."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention.
+    """Multi-head causal attention. Where heads of keys and values are fewer, groups of heads share them (Ainslie et al.
+    2023, arXiv:2305.13245).
 
     qk_norm: queries and keys are normalised, which keeps their products in bounds however large the weights grow (Henry
     et al. 2020, arXiv:2010.04245). value_residual: values are a learned mix of the layer's own and the first layer's,
@@ -59,38 +70,42 @@ class Attention(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.n_head, self.head_size, self.qk_norm = config.n_head, config.head_size, config.qk_norm
-        width = config.n_head * config.head_size
-        self.qkv = LINEARS[config.linear](config.n_embd, 3 * width, config.bias)
+        self.n_kv_head = config.n_kv_head or config.n_head
+        width, n_all = config.n_head * config.head_size, config.n_head + 2 * self.n_kv_head
+        self.qkv = LINEARS[config.linear](config.n_embd, n_all * config.head_size, config.bias)
         self.proj = LINEARS[config.linear](width, config.n_embd, config.bias)
-        self.rotary = Rotary(config.head_size, config.block_size) if config.positions == "rotary" else None
         # the first layer has nothing to mix in
         self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
 
     def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """Room for `n_tokens` positions: 2 * B * n_head * n_tokens * head_size numbers."""
-        shape = batch_size, self.n_head, n_tokens, self.head_size
+        """Room for `n_tokens` positions: 2 * B * n_kv_head * n_tokens * head_size numbers."""
+        shape = batch_size, self.n_kv_head, n_tokens, self.head_size
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None,
+                first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
-        Returns (B, T, C), and the values of this layer, (B, n_head, T, head_size)."""
+        Returns (B, T, C), and the values of this layer, (B, n_kv_head, T, head_size)."""
         B, T, C = x.shape
-        start = cache.length if cache else 0
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2).split(
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # each (B, heads, T, head_size)
         if self.value_mix is not None:
             v = torch.lerp(v, first, self.value_mix.to(v.dtype))
         value = v
         if self.qk_norm:
             q, k = rms_norm(q, keeps_x=True), rms_norm(k, keeps_x=True)  # parts of a tensor that v keeps
-        if self.rotary is not None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
+        if places.rotation is not None:
+            q, k = rotate(q, places.rotation), rotate(k, places.rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        mask = None
+        products = nullcontext()
         if cache is not None:
-            k, v = (kept.to(q.dtype) for kept in cache.append(k, v))
-            if start > 0 and T > 1:  # query t sees the cached positions and its own block up to t
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(diagonal=start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0)
+            kept = cache.append(places.start, k, v)
+            if places.start > 0:  # else they are all there are
+                k, v = kept
+                q, products = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
+        with products:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, enable_gqa=self.n_kv_head < self.n_head,
+                                               is_causal=places.mask is None and places.start == 0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), value
 
     def flops_per_token(self, block_size: int) -> int:

@@ -19,16 +19,22 @@ from torch import Tensor, nn
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
+from layers.places import Places
 
 CHUNK = 64  # tokens that are worked on at once; the work grows with it, the number of steps one after the other falls
 MEMORY = 4, 1024  # tokens after which the heads have forgotten all but 1/e, at first: from the first head to the last
+# Of α where a new text begins: what is left of the one before is less than any rounding. (-∞ less itself would be NaN.)
+LOG_FORGOTTEN = -50.0
 
 
 @dataclass
 class DeltaCache:
-    """What the heads hold after `length` positions: (B, n_head, head_size, head_size), in fp32."""
+    """What the heads hold: (B, n_head, head_size, head_size), in fp32."""
     state: Tensor
-    length: int = 0
+
+    def put(self, rows: list[int], other: "DeltaCache", stop: int, n: int):
+        """See KVCache."""
+        self.state[rows] = other.state
 
 
 class GatedDelta(nn.Module):
@@ -54,7 +60,8 @@ class GatedDelta(nn.Module):
         """B * n_head * head_size² numbers, however many tokens come."""
         return DeltaCache(torch.zeros(batch_size, self.n_head, self.head_size, self.head_size, device=device))
 
-    def forward(self, x: Tensor, cache: DeltaCache | None = None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, places: Places, cache: DeltaCache | None = None,
+                first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
         Returns (B, T, C), and the values of this layer, (B, n_head, T, head_size)."""
         B, T, C = x.shape
@@ -65,12 +72,13 @@ class GatedDelta(nn.Module):
         beta, decay = self.rates(x).float().view(B, T, 2, self.n_head).permute(2, 0, 3, 1)       # each (B, H, T)
         beta = 2 * torch.sigmoid(beta - 1)  # about 1/2 at first
         log_alpha = -F.softplus(decay + self.decay[:, None])
+        if places.begins is not None:
+            log_alpha = log_alpha.masked_fill(places.begins.unsqueeze(1), LOG_FORGOTTEN)
         if cache is None:
             y, _ = by_chunks(q, k, v, beta, log_alpha, None)
         else:
             step = by_tokens if T == 1 else by_chunks
             y, cache.state = step(q, k, v, beta, log_alpha, cache.state)
-            cache.length += T
         y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), v
 

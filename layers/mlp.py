@@ -60,7 +60,7 @@ class ReLU2(LeanMLP):
 
 
 class GELU(LeanMLP):
-    """As in GPT-2. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+    """Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
     activation_flops = 5
 
     @staticmethod
@@ -70,6 +70,19 @@ class GELU(LeanMLP):
     @staticmethod
     def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, x)
+
+
+class TanhGELU(LeanMLP):
+    """GELU's approximation by tanh, which OpenAI's GPT-2 has."""
+    activation_flops = 8
+
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
 class SwiGLU(MLP):

@@ -9,9 +9,9 @@ class UnitRMS(torch.autograd.Function):
     """Passes over the numbers a third as often as autograd would."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keeps_x: bool) -> Tensor:
+    def forward(ctx, x: Tensor, keeps_x: bool, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(norm.square() / x.size(-1) + EPS)
+        scale = torch.rsqrt(norm.square() / x.size(-1) + eps)
         y = x * scale
         ctx.save_for_backward(x if keeps_x else y, scale)
         ctx.keeps_x, ctx.x_dtype = keeps_x, x.dtype
@@ -19,17 +19,17 @@ class UnitRMS(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         kept, scale = ctx.saved_tensors
         y = kept * scale if ctx.keeps_x else kept
         along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)
-        return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype), None
+        return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype), None, None
 
 
-def rms_norm(x: Tensor, keeps_x: bool = False) -> Tensor:
+def rms_norm(x: Tensor, keeps_x: bool = False, eps: float = EPS) -> Tensor:
     """x scaled to mean square 1 over its last dimension, in fp32. keeps_x: for the backward pass, rather than the result;
     one of them costs no memory where another layer keeps it too. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    return UnitRMS.apply(x, keeps_x)
+    return UnitRMS.apply(x, keeps_x, eps)
 
 
 class RMSNorm(nn.Module):
@@ -37,13 +37,26 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.eps = config.norm_eps or EPS
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x)
+        return rms_norm(x, eps=self.eps)
+
+
+class ScaledRMSNorm(RMSNorm):
+    """With a factor for each channel, as in Llama (Touvron et al. 2023, arXiv:2302.13971)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps = config.norm_eps or 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, eps=self.eps) * self.weight
 
 
 class LayerNorm(nn.LayerNorm):
     """As in GPT-2. Source: Ba et al. 2016, arXiv:1607.06450."""
 
     def __init__(self, config):
-        super().__init__(config.n_embd, bias=config.bias)
+        super().__init__(config.n_embd, eps=config.norm_eps or 1e-5, bias=config.bias)

@@ -2,13 +2,20 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.places import Places
 
 
 @dataclass
 class ShiftCache:
     """The last position seen, (B, 1, C); zeros before the first."""
     last: Tensor
+
+    def put(self, rows: list[int], other: "ShiftCache", stop: int, n: int):
+        """See KVCache."""
+        self.last[rows] = other.last
 
 
 class Shifted(torch.autograd.Function):
@@ -42,9 +49,12 @@ class TokenShift(nn.Module):
     def init_cache(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> ShiftCache:
         return ShiftCache(torch.zeros(batch_size, 1, self.share.numel(), device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, cache: ShiftCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, places: Places, cache: ShiftCache | None = None) -> Tensor:
         """x: (B, T, C), which stand after what `cache` holds; it takes the last of them in. Returns (B, T, C)."""
         share = self.share.to(x.dtype)
+        if places.begins is not None:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(places.begins.unsqueeze(-1), 0.0)
+            return torch.addcmul(x, share, before)
         if cache is None:
             return Shifted.apply(x, share)
         before, cache.last = cache.last.to(x.dtype), x[:, -1:].to(cache.last.dtype)

@@ -18,9 +18,9 @@ from dataloader import (
     BlockBatches,
     Manifest,
     ShardWriter,
-    TrainLoader,
     documents_to_reach,
     open_data,
+    shard_loader,
     shuffled,
     val_batches,
 )
@@ -59,8 +59,8 @@ def test_shuffled_is_a_permutation(n):
 
 def test_batches_are_whole_in_memory(data_path):
     """A copy of a part of something to a GPU would wait for a copy on the CPU first."""
-    loader = TrainLoader(open_data(data_path), 3, 16, seed=0)
-    assert all(part.is_contiguous() for part in (*next(loader), *next(val_batches(loader.data, 1, 3, 16))))
+    loader = shard_loader(open_data(data_path), 3, 16, seed=0)
+    assert all(part.is_contiguous() for part in (*next(loader), *next(val_batches(loader.batches.data, 1, 3, 16))))
 
 
 def test_shuffled_depends_on_seed_and_epoch_and_on_nothing_else():
@@ -90,7 +90,7 @@ def test_every_block_once_an_epoch_across_shards(data):
     whole = np.concatenate([np.load(path) for path in tokens.paths]).astype(np.int64)
     n_blocks = (len(whole) - 1) // BLOCK
     assert len(tokens.paths) > 2 and n_blocks % 4, "the test wants several shards and batches that straddle epochs"
-    loader = TrainLoader(data, batch_size=4, block_size=BLOCK, seed=7)
+    loader = shard_loader(data, batch_size=4, block_size=BLOCK, seed=7)
     rows = torch.cat([torch.cat((inputs, targets[:, -1:]), dim=1) for inputs, targets in take(loader, n_blocks)])
     expected = sorted(whole[i * BLOCK:(i + 1) * BLOCK + 1].tolist() for i in range(n_blocks))
     epochs = [rows[i * n_blocks:(i + 1) * n_blocks].tolist() for i in range(4)]
@@ -101,20 +101,20 @@ def test_every_block_once_an_epoch_across_shards(data):
 
 
 def test_targets_are_the_next_token(data):
-    inputs, targets = next(TrainLoader(data, 3, BLOCK, seed=0))
+    inputs, targets = next(shard_loader(data, 3, BLOCK, seed=0))
     assert inputs.shape == targets.shape == (3, BLOCK) and inputs.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 def test_batches_do_not_depend_on_workers(data):
-    alone, helped = (TrainLoader(data, 4, BLOCK, seed=1, num_workers=n) for n in (0, 2))
+    alone, helped = (shard_loader(data, 4, BLOCK, seed=1, num_workers=n) for n in (0, 2))
     assert equal(take(alone, 25), take(helped, 25))
 
 
 def test_batches_do_not_touch_the_global_generator(data):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    take(TrainLoader(data, 4, BLOCK, seed=1, num_workers=1), 3)
+    take(shard_loader(data, 4, BLOCK, seed=1, num_workers=1), 3)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -122,18 +122,18 @@ def test_batches_do_not_touch_the_global_generator(data):
 @pytest.mark.parametrize("n_before", [0, 1, 5, 700])
 def test_position_is_what_was_handed_out(data, workers, n_before):
     """With prefetched batches in flight, inside and after the first epoch."""
-    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=workers)
+    loader = shard_loader(data, 4, BLOCK, seed=1, num_workers=workers)
     loader.blocks_seen = 4 * n_before
     take(loader, 3)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = take(loader, 4)
-    other = TrainLoader(data, 4, BLOCK, seed=1, num_workers=2 - workers)
+    other = shard_loader(data, 4, BLOCK, seed=1, num_workers=2 - workers)
     other.load_state_dict(state)
     assert equal(take(other, 4), expected)
 
 
 def test_close_ends_the_workers_and_keeps_the_position(data):
-    loader, other = (TrainLoader(data, 4, BLOCK, seed=1, num_workers=n) for n in (2, 0))
+    loader, other = (shard_loader(data, 4, BLOCK, seed=1, num_workers=n) for n in (2, 0))
     take(loader, 3), take(other, 3)
     assert len(multiprocessing.active_children()) == 2
     loader.close()
@@ -144,7 +144,7 @@ def test_close_ends_the_workers_and_keeps_the_position(data):
 
 def test_close_after_a_worker_died_with_a_lock(data):
     """Workers look at an event at every batch: one that is killed just then holds the event's lock for ever."""
-    loader = TrainLoader(data, 4, BLOCK, seed=1, num_workers=2)
+    loader = shard_loader(data, 4, BLOCK, seed=1, num_workers=2)
     take(loader, 1)
     holder = threading.Thread(target=loader.iterator._workers_done_event._cond.acquire, daemon=True)
     holder.start(), holder.join()
@@ -156,7 +156,7 @@ def test_close_after_a_worker_died_with_a_lock(data):
 
 
 def test_another_batch_size_goes_on_with_the_same_blocks(data):
-    large, small = TrainLoader(data, 6, BLOCK, seed=1), TrainLoader(data, 3, BLOCK, seed=1)
+    large, small = shard_loader(data, 6, BLOCK, seed=1), shard_loader(data, 3, BLOCK, seed=1)
     next(large)
     small.load_state_dict(large.state_dict())
     inputs, _ = next(large)
@@ -164,7 +164,7 @@ def test_another_batch_size_goes_on_with_the_same_blocks(data):
 
 
 def test_position_in_other_data_is_refused(data):
-    loader = TrainLoader(data, 4, BLOCK, seed=1)
+    loader = shard_loader(data, 4, BLOCK, seed=1)
     with pytest.raises(BadInput, match="not what the checkpoint was trained on"):
         loader.load_state_dict(loader.state_dict() | {"data": "0" * 16})
 
@@ -179,7 +179,7 @@ def test_val_batches_are_fixed_and_in_order(data):
 
 
 def test_a_pickled_loader_opens_the_shards_again(data):
-    batches = BlockBatches(data.split("train"), 2, BLOCK, seed=0)
+    batches = BlockBatches(data, "train", 2, BLOCK, seed=0)
     expected = batches[0]
     assert len(pickle.dumps(batches)) < 5000
     assert equal([pickle.loads(pickle.dumps(batches))[0]], [expected])

@@ -10,23 +10,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
-from layers.attention import Rotary
+from layers.attention import Rotary, rotate
 from layers.norm import rms_norm
+from layers.places import Places, positions_in_texts
 from layers.shift import Shifted, TokenShift
 from model import EMBED_LOGITS, GPT, GPTConfig
 from runtime.flags import BadInput, read_flags
 from train import PRESETS
 
-GPT2 = {name: value for name, value in PRESETS["gpt2"].items()
-        if name in vars(GPTConfig()) and name not in ("n_layer", "n_head", "head_size", "block_size")}
+GPT2, LLAMA = ({name: value for name, value in PRESETS[preset].items()
+                if name in vars(GPTConfig()) and name not in ("n_layer", "n_head", "head_size", "block_size")}
+               for preset in ("gpt2", "llama"))
 # every layer, and every switch turned from the way it usually is
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
+            {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
             {"positions": "learned"}, {"qk_norm": False}, {"value_residual": False}, {"embed_shortcut": False},
             {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, value in switch.items()))
-                   for switch in SWITCHES), pytest.param(GPT2, id="gpt2"),
+                   for switch in SWITCHES), pytest.param(GPT2, id="gpt2"), pytest.param(LLAMA, id="llama"),
                  pytest.param({"norm": "layer", "bias": True, "tied": False}, id="layer,bias,untied")]
 B, T, V = 3, 24, 96
 
@@ -103,6 +106,62 @@ def test_cached_decoding_equals_the_full_forward(model, idx, steps):
         parts.append(model(idx[:, at:at + n], cache=cache))
         at += n
     assert torch.allclose(torch.cat(parts, dim=1), model(idx), atol=3e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 12, 7], [9, 3, 9]])
+def test_texts_of_different_lengths_are_decoded_as_each_alone(model, idx, lengths):
+    logits, cache = model.prefill([row[:n] for row, n in zip(idx, lengths)], T)
+    for more in range(10):
+        for row, n in enumerate(lengths):
+            assert torch.allclose(logits[row], model(idx[row:row + 1, :n + more])[0, -1], atol=3e-5)
+        new = torch.stack([row[n + more:n + more + 1] for row, n in zip(idx, lengths)])
+        logits = model(new, cache=cache)[:, -1]
+    two = torch.stack([row[n + 10:n + 12] for row, n in zip(idx, lengths)])
+    for row, (n, logit) in enumerate(zip(lengths, model(two, cache=cache, n_last=1))):
+        assert torch.allclose(logit[0], model(idx[row:row + 1, :n + 12])[0, -1], atol=3e-5)
+
+
+def test_packed_texts_do_not_leak(model, idx):
+    """Losses and gradients are those of each text by itself."""
+    cuts = [[0, 5, 6, T], [0, 1, 2, 20, T], [0, T]]
+    begins = torch.zeros(B, T, dtype=torch.bool)
+    targets = idx.roll(-1, dims=1)
+    total = 0.0
+    for row, stops in enumerate(cuts):
+        for start, stop in zip(stops, stops[1:]):
+            begins[row, start] = True
+            total = total + model(idx[row:row + 1, start:stop], targets[row:row + 1, start:stop], reduction="none").sum()
+    total.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    losses = model(idx, targets, reduction="none", begins=begins)
+    losses.sum().backward()
+    assert losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
+    for parameter, grad in zip(model.parameters(), expected):
+        assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=2e-4 * max(1.0, grad.abs().max().item()))
+    changed = idx.clone()
+    changed[0, :5] = (changed[0, :5] + 1) % V
+    other = model(changed, targets, reduction="none", begins=begins)
+    assert torch.allclose(other[0, 5:], losses[0, 5:], atol=1e-6) and not torch.allclose(other[0, :5], losses[0, :5])
+
+
+def test_positions_in_texts_by_hand():
+    begins = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    assert positions_in_texts(begins).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
+
+
+def test_the_cache_takes_what_its_formula_says():
+    """In bytes: keys and values of every slot, or a matrix a head; and the last position that each shift has seen."""
+    count = lambda cache: sum(tensor.numel() * tensor.element_size() for block in cache.blocks
+                              for part in (block.mixer, *block.shifts) for tensor in vars(part).values())
+    for n_kv_head, slots in ((2, 10), (1, 10), (2, 300)):
+        model = GPT(config_of(n_kv_head=n_kv_head))
+        expected = 2 * 4 * (2 * B * n_kv_head * slots * 8 + 2 * B * 16)
+        assert count(model.init_cache(B, slots)) == expected
+        assert count(model.init_cache(B, slots, torch.bfloat16)) == expected / 2
+    model = GPT(config_of(mixer="gated_delta"))
+    assert count(model.init_cache(B, 10)) == count(model.init_cache(B, 300)) == 2 * 4 * (B * 2 * 8 * 8 + 2 * B * 16)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -213,16 +272,17 @@ def test_value_residual_by_hand():
     model, x = random_model(), torch.randn(B, T, 16)
     first, second = (block.mixer for block in model.blocks)
     assert first.value_mix is None and second.value_mix.shape == ()
-    _, values = first(x)
+    places = Places()
+    _, values = first(x, places)
     own = second.qkv(x).view(B, T, 3, 2, 8)[:, :, 2].transpose(1, 2)
     for mix, expected in ((0.0, own), (1.0, values), (0.25, 0.75 * own + 0.25 * values)):
         second.value_mix.fill_(mix)
-        y, value = second(x, first=values)
+        y, value = second(x, places, first=values)
         assert torch.allclose(value, expected, atol=1e-6)
     second.value_mix.fill_(1.0)
-    y, _ = second(x, first=values)
+    y, _ = second(x, places, first=values)
     second.qkv.weight[32:] = 0  # its own values no longer count
-    assert torch.allclose(second(x, first=values)[0], y)
+    assert torch.allclose(second(x, places, first=values)[0], y)
 
 
 @torch.no_grad()
@@ -232,13 +292,13 @@ def test_embedding_shortcut_by_hand():
     assert first.shortcut is None and GPT(config_of()).blocks[1].shortcut.tolist() == [1, 0]
     values = torch.randn(B, 2, T, 8)
     second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    plain = second(x, embedded, values)[0], second(embedded, x, values)[0]
+    plain = second(x, embedded, values, Places())[0], second(embedded, x, values, Places())[0]
     second.shortcut.copy_(torch.tensor([0.0, 1.0]))
-    assert torch.equal(second(x, embedded, values)[0], plain[1])
+    assert torch.equal(second(x, embedded, values, Places())[0], plain[1])
     second.shortcut.copy_(torch.tensor([0.5, 0.25]))
-    mixed = second(x, embedded, values)[0]
+    mixed = second(x, embedded, values, Places())[0]
     second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values)[0])
+    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values, Places())[0])
 
 
 @torch.no_grad()
@@ -302,19 +362,25 @@ def test_initial_weights_by_hand(init):
                for name, weight in model.named_parameters() if weight.dim() == 1 and not name.endswith("shortcut"))
 
 
+def turned(rotary: Rotary, x: torch.Tensor, position: int) -> torch.Tensor:
+    return rotate(x, rotary(slice(position, position + 1)))
+
+
 def test_rotary_keeps_lengths_and_depends_on_distance_alone():
     rotary = Rotary(8, 64)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    assert torch.allclose(rotary(q, 5).norm(), q.norm())
-    products = [(rotary(q, start + 9) * rotary(k, start)).sum() for start in (0, 3, 50)]
+    assert torch.allclose(turned(rotary, q, 5).norm(), q.norm())
+    products = [(turned(rotary, q, start + 9) * turned(rotary, k, start)).sum() for start in (0, 3, 50)]
     assert torch.allclose(torch.stack(products), products[0])
-    assert not torch.allclose((rotary(q, 9) * rotary(k, 1)).sum(), products[0])
+    assert not torch.allclose((turned(rotary, q, 9) * turned(rotary, k, 1)).sum(), products[0])
 
 
 def test_rotary_by_hand():
-    """Position 1 turns channels (0, 2) by 1 radian and (1, 3) by 1/100."""
-    turned = Rotary(4, 2)(torch.tensor([1.0, 0, 0, 1]).view(1, 1, 1, 4), 1).flatten()
-    assert torch.allclose(turned, torch.tensor([math.cos(1), -math.sin(0.01), math.sin(1), math.cos(0.01)]))
+    """Position 1 turns channels (0, 2) by 1 radian and (1, 3) by 1/100; by 1/10 with a base of 100."""
+    x = torch.tensor([1.0, 0, 0, 1]).view(1, 1, 1, 4)
+    for base, angle in ((10_000.0, 0.01), (100.0, 0.1)):
+        expected = torch.tensor([math.cos(1), -math.sin(angle), math.sin(1), math.cos(angle)])
+        assert torch.allclose(turned(Rotary(4, 2, base), x, 1).flatten(), expected)
 
 
 def test_parameters_of_the_default_shape():
@@ -436,6 +502,6 @@ def test_the_gradients_of_token_shift():
 def test_token_shift_by_hand():
     shift = TokenShift(GPTConfig(n_head=1, head_size=2, vocab_size=3))
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-    assert torch.equal(shift(x), x)  # at first nothing is added
+    assert torch.equal(shift(x, Places()), x)  # at first nothing is added
     torch.nn.init.constant_(shift.share[:1], 0.5)
-    assert shift(x).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]
+    assert shift(x, Places()).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]

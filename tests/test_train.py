@@ -19,7 +19,7 @@ import torch
 import generate
 import train
 from conftest import TINY_MODEL, assert_same, at_batch, rows_of, stop_in, training_of
-from dataloader import TrainLoader, open_data
+from dataloader import open_data, shard_loader
 from layers import LINEARS, MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -247,7 +247,7 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
     data = open_data(data_path)
     model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=16, vocab_size=512))
     torch.nn.init.normal_(model.head.weight)
-    small, large = TrainLoader(data, 2, 16, seed=0), TrainLoader(data, 6, 16, seed=0)
+    small, large = shard_loader(data, 2, 16, seed=0), shard_loader(data, 6, 16, seed=0)
     for _ in range(3):
         (train.next_token_loss(model, next(small)) / 3).backward()
     accumulated = [parameter.grad.clone() for parameter in model.parameters()]
@@ -447,7 +447,7 @@ def test_where_metrics_go():
     ("--mlp=kan9", ["--mlp=kan9", "relu2"]), ("--n_layers=3", ["--n_layers=3", "did you mean --n_layer?"]),
     ("--n_head=1000000", ["--n_head=1000000", "at most"]), ("--batch_size=1e9", ["--batch_size=1000000000", "at most"]),
     ("--max_tokens=0", ["--max_tokens=0", "at least 1"]), ("--max_seconds=0", ["--max_seconds=0.0", "above 0"]),
-    ("--preset=gpt3", ["--preset=gpt3", "gpt2, 6gb, p100, cpu"]),
+    ("--preset=gpt3", ["--preset=gpt3", "gpt2, llama, 6gb, p100, cpu"]),
     ("--compile_model=perhaps", ["--compile_model", "1 nor 0"]), ("--optimizer=sgd", ["--optimizer=sgd", "muon"]),
     ("--batch_size=big", ["--batch_size", "'big'"]), ("--checkpoint_path=/dev/null/x/gpt.pt", ["--checkpoint_path"])])
 def test_bad_flags(tmp_path, data_path, refused, flag, words):
@@ -497,7 +497,7 @@ def test_what_is_compiled(run_train, monkeypatch, given, capability, compiles):
 
 def flags_with(*argv: str) -> dict:
     """What every flag of a fresh run is."""
-    defaults, given = train.read_flags_given(argv)
+    given, defaults = train.PRETRAINING.flags_given(argv), train.PRETRAINING.defaults()
     return train.merged(defaults | train.PRESETS.get(given.get("preset"), {}), given)
 
 

@@ -1,0 +1,140 @@
+"""Questions with one right answer, made from a seed, without a network: arithmetic, strings, and look-ups in the built-in
+text.
+
+Which questions are held out is a property of the question, so no seed mixes the two. A question about a text is held out
+with the document it is from.
+"""
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.sources import builtin_texts
+
+HELD_OUT = 8  # one question of so many
+WORDS = re.findall(r"\w+", """
+    apple bird black blue boat book bread child city cloud cold cow day dog door earth fire fish five food four garden girl
+    gold grass green hand head hill horse house king lake leaf light man milk moon mother mountain music night one paper
+    queen rain red river road rock rose sea ship silver sky snow song star stone story street summer sun table three tree
+    two wall water white wind winter woman wood word world yellow""")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str      # arithmetic, strings or look-ups
+    task: str
+    text: str
+    answer: str
+
+    def messages(self) -> list[dict]:
+        return [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]
+
+
+def some(rng: np.random.Generator, items, low: int, high: int) -> list[str]:
+    """low to high of `items`, no two alike."""
+    return [items[i] for i in rng.permutation(len(items))[:rng.integers(low, high + 1)]]
+
+
+def make_sum(rng):
+    a, b = rng.integers(0, 50, 2)
+    return f"What is {a} plus {b}?", f"{a + b}"
+
+
+def make_difference(rng):
+    a, b = sorted(rng.integers(0, 100, 2))
+    return f"What is {b} minus {a}?", f"{b - a}"
+
+
+def make_larger(rng):
+    a, b = rng.permutation(100)[:2]
+    return f"Which is larger, {a} or {b}?", f"{max(a, b)}"
+
+
+def make_count(rng):
+    a, n = rng.integers(0, 90), rng.integers(2, 7)
+    return f"Count from {a} to {a + n}.", " ".join(str(i) for i in range(a, a + n + 1))
+
+
+def make_backwards(rng):
+    words = some(rng, WORDS, 2, 5)
+    return f"Write backwards: {' '.join(words)}", " ".join(reversed(words))
+
+
+def make_last(rng):
+    words = some(rng, WORDS, 3, 6)
+    return f"What is the last word of: {' '.join(words)}", words[-1]
+
+
+def make_second(rng):
+    words = some(rng, WORDS, 3, 6)
+    return f"What is the second word of: {' '.join(words)}", words[1]
+
+
+def make_repeat(rng):
+    word, n = some(rng, WORDS, 1, 2), rng.integers(2, 5)
+    times = {2: "twice", 3: "three times", 4: "four times"}[int(n)]
+    return f"Say {' '.join(word)} {times}.", " ".join(word * n)
+
+
+def make_sorted(rng):
+    letters = some(rng, LETTERS, 3, 5)
+    return f"Put in order: {' '.join(letters)}", " ".join(sorted(letters))
+
+
+def make_length(rng):
+    words = some(rng, WORDS, 1, 7)
+    return f"How many words are there: {' '.join(words)}", str(len(words))
+
+
+def make_after(rng, words: list[str]):
+    i = rng.integers(len(words) - 1)
+    return f"Which word comes after {words[i]} in: {' '.join(words)}", words[i + 1]
+
+
+def make_before(rng, words: list[str]):
+    i = rng.integers(1, len(words))
+    return f"Which word comes before {words[i]} in: {' '.join(words)}", words[i - 1]
+
+
+MAKERS: dict[str, dict[str, Callable]] = {
+    "arithmetic": {"sum": make_sum, "difference": make_difference, "larger": make_larger, "count": make_count},
+    "strings": {"backwards": make_backwards, "last": make_last, "second": make_second, "repeat": make_repeat,
+                "sorted": make_sorted, "length": make_length},
+    "look-ups": {"after": make_after, "before": make_before},
+}
+
+
+def is_held_out(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
+
+
+@functools.cache
+def passages(held_out: bool) -> list[list[str]]:
+    """Runs of 5 to 9 different words of the built-in text."""
+    found = []
+    for text in builtin_texts():
+        if is_held_out(text) == held_out:
+            for run in re.findall(r"(?<![\w`'.-])[a-z]+(?: [a-z]+){4,8}(?![\w`'(])", text):
+                words = run.split()
+                if len(set(words)) == len(words):
+                    found.append(words)
+    return found
+
+
+def make_questions(n: int, seed: int, held_out: bool) -> Iterator[Question]:
+    """`n` different questions, as many of each task; fewer where a task has no more."""
+    tasks = [(kind, task, make) for kind, makers in MAKERS.items() for task, make in makers.items()]
+    for i, (kind, task, make) in enumerate(tasks):
+        rng, seen, tries = np.random.default_rng([seed, i, held_out]), set(), 0
+        wanted = n * (i + 1) // len(tasks) - n * i // len(tasks)
+        texts = passages(held_out) if kind == "look-ups" else None
+        while len(seen) < wanted and tries < 100 * wanted + 1000:
+            tries += 1
+            text, answer = make(rng) if texts is None else make(rng, texts[rng.integers(len(texts))])
+            if text not in seen and (texts is not None or is_held_out(text) == held_out):
+                seen.add(text)
+                yield Question(kind, task, text, answer)
