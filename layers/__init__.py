@@ -12,7 +12,7 @@ the first block's: see Attention. Both have `flops_per_token(block_size)`, the f
 products cost a training token, forward and (as much again, twice) backward, and `elementwise_flops_per_token(block_size)`,
 those of activations and bases. Both make their linear layers by LINEARS[config.linear], and name those that write into the
 residual stream `proj`: the model starts their matrices at zero. A mixer has a `letter`, by which a pattern of several names
-it.
+it. Buffers that are not in checkpoints are made by `fill`, which export.py's model calls again.
 """
 from functools import partial
 

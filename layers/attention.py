@@ -38,10 +38,14 @@ class Rotary(nn.Module):
 
     def __init__(self, head_size: int, block_size: int, base: float = 10_000.0):
         super().__init__()
-        frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-        angles = torch.outer(torch.arange(block_size, dtype=torch.float32), frequencies)
-        # derived from the shape alone, so not in checkpoints
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (block_size, head_size)
+        self.head_size, self.block_size, self.base = head_size, block_size, base
+        self.fill()
+
+    def fill(self):
+        """Makes the tables, (block_size, head_size). They follow from the shape alone, so they are not in checkpoints."""
+        frequencies = self.base ** -(torch.arange(0, self.head_size, 2, dtype=torch.float32) / self.head_size)
+        angles = torch.outer(torch.arange(self.block_size, dtype=torch.float32), frequencies)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
 
     def forward(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:

@@ -66,13 +66,16 @@ class RationalKAN(nn.Module):
         groups = -(-n_in // group_size(n_in, min(GROUPS, n_in)))
         numerator, denominator = SWISH if is_hidden else IDENTITY
         denominator = [max(b, LEAST_DENOMINATOR) for b in denominator]
-        self.register_buffer("sizes", torch.tensor(POWERS + POWERS[1:5]), persistent=False)
+        self.fill()
         self.numerator = nn.Parameter(torch.tensor([numerator] * groups) * self.sizes[:6])        # (groups, 6)
         self.denominator = nn.Parameter(torch.tensor([denominator] * groups) * self.sizes[6:])    # (groups, 4)
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.unit_std = (n_in * second_moment(lambda x: x / (1 + np.exp(-x)) if is_hidden else x)) ** -0.5
         self.elementwise_flops = 20 * n_in  # 10 for the numerator, 9 for the denominator, a division
+
+    def fill(self):
+        self.register_buffer("sizes", torch.tensor(POWERS + POWERS[1:5]), persistent=False)
 
     def table(self) -> Tensor:
         """a_0 … a_5, |b_1| … |b_4| of each group, (groups, 10)."""

@@ -90,7 +90,7 @@ def messages_of(row: dict, config: ConversationConfig) -> list[dict]:
     pairs = [(config.question_column, config.answer_column)] if config.question_column else COLUMNS
     question, answer = next((pair for pair in pairs if set(pair) <= row.keys()), (None, None))
     if question is None:
-        wanted = f"columns {pairs[0][0]} and {pairs[0][1]}" if config.question_column else "messages, nor question and answer"
+        wanted = f"columns {' and '.join(pairs[0])}" if config.question_column else "messages, nor question and answer"
         raise BadInput(f"has no {wanted}: its columns are {', '.join(row)}: name them by --question_column and "
                        f"--answer_column")
     contexts = [row[name] for name in CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]

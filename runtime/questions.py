@@ -40,13 +40,13 @@ def some(rng: np.random.Generator, items, low: int, high: int) -> list[str]:
 
 
 def make_sum(rng):
-    a, b = rng.integers(0, 50, 2)
-    return f"What is {a} plus {b}?", f"{a + b}"
+    numbers = rng.integers(0, 10, rng.integers(3, 5))
+    return f"What is {' plus '.join(map(str, numbers))}?", f"{sum(numbers)}"
 
 
 def make_difference(rng):
-    a, b = sorted(rng.integers(0, 100, 2))
-    return f"What is {b} minus {a}?", f"{b - a}"
+    a, b, c = rng.integers(0, 10, 3)
+    return f"What is {a + b} minus {a} plus {c}?", f"{b + c}"
 
 
 def make_larger(rng):
