@@ -2,17 +2,20 @@
 
     python compare.py --data_path=data --arms "mlp=relu2" "mlp=grkan" "mixer=DDDA" --budget tokens=3e6
 
-An arm is flags of train.py. All arms get as many parameters as the first (the width of the hidden layer is solved for), the
-same data in the same order, and the same grid of learning rates, tried on a part of the budget. From the best of it the rate
-falls, on the whole budget, as long as that is better; then each arm is trained at its best rate with every seed. Each such
-run, a cell, has its full cooldown and is a process of train.py that checkpoints: the same command goes on where it was
-stopped, and what is finished is not run again.
+    python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
+
+An arm is flags of train.py, or of finetune.py, which may begin with different models. All arms of train.py get as many
+parameters as the first (the width of the hidden layer is solved for); all arms get the same data in the same order, and the
+same grid of learning rates, tried on a part of the budget. From the best of it the rate falls, on the whole budget, as long
+as that is better; then each arm is trained at its best rate with every seed. Each such run, a cell, has its full cooldown
+and is a process that checkpoints: the same command goes on where it was stopped, and what is finished is not run again.
 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the runs' metrics stay in
 its folder `runs`.
 """
 import ast
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -27,22 +30,31 @@ from pathlib import Path
 
 import torch
 
+import finetune
 from dataloader import Data, open_data, require_a_block
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.comparison import SPEED_WARMUP, Arm, Cell, Outcome, Result, report, told
+from runtime.conversations import ConversationConfig, read_conversations
 from runtime.device import DeviceConfig, hardware, open_machine
 from runtime.files import require_writable, sole_writer, whole_file
 from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
 from runtime.runs import Run, Runner
 from runtime.stop import StopSignals
-from train import CONFIGS, DIVERGED, PRESETS, LoopConfig, RunConfig
+from train import DIVERGED, PRESETS, PRETRAINING, LoopConfig, RunConfig
 
 REPO = Path(__file__).parent
 # Flags of train.py that are the comparison's own business, and those that an arm or a size cannot set for itself either.
 OWN = {"checkpoint_path", "resume_checkpoint", "overwrite", "plot", "seed", "max_iter", "max_tokens", "max_seconds",
        "vocab_size", "verbose", "sample_tokens"}
 NOT_OF_AN_ARM = OWN | {"data_path", "device", "val_iter", "val_intervals", "log_intervals"}
+# The same of finetune.py.
+OWN_FINETUNING = {"out_path", "resume_checkpoint", "overwrite", "seed", "max_iter", "max_tokens", "max_seconds", "epochs",
+                  "verbose"}
+NOT_OF_A_FINETUNING = OWN_FINETUNING | {"device", "val_intervals", "log_intervals", *(
+    field.name for field in dataclasses.fields(ConversationConfig))}
+COMMANDS = {"train": (PRETRAINING, OWN, NOT_OF_AN_ARM),
+            "finetune": (finetune.FINETUNING, OWN_FINETUNING, NOT_OF_A_FINETUNING)}
 TOLERANCE = 0.01        # of parameters, between arms that are matched
 CLOSE = 0.0025          # near enough to stay as it is, or to take a hidden layer whose width is a multiple of 8
 NULL_SEEDS = 1000       # of the first arm against itself: seeds from here on
@@ -55,8 +67,10 @@ SPEED_STEPS = SPEED_WARMUP + 10  # of each
 class CompareConfig:
     """The comparison."""
     arms: tuple[str, ...] = flag(("mlp=gelu", "mlp=relu2"),
-                                 "architectures or recipes, each some flags of train.py with commas between; the others are "
-                                 "compared\nwith the first")
+                                 "architectures or recipes, each some flags of train.py (or of --script) with commas "
+                                 "between; the others\nare compared with the first")
+    script: str = flag("train", "what a run is: train.py, or finetune.py, of which an arm may be a model to begin with: "
+                                "checkpoint_path=a.pt", choices=tuple(COMMANDS))
     budget: str = flag("tokens=1e7", "what a run may use: tokens=N, flops=N or seconds=N; flops are those of matrix "
                                      "products,\nactivations and bases")
     seeds: int = flag(3, "runs of each arm, of initial weights and order of data; the same for all arms", at_least=1,
@@ -65,7 +79,8 @@ class CompareConfig:
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of what --learning_rate says",
                                     above=0)
     grid_share: float = flag(0.25, "part of the budget on which they are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms are given alike, beside the budget", choices=("parameters", "none"))
+    match: str = flag("parameters", "what arms of train.py are given alike, beside the budget",
+                      choices=("parameters", "none"))
     null: bool = flag(False, "run the first arm against itself, with other seeds, and no other arm: what a difference of "
                               "nothing looks like")
     jobs: int = flag(1, "runs at a time, which share the cores; the speed of arms is measured afterwards, one at a time",
@@ -98,30 +113,67 @@ class CompareConfig:
 @dataclass(frozen=True)
 class Place:
     """Where cells run, and on what: a cell's numbers depend on all of it."""
-    data: Data
+    data: "Data | Conversations"
     machine: str          # device and dtype
     hardware: str
     code: str             # hash of the source
 
-    @property
-    def vocab_size(self) -> int:
-        return self.data.manifest.vocab_size
+
+@dataclass(frozen=True)
+class Conversations:
+    """What finetunings learn, in place of shards. fingerprint: 16 hex digits that change with any of it."""
+    name: str
+    fingerprint: str
 
 
-def read_arm(text: str, given: str) -> dict:
-    """What flags of train.py an arm sets: "mlp=grkan,n_layer=4" -> {"mlp": "grkan", "n_layer": 4}. given: the flag it was
+@dataclass(frozen=True)
+class Base:
+    """A model that finetunings begin with. trained_with: the flags of its own run. digest: of the file."""
+    config: GPTConfig
+    trained_with: dict
+    digest: str
+
+
+@functools.cache
+def base_of(path: Path) -> Base:
+    """Raises BadInput."""
+    model, _, trained_with = finetune.read_base(path)
+    return Base(model.config, trained_with, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def open_subject(config: CompareConfig, common: dict) -> Data | Conversations:
+    """What all runs learn from. Raises BadInput."""
+    if config.script == "train":
+        return open_data(common.get("data_path", RunConfig.data_path))
+    source = read_flags(ConversationConfig, of_config(ConversationConfig, common))
+    parts = [[one.messages for one in part] for part in read_conversations(source)]
+    return Conversations(source.dataset, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16])
+
+
+def facts_of(data: Data | Conversations) -> list[str]:
+    """All that a run's numbers take from it."""
+    if isinstance(data, Conversations):
+        return [data.fingerprint]
+    shards = [shard.sha256 for split in ("train", "val") for shard in data.manifest.shards[split]]
+    return [data.manifest.tokenizer, *shards]
+
+
+def read_arm(text: str, given: str, script: str = "train") -> dict:
+    """What flags of `script` an arm sets: "mlp=grkan,n_layer=4" -> {"mlp": "grkan", "n_layer": 4}. given: the flag it was
     given by, for the message. Raises BadInput."""
+    training, _, not_of_an_arm = COMMANDS[script]
     parser = Parser(None)
-    add_flags(parser, *CONFIGS, suppress=True)
+    add_flags(parser, *training.configs, suppress=True)
     if set(text.split(",")) & {"help", "h"}:
-        raise BadInput(f"{given} {text!r}: give flags of train.py, such as mlp=relu2; `python train.py --help` lists them")
+        raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
+                       f"them")
     try:
         values = vars(parser.parse_args([f"--{part.strip()}" for part in text.split(",")]))
-        for config in CONFIGS:
+        for config in training.configs:
             read_flags(config, of_config(config, values))
     except BadInput as error:
         raise BadInput(f"{given} {text!r}: {error}") from None
-    if foreign := values.keys() & NOT_OF_AN_ARM:
+    if foreign := values.keys() & not_of_an_arm:
         raise BadInput(f"{given} {text!r}: {min(foreign)} is no part of an architecture or recipe")
     return values
 
@@ -132,18 +184,20 @@ def of_config(config: type, values: dict) -> dict:
     return {name: value for name, value in (PRESETS.get(values.get("preset"), {}) | values).items() if name in names}
 
 
-def arms_of(config: CompareConfig, common: dict, data: Data) -> list[Arm]:
+def arms_of(config: CompareConfig, common: dict, data: Data | Conversations) -> list[Arm]:
     """Every arm at every size, the arms of a size matched. Raises BadInput."""
     names = [(name, tuple(range(1, config.seeds + 1))) for name in (config.arms[:1] if config.null else config.arms)]
     if config.null:
         names.append((f"{config.arms[0]} again", tuple(range(NULL_SEEDS + 1, NULL_SEEDS + config.seeds + 1))))
     arms = []
+    if config.script == "finetune":
+        common = {"checkpoint_path": finetune.FinetuneConfig.checkpoint_path} | common
     for size in config.sizes or ("",):
-        shape, first = common | (read_arm(size, "--sizes") if size else {}), None
+        shape, first = common | (read_arm(size, "--sizes", config.script) if size else {}), None
         for name, seeds in names:
-            values = shape | read_arm(name.removesuffix(" again"), "--arms")
+            values = shape | read_arm(name.removesuffix(" again"), "--arms", config.script)
             try:
-                if first and config.match == "parameters":
+                if first and config.match == "parameters" and config.script == "train":
                     values = matched(values, first.n_parameters, data.manifest.vocab_size)
                 arm = measured(name, size, values, seeds, data)
                 if first and arm.batch != first.batch:
@@ -157,21 +211,32 @@ def arms_of(config: CompareConfig, common: dict, data: Data) -> list[Arm]:
     return arms
 
 
-def model_of(values: dict, vocab_size: int) -> GPT:
-    """Without its weights: on torch's meta device nothing is computed."""
+def model_of(values: dict, vocab_size: int | None) -> GPT:
+    """Without its weights: on torch's meta device nothing is computed. vocab_size: None where the model exists."""
     with torch.device("meta"):
+        if vocab_size is None:
+            return GPT(base_of(values["checkpoint_path"]).config)
         return GPT(read_flags(GPTConfig, of_config(GPTConfig, values) | {"vocab_size": vocab_size}))
 
 
-def measured(name: str, size: str, values: dict, seeds: tuple[int, ...], data: Data) -> Arm:
-    model = model_of(values, data.manifest.vocab_size)
-    loop, run = read_flags(LoopConfig, of_config(LoopConfig, values)), read_flags(RunConfig, of_config(RunConfig, values))
+def vocab_size_of(data: Data | Conversations) -> int | None:
+    return data.manifest.vocab_size if isinstance(data, Data) else None
+
+
+def measured(name: str, size: str, values: dict, seeds: tuple[int, ...], data: Data | Conversations) -> Arm:
+    model, is_new = model_of(values, vocab_size_of(data)), isinstance(data, Data)
+    kinds = (LoopConfig, RunConfig, OptimizerConfig) if is_new else (
+        finetune.FinetuneLoop, finetune.FinetuneConfig, finetune.FinetuneOptimizer)
+    loop, run, schedule = (read_flags(kind, of_config(kind, values)) for kind in kinds)
     if run.batch_size == "auto":
         raise BadInput("--batch_size=auto: give a number: a step must see the same tokens whatever the arm")
     step_tokens = run.batch_size * loop.num_batch_accum * model.config.block_size
-    for split in ("train", "val"):
-        require_a_block(data, split, model.config.block_size)
-    rate = read_flags(OptimizerConfig, of_config(OptimizerConfig, values)).rate(step_tokens)
+    if is_new:
+        for split in ("train", "val"):
+            require_a_block(data, split, model.config.block_size)
+    else:
+        schedule = schedule.of_model(base_of(values["checkpoint_path"]).trained_with)
+    rate = schedule.rate(step_tokens)
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, model.config.block_size), rate,
                model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token())
 
@@ -198,8 +263,9 @@ def cell_of(arm: Arm, config: CompareConfig, place: Place, what: str, multiple: 
     """A run on the whole budget, on the part of it that rates are tried on, or of a few steps. Raises BadInput when that is
     less than one."""
     if what == "speed":
-        return named_cell(arm, config, place, what, multiple, seed, 0.0, {
-            "max_iter": SPEED_STEPS, "log_intervals": 1, "val_iter": 1, "val_intervals": SPEED_STEPS})
+        own = {"val_iter": 1} if config.script == "train" else {"answer_tokens": 1}
+        return named_cell(arm, config, place, what, multiple, seed, 0.0, own | {
+            "max_iter": SPEED_STEPS, "log_intervals": 1, "val_intervals": SPEED_STEPS})
     kind, amount = config.limit
     share = config.grid_share if what == "rate" else 1.0
     amount *= share
@@ -217,20 +283,24 @@ def cell_of(arm: Arm, config: CompareConfig, place: Place, what: str, multiple: 
 def named_cell(arm: Arm, config: CompareConfig, place: Place, what: str, multiple: float, seed: int, share: float,
                own: dict) -> Cell:
     """Its name says what it is, and holds a hash of everything that determines its numbers. own: flags of its own."""
-    values = {"dataloader_num_workers": 0} | arm.values | own | {"learning_rate": arm.rate * multiple, "seed": seed}
+    training, is_new = COMMANDS[config.script][0], config.script == "train"
+    values = arm.values | own | {"learning_rate": arm.rate * multiple, "seed": seed}
+    values = {"dataloader_num_workers": 0} | values if is_new else values
     flags = tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))
-    shards = [shard.sha256 for split in ("train", "val") for shard in place.data.manifest.shards[split]]
-    known = [place.data.manifest.tokenizer, *shards, place.machine, torch.__version__, place.code,
-             *(text for text in flags if not text.startswith("--data_path")), place.hardware if what == "speed" else ""]
+    base = [] if is_new else [base_of(values["checkpoint_path"]).digest]
+    told = [text for text in flags if not text.startswith(("--data_path", "--checkpoint_path"))]
+    known = [*facts_of(place.data), *base, place.machine, torch.__version__, place.code, *told,
+             place.hardware if what == "speed" else ""]
     digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:10]
     words = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.name}-{arm.size}".strip("-"))[:80]
     name = f"{words}-{what}-{multiple:g}-{seed}-{digest}"
-    return Cell(arm, what, multiple, seed, share, Run(REPO / "train.py", config.out_path / "runs" / f"{name}.pt", flags))
+    run = Run(REPO / training.script, config.out_path / "runs" / f"{name}.pt", flags, training.out)
+    return Cell(arm, what, multiple, seed, share, run)
 
 
 def code_hash() -> str:
     """Of the source that a run's numbers come from, without its comments and docstrings."""
-    files = [*(REPO / f"{name}.py" for name in ("train", "model", "optimizer", "dataloader")),
+    files = [*(REPO / f"{name}.py" for name in ("train", "finetune", "model", "optimizer", "dataloader")),
              *sorted(REPO.glob("layers/*.py")), *sorted(REPO.glob("kernels/rational*.py"))]
     digest = hashlib.sha256()
     for path in files:
@@ -242,7 +312,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def open_place(data: Data, common: dict) -> Place:
+def open_place(data: Data | Conversations, common: dict) -> Place:
     """Raises BadInput when the device is not there. A GPU is asked in a process of its own: the memory that one holds would
     be missing to the runs."""
     config = read_flags(DeviceConfig, of_config(DeviceConfig, common))
@@ -304,37 +374,45 @@ def regime(outcomes: list[Outcome], config: CompareConfig, place: Place) -> str:
     """In what circumstances all this was measured: no verdict reaches beyond."""
     runs = [run for outcome in outcomes for run in outcome.finished()]
     first = outcomes[0].arm
-    model = model_of(first.values, place.vocab_size).config
+    model = model_of(first.values, vocab_size_of(place.data)).config
     tokens = sorted({run.rows[-1]["tokens"] for run in runs}) or [0]
     span = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((tokens[0], tokens[-1])))
-    alike = "as many parameters as the first" if config.match == "parameters" else "parameters as they come"
-    epochs = tokens[-1] / place.data.manifest.total("train", "tokens")
+    is_new = isinstance(place.data, Data)
+    alike = "as many parameters as the first" if config.match == "parameters" and is_new else "parameters as they come"
+    text = f"conversations of {place.data.name}" if not is_new else (
+        f"{place.data.manifest.source.get('dataset', 'text')}, "
+        f"{tokens[-1] / place.data.manifest.total('train', 'tokens'):.2f} epochs")
     return (f"First arm: {model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {first.n_parameters / 1e6:.2f} M parameters, steps of {first.step_tokens:,} tokens; the "
-            f"others: {alike}. {span} M tokens ({epochs:.2f} epochs) of "
-            f"{place.data.manifest.source.get('dataset', 'text')}, budget {config.budget}, {config.seeds} seeds; "
+            f"others: {alike}. {span} M tokens of {text}; budget {config.budget}, {config.seeds} seeds; "
             f"{place.hardware}, {place.machine}")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 def read_command(argv) -> tuple[CompareConfig, dict]:
-    """The comparison, and the flags of train.py that all its runs have."""
+    """The comparison, and the flags of its script that all its runs have."""
+    only_script = Parser(None)
+    only_script.add_argument("--script", choices=tuple(COMMANDS), default="train")
+    script = only_script.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
+                                           if text not in ("-h", "--help")])[0].script
+    training, own, _ = COMMANDS[script]
     parser = Parser(main.__doc__)
     add_flags(parser, CompareConfig)
-    add_flags(parser, *CONFIGS, suppress=True, without=OWN)
+    add_flags(parser, *training.configs, suppress=True, without=own)
     values = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(CompareConfig)}
     common = {name: value for name, value in values.items() if name not in names}
     return read_flags(CompareConfig, values), common
 
 
-def plan_of(config: CompareConfig, common: dict, data: Data) -> dict:
+def plan_of(config: CompareConfig, common: dict, data: Data | Conversations) -> dict:
     """What makes it this comparison, as JSON has it: not how many seeds there are, or how it is run."""
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("seeds", "jobs", "out_path",
                                                                                              "overwrite")}
     shared = {name: value for name, value in common.items() if name != "data_path"}
-    return json.loads(json.dumps(kept | {"data": data.manifest.fingerprint(), "flags of train.py": shared}, default=str))
+    fingerprint = data.manifest.fingerprint() if isinstance(data, Data) else data.fingerprint
+    return json.loads(json.dumps(kept | {"data": fingerprint, f"flags of {config.script}.py": shared}, default=str))
 
 
 def require_place(config: CompareConfig, plan: dict):
@@ -355,7 +433,7 @@ def require_place(config: CompareConfig, plan: dict):
 def main(argv=None):
     """Compares architectures at an equal budget."""
     config, common = read_command(argv)
-    data = open_data(common.get("data_path", RunConfig.data_path))
+    data = open_subject(config, common)
     arms = arms_of(config, common, data)
     place = open_place(data, common)
     for arm in arms:

@@ -36,7 +36,7 @@ from runtime.resume import TrainingCommand, is_finished, with_ends
 from tokenizer import Tokenizer
 from train import CHANGEABLE, NOT_SAVED, LoopConfig, TrainState, make_state, open_place, report_start, train
 
-RATE_SHARE = 0.3    # of pretraining's learning rate: what is known is to be turned, not to be learnt anew
+RATE_SHARE = 0.5    # of pretraining's learning rate: what is known is to be turned, not to be learnt anew
 ASKED_AT_ONCE = 64  # questions
 
 
@@ -68,6 +68,14 @@ class FinetuneOptimizer(OptimizerConfig):
                           choices=("auto", "muon", "adamw", "gpt2"))
     learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {RATE_SHARE} of its", above=0, auto=True)
     weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
+
+    def rate(self, step_tokens: int) -> float:
+        return super().rate(step_tokens) * (RATE_SHARE if self.learning_rate == "auto" else 1.0)
+
+    def of_model(self, trained_with: dict) -> "FinetuneOptimizer":
+        """With what trained the model: what AdamW has made, Muon would make over. trained_with: the flags of its run."""
+        chosen = trained_with.get("optimizer", "adamw") if self.optimizer == "auto" else self.optimizer
+        return dataclasses.replace(self, optimizer=chosen)
 
 
 @dataclass(frozen=True)
@@ -256,8 +264,7 @@ def keep_answers(state: TrainState, answers: list[dict]):
     path = run_folder(state.writer.path) / "answers.jsonl"
     kept = [row for row in read_answers(path) if row["step"] < state.step] if state.step else []
     with whole_file(path, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n"
-                        for row in kept + [{"step": state.step} | answer for answer in answers])
+        file.writelines(json.dumps(row) + "\n" for row in kept + [{"step": state.step} | answer for answer in answers])
 
 
 def read_answers(path: Path) -> list[dict]:
@@ -336,8 +343,7 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, 
             model, tokenizer = GPT.from_blob(blob), Tokenizer.from_json(blob["tokenizer"])
     else:
         model, tokenizer, trained_with = read_base(run.checkpoint_path)
-        if schedule.optimizer == "auto":  # what AdamW has made, Muon would make over
-            schedule = dataclasses.replace(schedule, optimizer=trained_with.get("optimizer", "adamw"))
+        schedule = schedule.of_model(trained_with)
     conversations, held_out = read_conversations(source)
     block_size = model.config.block_size
     seed_everything(run.seed)
@@ -347,8 +353,6 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, 
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     step_rows = run.batch_size * loop.num_batch_accum
-    if schedule.learning_rate == "auto":
-        schedule = dataclasses.replace(schedule, learning_rate=RATE_SHARE * schedule.rate(step_rows * block_size))
     if not (loop.max_iter or loop.max_tokens or loop.max_seconds):
         loop = dataclasses.replace(loop, max_iter=max(1, math.ceil(run.epochs * batches.n_blocks / step_rows)))
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")

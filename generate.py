@@ -21,6 +21,7 @@ from runtime.device import DTYPES, DeviceConfig, Machine, explain_out_of_memory,
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.stop import StopSignals
+from runtime.texts import as_text
 from tokenizer import Tokenizer
 
 
@@ -254,6 +255,7 @@ class Chat:
     def answer(self, message: str) -> Iterator[str]:
         """Yields the answer as it is made; where the caller stops early, it ends there. Raises BadInput, and forgets
         `message`, when it is longer than the context."""
+        message = as_text(message)  # terminals may give halves of surrogate pairs
         turn = [self.role_ids["user"], *self.tokenizer.encode(message), self.end_id, self.role_ids["assistant"]]
         if len(turn) > self.room():
             raise BadInput(f"the message has {len(turn) - 3:,} tokens, the model's context holds {self.room() - 3:,}: "

@@ -3,12 +3,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from runtime.flags import BadInput, check_flags, flag
 from runtime.questions import make_questions
 from runtime.rows import read_dataset
 
 DOLLY = "databricks/databricks-dolly-15k"
-BUILTIN_QUESTIONS = 30_000
+BUILTIN_QUESTIONS, MOST_TURNS = 60_000, 4
 # Columns of well-known sets, of which the first that are all there count.
 COLUMNS = ("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("prompt", "response"), \
     ("prompt", "completion"), ("prompt", "answer"), ("problem", "solution"), ("input", "output")
@@ -47,7 +49,7 @@ def read_conversations(config: ConversationConfig) -> tuple[list[Conversation], 
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     if config.dataset == "builtin":
-        return builtin(BUILTIN_QUESTIONS, False), builtin(config.val_conversations, True)
+        return builtin_conversations(), builtin_held_out(config.val_conversations)
     everything = list(read_everything(config))
     rank = lambda one: hashlib.sha256(opening(one).encode("utf-8", "replace")).digest()
     ranks = sorted({rank(one) for one in everything})
@@ -57,9 +59,19 @@ def read_conversations(config: ConversationConfig) -> tuple[list[Conversation], 
     return [one for one in everything if rank(one) > last], [one for one in everything if rank(one) <= last]
 
 
-def builtin(n: int, held_out: bool) -> list[Conversation]:
+def builtin_held_out(n: int) -> list[Conversation]:
     return [Conversation(question.messages(), "a built-in question", f"{question.kind}: {question.task}")
-            for question in make_questions(n, 0, held_out)]
+            for question in make_questions(n, 0, held_out=True)]
+
+
+def builtin_conversations() -> list[Conversation]:
+    """Of one to MOST_TURNS questions each, so that what was said before is not taken for the question."""
+    rng, questions = np.random.default_rng(0), list(make_questions(BUILTIN_QUESTIONS, 0, held_out=False))
+    order, made = rng.permutation(len(questions)).tolist(), []
+    while order:
+        turns = [questions[order.pop()] for _ in range(min(len(order), rng.integers(1, MOST_TURNS + 1)))]
+        made.append(Conversation([message for turn in turns for message in turn.messages()], "a built-in conversation"))
+    return made
 
 
 def opening(one: Conversation) -> str:

@@ -141,6 +141,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            if not name.startswith("-"):
+                raise BadInput(f"{unknown[0]}: is no flag: give several values as in --flag a b, text with spaces in quotes")
             raise BadInput(f"{unknown[0]}: no such flag" + (f", did you mean {close[0]}?" if close else ", see --help"))
         return found
 

@@ -45,8 +45,8 @@ def make_sum(rng):
 
 
 def make_difference(rng):
-    a, b, c = rng.integers(0, 10, 3)
-    return f"What is {a + b} minus {a} plus {c}?", f"{b + c}"
+    a, b, c, d = rng.integers(0, 10, 4)
+    return f"What is {a + b + c} minus {a} minus {b} plus {d}?", f"{c + d}"
 
 
 def make_larger(rng):

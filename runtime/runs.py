@@ -28,10 +28,11 @@ GRACE = 30  # seconds that a process has to save and end
 @dataclass(frozen=True)
 class Run:
     """A process of `script`, which writes `checkpoint`, its rows into the folder of that name, and takes --overwrite and
-    --resume_checkpoint."""
+    --resume_checkpoint. out: the flag that names the checkpoint."""
     script: Path
     checkpoint: Path
     flags: tuple[str, ...]
+    out: str = "checkpoint_path"
 
     @property
     def folder(self) -> Path:
@@ -121,7 +122,7 @@ class Runner:
             if self.stop.signal or self.is_over:
                 return "stopped", ""
             process = subprocess.Popen(
-                [sys.executable, str(run.script), f"--checkpoint_path={run.checkpoint}", *flags, "--verbose=0"],
+                [sys.executable, str(run.script), f"--{run.out}={run.checkpoint}", *flags, "--verbose=0"],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment,
                 start_new_session=True)  # a terminal's Ctrl-C comes to this process alone, which passes it on
             self.processes.add(process)

@@ -112,7 +112,7 @@ def test_a_cell_is_another_where_its_numbers_would_be(data, place, tmp_path, mon
 
 
 def test_comments_are_no_part_of_the_code_that_numbers_come_from(tmp_path, monkeypatch):
-    for name in ("train", "model", "optimizer", "dataloader"):
+    for name in ("train", "finetune", "model", "optimizer", "dataloader"):
         (tmp_path / f"{name}.py").write_text("x = 1\n")
     monkeypatch.setattr(compare, "REPO", tmp_path)
     before = compare.code_hash()
@@ -296,7 +296,7 @@ def pretending(tmp_path, monkeypatch):
     folder = tmp_path / "pretends"
     folder.mkdir()
     (folder / "train.py").write_text(PRETENDS)
-    for name in ("model", "optimizer", "dataloader"):
+    for name in ("finetune", "model", "optimizer", "dataloader"):
         (folder / f"{name}.py").write_text("")
     monkeypatch.setattr(compare, "REPO", folder)
 

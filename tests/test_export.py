@@ -241,7 +241,7 @@ def test_ids_are_those_of_autotokenizer(pattern, pairs, english):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs", "Cn"]), st.sampled_from("'’sStTrReElL 01\r\n\t\u017f"))))
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs", "Cn"]), st.sampled_from("'’sStTrReE 01\r\n\t\u017f"))))
 def test_ids_of_any_text(pattern, pairs, text):
     same_ids(pairs[pattern], text)
 

@@ -11,6 +11,7 @@ import pytest
 
 import compare
 import download_data
+import evaluate
 import generate
 import probes
 import tokenizer
@@ -120,6 +121,7 @@ def test_every_flag_has_help(helps):
 COMMANDS = {
     "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
     "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig),
+    "evaluate": (evaluate.EvaluateConfig, DeviceConfig),
     "compare": (compare.CompareConfig,), "probes": probes.CONFIGS}
 
 

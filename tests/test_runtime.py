@@ -91,7 +91,7 @@ def test_auto_is_a_value_where_it_may_be():
     (["--fast=perhaps"], "neither 1 nor 0"), (["--sise=3"], "no such flag, did you mean --size?"),
     (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
     (["--size=1e19"], "'1e19' is too large"), (["--size=inf"], "'inf' is not a whole number"),
-    (["--siz=3"], "no such flag"), (["stray"], "stray: no such flag"),
+    (["--siz=3"], "no such flag"), (["stray"], "stray: is no flag"),
     (["--steps", "1", "0"], "--steps=0.0: must be above 0"), (["--steps", "1", "b"], "'b' is not a number"),
     (["--steps"], "--steps: expected at least one")])
 def test_flags_are_refused(argv, words):
