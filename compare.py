@@ -34,6 +34,7 @@ import finetune
 from dataloader import Data, open_data, require_a_block
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
+from runtime.checkpoint import load_checkpoint, reading
 from runtime.comparison import SPEED_WARMUP, Arm, Cell, Outcome, Result, report, told
 from runtime.conversations import ConversationConfig, read_conversations
 from runtime.device import DeviceConfig, hardware, open_machine
@@ -137,8 +138,10 @@ class Base:
 @functools.cache
 def base_of(path: Path) -> Base:
     """Raises BadInput."""
-    model, _, trained_with = finetune.read_base(path)
-    return Base(model.config, trained_with, hashlib.sha256(path.read_bytes()).hexdigest())
+    blob = load_checkpoint(path)
+    with reading(path):
+        trained_with = blob.get("training", {}).get("settings", {})
+        return Base(GPTConfig(**blob["config"]), trained_with, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def open_subject(config: CompareConfig, common: dict) -> Data | Conversations:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import signal
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
 from runtime.device import DTYPES, DeviceConfig, Machine, explain_out_of_memory, open_machine
 from runtime.files import require_writable, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags
+from runtime.flags import BadInput, check_flags, command, flag, parse_flags, parse_path
 from runtime.stop import StopSignals
 from runtime.texts import as_text
 from tokenizer import Tokenizer
@@ -142,7 +143,7 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
 
 class TextStream:
     """Makes text of one row's tokens as they come: whole characters, and nothing that may become a stop text or stands
-    behind one. Special tokens end it."""
+    behind one; of several the first to be complete counts. Special tokens end it."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.tokenizer, self.stop, self.ends = tokenizer, stop, set(tokenizer.special_tokens.values())
@@ -163,8 +164,8 @@ class TextStream:
 
     def add(self, text: str) -> str:
         self.held += text
-        if found := [at for stop in self.stop if (at := self.held.find(stop)) >= 0]:
-            text, self.held, self.is_done = self.held[:min(found)], "", True
+        if found := [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]:
+            text, self.held, self.is_done = self.held[:min(found)[1]], "", True
             return text
         n = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         text, self.held = self.held[:len(self.held) - n], self.held[len(self.held) - n:]
@@ -238,8 +239,8 @@ class Chat:
         self.told = [{"role": "system", "content": system}] if system else []
         self.head = tokenizer.encode_chat(self.told)[0] if system else [tokenizer.separator_id]
         if self.room() < 4:
-            raise BadInput(f"--system={system[:20]}…: has {len(self.head):,} tokens, the model's context holds "
-                           f"{model.config.block_size:,}: shorten it")
+            told = f"--system={system[:20]}…: has {len(self.head):,} tokens, " if system else ""
+            raise BadInput(f"{told}the model's context holds {model.config.block_size:,}: too few for a conversation")
         self.reset()
 
     def reset(self):
@@ -247,37 +248,38 @@ class Chat:
         self.messages = list(self.told)
         self.turns: list[list[int]] = []  # a user's message and the answer each
         self.held, self.cache = [], None  # the ids that the cache has taken in
+        self.is_full = False              # whether the last turn has filled the context
 
     def room(self) -> int:
         """Tokens that a turn may have."""
         return self.model.config.block_size - len(self.head)
 
     def answer(self, message: str) -> Iterator[str]:
-        """Yields the answer as it is made; where the caller stops early, it ends there. Raises BadInput, and forgets
-        `message`, when it is longer than the context."""
+        """Yields the answer as it is made, nothing where a token makes no text yet; where the caller stops early, it ends
+        there. Raises BadInput, and forgets `message`, when it is longer than the context."""
         message = as_text(message)  # terminals may give halves of surrogate pairs
         turn = [self.role_ids["user"], *self.tokenizer.encode(message), self.end_id, self.role_ids["assistant"]]
         if len(turn) > self.room():
             raise BadInput(f"the message has {len(turn) - 3:,} tokens, the model's context holds {self.room() - 3:,}: "
                            f"shorten it")
         self.turns.append(turn)
+        self.is_full, n_asked = False, len(turn)
         said, stream = [], TextStream(self.tokenizer, self.stop)
         try:
             for _ in range(self.max_new_tokens):
                 token_id = self.next_token()
-                if token_id is None:
+                if self.is_full:
                     break
-                text = stream.push(token_id)
+                said.append(stream.push(token_id))
                 if token_id not in stream.ends:
                     turn.append(token_id)
-                if text:
-                    said.append(text)
-                    yield text
+                yield said[-1]
                 if stream.is_done:
+                    if token_id not in stream.ends:  # a stop text, of which the model is to know as little as the user
+                        turn[n_asked:] = self.tokenizer.encode("".join(said))
                     return
-            if text := stream.finish():
-                said.append(text)
-                yield text
+            said.append(stream.finish())
+            yield said[-1]
         except BaseException as error:
             if not isinstance(error, GeneratorExit):  # which comes between tokens; others may come in the middle of one
                 self.cache = None
@@ -288,13 +290,14 @@ class Chat:
 
     @torch.inference_mode()
     def next_token(self) -> int | None:
-        """None when the turn has filled the context."""
+        """None, and `is_full`, when the turn has filled the context."""
         block_size, ids = self.model.config.block_size, self.ids()
         if len(ids) > block_size:
             while len(self.turns) > 1 and len(ids) > block_size // 2:
                 del self.turns[0]
                 ids = self.ids()
             if len(ids) > block_size:
+                self.is_full = True
                 return None
         device = self.model.embed.weight.device
         if self.cache is not None and ids[:len(self.held)] == self.held and len(ids) > len(self.held):
@@ -331,6 +334,8 @@ def talk(chat: Chat, first: str):
     """Reads messages and commands, and prints answers, until the input ends. first: a message before those, or nothing."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (arrow keys and history for input())
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("/help lists commands")
     while True:
@@ -347,8 +352,10 @@ def talk(chat: Chat, first: str):
                 obey(chat, line)
             elif line.strip():
                 print_answer(chat, line)
-        except (BadInput, OSError) as error:
+        except (BadInput, OSError, ArgumentTypeError) as error:
             print(f"({error})")
+        except KeyboardInterrupt:  # a second one, in the middle of a token
+            print(" (stopped)")
 
 
 def obey(chat: Chat, line: str):
@@ -357,7 +364,7 @@ def obey(chat: Chat, line: str):
         chat.reset()
         print("(forgotten)")
     elif name == "/save" and rest.strip():
-        chat.save(Path(rest.strip()).expanduser())
+        chat.save(parse_path(rest.strip()))
         print(f"(written to {rest.strip()})")
     else:
         print(COMMANDS)
@@ -373,7 +380,9 @@ def print_answer(chat: Chat, message: str):
                 break
         answer.close()
     print(" (stopped)" if stop.signal else "")
-    if len(chat.turns) <= n_turns:
+    if chat.is_full:
+        print("(the answer has filled the context and ends here)")
+    elif len(chat.turns) <= n_turns:
         print("(the context is full: the oldest turns are forgotten)")
     if stop.signal not in (None, signal.SIGINT):
         raise SystemExit(128 + stop.signal)

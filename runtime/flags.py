@@ -101,7 +101,10 @@ def parse_path(text: str) -> Path:
         raise argparse.ArgumentTypeError("is empty, give a path")  # Path("") would be the current folder
     if max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > 255:
         raise argparse.ArgumentTypeError("is longer than file names can be")
-    return Path(text).expanduser()  # a shell does not expand the ~ of --data_path=~/data
+    try:
+        return Path(text).expanduser()  # a shell does not expand the ~ of --data_path=~/data
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is in the home of a user that does not exist") from None
 
 
 PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: parse_path}

@@ -555,3 +555,37 @@ def test_an_error_leaves_nothing_running(pretending, flags, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         compare.main([*flags, "--jobs=2"])
     assert stop.value.code == 1 and time.monotonic() - start < 20 and len(pretending.log()) <= 4
+
+
+# -- finetunings ------------------------------------------------------------------------------------------------------
+
+def test_finetunings_are_compared(run_train, tmp_path, monkeypatch):
+    """Two models to begin with, the whole way, with a page at its end."""
+    monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(compare, "VALIDATIONS", 2)
+    a, b = (run_train("--max_iter=1", f"--mlp={mlp}", checkpoint=f"{mlp}/gpt.pt") for mlp in ("gelu", "swiglu"))
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text("".join(json.dumps({"question": f"{i}?", "answer": "yes"}) + "\n" for i in range(60)))
+    flags = ["--script=finetune", f"--dataset={talks}", "--arms", f"checkpoint_path={a}", f"checkpoint_path={b}",
+             "--budget=tokens=400", "--seeds=2", "--rates=1", "--grid_share=1", "--batch_size=4", "--device=cpu",
+             "--val_conversations=4", f"--out_path={tmp_path / 'out'}"]
+    compare.main(flags)
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert "conversations of" in page and "swiglu/gpt.pt" in page and "<svg" in page
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert len(rows) >= 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("metrics.jsonl")}
+    assert len(before) == 2 * (1 + 2 + 1)  # of the rate, of each seed, of the speed
+    compare.main([*flags, "--overwrite"])
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("metrics.jsonl")}
+
+
+@pytest.mark.parametrize("arms, words", [
+    (["mlp=gelu", "mlp=relu2"], ["--arms 'mlp=gelu'", "--mlp", "no such flag"]),
+    (["checkpoint_path=none.pt", "checkpoint_path=other.pt"], ["none.pt", "no checkpoint"]),
+    (["dataset=builtin", "learning_rate=1"], ["dataset is no part"])])
+def test_bad_arms_of_finetunings(arms, words, tmp_path, refused):
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text("".join(json.dumps({"question": f"{i}?", "answer": "yes"}) + "\n" for i in range(9)))
+    flags = ["--script=finetune", f"--dataset={talks}", f"--out_path={tmp_path / 'out'}"]
+    refused(compare.main, [*flags, "--arms", *arms], *words)
