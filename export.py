@@ -21,6 +21,7 @@ import regex
 import torch
 from torch import Tensor
 
+from layers import LINEARS
 from model import GPT, GPTConfig
 from runtime.byte_level import as_bytes, as_characters, merges_of
 from runtime.checkpoint import load_checkpoint, reading, save_checkpoint
@@ -192,7 +193,7 @@ def own_config(config: GPTConfig) -> dict:
 def own_code(config: GPTConfig) -> dict[str, str]:
     """Our source, file by file, in one folder: transformers loads no packages. numba, which only rational functions need, is
     asked for only by a model that has some."""
-    has_kan = config.linear != "linear" or config.mlp not in ("relu2", "gelu", "gelu_tanh", "swiglu")
+    has_kan = bool({config.linear, config.mlp} & (LINEARS.keys() - {"linear"}))
     paths = [*REPO.glob("exported/*.py"), REPO / "model.py", *REPO.glob("layers/*.py"), REPO / "runtime" / "flags.py"]
     if has_kan:
         paths.append(REPO / "kernels" / "rational.py")

@@ -12,6 +12,8 @@ import pytest
 import compare
 import download_data
 import evaluate
+import export
+import finetune
 import generate
 import probes
 import tokenizer
@@ -120,8 +122,9 @@ def test_every_flag_has_help(helps):
 
 COMMANDS = {
     "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
-    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig), "generate": (generate.GenerateConfig, DeviceConfig),
-    "evaluate": (evaluate.EvaluateConfig, DeviceConfig),
+    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig),
+    "generate": (generate.GenerateConfig, generate.SamplingConfig, DeviceConfig), "finetune": finetune.CONFIGS,
+    "evaluate": (evaluate.EvaluateConfig, DeviceConfig), "export": (export.ExportConfig,),
     "compare": (compare.CompareConfig,), "probes": probes.CONFIGS}
 
 
