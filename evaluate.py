@@ -268,8 +268,8 @@ def endings_of(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterato
 
 def score_choice(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: list[Choice],
                  config: EvaluateConfig) -> tuple[dict[str, Measured], list[dict]]:
-    """An ending's score is the log-probability of its tokens; acc takes the largest, acc_norm the largest per byte of the
-    ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
+    """An ending's score is the log-probability of its tokens; acc takes the largest, acc_norm the largest per character of
+    the ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
     windows = [window for choice in choices for window in endings_of(choice, tokenizer, model.config.block_size)]
     sums = [0.0] * len(windows)
     for i, losses in losses_of(model, machine, windows, config.batch_size):
@@ -277,9 +277,9 @@ def score_choice(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: li
     rows, rest = [], iter(sums)
     for choice in choices:
         scores = list(itertools.islice(rest, len(choice.endings)))
-        per_byte = [score / len(ending.encode("utf-8", "replace")) for score, ending in zip(scores, choice.endings)]
+        per_character = [score / len(ending) for score, ending in zip(scores, choice.endings)]
         rows.append({"question": choice.context, "scores": scores, "chosen": scores.index(max(scores)),
-                     "chosen_norm": per_byte.index(max(per_byte)), "label": choice.label})
+                     "chosen_norm": per_character.index(max(per_character)), "label": choice.label})
     chance = sum(1 / len(choice.endings) for choice in choices) / len(choices)
     return {"acc": share([row["chosen"] == row["label"] for row in rows]),
             "acc_norm": share([row["chosen_norm"] == row["label"] for row in rows]),

@@ -149,9 +149,9 @@ def test_scores_are_sums_over_each_endings_tokens(tokenizer, block_size):
     assert longest > 12
 
 
-def test_a_long_ending_is_likelier_per_byte(tokenizer):
+def test_a_long_ending_is_likelier_per_character(tokenizer):
     """To a model that knows nothing, with a token for each byte, n bytes after a space are n + 1 tokens: the shortest ending
-    is likeliest, and the longest per byte."""
+    is likeliest, and the longest per character."""
     choices = [Choice("x", ["abc", "d", "ee"], label, "") for label in (0, 0, 0, 1)]
     measured, rows = score_choice(model_of(16, 261, std=0.0), Tokenizer.train(["abc"], 261), CPU, choices,
                                   config_of("choice"))
@@ -161,7 +161,7 @@ def test_a_long_ending_is_likelier_per_byte(tokenizer):
     assert measured["acc"].error == measured["acc_norm"].error == pytest.approx(0.25)  # √(3/16 / 3)
     choices = [Choice("x", ["ab", "éé"], 0, "")]
     _, rows = score_choice(model_of(16, 261, std=0.0), Tokenizer.train(["abc"], 261), CPU, choices, config_of("choice"))
-    assert rows[0]["chosen_norm"] == 1  # 5 tokens for 4 bytes, which are 2 characters, against 3 for 2
+    assert rows[0]["chosen_norm"] == 0  # 3 tokens for 2 characters against 5 for 2; per byte it would be the other
 
 
 def test_an_ending_comes_after_one_space():

@@ -1,5 +1,14 @@
 """Models out to transformers and in from it: the same ids and the same logits."""
+import itertools
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pyarrow.parquet
 import pytest
@@ -10,10 +19,12 @@ from test_model import ARCHITECTURES, GPT2, LLAMA
 
 import export
 from conftest import REPO
-from generate import GREEDY, generate
+from evaluate import EvaluateConfig, choice_of, score_choice
+from generate import GREEDY, Chat, generate, generate_texts
 from model import GPT, GPTConfig
 from runtime.byte_level import as_bytes, as_characters, byte_characters, merges_of
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.device import Machine
 from tokenizer import PATTERNS, Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -382,3 +393,111 @@ def test_vocabularies_that_would_give_other_ids_are_refused(tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(blob | {"added_tokens": []}), encoding="utf-8")
     with pytest.raises(export.BadInput, match="bos_token_id"):
         export.read_tokenizer(tmp_path, {"bos_token_id": None, "eos_token_id": None})
+
+
+# -- stock engines ----------------------------------------------------------------------------------------------------
+
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def lm_eval(folder: Path, tasks: dict[str, dict], rows: list[dict], place: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """What lm-eval measures on the rows: its results, and the samples, in the order of the rows, of each task."""
+    place.mkdir()
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(place / "rows.jsonl")}},
+            "validation_split": "validation", "doc_to_text": "{{ctx}}"}
+    for name, task in tasks.items():
+        (place / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))  # JSON is YAML
+    # not from here: where it looks for Hugging Face's `evaluate` it would find ours
+    subprocess.run([sys.executable, "-m", "lm_eval", "--model=hf", "--device=cpu", "--batch_size=4", "--log_samples",
+                    f"--model_args=pretrained={folder},trust_remote_code=True,add_bos_token=True",
+                    f"--tasks={','.join(tasks)}", f"--include_path={place}", f"--output_path={place / 'out'}"],
+                   cwd=place, env=OFFLINE, check=True)
+    result, = (place / "out").rglob("results_*.json")
+    samples = {}
+    for name in tasks:
+        path, = (place / "out").rglob(f"samples_{name}_*.jsonl")
+        samples[name] = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    return json.loads(result.read_text())["results"], samples
+
+
+@pytest.mark.slow
+def test_lm_eval_measures_what_evaluate_does(tokenizer, english, tmp_path):
+    """Of our own code; some contexts are longer than the model's."""
+    pytest.importorskip("lm_eval")
+    model, block_size = random_model(tokenizer.vocab_size, block_size=64), 64
+    words = iter(word for word in " ".join(english[50:60]).split() if len(word) < 20)
+    take = lambda n: " ".join(itertools.islice(words, n))
+    rows = [{"ctx": take(i % 40 + 1), "endings": [take(n) for n in (2, 3, 1, 3)], "label": i % 4} for i in range(100)]
+    rows.append({"ctx": "naïve café", "endings": ["élan ü", "plain", "文字 🙂", "—"], "label": 1})
+    n_tokens = [len(tokenizer.encode(row["ctx"])) for row in rows]
+    assert min(n_tokens) < 10 and sum(n > block_size for n in n_tokens) > 10
+    results, samples = lm_eval(exported(model, tokenizer, tmp_path), {
+        "choice": {"output_type": "multiple_choice", "doc_to_target": "label", "doc_to_choice": "endings",
+                   "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")]},
+        "answer": {"output_type": "generate_until", "doc_to_target": "{{endings[0]}}",
+                   "generation_kwargs": {"until": ["e"], "max_gen_toks": 8, "do_sample": False},
+                   "metric_list": [{"metric": "exact_match"}]}}, rows, tmp_path / "lm_eval")
+    config = EvaluateConfig(task="choice", dataset="rows")
+    measured, ours = score_choice(model, tokenizer, Machine(torch.device("cpu"), "fp32"),
+                                  [choice_of(row, "", config) for row in rows], config)
+    for row, sample in zip(ours, samples["choice"], strict=True):
+        assert [float(score) for score, _ in sample["filtered_resps"]] == pytest.approx(row["scores"], abs=1e-3)
+    assert results["choice"]["acc,none"] == measured["acc"].value
+    assert results["choice"]["acc_norm,none"] == measured["acc_norm"].value
+    for row, sample in zip(rows, samples["answer"], strict=True):
+        ids = [tokenizer.separator_id, *tokenizer.encode(row["ctx"])][8 - block_size:]
+        texts = generate_texts(model, tokenizer, [ids], 8, GREEDY, ["e"])
+        assert sample["resps"][0][0] == "".join(text for _, text in texts)
+
+
+@contextmanager
+def served(folder: Path, log_path: Path):
+    """Where `transformers serve` answers for the model."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with log_path.open("w") as log:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device=cpu"]
+        server = subprocess.Popen([*command, "--host=127.0.0.1", f"--port={port}"], env=OFFLINE, stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
+                    break
+                except OSError:
+                    assert server.poll() is None, log_path.read_text()
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1/chat/completions"
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+@pytest.mark.slow
+def test_transformers_serves_a_chat(tokenizer, tmp_path):
+    """It says what ours says, and the token that ends a message ends it."""
+    for library in ("transformers.cli.serve", "fastapi", "uvicorn", "openai"):
+        pytest.importorskip(library)
+    model = random_model(tokenizer.vocab_size, block_size=128, **LLAMA)
+    folder = exported(model, tokenizer, tmp_path)
+
+    def answer(messages: list[dict], **options) -> dict:
+        body = {"model": str(folder), "messages": messages, "temperature": 0, "max_tokens": 12, **options}
+        request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=300) as reply:
+            choice, = json.load(reply)["choices"]
+        assert choice["message"]["role"] == "assistant"
+        return choice
+
+    with served(folder, tmp_path / "log") as url:
+        for question in ("What is an array?", " Why — été 🙂?\n"):
+            asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+            ours = "".join(Chat(model, tokenizer, GREEDY, 12, system="Be brief.").answer(question))
+            assert answer(asked)["message"]["content"] == ours and len(ours) > 10
+        asked += [{"role": "assistant", "content": "42."}, {"role": "user", "content": "Why?"}]
+        ids = tokenizer.encode_chat(asked, True)[0]
+        ours = "".join(text for _, text in generate_texts(model, tokenizer, [ids], 12, GREEDY))
+        assert answer(asked)["message"]["content"] == ours and len(ours) > 10
+        ended = answer(asked, logit_bias={str(tokenizer.special_tokens[export.END]): 1000.0})
+        assert ended["finish_reason"] == "stop" and not ended["message"]["content"]
