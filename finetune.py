@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,18 @@ def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """Mean loss in nats/token over what the assistant says in inputs, targets and beginnings, each (B, T)."""
     idx, targets, begins = batch
     return model(idx, targets, begins=begins)
+
+
+def try_step(state: TrainState):
+    """Forward and backward pass of a batch, to see whether they work. Leaves no gradient."""
+    batch = state.machine.put(state.loader.batches.read(range(1)))
+    batch = [part.expand(state.settings["batch_size"], -1) for part in batch]
+    try:
+        with state.machine.autocast():
+            loss = answer_loss(state.model, batch)
+        loss.backward()
+    finally:
+        state.model.zero_grad(set_to_none=True)
 
 
 # -- what it has learnt -----------------------------------------------------------------------------------------------
@@ -402,7 +415,7 @@ def main(argv=None):
                 report_start(FINETUNING, state, blob)
             del blob
             evaluate = lambda state: validate(state, val, asked, configs[0].answer_tokens)
-            train(state, loop, answer_loss, evaluate, configs[0].compile_model, FINETUNING)
+            train(state, loop, answer_loss, evaluate, configs[0].compile_model, partial(try_step, state), FINETUNING)
     if loop.verbose:
         report(state)
 

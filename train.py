@@ -494,7 +494,8 @@ def main(argv=None):
                 report_start(PRETRAINING, state, blob)
             del blob  # as large as model and optimizer together
             evaluate = lambda state: validate(state.model, data, state.machine, run.val_iter, run.val_batch)
-            train(state, loop, next_token_loss, evaluate, run.compile_model, PRETRAINING)
+            try_step = partial(step_of_zeros, state.model, state.machine, run.batch_size)
+            train(state, loop, next_token_loss, evaluate, run.compile_model, try_step, PRETRAINING)
     if loop.verbose:
         report_end(state, run)
 
@@ -519,13 +520,12 @@ def report_end(state: TrainState, run: RunConfig):
 
 
 def train(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Callable, compile_model: bool | str,
-          command: TrainingCommand):
-    """`fit`, with everything closed at its end. Raises SystemExit when a signal stops it, OSError and MemoryError with what
-    is kept."""
-    model, machine, path = state.model, state.machine, state.writer.path
-    if can_compile(machine.device) if compile_model == "auto" else compile_model:
-        compile_in_place(model, partial(step_of_zeros, model, machine, state.settings["batch_size"]))
-    num_workers = state.loader.num_workers
+          try_step: Callable, command: TrainingCommand):
+    """`fit`, with everything closed at its end. try_step(): a step as they will be, to see whether it can be compiled.
+    Raises SystemExit when a signal stops it, OSError and MemoryError with what is kept."""
+    path, num_workers = state.writer.path, state.loader.num_workers
+    if can_compile(state.machine.device) if compile_model == "auto" else compile_model:
+        compile_in_place(state.model, try_step)
     try:
         with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(num_workers):
             stopped_by = fit(state, loop, loss_fn, on_eval)

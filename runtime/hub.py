@@ -232,7 +232,7 @@ def hub_failure(error: Exception, given: str) -> Exception:
     elif isinstance(error, errors.RevisionNotFoundError):
         reason = "the hub no longer has the revision this preparation began with: choose another --data_path"
     elif isinstance(error, (DatasetNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError)):
-        reason = "neither a local file or folder nor a dataset of the hub that can be read"
+        reason = "neither a local file or folder nor on the hub, or not to be read there"
     elif type(error) is ValueError or isinstance(error, DatasetsError):
         reason = short(error)  # written for the user: which configurations and splits there are
     elif isinstance(error, OSError) and error.errno is not None:

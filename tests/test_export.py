@@ -339,6 +339,18 @@ def test_bad_input_out(tokenizer, tmp_path, refused):
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.tmp"))
 
 
+def test_bad_input_in(tmp_path, refused, hub):
+    """Folders and names of the hub that are not there; and nothing is written over."""
+    flags = [f"--checkpoint_path={tmp_path / 'in.pt'}"]
+    refused(export.main, [*flags, f"--import_path={tmp_path / 'nowhere'}"], "--import_path=", "no such folder")
+    refused(export.main, [*flags, "--import_path=org/none"], "--import_path=org/none", "hub")
+    hub.fail("away", "org/away", times=99)
+    refused(export.main, [*flags, "--import_path=org/away"], "--import_path=org/away", "hub")
+    (tmp_path / "in.pt").write_bytes(b"precious")
+    refused(export.main, [*flags, "--import_path=org/none"], "in.pt: exists")
+    assert (tmp_path / "in.pt").read_bytes() == b"precious"
+
+
 def test_a_failed_export_leaves_the_one_before(tokenizer, tmp_path, monkeypatch):
     folder = exported(random_model(600), tokenizer, tmp_path)
     before = (folder / "model.safetensors").read_bytes()

@@ -81,7 +81,7 @@ def test_streaming_stops_reading_at_the_threshold(prepare_from_hub, hub, tmp_pat
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset=someone/nothing"], ["--dataset=someone/nothing", "nor a dataset of the hub"]),
+    (["--dataset=someone/nothing"], ["--dataset=someone/nothing", "nor on the hub"]),
     (["--dataset=nothing"], ["--dataset=nothing"]),
     (["--dataset_config=sample-9BT"], ["--dataset_config=sample-9BT", "sample-10BT"]),
     (["--text_column=body"], ["--text_column=body", "text, score"]),
@@ -135,7 +135,7 @@ def test_causes_of_a_hub_that_does_not_answer_are_told_apart():
     for error, words in (
             (errors.GatedRepoError("403", response=answer(403)), "is gated"), (caused, "EOFError: Compressed file ended"),
             (errors.RevisionNotFoundError("404", response=answer(404)), "no longer has the revision"),
-            (errors.RepositoryNotFoundError("404", response=answer(404)), "nor a dataset of the hub"),
+            (errors.RepositoryNotFoundError("404", response=answer(404)), "nor on the hub"),
             (ValueError("BuilderConfig 'x' not found"), "BuilderConfig 'x' not found"),
             (pyarrow.ArrowInvalid("bad\nbytes"), "damaged (ArrowInvalid: bad bytes)"),
             (OSError("Couldn't deserialize thrift"), "damaged")):

@@ -330,3 +330,14 @@ def test_a_state_of_another_optimizer_is_refused(model):
 def test_ranges(values, word):
     with pytest.raises(BadInput, match=word):
         OptimizerConfig(**values)
+
+
+def test_shared_heads_of_keys_are_matrices_of_their_own():
+    """Muon stacks matrices of one shape: with 4 heads and 2 of keys, two of queries, one of keys, one of values."""
+    for n_kv_head, stacks, rows in ((None, 3, 8), (4, 3, 8), (2, 4, 4), (1, 6, 2)):
+        model = GPT(GPTConfig(n_layer=1, n_head=4, head_size=2, n_kv_head=n_kv_head, block_size=4, vocab_size=11))
+        group, = (group for group in parameter_groups(model, OptimizerConfig(), 100) if group["stacked"] > 1)
+        weight, = group["params"]
+        assert group["stacked"] == stacks and weight.size(0) == stacks * rows and weight is model.blocks[0].mixer.qkv.weight
+        backward(model)
+        make_optimizer(model, OptimizerConfig()).step()

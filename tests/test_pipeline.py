@@ -1,4 +1,5 @@
 """The whole path as a user runs it: commands in processes of their own."""
+import json
 import os
 import re
 import signal
@@ -19,9 +20,10 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 BUFFERED = {name: value for name, value in ONE_THREAD.items() if name != "PYTHONUNBUFFERED"}
 
 
-def run(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+def run(script: str, *flags: str, given: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """given: what it reads from its standard input."""
     done = subprocess.run([sys.executable, str(REPO / script), *flags], env=ONE_THREAD | environment, capture_output=True,
-                          text=True)
+                          text=True, input=given)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -54,6 +56,29 @@ def test_text_to_shards_to_model_to_text(tmp_path, text):
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")] == [0, 10, 20, 25]
     done = run("generate.py", checkpoint, "--prompt=défi ", "--max_new_tokens=10", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("d?fi "), done.stderr  # a terminal that knows no é
+
+
+def test_a_model_that_answers_and_is_taken_elsewhere(tmp_path, run_train):
+    """Finetuned, talked to, scored, exported, brought in again and sampled from; each a command."""
+    base = run_train("--max_iter=2", "--preset=llama", "--block_size=64")
+    talks, chat = tmp_path / "talks.jsonl", tmp_path / "chat.pt"
+    talks.write_text("".join(json.dumps({"question": f"{i}?", "answer": "yes"}) + "\n" for i in range(60)))
+    done = run("finetune.py", f"--checkpoint_path={base}", f"--dataset={talks}", f"--out_path={chat}", "--max_iter=40",
+               "--batch_size=4", "--learning_rate=0.05", "--val_conversations=10", "--device=cpu")
+    assert done.returncode == 0 and "answered right | 0.0% | 100.0%" in done.stdout, done.stderr
+    done = run("generate.py", f"--checkpoint_path={chat}", "--chat", "--temperature=0", "--device=cpu", given="7?\n8?\n")
+    assert done.returncode == 0 and done.stdout.split() == ["yes", "yes"], done
+    done = run("evaluate.py", "--checkpoint_path", str(base), str(chat), "--task=answers", f"--dataset={talks}",
+               "--device=cpu")
+    assert done.returncode == 0 and re.search(r"answered right \| 0.0% ± 0.0% \| 100.0% ± 0.0%", done.stdout), done
+    folder, again = tmp_path / "hf", tmp_path / "again.pt"
+    done = run("export.py", f"--checkpoint_path={chat}", f"--out_path={folder}")
+    assert done.returncode == 0 and "a Llama" in done.stdout and (folder / "model.safetensors").exists(), done
+    done = run("export.py", f"--import_path={folder}", f"--checkpoint_path={again}")
+    assert done.returncode == 0, done.stderr
+    texts = [run("generate.py", f"--checkpoint_path={path}", "--prompt=the", "--num_samples=2", "--device=cpu").stdout
+             for path in (chat, again)]
+    assert texts[0] == texts[1] and texts[0].startswith("--- 1 of 2 ---\nthe")
 
 
 @pytest.mark.parametrize("ends_with", ["0", "2"])
@@ -111,9 +136,11 @@ def wait_for(condition, process, seconds=60):
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     for script, flag in (("train.py", "--data_path"), ("download_data.py", "--dataset"), ("tokenizer.py", "--dataset"),
-                         ("generate.py", "--checkpoint_path")):
+                         ("generate.py", "--checkpoint_path"), ("finetune.py", "--checkpoint_path"),
+                         ("evaluate.py", "--checkpoint_path"), ("export.py", "--checkpoint_path")):
         done = run(script, f"{flag}={tmp_path / 'nowhere.txt'}", *(
             [f"--data_path={tmp_path / 'data'}"] if script == "download_data.py" else
+            [f"--out_path={tmp_path / 'out'}"] if script in ("finetune.py", "export.py") else
             [f"--tokenizer_path={tmp_path / 'tokenizer.json'}"] if script == "tokenizer.py" else []))
         assert done.returncode == 2 and done.stdout == "", done
         assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr and done.stderr.startswith(script)
