@@ -407,6 +407,47 @@ def test_vocabularies_that_would_give_other_ids_are_refused(tokenizer, tmp_path)
         export.read_tokenizer(tmp_path, {"bos_token_id": None, "eos_token_id": None})
 
 
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def gpt4(english) -> Tokenizer:
+    return Tokenizer.train(english[:40], 600, "gpt4")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_gguf_file_holds_shape_vocabulary_and_weights(dtype, gpt4, tmp_path):
+    import gguf
+    model = random_model(600, **LLAMA | {"n_head": 4, "n_kv_head": 2, "tied": False, "rotary_base": 500.0})
+    reader = gguf.GGUFReader(exported(model, gpt4, tmp_path, "--gguf", f"--weights={dtype}") / "model.gguf")
+    value = lambda name: reader.get_field(name).contents()
+    assert value("general.architecture") == "llama" and value("llama.attention.head_count_kv") == 2
+    assert value("llama.rope.freq_base") == 500 and value("llama.context_length") == T
+    assert value("tokenizer.ggml.pre") == "llama-bpe" and value("tokenizer.ggml.tokens")[595:597] == [
+        "<|endoftext|>", "<|system|>"]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == 3 + 2 * 9
+    down = gguf.dequantize(tensors["blk.1.ffn_down.weight"].data, tensors["blk.1.ffn_down.weight"].tensor_type)
+    kept = model.blocks[1].mlp.proj.weight.detach().to(export.DTYPES[dtype]).float()
+    assert torch.equal(torch.from_numpy(down.copy()), kept)
+
+
+def test_channels_that_turn_together_are_neighbours_in_gguf():
+    """By hand: a head of four channels, of which ours turn (0, 2) and (1, 3)."""
+    model = random_model(50, **LLAMA | {"n_head": 1, "head_size": 4, "n_layer": 1})
+    weights, qkv = export.gguf_weights(model), model.blocks[0].mixer.qkv.weight
+    assert torch.equal(weights["blk.0.attn_q.weight"], qkv[[0, 2, 1, 3]])
+    assert torch.equal(weights["blk.0.attn_k.weight"], qkv[[4, 6, 5, 7]])
+    assert torch.equal(weights["blk.0.attn_v.weight"], qkv[8:])
+
+
+def test_what_llama_cpp_would_run_otherwise_is_refused(tokenizer, gpt4, tmp_path, refused):
+    for model, vocabulary, words in ((random_model(600), gpt4, "--preset=llama"),
+                                     (random_model(600, **LLAMA), tokenizer, "--pattern=gpt4 or gpt2")):
+        save_checkpoint(tmp_path / "gpt.pt", model.to_blob() | {"tokenizer": vocabulary.to_json()})
+        refused(export.main, [f"--checkpoint_path={tmp_path / 'gpt.pt'}", f"--out_path={tmp_path / 'out'}", "--gguf"], words)
+        assert not (tmp_path / "out").exists()
+
+
 # -- stock engines ----------------------------------------------------------------------------------------------------
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -513,3 +554,27 @@ def test_transformers_serves_a_chat(tokenizer, tmp_path):
         assert answer(asked)["message"]["content"] == ours and len(ours) > 10
         ended = answer(asked, logit_bias={str(tokenizer.special_tokens[export.END]): 1000.0})
         assert ended["finish_reason"] == "stop" and not ended["message"]["content"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["gpt4", "gpt2"])
+def test_llama_cpp_says_what_ours_says(pattern, english, tmp_path):
+    """The same ids and, greedily, the same tokens."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    ours = Tokenizer.train(english[:40], 600, pattern)
+    model = random_model(600, **LLAMA | {"n_head": 4, "head_size": 16, "n_kv_head": 2, "block_size": 128})
+    params = xllamacpp.CommonParams()
+    params.model.path = str(exported(model, ours, tmp_path, "--gguf") / "model.gguf")
+    params.n_ctx, params.n_gpu_layers = 128, 0
+    server = xllamacpp.Server(params)
+
+    def post(path: str, **body) -> dict:
+        request = Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.loads(urlopen(request, timeout=60).read())
+    for text in (TEXT, *english[40:60]):
+        ids = post("/tokenize", content=text[:3000], add_special=False, parse_special=False)["tokens"]
+        assert ids == ours.encode(text[:3000])
+    for prompt in ("The numpy array", "def f(x):"):
+        made = post("/completion", prompt=prompt, n_predict=24, temperature=0, top_k=1, ignore_eos=True, return_tokens=True)
+        ids = torch.tensor([ours.separator_id, *ours.encode(prompt)])
+        assert made["tokens"] == [int(new) for new in generate(model, [ids], 24, GREEDY)]
