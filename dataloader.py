@@ -398,7 +398,8 @@ class BlockBatches:
 
     def __init__(self, data: Data, split: str, batch_size: int, block_size: int, seed: int | None):
         """Raises BadInput when the split does not hold a block."""
-        self.data, self.tokens = data, require_a_block(data, split, block_size)
+        self.tokens = require_a_block(data, split, block_size)
+        self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`, for a worker gets a copy
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.n_blocks = (len(self.tokens) - 1) // block_size
 
@@ -415,9 +416,9 @@ class BlockBatches:
 
     def checked(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`batch`, whose ids an embedding can look up: on a GPU a stray one ends in an error that names nothing."""
-        if (largest := max(int(part.max()) for part in batch)) >= self.data.manifest.vocab_size:
-            raise BadInput(f"--data_path={self.data.path}: a shard holds id {largest}, beyond the vocabulary of "
-                           f"{self.data.manifest.vocab_size}: it is damaged: {PREPARE_AGAIN}")
+        if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
+            raise BadInput(f"--data_path={self.data_path}: a shard holds id {largest}, beyond the vocabulary of "
+                           f"{self.vocab_size}: it is damaged: {PREPARE_AGAIN}")
         return batch
 
 

@@ -59,8 +59,9 @@ def test_shuffled_is_a_permutation(n):
 
 def test_batches_are_whole_in_memory(data_path):
     """A copy of a part of something to a GPU would wait for a copy on the CPU first."""
-    loader = shard_loader(open_data(data_path), 3, 16, seed=0)
-    assert all(part.is_contiguous() for part in (*next(loader), *next(val_batches(loader.batches.data, 1, 3, 16))))
+    data = open_data(data_path)
+    loader = shard_loader(data, 3, 16, seed=0)
+    assert all(part.is_contiguous() for part in (*next(loader), *next(val_batches(data, 1, 3, 16))))
 
 
 def test_shuffled_depends_on_seed_and_epoch_and_on_nothing_else():
