@@ -311,7 +311,7 @@ def side_by_side(rows: list[dict], answers: list[dict]) -> tuple[Table, Table, T
     return numbers, tasks, Table(("question", "right answer", "before", "after"), pairs)
 
 
-def shortened(text: str, n: int = 90) -> str:
+def shortened(text: str, n: int = 60) -> str:
     text = " ".join(text.split())
     return text if len(text) <= n else text[:n - 1] + "…"
 
