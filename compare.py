@@ -112,19 +112,19 @@ class CompareConfig:
 # -- what is to be run ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Place:
-    """Where cells run, and on what: a cell's numbers depend on all of it."""
-    data: "Data | Conversations"
-    machine: str          # device and dtype
-    hardware: str
-    code: str             # hash of the source
-
-
-@dataclass(frozen=True)
 class Conversations:
     """What finetunings learn, in place of shards. fingerprint: 16 hex digits that change with any of it."""
     name: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cells run, and on what: a cell's numbers depend on all of it."""
+    data: Data | Conversations
+    machine: str          # device and dtype
+    hardware: str
+    code: str             # hash of the source
 
 
 @dataclass(frozen=True)
@@ -411,8 +411,8 @@ def read_command(argv) -> tuple[CompareConfig, dict]:
 
 def plan_of(config: CompareConfig, common: dict, data: Data | Conversations) -> dict:
     """What makes it this comparison, as JSON has it: not how many seeds there are, or how it is run."""
-    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("seeds", "jobs", "out_path",
-                                                                                             "overwrite")}
+    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in (
+        "script", "seeds", "jobs", "out_path", "overwrite")}  # the script is in the name of its flags
     shared = {name: value for name, value in common.items() if name != "data_path"}
     fingerprint = data.manifest.fingerprint() if isinstance(data, Data) else data.fingerprint
     return json.loads(json.dumps(kept | {"data": fingerprint, f"flags of {config.script}.py": shared}, default=str))

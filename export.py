@@ -131,16 +131,19 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32"):
     write_json(folder / "generation_config.json", ids | {
         "eos_token_id": ends, "do_sample": True, "temperature": 0.8, "top_k": 50, "max_length": config.block_size})
     write_json(folder / "tokenizer.json", tokenizer_blob(tokenizer))
-    is_chat = all(name in tokenizer.special_tokens for name in CHAT_TOKENS)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SEPARATOR, "eos_token": SEPARATOR, "pad_token": SEPARATOR,
         "model_max_length": config.block_size, "clean_up_tokenization_spaces": False,
-        **({"chat_template": CHAT_TEMPLATE} if is_chat else {})})
-    if is_chat:
+        **({"chat_template": CHAT_TEMPLATE} if can_chat(tokenizer) else {})})
+    if can_chat(tokenizer):
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     if kind is None:
         for name, source in own_code(config).items():
             (folder / name).write_text(source, encoding="utf-8")
+
+
+def can_chat(tokenizer: Tokenizer) -> bool:
+    return all(name in tokenizer.special_tokens for name in CHAT_TOKENS)
 
 
 # What llama.cpp calls those of its splitters that are ours.
@@ -187,7 +190,7 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, path: Path, dtype: str):
     writer.add_bos_token_id(tokenizer.separator_id)
     writer.add_eos_token_id(tokenizer.special_tokens.get(END, tokenizer.separator_id))
     writer.add_add_bos_token(True)
-    if all(name in tokenizer.special_tokens for name in CHAT_TOKENS):
+    if can_chat(tokenizer):
         writer.add_chat_template(CHAT_TEMPLATE)
     for name, weight in gguf_weights(model).items():
         as_it_is = weight.dim() < 2 or dtype == "fp32"

@@ -92,8 +92,8 @@ class FinetuneLoop(LoopConfig):
 CONFIGS = FinetuneConfig, ConversationConfig, FinetuneOptimizer, FinetuneLoop, DeviceConfig
 FINETUNING = TrainingCommand(
     "finetune.py", "Finetunes a model on conversations.", CONFIGS, "out_path",
-    {"seed", "optimizer", "checkpoint_path", *(field.name for field in dataclasses.fields(ConversationConfig))},
-    CHANGEABLE, NOT_SAVED | {"out_path"})
+    {"seed", "optimizer", "epochs", "checkpoint_path", *(field.name for field in dataclasses.fields(ConversationConfig))},
+    CHANGEABLE | {"answer_tokens"}, NOT_SAVED | {"out_path"})
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -385,10 +385,7 @@ def describe(state: TrainState, loop: LoopConfig, val: PackedBatches, asked: lis
           f"assistant's; held out {len(val.texts):,}, {len(asked):,} of them asked")
     if batches.n_cut:
         print(f"         {batches.n_cut:,} are longer than the context and cut")
-    ends = [f"{end:,} {unit}" for unit, end in (
-        ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]
-    print(f"machine  {state.machine}; steps of {settings['batch_size']} x {loop.num_batch_accum} rows until "
-          f"{' or '.join(ends)}")
+    print(f"machine  {state.machine}; steps of {settings['batch_size']} x {loop.num_batch_accum} rows until {loop.ends()}")
 
 
 def usual_out(path: Path) -> Path:

@@ -98,8 +98,8 @@ def generate(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, samplin
 
 
 def cache_dtype(model: GPT) -> torch.dtype:
-    """Of the keys and values kept: autocast's on a GPU; fp32 on a CPU, whose attention of one token to many takes four times
-    as long in bf16."""
+    """Of the keys and values kept: autocast's on a GPU; fp32 on a CPU, whose attention of one token to many is
+    slower in bf16."""
     kind = model.embed.weight.device.type
     return torch.get_autocast_dtype(kind) if kind != "cpu" and torch.is_autocast_enabled(kind) else torch.float32
 

@@ -87,9 +87,9 @@ class BlockCache:
     mixer: object
     shifts: list[ShiftCache]
 
-    def put(self, rows: list[int], other: "BlockCache", stop: int, n: int):
-        for part, others in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
-            part.put(rows, others, stop, n)
+    def put(self, rows: list[int], other: "BlockCache", others: list[int], stop: int, n: int):
+        for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
+            part.put(rows, source, others, stop, n)
 
 
 @dataclass
@@ -101,10 +101,10 @@ class Cache:
     length: int = 0
     skipped: Tensor | None = None
 
-    def put(self, rows: list[int], other: "Cache"):
-        """The texts of `other`, all of one length, become those of these rows."""
-        for block, others in zip(self.blocks, other.blocks):
-            block.put(rows, others, self.length, other.length)
+    def put(self, rows: list[int], other: "Cache", others: list[int]):
+        """The texts of the rows `others` of another cache, all of one length, become those of these rows."""
+        for block, source in zip(self.blocks, other.blocks):
+            block.put(rows, source, others, self.length, other.length)
 
 
 class Block(nn.Module):
@@ -237,22 +237,25 @@ class GPT(nn.Module):
     def prefill(self, texts: list[Tensor], n_slots: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Takes in texts, each (T,) int64 and T >= 1, of any lengths up to n_slots. Returns the logits after the last token
         of each, (B, V), and the cache, which further tokens of all rows continue."""
-        longest = max(len(text) for text in texts)
-        by_length = {}
+        by_length = {}  # n -> the different texts of n tokens, each with its rows
         for row, text in enumerate(texts):
-            by_length.setdefault(len(text), []).append(row)
-        if len(by_length) == 1:
+            by_length.setdefault(len(text), {}).setdefault(tuple(text.tolist()), []).append(row)
+        longest, first = max(by_length), next(iter(by_length.values()))
+        if len(by_length) == 1 and len(first) == len(texts):
             cache = self.init_cache(len(texts), n_slots, dtype)
             return self.forward(torch.stack(texts), cache=cache, n_last=1)[:, 0], cache
         cache = self.init_cache(len(texts), n_slots, dtype)
         cache.length = longest
-        cache.skipped = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
+        if len(by_length) > 1:
+            cache.skipped = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
         logits = [None] * len(texts)
-        for n, rows in by_length.items():  # no padding is computed, and none has to be kept from recurrent states
-            part = self.init_cache(len(rows), n, dtype)
-            for row, logit in zip(rows, self.forward(torch.stack([texts[row] for row in rows]), cache=part, n_last=1)[:, 0]):
-                logits[row] = logit
-            cache.put(rows, part)
+        for n, same in by_length.items():  # no padding is computed, and no text twice
+            part = self.init_cache(len(same), n, dtype)
+            found = self.forward(torch.stack([texts[rows[0]] for rows in same.values()]), cache=part, n_last=1)[:, 0]
+            pairs = [(row, i) for i, rows in enumerate(same.values()) for row in rows]
+            for row, i in pairs:
+                logits[row] = found[i]
+            cache.put([row for row, _ in pairs], part, [i for _, i in pairs])
         return torch.stack(logits), cache
 
     def cast_matrices(self, dtype: torch.dtype):

@@ -83,6 +83,11 @@ class LoopConfig:
         if not (self.max_iter or self.max_tokens or self.max_seconds):
             object.__setattr__(self, "max_iter", 5000)
 
+    def ends(self) -> str:
+        """"5,000 steps or 60 seconds"."""
+        ends = ("steps", self.max_iter), ("tokens", self.max_tokens), ("seconds", self.max_seconds)
+        return " or ".join(f"{end:,} {unit}" for unit, end in ends if end)
+
     def progress(self, step: int, tokens: int, seconds: float) -> float:
         """Share of the run that is done, 1 or more at its end."""
         done = (step, self.max_iter), (tokens, self.max_tokens), (seconds, self.max_seconds)
@@ -439,8 +444,6 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
     """The lines a run begins with."""
     config, step_tokens = state.model.config, state.step_tokens()
     train_tokens = data.manifest.total("train", "tokens")
-    ends = [f"{end:,} {unit}" for unit, end in (
-        ("steps", loop.max_iter), ("tokens", loop.max_tokens), ("seconds", loop.max_seconds)) if end]
     seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}"
           + (f", {config.linear} for every linear layer" if config.linear != "linear" else "") + f", vocabulary "
@@ -448,7 +451,7 @@ def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
           f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {state.settings['optimizer']} at "
           f"{state.rate():.3g}")
     print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {step_tokens:,} "
-          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {' or '.join(ends)}"
+          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.ends()}"
           + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
     peak, known = state.machine.peak_flops(), state.machine.known_peak()
     print(f"machine  {state.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (

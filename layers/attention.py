@@ -26,10 +26,10 @@ class KVCache:
         self.values[:, :, start:stop] = values
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def put(self, rows: list[int], other: "KVCache", stop: int, n: int):
-        """The `n` positions that `other` holds become the last ones before `stop` of these rows."""
-        self.keys[rows, :, stop - n:stop] = other.keys[:, :, :n]
-        self.values[rows, :, stop - n:stop] = other.values[:, :, :n]
+    def put(self, rows: list[int], other: "KVCache", others: list[int], stop: int, n: int):
+        """The `n` positions that the rows `others` of another cache hold become the last ones before `stop` of these."""
+        self.keys[rows, :, stop - n:stop] = other.keys[others, :, :n]
+        self.values[rows, :, stop - n:stop] = other.values[others, :, :n]
 
 
 class Rotary(nn.Module):

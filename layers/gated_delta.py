@@ -32,9 +32,9 @@ class DeltaCache:
     """What the heads hold: (B, n_head, head_size, head_size), in fp32."""
     state: Tensor
 
-    def put(self, rows: list[int], other: "DeltaCache", stop: int, n: int):
+    def put(self, rows: list[int], other: "DeltaCache", others: list[int], stop: int, n: int):
         """See KVCache."""
-        self.state[rows] = other.state
+        self.state[rows] = other.state[others]
 
 
 class GatedDelta(nn.Module):

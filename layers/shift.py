@@ -13,9 +13,9 @@ class ShiftCache:
     """The last position seen, (B, 1, C); zeros before the first."""
     last: Tensor
 
-    def put(self, rows: list[int], other: "ShiftCache", stop: int, n: int):
+    def put(self, rows: list[int], other: "ShiftCache", others: list[int], stop: int, n: int):
         """See KVCache."""
-        self.last[rows] = other.last
+        self.last[rows] = other.last[others]
 
 
 class Shifted(torch.autograd.Function):

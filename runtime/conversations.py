@@ -15,6 +15,7 @@ BUILTIN_QUESTIONS, MOST_TURNS = 60_000, 4
 COLUMNS = ("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("prompt", "response"), \
     ("prompt", "completion"), ("prompt", "answer"), ("problem", "solution"), ("input", "output")
 CONTEXT_COLUMNS = "context", "input"  # that belong to the question, where there are such
+ROLES = "system", "user", "assistant"
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -109,9 +110,6 @@ def messages_of(row: dict, config: ConversationConfig) -> list[dict]:
     asked = "\n\n".join(part for part in (row[question], *contexts) if isinstance(part, str))
     return [{"role": "user", "content": asked if isinstance(row[question], str) else row[question]},
             {"role": "assistant", "content": row[answer]}]
-
-
-ROLES = "system", "user", "assistant"
 
 
 def checked(messages: list[dict]) -> list[dict]:

@@ -66,8 +66,8 @@ def read_hub(dataset: str, dataset_config: str | None, split: str) -> Iterator[t
         rows = datasets.load_dataset(dataset, dataset_config, split=split)
     except Exception as error:
         if is_network_error(error):
-            raise BadInput(f"{given}: the hub cannot be reached ({short(error)}): check the network, or give a local file "
-                           f"or `builtin`") from None
+            raise BadInput(f"{given}: the hub cannot be reached ({short(error)}): check the network, or give a local "
+                           f"file") from None
         raise hub_failure(error, given) from None
     for i, row in enumerate(rows):
         yield f"{given}: row {i + 1}", row

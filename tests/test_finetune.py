@@ -269,7 +269,8 @@ def test_bad_input(run, base, tmp_path, refused):
     path = run("--max_iter=1")
     refused(finetune.main, [*flags, f"--out_path={path}"], f"--out_path={path}: exists")
     refused(finetune.main, [f"--out_path={path}", "--resume_checkpoint", f"--dataset={talks}"], "--dataset=", "keeps")
-    refused(finetune.main, [f"--out_path={path}", "--resume_checkpoint", "--max_iter=1", "--seed=9"], "--seed=9")
+    for flag in ("--seed=9", "--epochs=9.0"):
+        refused(finetune.main, [f"--out_path={path}", "--resume_checkpoint", "--max_iter=2", flag], flag, "keeps")
     refused(train.main, [f"--checkpoint_path={path}", "--resume_checkpoint"], "was written by finetune.py")
     refused(finetune.main, [f"--out_path={base}", "--resume_checkpoint"], "was written by train.py")
     write_jsonl(tmp_path / "talks.jsonl", [{"question": f"{i}", "answer": "no"} for i in range(60)])

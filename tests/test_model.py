@@ -122,6 +122,22 @@ def test_texts_of_different_lengths_are_decoded_as_each_alone(model, idx, length
         assert torch.allclose(logit[0], model(idx[row:row + 1, :n + 12])[0, -1], atol=3e-5)
 
 
+@torch.no_grad()
+def test_a_text_that_several_rows_have_is_computed_once(model, idx, monkeypatch):
+    """And then each row goes its own way."""
+    seen, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, **options: seen.append(tuple(idx.shape)) or forward(idx, **options))
+    logits, cache = model.prefill([idx[0, :7], idx[1, :7], idx[0, :7].clone(), idx[2, :4], idx[2, :4]], T)
+    assert sorted(seen) == [(1, 4), (2, 7)]
+    new = torch.tensor([[5], [6], [7], [8], [9]])
+    after = forward(new, cache=cache)[:, -1]
+    for row, text in enumerate([idx[0, :7], idx[1, :7], idx[0, :7], idx[2, :4], idx[2, :4]]):
+        assert torch.allclose(logits[row], forward(text[None])[0, -1], atol=3e-5)
+        assert torch.allclose(after[row], forward(torch.cat((text, new[row]))[None])[0, -1], atol=3e-5)
+    _, cache = model.prefill([idx[0, :7]] * 3, T)
+    assert cache.skipped is None  # nor is there a mask to be made
+
+
 def test_packed_texts_do_not_leak(model, idx):
     """Losses and gradients are those of each text by itself."""
     cuts = [[0, 5, 6, T], [0, 1, 2, 20, T], [0, T]]
