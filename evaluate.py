@@ -24,7 +24,7 @@ from generate import load_model
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
 from runtime.conversations import Conversation, ConversationConfig, builtin_held_out, read_everything
-from runtime.device import DeviceConfig, Machine, explain_out_of_memory, open_machine
+from runtime.device import DeviceConfig, Machine, explain_device_errors, open_machine
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags
 from runtime.metrics import LossSums
@@ -356,7 +356,7 @@ def main(argv=None):
     read, score, unit = TASKS[config.task]
     examples, machine = read(config), open_machine(device_config)
     start, measured, rows = time.perf_counter(), {}, []
-    with explain_out_of_memory(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
+    with explain_device_errors(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
             model, tokenizer = load_model(path, machine)
             measured[str(path)], found = score(model, tokenizer, machine, examples, config)

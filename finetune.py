@@ -28,7 +28,7 @@ from model import GPT
 from optimizer import OptimizerConfig
 from runtime.checkpoint import load_checkpoint, reading, run_folder
 from runtime.conversations import Conversation, ConversationConfig, read_conversations
-from runtime.device import DeviceConfig, Machine, explain_out_of_memory, seed_everything
+from runtime.device import DeviceConfig, Machine, explain_device_errors, seed_everything
 from runtime.files import sole_writer, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, read_flags
 from runtime.metrics import LossSums, read_rows
@@ -405,7 +405,7 @@ def main(argv=None):
         configs = [read_flags(config, values) for config in CONFIGS]
         if blob and is_finished(configs[CONFIGS.index(FinetuneLoop)], blob["training"], resumed, values["verbose"]):
             return
-        with explain_out_of_memory(f"--batch_size={values['batch_size']}: try a smaller one, or --gradient_checkpointing"):
+        with explain_device_errors(f"--batch_size={values['batch_size']}: try a smaller one, or --gradient_checkpointing"):
             state, loop, val, asked = open_run(configs, blob)
             if loop.verbose:
                 describe(state, loop, val, asked)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
-from runtime.device import DTYPES, DeviceConfig, Machine, explain_out_of_memory, open_machine
+from runtime.device import DTYPES, DeviceConfig, Machine, explain_device_errors, open_machine
 from runtime.files import require_writable, whole_file
 from runtime.flags import BadInput, check_flags, command, flag, parse_flags, parse_path
 from runtime.stop import StopSignals
@@ -404,7 +404,7 @@ def main(argv=None):
     """Continues a prompt with text from a trained model, or talks with it."""
     config, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, SamplingConfig, DeviceConfig)
     machine = open_machine(device_config)
-    with explain_out_of_memory("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
+    with explain_device_errors("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
         model, tokenizer = load_model(config.checkpoint_path, machine)
         if config.chat:
             with reading(config.checkpoint_path):

@@ -31,7 +31,7 @@ from runtime.device import (
     Machine,
     can_compile,
     compile_in_place,
-    explain_out_of_memory,
+    explain_device_errors,
     keep_pages,
     known_dtype,
     open_machine,
@@ -490,7 +490,7 @@ def main(argv=None):
         configs = [read_flags(config, values) for config in CONFIGS]
         if blob and is_finished(configs[CONFIGS.index(LoopConfig)], blob["training"], resumed, values["verbose"]):
             return
-        with explain_out_of_memory(less_memory(values)):
+        with explain_device_errors(less_memory(values)):
             state, data, loop, run = open_run(configs, blob)
             if loop.verbose:
                 describe(state, data, loop, run)
@@ -530,7 +530,7 @@ def train(state: TrainState, loop: LoopConfig, loss_fn: Callable, on_eval: Calla
     if can_compile(state.machine.device) if compile_model == "auto" else compile_model:
         compile_in_place(state.model, try_step)
     try:
-        with explain_out_of_memory(less_memory(state.settings)), explain_dead_worker(num_workers):
+        with explain_device_errors(less_memory(state.settings)), explain_dead_worker(num_workers):
             stopped_by = fit(state, loop, loss_fn, on_eval)
     except BrokenPipeError:
         raise

@@ -122,9 +122,10 @@ def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
         q, k, v = (F.pad(part, (0, 0, 0, rest)) for part in (q, k, v))
         beta, log_alpha = (F.pad(part, (0, rest)) for part in (beta, log_alpha))
     q, k, v, beta, log_alpha = (part.unflatten(2, (-1, chunk)) for part in (q, k, v, beta, log_alpha))  # (B, H, n, c, …)
-    log_gamma = log_alpha.cumsum(dim=-1)
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+    log_gamma = log_alpha.unsqueeze(-2).masked_fill(later, 0.0).sum(dim=-1)  # a GPU's cumsum has no order of its own
     ratios = (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(  # above the diagonal they may overflow
-        torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1), -torch.inf).exp()     # Γ_t / Γ_j
+        later, -torch.inf).exp()                                               # Γ_t / Γ_j
     gamma, to_end = log_gamma.exp().unsqueeze(-1), ratios[..., -1, :].unsqueeze(-1)
     with torch.autocast(k.device.type, enabled=False):  # rounded, it would not fit the k beside it: the rule overshoots
         system = (k.float() @ k.float().mT) * ratios * beta.unsqueeze(-1)      # its diagonal is taken to be 1

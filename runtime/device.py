@@ -45,7 +45,7 @@ class DeviceConfig:
                               "fp32); fp32 is TF32 on newer GPUs, and leaves\nMuon's own products in bf16 where there are "
                               "units for it",
                       choices=("auto", *DTYPES))
-    deterministic: bool = flag(False, "on a GPU, kernels that always add in the same order, where torch has them; slower")
+    deterministic: bool = flag(False, "on a GPU, only kernels that always add in the same order; slower")
     __post_init__ = check_flags
 
 
@@ -173,11 +173,13 @@ def open_machine(config: DeviceConfig, had: str = "") -> Machine:
         if device.index is not None:  # what asks for no device by name means this one too
             torch.cuda.set_device(device)
         require_kernels(device, config.device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 where there are units for it
         if config.deterministic:
             # cuBLAS reads it at its first product, see docs.nvidia.com/cuda/cublas, "Results reproducibility"
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no kernel chosen by the clock
+            # with warn_only, fused attention would warn and go on adding in any order: aten's attention_backward.cu
+            torch.use_deterministic_algorithms(True)
     return Machine(device, choose_dtype(device, had) if config.dtype == "auto" else config.dtype)
 
 
@@ -254,11 +256,15 @@ def keep_pages():
 
 
 @contextmanager
-def explain_out_of_memory(advice: str):
-    """Turns torch's several errors for too little memory into a MemoryError that says what to do."""
+def explain_device_errors(advice: str):
+    """Turns torch's several errors for too little memory into a MemoryError with `advice`, and what --deterministic forbids
+    into a BadInput."""
     try:
         yield
     except RuntimeError as error:
+        if found := re.search(r"(\w+) does not have a deterministic implementation", str(error)):
+            raise BadInput(f"--deterministic: torch has only kernels that add in any order for {found[1]}, which is needed "
+                           f"here: leave the flag out") from None
         if not is_out_of_memory(error):
             raise
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else process_peak()
@@ -267,9 +273,10 @@ def explain_out_of_memory(advice: str):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError is a GPU's; the allocators of CPU and mps raise a bare RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory")))
+    """torch.OutOfMemoryError is a GPU's; the allocators of CPU and mps, and cuBLAS when it makes a handle, raise a bare
+    RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")))
 
 
 def can_compile(device: torch.device) -> bool:

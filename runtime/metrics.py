@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.files import whole_file
+from runtime.flags import say
 
 LABELS = {"tokens": "million tokens", "seconds": "seconds of training, without compiling, validation and writing"}
 
@@ -83,24 +84,30 @@ class Watch:
 
 
 class MetricsLog:
-    """Appends rows to `<folder>/metrics.jsonl` and to TensorBoard events in `folder`.
+    """Appends rows to `<folder>/metrics.jsonl` and, where TensorBoard is installed, to its events in `folder`.
 
     rows: what came before, when a run goes on; they replace the files of an earlier run, but not before the first row or
     checkpoint of this one is written.
     """
 
     def __init__(self, folder: Path, rows: list[dict]):
-        self.folder, self.rows, self.events = folder, rows, None
+        self.folder, self.rows = folder, rows
+        self.events, self.is_open = None, False
 
     def open(self):
         """Makes the files hold `rows`. Does nothing the second time. Raises OSError naming the file."""
-        if self.events is not None:
+        if self.is_open:
             return
-        from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
         with whole_file(self.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
+        self.is_open = True
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
+        except ImportError:
+            say(f"TensorBoard is not installed: the numbers go to {self.folder / 'metrics.jsonl'} alone")
+            return
         self.events = SummaryWriter(self.folder)
         for row in self.rows:
             self._write_events(row)
@@ -113,8 +120,9 @@ class MetricsLog:
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            self._write_events(row)
-            self.events.flush()
+            if self.events is not None:
+                self._write_events(row)
+                self.events.flush()
         except OSError as error:
             raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
 

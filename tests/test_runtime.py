@@ -9,6 +9,7 @@ import platform
 import random
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -26,7 +27,7 @@ from runtime.device import (
     DeviceConfig,
     Machine,
     compile_in_place,
-    explain_out_of_memory,
+    explain_device_errors,
     keep_pages,
     open_machine,
     rng_state,
@@ -623,14 +624,26 @@ def test_peak_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried …"), RuntimeError("MPS backend out of memory (MPS allocated …"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried …"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated …"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …")])
 def test_too_little_memory_says_what_to_do(error):
     words = "^too little memory, .* GiB at most so far: halve it"
-    with pytest.raises(MemoryError, match=words), explain_out_of_memory("halve it"):
+    with pytest.raises(MemoryError, match=words), explain_device_errors("halve it"):
         raise error
-    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory("halve it"):
+    with pytest.raises(RuntimeError, match="another"), explain_device_errors("halve it"):
         raise RuntimeError("another\nerror")
+
+
+def test_what_deterministic_forbids_is_named():
+    """torch's own message for what has no such kernel, on a GPU; it cannot be had on a CPU otherwise."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(BadInput, match="^--deterministic: .* for put_, .*leave the flag"), explain_device_errors(""):
+            torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_where_nothing_compiles_one_warning_and_no_more(monkeypatch):
@@ -695,6 +708,17 @@ def test_tensorboard_shows_the_rows_once(tmp_path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(1, 1), (2, 2), (3, 30)]
     assert events.Tags()["scalars"] == ["train_loss"]
+
+
+def test_without_tensorboard_the_rows_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    first, *rows = [{"step": step, "train_loss": 5.0 - step} for step in range(3)]
+    log = MetricsLog(tmp_path, [first])
+    for row in rows:
+        log.write(row)
+    log.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [first, *rows]
+    assert capsys.readouterr().err.count("TensorBoard is not installed") == 1
 
 
 def look_of(watch: Watch, *steps) -> dict:

@@ -469,6 +469,19 @@ def test_where_compiling_fails_training_goes_on(run_train, monkeypatch):
     assert_same(training_of(path), training_of(expected))
 
 
+def test_it_is_compiled_once(run_train, monkeypatch):
+    """What the trial compiles is what all steps run; validation, the sample and the end do not compile again."""
+    graphs, compile_model = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_model(self, backend=backend))
+    torch._dynamo.reset()
+    run_train("--compile_model", "--max_iter=4", "--sample_tokens=8")
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--linear=grkan", "--mixer=DA"], ["--linear=grkan", "--gradient_checkpointing"],
                                    ["--mlp=chebkan"], ["--mlp=bspline"]])
