@@ -28,7 +28,27 @@ os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HUB_FOLDER / "home")}
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--rehearse", action="store_true",
+                     help="run a few of the tests marked gpu on the CPU, to see that they run")
+
+
+@pytest.fixture(scope="session")
+def card(request) -> torch.device:
+    """The GPU; the CPU in a rehearsal."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if not request.config.getoption("--rehearse"):
+        pytest.skip("needs a GPU")
+    return torch.device("cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--rehearse"):  # a few of each test's parametrisations
+        of_test = {}
+        for item in items:
+            of_test.setdefault(item.originalname, []).append(item)
+        items[:] = [item for same in of_test.values() for item in same[::-(-len(same) // 2)]]
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))

@@ -1,0 +1,297 @@
+"""What only a GPU can show: that it computes what a CPU computes, and that training keeps its promises there.
+
+    python -m pytest -m gpu                 where there is a card; elsewhere they are skipped
+    python -m pytest -m gpu --rehearse      a few of each on the CPU, to see that they run
+
+Of the packages in tests/requirements.txt they need pytest alone. In order of worth: when time is short, the last ones are
+left out.
+"""
+import os
+
+import pytest
+import torch
+from memory import of_preset, peak_of_step
+from test_loss import example as loss_example
+from test_loss import of_all_logits
+from test_model import ARCHITECTURES, random_model
+from test_rational import SHAPES
+from test_rational import example as rational_example
+
+import evaluate
+import finetune
+import generate
+import train
+from conftest import REPO, assert_same, at_batch, rows_of, stop_in, training_of
+from generate import GREEDY
+from kernels.rational import backward_by_torch, rational, rational_backward, rational_by_torch, triton_kernels
+from layers import LINEARS, MIXERS, MLPS, loss
+from layers.loss import cross_entropy
+from model import GPT
+from runtime.checkpoint import load_checkpoint, run_folder
+from runtime.device import DTYPES, Machine, compile_in_place
+
+pytestmark = pytest.mark.gpu
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, for what is deterministic here
+LAYERS = [*({"mlp": name} for name in MLPS), *({"mixer": name} for name in MIXERS), {"mixer": "DA"},
+          *({"linear": name} for name in LINEARS)]
+# heads as wide as real ones; two chunks of the delta rule and a bit; a vocabulary that no tile divides
+SHAPE = {"n_head": 2, "head_size": 64, "block_size": 130, "vocab_size": 1003}
+WIDE = ["--n_head=8", "--head_size=32"]
+HALVES = "bf16", "fp16"
+
+
+def name_of(switches: dict) -> str:
+    return ",".join(f"{name}={value}" for name, value in switches.items())
+
+
+@pytest.fixture(autouse=True)
+def settings_of_torch(card, monkeypatch):
+    """fp32 is fp32 until a test, or `open_machine`, says otherwise. What a test sets ends with it."""
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+    if card.type == "cpu":  # without the compiler, which takes half a minute a model there
+        compile_model = torch.nn.Module.compile
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_model(self, backend="aot_eager"))
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def little_memory(card):
+    """1.5 GiB on a card; on a CPU as much as there is."""
+    if card.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / torch.cuda.get_device_properties(card).total_memory)
+
+
+def ids(n_rows: int = 2, n_tokens: int = SHAPE["block_size"]) -> torch.Tensor:
+    return torch.randint(SHAPE["vocab_size"], (n_rows, n_tokens), generator=torch.Generator().manual_seed(1))
+
+
+def outcome(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
+    """Logits, losses and the gradient of every parameter, in fp32 on the CPU."""
+    model, idx = model.to(machine.device), ids().to(machine.device)
+    model.zero_grad()
+    with machine.autocast():
+        logits, targets = model(idx).detach(), idx.roll(-1, dims=1)
+        losses = model(idx, targets, reduction="none").detach()
+        mean = model(idx, targets)
+    mean.backward()
+    found = {"logits": logits, "losses": losses, "loss": mean.detach()}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+def distances(got: dict, want: dict) -> dict[str, float]:
+    """Of each tensor relative to its length; a gradient that is nearly nothing, relative to the largest."""
+    largest = max(tensor.norm() for name, tensor in want.items() if name not in ("logits", "losses", "loss"))
+    return {name: float((got[name] - tensor).norm() / max(tensor.norm(), 0.01 * largest)) for name, tensor in want.items()}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", *HALVES])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_losses_and_gradients_are_those_of_the_cpu(card, architecture, dtype):
+    """In fp32 to rounding. In half precision, and TF32, as near to fp32 as a CPU comes in that dtype (bf16 for TF32)."""
+    model = random_model(**architecture, **SHAPE)
+    cpu = torch.device("cpu")
+    want = outcome(model, Machine(cpu, "fp32"))
+    rounded = {}
+    if dtype != "fp32":
+        rounded = distances(outcome(model, Machine(cpu, dtype if dtype in HALVES else "bf16")), want)
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    got = outcome(model, Machine(card, dtype if dtype in HALVES else "fp32"))
+    for name, distance in distances(got, want).items():
+        assert distance < 3 * rounded.get(name, 0.0) + 5e-4, (name, rounded.get(name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rational_functions_are_those_of_the_readable_twin(card, shape, dtype):
+    """Forward, and the gradients of inputs and coefficients, of the Triton kernels where Triton knows the card."""
+    if card.type == "cuda" and torch.cuda.get_device_capability(card) >= (7, 0):
+        assert triton_kernels(card) is not None
+    x, grad, table = rational_example(*shape, DTYPES[dtype])
+    there = [tensor.to(card) for tensor in (grad, x, table)]
+    got = rational(*there[1:]), *rational_backward(*there)
+    want = rational_by_torch(x.float(), table).to(x.dtype), *backward_by_torch(grad, x, table)
+    for a, b in zip(got, want, strict=True):
+        assert a.device == card and a.dtype == b.dtype
+        assert (a.cpu().float() - b.float()).norm() <= (1e-5 if dtype == "fp32" else 1e-2) * b.float().norm()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_chunked_loss_is_that_of_all_logits(card, monkeypatch, softcap, dtype):
+    monkeypatch.setitem(loss.CHUNK_BYTES, card.type, 4 * 37 * 7)  # rows of logits at a time: 7 of 30
+    x, weight, targets = loss_example(scale=1.0)
+    want = of_all_logits(x, weight, targets, softcap)
+    want = want, *torch.autograd.grad(want, (x, weight))
+    there = x.detach().to(card).requires_grad_(), weight.detach().to(card).requires_grad_()
+    with Machine(card, dtype).autocast():
+        value = cross_entropy(*there, targets.to(card), softcap, "mean")
+        one_by_one = cross_entropy(*there, targets.to(card), softcap, "none")
+    got = value, *torch.autograd.grad(value, there)
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}[dtype]
+    for a, b in zip(got, want):
+        assert a.dtype == torch.float32 and (a.cpu() - b.float()).norm() <= tolerance * b.float().norm()
+    assert one_by_one.sum().item() / (targets >= 0).sum().item() == pytest.approx(value.item(), rel=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixer", [*MIXERS, "DA"])
+def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
+    machine, idx = Machine(card, dtype), ids()
+    model = random_model(mixer=mixer, **SHAPE).to(card)
+    model.cast_matrices(DTYPES[dtype])
+    with machine.autocast():
+        want = model(idx.to(card)).float()
+        cache = model.init_cache(2, idx.size(1), generate.cache_dtype(model))
+        parts = [model(part.to(card), cache=cache) for part in idx.split([70, 1, 50, *[1] * 9], dim=1)]
+    got = torch.cat(parts, dim=1).float()
+    assert (got - want).norm() <= (1e-4 if dtype == "fp32" else 3e-2) * want.norm()
+
+
+def test_texts_are_those_of_the_cpu(card):
+    """Of prompts of different lengths, a batch of them, and each alone; the context is filled and goes on."""
+    model = random_model(mixer="DA", **SHAPE)
+    prompts = [ids(1, n)[0] for n in (3, 90, 41)]
+    write = lambda device: torch.stack([new.cpu() for new in generate.generate(
+        model.to(device), [prompt.to(device) for prompt in prompts], 60, GREEDY)], dim=1)
+    with torch.inference_mode():
+        want = write(torch.device("cpu"))
+        got = write(card)
+    assert (got == want).float().mean() > 0.95  # a tie may fall to the other side, and all after it differ
+
+
+def test_an_overflow_of_fp16_skips_steps_until_the_scale_fits(card, run_train, monkeypatch):
+    """A real one: gradients of a loss times 2**40. The first step changes nothing, the last ones do."""
+    monkeypatch.setattr(Machine, "grad_scaler", lambda self: torch.amp.GradScaler(self.device.type, init_scale=2.0**40))
+    flags = [f"--device={card}", "--dtype=fp16", "--compile_model=0"]
+    one = run_train(*flags, "--max_iter=1", checkpoint="one/gpt.pt")
+    before = load_checkpoint(run_folder(one) / "previous.pt")
+    assert_same(load_checkpoint(one)["model"], before["model"])
+    path = run_train(*flags, "--max_iter=35", "--val_intervals=35", checkpoint="all/gpt.pt")
+    rows = rows_of(path)
+    assert 5 < rows[-1]["skipped"] < 35 and rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert load_checkpoint(path)["training"]["scaler"]["scale"] < 2.0**36
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype=fp16"], ["--mixer=DA", "--linear=grkan"],
+                                   ["--optimizer=gpt2", "--grad_clip=1"], ["--compile_model=1"]], ids=" ".join)
+def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, flags):
+    """No host sync in any step but the first, nor in one whose gradient is not finite, which changes nothing."""
+    real_step, steps, weights = train.train_step, [], []
+
+    def watched(state, loop, loss_fn):
+        if card.type == "cuda" and steps:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            done = real_step(state, loop, loss_fn)
+        finally:
+            if card.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        steps.append(done)
+        weights.append([parameter.detach().clone() for parameter in state.model.parameters()])
+        return done
+    poison = lambda model, batch: train.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        patch.setattr(train, "next_token_loss", train.next_token_loss)
+        patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=train.fit: fit(state, loop, poison, on_eval))
+        path = run_train(f"--device={card}", "--dtype=auto", "--compile_model=0", *flags, "--max_iter=5",
+                         "--val_intervals=5")
+    assert len(steps) == 5 and rows_of(path)[-1]["skipped"] == 1
+    same = [all(torch.equal(a, b) for a, b in zip(before, after)) for before, after in zip(weights, weights[1:])]
+    assert same == [False, True, False, False]
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype=fp32"], ["--mixer=DA"], ["--linear=grkan"], ["--mlp=chebkan"],
+                                   ["--compile_model=1"]], ids=" ".join)
+def test_a_deterministic_run_resumes_bit_for_bit(card, run_train, tmp_path, monkeypatch, flags):
+    flags = [f"--device={card}", "--dtype=auto", "--deterministic", "--compile_model=0", *flags]
+    expected = run_train(*flags, checkpoint="whole/gpt.pt")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in(patch, 4)
+        run_train(*flags, checkpoint="stopped/gpt.pt")
+    path = tmp_path / "stopped" / "gpt.pt"
+    assert 0 < load_checkpoint(path)["training"]["step"] < 6
+    run_train("--resume_checkpoint", f"--device={card}", checkpoint="stopped/gpt.pt")
+    assert_same(training_of(path), training_of(expected))
+    assert rows_of(path) == rows_of(expected)
+
+
+def test_a_batch_that_fits_is_found(card, run_train, little_memory):
+    """More than one block, fewer than all where memory is little, and the tokens of a step are what they would have been."""
+    n_blocks = 32_768 if card.type == "cuda" else 32
+    path = run_train(f"--device={card}", *WIDE, "--batch_size=auto", f"--num_batch_accum={n_blocks // 4}", "--max_iter=1",
+                     "--compile_model=0")
+    settings = load_checkpoint(path)["training"]["settings"]
+    assert settings["batch_size"] * settings["num_batch_accum"] == n_blocks
+    assert 1 < settings["batch_size"] < n_blocks or card.type == "cpu"
+
+
+def test_too_little_memory_is_one_line(card, run_train, little_memory, monkeypatch, capsys):
+    if card.type == "cpu":
+        def act():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+        at_batch(monkeypatch, 1, act)
+    with pytest.raises(SystemExit) as stop:
+        run_train(f"--device={card}", *WIDE, f"--batch_size={20_000 if card.type == 'cuda' else 64}", "--num_batch_accum=1",
+                  "--val_iter=1", "--compile_model=0")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert stop.value.code == 1 and len(lines) == 1
+    assert all(words in lines[0] for words in ("too little memory", "--batch_size=", "--gradient_checkpointing"))
+
+
+@pytest.mark.parametrize("preset", [None, "gpt2"])
+def test_peak_memory_is_what_is_traced(card, monkeypatch, preset):
+    """bench/memory.py's figure for the 12 x 768 shape, within a tenth."""
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", loss.CHUNK_BYTES["cuda"])
+    is_real = card.type == "cuda"
+    shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_real else {
+        "n_layer": 2, "n_head": 2, "block_size": 128, "vocab_size": 1000}
+    dtype = torch.bfloat16
+    traced = peak_of_step(*of_preset(preset, **shape), 4, dtype)
+    torch.ones(64, 64, device=card, dtype=dtype) @ torch.ones(64, 64, device=card, dtype=dtype)  # cuBLAS's own memory
+    before = torch.cuda.memory_allocated() if is_real else 0
+    measured = peak_of_step(*of_preset(preset, **shape), 4, dtype, device=card.type) - before
+    assert measured == pytest.approx(traced, rel=0.1)
+
+
+def test_from_text_to_answers(card, run_train, tmp_path, capsys):
+    """The whole path on the card: train, go on, write, finetune, score."""
+    path = run_train("--device=auto", "--dtype=auto", "--dataloader_num_workers=2", "--compile_model=0")
+    run_train("--resume_checkpoint", "--max_iter=8")
+    last = rows_of(path, clocks=True)[-1]
+    assert last["step"] == 8 and last["tok_per_sec"] > 0 and last["mfu"] > 0 and last["peak_memory"] > 0
+    generate.main([f"--checkpoint_path={path}", f"--device={card}", "--max_new_tokens=20", "--num_samples=3"])
+    tuned, questions, text = (tmp_path / name for name in ("tuned.pt", "questions.jsonl", "text.txt"))
+    questions.write_text("".join(f'{{"question": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(50)))
+    text.write_text((REPO / "LICENSE").read_text())
+    finetune.main([f"--checkpoint_path={path}", f"--out_path={tuned}", f"--dataset={questions}", "--max_iter=2",
+                   "--batch_size=2", "--num_batch_accum=1", "--verbose=0", f"--device={card}", "--compile_model=0"])
+    evaluate.main(["--checkpoint_path", str(path), str(tuned), f"--dataset={text}", f"--device={card}"])
+    assert "bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("switches", LAYERS, ids=name_of)
+def test_compiled_is_eager(card, switches):
+    """Of every mixer, MLP and linear layer: one graph, the same loss and gradients."""
+    model, idx = random_model(**switches, **SHAPE).to(card), ids().to(card)
+
+    def step():
+        model.zero_grad()
+        value = model(idx, idx.roll(-1, dims=1))
+        value.backward()
+        return {"loss": value.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
+    want = step()
+    assert compile_in_place(model, step)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = step()
+    assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-4)
+    assert max(distances(got, want).values()) < 1e-3
