@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
@@ -83,12 +83,15 @@ class GatedDelta(nn.Module):
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), v
 
     def flops_per_token(self, block_size: int) -> int:
-        """Projections, and the products of `by_chunks`: three of a chunk with itself, three with the state, and one more in
-        the backward pass of the triangular system. The padding of a last chunk counts too."""
-        chunk = min(CHUNK, block_size)
+        """Projections, and the products of `by_chunks`: three of a chunk with itself, and one more in the backward pass of
+        the triangular system; if there are several chunks, two with the state, and of all but the last two that make the
+        next state, and the recurrence of the states. The padding of a last chunk counts too."""
+        chunk, size = min(CHUNK, block_size), self.head_size
         n = -(-block_size // chunk)
-        within, across = (3 * 3 + 2) * 2 * chunk * chunk * self.head_size, 3 * 3 * 2 * chunk * self.head_size**2
-        return 3 * matrix_flops(self) + self.n_head * (n * within + (n - 1) * across) // block_size
+        flops = n * (3 * 3 + 2) * 2 * chunk * chunk * size
+        if n > 1:
+            flops += 3 * (n * 2 * 2 * chunk * size**2 + (n - 1) * (2 * 2 * chunk * size**2 + 2 * size**3))
+        return 3 * matrix_flops(self) + self.n_head * flops // block_size
 
     def elementwise_flops_per_token(self, block_size: int) -> int:
         """Of the linear layers, the gate, and solving the triangular system, which is no product, forward and backward."""
@@ -126,21 +129,54 @@ def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
     log_gamma = log_alpha.unsqueeze(-2).masked_fill(later, 0.0).sum(dim=-1)  # a GPU's cumsum has no order of its own
     ratios = (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(  # above the diagonal they may overflow
         later, -torch.inf).exp()                                               # Γ_t / Γ_j
-    gamma, to_end = log_gamma.exp().unsqueeze(-1), ratios[..., -1, :].unsqueeze(-1)
+    gamma, to_end = log_gamma.exp().unsqueeze(-1), ratios[..., -1, :].unsqueeze(-1)            # (B, H, n, c, 1)
     with torch.autocast(k.device.type, enabled=False):  # rounded, it would not fit the k beside it: the rule overshoots
         system = (k.float() @ k.float().mT) * ratios * beta.unsqueeze(-1)      # its diagonal is taken to be 1
     known = torch.cat((v.float(), k.float() * gamma), dim=-1) * beta.unsqueeze(-1)
-    from_values, from_state = torch.linalg.solve_triangular(
-        system, known, upper=False, unitriangular=True).chunk(2, dim=-1)
-    scores = (q @ k.mT) * ratios
-    asks, tells = q * gamma, (k * to_end).mT
-    answers, n, is_asked = [], q.size(2), state is not None
-    for i in range(n):
-        correction, answer = from_values[:, :, i], 0.0
-        if state is not None:
-            correction, answer = correction - from_state[:, :, i] @ state, asks[:, :, i] @ state
-        answers.append(scores[:, :, i] @ correction + answer)
-        if i < n - 1 or is_asked:
-            update = (tells[:, :, i] @ correction).float()
-            state = update if state is None else state * gamma[:, :, i, -1:] + update
-    return torch.cat(answers, dim=2)[:, :, :T], state if is_asked else None
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    from_values, from_state = solved.chunk(2, dim=-1)
+    scores, n, is_asked = (q @ k.mT) * ratios, q.size(2), state is not None
+    if n == 1 and not is_asked:
+        return (scores @ from_values).flatten(2, 3)[:, :, :T], None
+    # what each chunk makes of the state before it: γ S + kᵀ (u_values - u_state S) = (γ - kᵀ u_state) S + kᵀ u_values
+    steps = n if is_asked else n - 1
+    with torch.autocast(k.device.type, enabled=False):
+        tells = (k * to_end)[:, :, :steps].float().mT
+        added, taken = (tells @ solved[:, :, :steps]).chunk(2, dim=-1)                             # (B, H, n, D, D)
+        kept = gamma[:, :, :steps, -1:] * torch.eye(k.size(-1), device=k.device) - taken
+    states = linear_recurrence(kept.movedim(2, 0), added.movedim(2, 0),
+                               state if is_asked else torch.zeros_like(added[:, :, 0])).movedim(0, 2)
+    before = states[:, :, :n]
+    y = scores @ (from_values - from_state @ before) + (q * gamma) @ before
+    return y.flatten(2, 3)[:, :, :T], states[:, :, n] if is_asked else None
+
+
+@library.custom_op("gpt_workbench::linear_recurrence", mutates_args=())
+def linear_recurrence(factors: Tensor, terms: Tensor, start: Tensor) -> Tensor:
+    """S_{i+1} = factors_i S_i + terms_i, from S_0 = start. factors, terms: (n, B, H, D, D); start: (B, H, D, D); all fp32.
+    Returns S_0 … S_n, (n + 1, B, H, D, D). One operation, or torch.compile would unroll as many steps as a text has."""
+    states = start.new_empty(len(factors) + 1, *start.shape)
+    states[0] = start
+    flat = states.flatten(1, 2)
+    for i, (factor, term) in enumerate(zip(factors.flatten(1, 2), terms.flatten(1, 2))):
+        torch.baddbmm(term, factor, flat[i], out=flat[i + 1])
+    return states
+
+
+@linear_recurrence.register_fake
+def _(factors: Tensor, terms: Tensor, start: Tensor) -> Tensor:
+    return start.new_empty(factors.size(0) + 1, *start.shape)
+
+
+def save_for_backward(ctx, inputs: tuple, output: Tensor):
+    ctx.save_for_backward(inputs[0], output)
+
+
+def recurrence_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients obey the same recurrence, from the end: G_i = factors_iᵀ G_{i+1} + grad_i."""
+    factors, states = ctx.saved_tensors
+    grads = linear_recurrence(factors.mT.flip(0), grad[:-1].flip(0), grad[-1]).flip(0)
+    return grads[1:] @ states[:-1].mT, grads[1:], grads[0]
+
+
+linear_recurrence.register_autograd(recurrence_backward, setup_context=save_for_backward)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layers import gated_delta
-from layers.gated_delta import MEMORY, GatedDelta, by_chunks, by_tokens
+from layers.gated_delta import CHUNK, MEMORY, GatedDelta, by_chunks, by_tokens, linear_recurrence
 from model import GPTConfig
 
 B, H, T, D = 2, 3, 40, 8
@@ -33,6 +33,30 @@ def test_chunks_equal_tokens(monkeypatch, chunk, with_state):
     weights = torch.randn_like(want)
     for a, b in zip(torch.autograd.grad((got * weights).sum(), used), torch.autograd.grad((want * weights).sum(), used)):
         assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_the_recurrence_by_hand_and_as_torch_wants_it():
+    """S_1 = 2 S_0 + 1, S_2 = 3 S_1 + 1 of numbers; shapes, gradients and compiling as torch's own checks have them."""
+    factors, terms = torch.tensor([2.0, 3.0]).view(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)
+    assert linear_recurrence(factors, terms, torch.full((1, 1, 1, 1), 5.0)).flatten().tolist() == [5, 11, 34]
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    inputs = random(3, 1, 2, 4, 4), random(3, 1, 2, 4, 4), random(1, 2, 4, 4)
+    torch.library.opcheck(linear_recurrence, inputs)
+    assert torch.autograd.gradcheck(linear_recurrence, inputs)
+
+
+def test_what_is_compiled_does_not_grow_with_the_text():
+    """A hundred chunks are as many operations as two."""
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+    for n_tokens in (2 * CHUNK, 100 * CHUNK):
+        torch._dynamo.reset()
+        vectors, numbers = torch.zeros(3, 1, 1, n_tokens, 2), torch.zeros(2, 1, 1, n_tokens)
+        torch.compile(by_chunks, backend=backend)(*vectors, *numbers, None)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def test_a_text_in_two_parts_is_one_text():
