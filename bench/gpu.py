@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpu_stages import STAGES, Task, append_row, forbid_imports, line_of
+from gpu_stages import STAGES, Task, append_row, forbid_imports, line_of, rows_of_last_run
 
 if __name__ == "__main__":
     forbid_imports()
@@ -198,13 +198,8 @@ def summary(ends: list[dict]) -> str:
 
 
 def last_run(path: Path) -> list[dict]:
-    """Rows of results.jsonl since the last line that begins a run. Raises BadInput when there are none."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                rows = [] if "began" in row else [*rows, row]
+    """Raises BadInput when there is none."""
+    rows = rows_of_last_run(path)
     if not any("card" in row for row in rows):
         raise BadInput(f"--readme: {path} holds no rows of a run: give the --out_path of one")
     return rows
