@@ -132,7 +132,9 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
     probabilities = logits.softmax(dim=-1)
     kept = torch.ones_like(probabilities, dtype=torch.bool)
     if sampling.top_p < 1:
-        kept &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p  # what comes before falls short of it
+        # what comes before falls short of it; whole numbers, whose sums are the same in any order, which a GPU's are in
+        shares = (probabilities.double() * 2**52).long()
+        kept &= shares.cumsum(dim=-1) - shares < sampling.top_p * 2**52
     if sampling.min_p > 0:
         kept &= probabilities >= sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
     chosen = torch.multinomial(probabilities * kept, 1, generator=generator)

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 from layers.places import Places
+
+# Not cuDNN's, which newer torch prefers on Hopper: it makes a plan for every length it meets, and so at every token.
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -101,13 +105,14 @@ class Attention(nn.Module):
         if places.rotation is not None:
             q, k = rotate(q, places.rotation), rotate(k, places.rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        products = nullcontext()
+        products = kernels = nullcontext()
         if cache is not None:
             kept = cache.append(places.start, k, v)
             if places.start > 0:  # else they are all there are
                 k, v = kept
                 q, products = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
-        with products:
+                kernels = sdpa_kernel(DECODING_KERNELS)
+        with products, kernels:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, enable_gqa=self.n_kv_head < self.n_head,
                                                is_causal=places.mask is None and places.start == 0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), value

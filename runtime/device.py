@@ -177,7 +177,6 @@ def open_machine(config: DeviceConfig, had: str = "") -> Machine:
         if config.deterministic:
             # cuBLAS reads it at its first product, see docs.nvidia.com/cuda/cublas, "Results reproducibility"
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no kernel chosen by the clock
             # with warn_only, fused attention would warn and go on adding in any order: aten's attention_backward.cu
             torch.use_deterministic_algorithms(True)
     return Machine(device, choose_dtype(device, had) if config.dtype == "auto" else config.dtype)
@@ -284,11 +283,24 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def compile_model(model: torch.nn.Module):
+    """Compiles `model` in place, at its first call: torch.compile(model) would rename every weight."""
+    from torch._functorch import config as functorch_config
+    # Backward passes run without autocast, as eager ones do: those written by hand would lose fp32 where they need it.
+    if hasattr(functorch_config, "backward_pass_autocast"):
+        functorch_config.backward_pass_autocast = "off"
+    if torch.are_deterministic_algorithms_enabled():
+        from torch._inductor import config as inductor_config
+        if hasattr(inductor_config, "deterministic"):
+            inductor_config.deterministic = True  # no kernel is chosen by the clock
+    model.compile()
+
+
 def compile_in_place(model: torch.nn.Module, try_step) -> bool:
     """Compiles `model` and runs `try_step()`, where a machine that cannot compile fails; then it stays uncompiled with
-    one warning. Returns whether it is compiled. In place, because torch.compile(model) would rename every weight."""
+    one warning. Returns whether it is compiled."""
     try:
-        model.compile()
+        compile_model(model)
         try_step()
         return True
     except Exception as error:  # a missing compiler, an old GPU, an operation it does not know: each its own type

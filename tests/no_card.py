@@ -6,7 +6,8 @@ makes the host wait for a number, fails. torch.compile generates its Triton kern
     python tests/no_card.py train_step decode       runs those checks and prints a line of JSON: {"train_step": null, …}
 
 A CPU build of torch has neither a device guard nor hooks for CUDA; the library below registers some that do nothing, and
-must be loaded before torch is. So this is a program of its own, which tests/test_cuda_path.py runs.
+must be loaded before torch is. So this is a program of its own, which tests/test_cuda_path.py runs. (A build for GPUs has
+its own, which ask for a card.)
 """
 import ctypes
 import importlib.util
@@ -52,8 +53,6 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 
 def load_library():
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
-    if (torch_folder / "lib" / "libtorch_cuda.so").exists():
-        return  # a build for GPUs has its own
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "no_card.cpp", Path(folder) / "no_card.so"
         source.write_text(LIBRARY)

@@ -13,7 +13,7 @@ from layers import LINEARS, MIXERS, MLPS
 
 CHECKS = ["train_step", "a_wait_is_seen", "copies", "decode", "machine"]
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and tests/test_gpu.py"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="takes a CPU build of torch: see no_card.py"),
     pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs Linux and g++")]
 
 

@@ -6,6 +6,7 @@
 Of the packages in tests/requirements.txt they need pytest alone. In order of worth: when time is short, the last ones are
 left out.
 """
+import gc
 import os
 
 import pytest
@@ -16,6 +17,7 @@ from test_loss import of_all_logits
 from test_model import ARCHITECTURES, random_model
 from test_rational import SHAPES
 from test_rational import example as rational_example
+from torch._dynamo.utils import counters
 
 import evaluate
 import finetune
@@ -28,7 +30,7 @@ from layers import LINEARS, MIXERS, MLPS, loss
 from layers.loss import cross_entropy
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder
-from runtime.device import DTYPES, Machine, compile_in_place
+from runtime.device import DTYPES, Machine, can_compile, compile_model
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, for what is deterministic here
@@ -55,16 +57,34 @@ def settings_of_torch(card, monkeypatch):
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
+    gc.collect()  # what an exception that was expected keeps alive
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
 
 
 @pytest.fixture
-def little_memory(card):
+def little_memory(card, monkeypatch):
     """1.5 GiB on a card; on a CPU as much as there is."""
     if card.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / torch.cuda.get_device_properties(card).total_memory)
+        limit = int(1.5 * 2**30)
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(card).total_memory)
+        monkeypatch.setattr(Machine, "free_memory", lambda self: limit - torch.cuda.memory_allocated())
+
+
+def half_of(card) -> str:
+    """The half precision that it has units for."""
+    return "fp16" if card.type == "cuda" and torch.cuda.get_device_capability(card) < (8, 0) else "bf16"
+
+
+def require_units(card, dtype: str):
+    if card.type == "cuda" and dtype in ("bf16", "tf32") and half_of(card) == "fp16":
+        pytest.skip(f"the card has no units for {dtype}")
+
+
+def require_compiler(card):
+    if card.type == "cuda" and not can_compile(card):
+        pytest.skip("torch.compile does not know the card")
 
 
 def ids(n_rows: int = 2, n_tokens: int = SHAPE["block_size"]) -> torch.Tensor:
@@ -86,7 +106,13 @@ def outcome(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
 
 
 def distances(got: dict, want: dict) -> dict[str, float]:
-    """Of each tensor relative to its length; a gradient that is nearly nothing, relative to the largest."""
+    """Of each tensor relative to its length; a gradient that is nearly nothing, relative to the largest. The gradients of
+    a few numbers are one vector: rounding errors of a single number compare badly."""
+    def joined(tensors: dict) -> dict:
+        few = [name for name, tensor in tensors.items() if tensor.numel() < 64 and name != "loss"]
+        rest = {name: tensor for name, tensor in tensors.items() if name not in few}
+        return rest | ({"scalars": torch.cat([tensors[name].flatten() for name in few])} if few else {})
+    got, want = joined(got), joined(want)
     largest = max(tensor.norm() for name, tensor in want.items() if name not in ("logits", "losses", "loss"))
     return {name: float((got[name] - tensor).norm() / max(tensor.norm(), 0.01 * largest)) for name, tensor in want.items()}
 
@@ -95,6 +121,7 @@ def distances(got: dict, want: dict) -> dict[str, float]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_losses_and_gradients_are_those_of_the_cpu(card, architecture, dtype):
     """In fp32 to rounding. In half precision, and TF32, as near to fp32 as a CPU comes in that dtype (bf16 for TF32)."""
+    require_units(card, dtype)
     model = random_model(**architecture, **SHAPE)
     cpu = torch.device("cpu")
     want = outcome(model, Machine(cpu, "fp32"))
@@ -112,7 +139,7 @@ def test_logits_losses_and_gradients_are_those_of_the_cpu(card, architecture, dt
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rational_functions_are_those_of_the_readable_twin(card, shape, dtype):
     """Forward, and the gradients of inputs and coefficients, of the Triton kernels where Triton knows the card."""
-    if card.type == "cuda" and torch.cuda.get_device_capability(card) >= (7, 0):
+    if card.type == "cuda" and can_compile(card):
         assert triton_kernels(card) is not None
     x, grad, table = rational_example(*shape, DTYPES[dtype])
     there = [tensor.to(card) for tensor in (grad, x, table)]
@@ -120,12 +147,13 @@ def test_rational_functions_are_those_of_the_readable_twin(card, shape, dtype):
     want = rational_by_torch(x.float(), table).to(x.dtype), *backward_by_torch(grad, x, table)
     for a, b in zip(got, want, strict=True):
         assert a.device == card and a.dtype == b.dtype
-        assert (a.cpu().float() - b.float()).norm() <= (1e-5 if dtype == "fp32" else 1e-2) * b.float().norm()
+        assert (a.cpu().float() - b.float()).norm() <= (5e-6 if dtype == "fp32" else 1e-2) * b.float().norm()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_chunked_loss_is_that_of_all_logits(card, monkeypatch, softcap, dtype):
+    require_units(card, dtype)
     monkeypatch.setitem(loss.CHUNK_BYTES, card.type, 4 * 37 * 7)  # rows of logits at a time: 7 of 30
     x, weight, targets = loss_example(scale=1.0)
     want = of_all_logits(x, weight, targets, softcap)
@@ -145,6 +173,7 @@ def test_the_chunked_loss_is_that_of_all_logits(card, monkeypatch, softcap, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mixer", [*MIXERS, "DA"])
 def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
+    require_units(card, dtype)
     machine, idx = Machine(card, dtype), ids()
     model = random_model(mixer=mixer, **SHAPE).to(card)
     model.cast_matrices(DTYPES[dtype])
@@ -153,7 +182,7 @@ def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
         cache = model.init_cache(2, idx.size(1), generate.cache_dtype(model))
         parts = [model(part.to(card), cache=cache) for part in idx.split([70, 1, 50, *[1] * 9], dim=1)]
     got = torch.cat(parts, dim=1).float()
-    assert (got - want).norm() <= (1e-4 if dtype == "fp32" else 3e-2) * want.norm()
+    assert (got - want).norm() <= {"fp32": 1e-4, "bf16": 1.5e-2, "fp16": 2e-3}[dtype] * want.norm()
 
 
 def test_texts_are_those_of_the_cpu(card):
@@ -182,9 +211,12 @@ def test_an_overflow_of_fp16_skips_steps_until_the_scale_fits(card, run_train, m
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=fp16"], ["--mixer=DA", "--linear=grkan"],
-                                   ["--optimizer=gpt2", "--grad_clip=1"], ["--compile_model=1"]], ids=" ".join)
+                                   ["--optimizer=gpt2", "--grad_clip=1"],
+                                   pytest.param(["--compile_model=1"], marks=pytest.mark.compiles)], ids=" ".join)
 def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, flags):
     """No host sync in any step but the first, nor in one whose gradient is not finite, which changes nothing."""
+    if "--compile_model=1" in flags:
+        require_compiler(card)
     real_step, steps, weights = train.train_step, [], []
 
     def watched(state, loop, loss_fn):
@@ -203,7 +235,7 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
         patch.setattr(train, "train_step", watched)
         patch.setattr(train, "next_token_loss", train.next_token_loss)
         patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=train.fit: fit(state, loop, poison, on_eval))
-        path = run_train(f"--device={card}", "--dtype=auto", "--compile_model=0", *flags, "--max_iter=5",
+        path = run_train(f"--device={card}", f"--dtype={half_of(card)}", "--compile_model=0", *flags, "--max_iter=5",
                          "--val_intervals=5")
     assert len(steps) == 5 and rows_of(path)[-1]["skipped"] == 1
     same = [all(torch.equal(a, b) for a, b in zip(before, after)) for before, after in zip(weights, weights[1:])]
@@ -211,9 +243,11 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype=fp32"], ["--mixer=DA"], ["--linear=grkan"], ["--mlp=chebkan"],
-                                   ["--compile_model=1"]], ids=" ".join)
+                                   pytest.param(["--compile_model=1"], marks=pytest.mark.compiles)], ids=" ".join)
 def test_a_deterministic_run_resumes_bit_for_bit(card, run_train, tmp_path, monkeypatch, flags):
-    flags = [f"--device={card}", "--dtype=auto", "--deterministic", "--compile_model=0", *flags]
+    if "--compile_model=1" in flags:
+        require_compiler(card)
+    flags = [f"--device={card}", f"--dtype={half_of(card)}", "--deterministic", "--compile_model=0", *flags]
     expected = run_train(*flags, checkpoint="whole/gpt.pt")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in(patch, 4)
@@ -255,7 +289,7 @@ def test_peak_memory_is_what_is_traced(card, monkeypatch, preset):
     is_real = card.type == "cuda"
     shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_real else {
         "n_layer": 2, "n_head": 2, "block_size": 128, "vocab_size": 1000}
-    dtype = torch.bfloat16
+    dtype = DTYPES[half_of(card)]  # attention in fp32 is another kernel
     traced = peak_of_step(*of_preset(preset, **shape), 4, dtype)
     torch.ones(64, 64, device=card, dtype=dtype) @ torch.ones(64, 64, device=card, dtype=dtype)  # cuBLAS's own memory
     before = torch.cuda.memory_allocated() if is_real else 0
@@ -266,7 +300,7 @@ def test_peak_memory_is_what_is_traced(card, monkeypatch, preset):
 def test_from_text_to_answers(card, run_train, tmp_path, capsys):
     """The whole path on the card: train, go on, write, finetune, score."""
     path = run_train("--device=auto", "--dtype=auto", "--dataloader_num_workers=2", "--compile_model=0")
-    run_train("--resume_checkpoint", "--max_iter=8")
+    run_train("--resume_checkpoint", f"--device={card}", "--max_iter=8")
     last = rows_of(path, clocks=True)[-1]
     assert last["step"] == 8 and last["tok_per_sec"] > 0 and last["mfu"] > 0 and last["peak_memory"] > 0
     generate.main([f"--checkpoint_path={path}", f"--device={card}", "--max_new_tokens=20", "--num_samples=3"])
@@ -279,19 +313,29 @@ def test_from_text_to_answers(card, run_train, tmp_path, capsys):
     assert "bits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("switches", LAYERS, ids=name_of)
-def test_compiled_is_eager(card, switches):
-    """Of every mixer, MLP and linear layer: one graph, the same loss and gradients."""
-    model, idx = random_model(**switches, **SHAPE).to(card), ids().to(card)
+@pytest.mark.compiles
+@pytest.mark.parametrize("switches, dtype",
+                         [({}, "half"), ({"mixer": "DA"}, "half"), *((layer, "fp32") for layer in LAYERS)],
+                         ids=lambda value: value if isinstance(value, str) else name_of(value) or "default")
+def test_compiled_is_eager(card, switches, dtype):
+    """Of every mixer, MLP and linear layer: one graph, the same loss and gradients, under autocast too."""
+    require_compiler(card)
+    machine, n_layer = Machine(card, half_of(card) if dtype == "half" else dtype), 2 if "mixer" in switches else 1
+    model, idx = random_model(**switches, **SHAPE, n_layer=n_layer).to(card), ids().to(card)
 
     def step():
         model.zero_grad()
-        value = model(idx, idx.roll(-1, dims=1))
+        with machine.autocast():
+            value = model(idx, idx.roll(-1, dims=1))
         value.backward()
         return {"loss": value.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
     want = step()
-    assert compile_in_place(model, step)
+    counters.clear()
+    compile_model(model)  # not compile_in_place, which makes of an error a line of warning
+    step()
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = step()
-    assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-4)
-    assert max(distances(got, want).values()) < 1e-3
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    tolerance = 1e-3 if dtype == "fp32" else 3e-2  # eager rounds what a compiled kernel keeps in fp32
+    assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=tolerance / 10)
+    assert max(distances(got, want).values()) < tolerance

@@ -24,6 +24,7 @@ from layers import LINEARS, MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.trial import fitting_batch
+from test_model import random_model
 from tokenizer import Tokenizer
 
 # the parts of the preset that a tiny model can have
@@ -480,6 +481,25 @@ def test_it_is_compiled_once(run_train, monkeypatch):
     torch._dynamo.reset()
     run_train("--compile_model", "--max_iter=4", "--sample_tokens=8")
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("switches", [{}, {"mixer": "gated_delta"}, {"linear": "grkan"}])
+def test_compiled_gradients_are_as_exact_as_eager_ones(switches, monkeypatch):
+    """Under autocast, bit for bit without the compiler's own kernels: a backward pass traced under autocast would round."""
+    traced = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: traced(self, backend="aot_eager"))
+    model, idx = random_model(**switches, head_size=32, block_size=130), torch.arange(2 * 130).view(2, 130) % 96
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(idx, idx)
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+    eager = gradients()
+    torch._dynamo.reset()
+    assert train.compile_in_place(model, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), eager))
 
 
 @pytest.mark.slow
