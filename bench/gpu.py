@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpu_stages import STAGES, Task, append_row, forbid_imports, line_of, rows_of_last_run
+from gpu_stages import STAGES, Task, append_row, forbid_imports, line_of, read_rows
 
 if __name__ == "__main__":
     forbid_imports()
@@ -75,10 +75,11 @@ def require_text(path: Path):
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
-def seconds_for(name: str, left: float, to_come: list[str]) -> float:
-    """What a stage may take of the seconds that are left: those `to_come` after it get the least they are to have."""
+def seconds_for(name: str, left: float, to_come: list[str], minutes: float = 8.0) -> float:
+    """What a stage may take of the seconds that are left: those `to_come` after it get the least they are to have. Limits
+    are for 8 minutes; more --minutes, and they grow alike."""
     reserved = sum(STAGES[other].at_least for other in to_come)
-    return min(STAGES[name].seconds, left - reserved)
+    return min(STAGES[name].seconds * max(1.0, minutes / 8), left - reserved)
 
 
 def last_lines(stream, path: Path):
@@ -104,17 +105,19 @@ def end(process: subprocess.Popen):
     process.wait()
 
 
-def run_stage(task: Task, seconds: float, stop: StopSignals, bar: tqdm, seen: list[dict]) -> tuple[str, str]:
-    """Runs it, shows its rows as they come, and puts them into `seen`. Returns "passed" or "failed", and the reason."""
+def start_process(task: Task, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-                                # empty at first: seconds of compiling are those of a machine that never has
+                                # empty at first: what is compiled first is compiled as on a new machine
                                 "TORCHINDUCTOR_CACHE_DIR": str(Path(task.work) / "inductor")}
     if task.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), json.dumps(asdict(task))], cwd=REPO, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace",
-        start_new_session=True)  # a Ctrl-C comes to this process alone
+    return subprocess.Popen([sys.executable, str(SCRIPT), json.dumps(asdict(task))], cwd=REPO, env=environment,
+                            stdin=subprocess.DEVNULL, start_new_session=True, **options)  # a Ctrl-C comes to this one alone
+
+
+def run_stage(task: Task, seconds: float, stop: StopSignals, bar: tqdm, seen: list[dict]) -> tuple[str, str]:
+    """Runs it, shows its rows as they come, and puts them into `seen`. Returns "passed" or "failed", and the reason."""
+    process = start_process(task, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     keep = threading.Thread(target=last_lines, args=(process.stdout, Path(task.out_path) / f"{task.stage}.txt"), daemon=True)
     keep.start()
     start, results = time.monotonic(), Path(task.out_path) / "results.jsonl"
@@ -153,33 +156,44 @@ def run_stage(task: Task, seconds: float, stop: StopSignals, bar: tqdm, seen: li
 def run_stages(config: GpuConfig, work: Path, stop: StopSignals) -> list[dict]:
     """The row of each stage that says how it ended."""
     start, total = time.monotonic(), 60 * config.minutes
+    left = lambda: total - (time.monotonic() - start)
     results, ends = config.out_path / "results.jsonl", []
-    wanted = [name for name in STAGES if not config.only or name in config.only]
-    with tqdm(total=round(total), unit="s", bar_format="{desc} {n:.0f} of {total} s {bar}", disable=not sys.stderr.isatty(),
-              leave=False, dynamic_ncols=True) as bar:
-        bar.start = start
-        for i, name in enumerate(STAGES):
-            seen, began, status, reason = [], time.monotonic(), "left out", ""
-            seconds = seconds_for(name, total - (time.monotonic() - start),
-                                  [other for other in wanted if list(STAGES).index(other) > i])
-            if name not in wanted:
-                reason = "not in --only"
-            elif stop.signal:
-                reason = "interrupted"
-            elif seconds < LEAST and not config.rehearse:
-                reason = f"no time: {max(0, seconds):.0f} s of --minutes={config.minutes:g} are left for it"
-            else:
-                bar.set_description_str(name)
-                tqdm.write(f"{name}: {STAGES[name].what}")
-                seconds = max(seconds, LEAST)
-                text, data_path = (path and str(path.resolve()) for path in (config.text, config.data_path))
-                task = Task(name, str(config.out_path.resolve()), str(work), time.time() + seconds, config.rehearse, text,
-                            data_path)
-                status, reason = run_stage(task, seconds, stop, bar, seen)
-            figure = next((row["figure"] for row in reversed(seen) if "figure" in row), "")
-            ends.append({"stage": name, "status": status, "seconds": round(time.monotonic() - began, 1), "reason": reason,
-                         "figure": figure, "card": next((row["card"] for row in seen if "card" in row), "")})
-            append_row(results, ends[-1])
+    text, data_path = (path and str(path.resolve()) for path in (config.text, config.data_path))
+    task_of = lambda name, seconds: Task(name, str(config.out_path.resolve()), str(work), time.time() + seconds,
+                                         config.rehearse, text, data_path)
+    to_come = [name for name in STAGES if not config.only or name in config.only]
+    preparing = None  # text, by the CPU, while the card is busy
+    if any(STAGES[name].reads_text for name in to_come) and not (config.rehearse or data_path):
+        preparing = start_process(task_of("text", total), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with tqdm(total=round(total), unit="s", bar_format="{desc} {n:.0f} of {total} s {bar}", leave=False,
+                  disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+            bar.start = start
+            for name, stage in STAGES.items():
+                seen, began, status, reason = [], time.monotonic(), "left out", "not in --only"
+                if name in to_come:
+                    to_come.remove(name)
+                    if stage.reads_text and preparing:
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            preparing.wait(max(0.0, left() - stage.at_least))
+                    seconds = seconds_for(name, left(), to_come, config.minutes)
+                    if stop.signal:
+                        reason = "interrupted"
+                    elif seconds < LEAST and not config.rehearse:
+                        reason = f"no time: {max(0, seconds):.0f} s of --minutes={config.minutes:g} are left for it"
+                    else:
+                        bar.set_description_str(name)
+                        tqdm.write(f"{name}: {stage.what}")
+                        seconds = max(seconds, LEAST)
+                        status, reason = run_stage(task_of(name, seconds), seconds, stop, bar, seen)
+                figure = next((row["figure"] for row in reversed(seen) if "figure" in row), "")
+                ends.append({"stage": name, "status": status, "seconds": round(time.monotonic() - began, 1),
+                             "reason": reason, "figure": figure,
+                             "card": next((row["card"] for row in seen if "card" in row), "")})
+                append_row(results, ends[-1])
+    finally:
+        if preparing and preparing.poll() is None:
+            end(preparing)
     return ends
 
 
@@ -197,24 +211,32 @@ def summary(ends: list[dict]) -> str:
     return "\n".join(line if len(line) <= width else line[:width - 1] + "…" for line in lines)
 
 
-def last_run(path: Path) -> list[dict]:
-    """Raises BadInput when there is none."""
-    rows = rows_of_last_run(path)
-    if not any("card" in row for row in rows):
-        raise BadInput(f"--readme: {path} holds no rows of a run: give the --out_path of one")
-    return rows
+def proven(path: Path) -> list[dict]:
+    """Of all runs in results.jsonl on the card of the last one, rehearsals left out, the newest row of each measurement, and
+    of each stage how it ended last. Raises BadInput when there is none."""
+    rows, is_rehearsal = {}, False
+    for row in read_rows(path):
+        is_rehearsal = row.get("rehearsal", is_rehearsal)
+        if not is_rehearsal and "stage" in row and row.get("status") != "left out":
+            key = row["stage"], row.get("name")
+            rows.pop(key, None)
+            rows[key] = row
+    cards = [row["card"] for row in rows.values() if row.get("card")]
+    if not cards:
+        raise BadInput(f"--readme: {path} holds no rows of a run on a card: give the --out_path of one")
+    return [row for row in rows.values() if row.get("card") == cards[-1]]
 
 
 def readme_text(rows: list[dict]) -> str:
-    """README's table of a run."""
+    """README's table."""
+    order = list(STAGES)
+    rows = sorted(rows, key=lambda row: order.index(row["stage"]))
     table = ["| stage | what | result |", "|---|---|---|"]
-    table += [f"| {row['stage']} | {row['name']} | {line_of(row)} |"
-              for row in rows if "name" in row and line_of(row) and row["stage"] != "right"]
-    ends = [row for row in rows if "status" in row]
-    results = "; ".join(f"{row['stage']} {row['status']}" + (f" ({row['reason'] or row['figure']})" if row["reason"] or
-                        row["figure"] else "") for row in ends)
-    card = next(row["card"] for row in rows if row.get("card"))
-    return "\n".join(table) + f"\n\n{card}: `python bench/gpu.py`. {results}."
+    table += [f"| {row['stage']} | {row['name']} | {line_of(row)} |".replace("\n", " ") for row in rows
+              if "name" in row and line_of(row) and row["stage"] != "right"]
+    ends = [f"{row['stage']} {row['status']}" + (f" ({row['reason'] or row['figure']})" if row["reason"] or row["figure"]
+                                                 else "") for row in rows if "status" in row]
+    return "\n".join(table) + f"\n\n{rows[0]['card']}: `python bench/gpu.py`. {'; '.join(ends)}."
 
 
 @command
@@ -223,7 +245,7 @@ def main(argv=None):
     config, = parse_flags(main.__doc__, argv, GpuConfig)
     results = config.out_path / "results.jsonl"
     if config.readme:
-        write_into_readme("bench/gpu.py", readme_text(last_run(results)))
+        write_into_readme("bench/gpu.py", readme_text(proven(results)))
         return
     if config.data_path:
         open_data(config.data_path)

@@ -3,6 +3,7 @@
     python bench/gpu_stages.py '{"stage": "speed", …}'       the fields of Task, as JSON
 """
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import html
@@ -51,6 +52,7 @@ from runtime.device import (  # noqa: E402
     DeviceConfig,
     Machine,
     can_compile,
+    compile_model,
     hardware,
     is_out_of_memory,
     open_machine,
@@ -61,12 +63,14 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
-        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_tokens=500_000"], "text_bytes": 20_000_000}
+        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_tokens=500_000"]}
 TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, "vocab_sizes": (600, 500),
         "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 3), "prompt": 8, "new": 20,
         "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_tokens=3000", "--tokens_threshold=30_000",
-                                               "--tokenizer_bytes=300_000"], "text_bytes": 0}
+                                               "--tokenizer_bytes=300_000"]}
+LARGE_TEXT = 20_000_000  # bytes, from which on it has merges for 32,768 tokens
 SMALL_TEXT = ["--vocab_size=4096", "--val_tokens=100_000"]  # of a few MB
+TRACE = 6000     # last characters of a traceback that a row keeps
 LIMIT = 6 * GIB  # of the card that README promises a batch for
 
 
@@ -86,31 +90,34 @@ class Task:
 
 FORMATS = {  # what a row may hold, and how it is shown
     "outcome": "{}", "tok_per_sec": "{:,.0f} tok/s", "ms_per_step": "{:,.1f} ms a step", "mfu": "MFU {:.1%}",
-    "peak_gib": "{:.2f} GiB", "reserved_gib": "{:.2f} GiB reserved", "compile_seconds": "compiled in {:.0f} s",
-    "loader_share": "{:.2%} of it waiting for the loader", "decode_tok_per_sec": "decoding {:,.0f} tok/s",
+    "peak": "its peak {}", "peak_gib": "{:.2f} GiB", "reserved_gib": "{:.2f} GiB reserved", "compile_seconds": "compiled in {:.0f} s",
+    "loader_share": "{:.2%} of the host's time in the loader", "decode_tok_per_sec": "decoding {:,.0f} tok/s",
     "cache_mib": "cache {:,.1f} MiB", "step": "step {:,}", "val_loss": "val {:.4f} nats/token",
     "val_bpb": "{:.4f} bits/byte", "train_seconds": "{:.1f} s of training", "tokens": "{:,} tokens",
-    "left_out": "left out: {}", "error": "FAILED: {}"}
+    "skipped": "left out: {}", "error": "FAILED: {}"}
 
 
 def line_of(row: dict) -> str:
     return ", ".join(form.format(row[name]) for name, form in FORMATS.items() if name in row)
 
 
-def rows_of_last_run(path: Path) -> list[dict]:
-    """Those of results.jsonl after the last line that begins a run; a line that was cut off is none."""
+def read_rows(path: Path) -> list[dict]:
+    """Those of results.jsonl; a line that was cut off is none."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                rows = [] if "began" in row else [*rows, row]
+                rows.append(json.loads(line))
     return rows
 
 
 def append_row(path: Path, row: dict):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+class NoTime(Exception):
+    """A measurement would not end within the stage's time."""
 
 
 class Bench:
@@ -128,7 +135,9 @@ class Bench:
             self.card = f"{properties.name} (sm_{properties.major}{properties.minor}, {self.memory / GIB:.0f} GiB)" + \
                 self.card.removeprefix(properties.name)
         self.compiles = task.rehearse or can_compile(self.device)
-        self.before = rows_of_last_run(self.results)
+        rows = read_rows(self.results)
+        began = max((i for i, row in enumerate(rows) if "began" in row), default=0)
+        self.before = rows[began:]  # of this run
         # of the model that took longest so far
         self.compile_seconds = max((row["compile_seconds"] for row in self.before if "compile_seconds" in row), default=30.0)
 
@@ -154,27 +163,40 @@ class Bench:
     def measure(self, name: str, function: Callable[[], dict], needs: float = 5.0, must_fit: bool = False) -> dict | None:
         """Writes the row `name` with what function() returns. needs: seconds without which it is left out. A card that is
         too small for it is no failure unless it must fit."""
-        if self.left() < needs and not self.task.rehearse:
-            self.row(name, left_out=f"no time: {max(0.0, self.left()):.0f} s left, {needs:.0f} needed")
-            return None
         figures = None
         try:
+            self.require_time(needs)
             figures = function()
             self.row(name, **figures)
+        except NoTime as error:
+            self.row(name, skipped=str(error))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if (isinstance(error, MemoryError) or is_out_of_memory(error)) and not must_fit:
-                self.row(name, left_out=f"out of memory ({said})")
+                self.row(name, skipped=f"out of memory ({said})")
             else:
                 self.failed = True
-                self.row(name, error=said)
+                self.row(name, error=said, trace=traceback.format_exc()[-TRACE:])
+                self.require_card()
         torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # a card that an error has left unusable
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         return figures
+
+    def require_card(self):
+        """After an illegal access or a failed assertion on the card nothing works any more in this process. Ends it then."""
+        try:
+            self.synchronize()
+        except RuntimeError as error:
+            self.row("the rest of this stage", error=f"an error has left the card unusable: {str(error).splitlines()[0]}")
+            os._exit(1)
+
+    def require_time(self, seconds: float):
+        """Raises NoTime when fewer are left."""
+        if self.left() < seconds and not self.task.rehearse:
+            raise NoTime(f"no time: {max(0.0, self.left()):.0f} s left, {seconds:.0f} needed")
 
     def earlier(self, stage: str, name: str) -> dict:
         """The figures of a stage before this one."""
@@ -204,20 +226,21 @@ class Bench:
         manifest.save(path)
         return path
 
-    def text_shards(self) -> Path:
-        """--data_path, or what download_data.py makes of --text or of the text that is built in."""
-        if self.task.data_path:
-            return Path(self.task.data_path)
-        path, text = self.work / "text", Path(self.task.text) if self.task.text else None
-        flags = self.sizes["text"]
-        if self.task.rehearse:
-            if text is None:  # of which a rehearsal needs little, and what is built in takes seconds to collect
-                text = self.work / "readme.txt"
-                text.write_bytes((ROOT / "README.md").read_bytes())
-        elif text is None or size_of(text) < self.sizes["text_bytes"]:
-            flags = SMALL_TEXT
-        download_data.main([f"--dataset={text or 'builtin'}", f"--data_path={path}", *flags])
-        return path
+
+def text_shards(task: Task) -> Path:
+    """--data_path, or what download_data.py makes of --text or of the text that is built in."""
+    if task.data_path:
+        return Path(task.data_path)
+    path, text, flags = Path(task.work) / "text", Path(task.text) if task.text else None, REAL["text"]
+    if task.rehearse:
+        flags = TINY["text"]
+        if text is None:  # of which a rehearsal needs little, and what is built in takes seconds to collect
+            text = Path(task.work) / "readme.txt"
+            text.write_bytes((ROOT / "README.md").read_bytes())
+    elif text is None or size_of(text) < LARGE_TEXT:
+        flags = SMALL_TEXT
+    download_data.main([f"--dataset={text or 'builtin'}", f"--data_path={path}", *flags])
+    return path
 
 
 def size_of(path: Path) -> int:
@@ -232,11 +255,14 @@ class Recorder:
 
     def __init__(self, bench: Bench):
         self.bench, self.counts = bench, {"passed": 0, "failed": 0, "skipped": 0}
+        self.longest = 25.0  # seconds of a test that compiles
 
     def pytest_runtest_setup(self, item):
         import pytest
-        if self.bench.left() < 3 and not self.bench.task.rehearse:
-            pytest.skip("no time is left")
+        try:
+            self.bench.require_time(self.longest if item.get_closest_marker("compiles") else 5.0)
+        except NoTime as error:
+            pytest.skip(str(error))
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
@@ -245,17 +271,22 @@ class Recorder:
             if report.failed:
                 crash = getattr(report.longrepr, "reprcrash", None)
                 said = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}" if crash else report.longreprtext
-                why["error"] = " ".join(said.split())[:200]
+                why = {"error": " ".join(said.split())[:200], "trace": report.longreprtext[-TRACE:]}
+            elif report.skipped:
+                why = {"skipped": report.longrepr[-1]}
+            self.longest = max(self.longest, report.duration)
             self.bench.row(report.nodeid.split("::", 1)[-1], outcome=report.outcome, seconds=round(report.duration, 2),
                            **why)
+            if report.failed:
+                self.bench.require_card()
 
 
 def right(bench: Bench) -> str:
     import pytest
     recorder = Recorder(bench)
-    flags = ["--rehearse"] if bench.task.rehearse else []
-    code = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", "-rs", f"--rootdir={ROOT}", *flags,
-                        str(ROOT / "tests" / "test_gpu.py")], plugins=[recorder])
+    flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--tb=short", f"--rootdir={ROOT}"]
+    code = pytest.main([*flags, *["--rehearse"] * bench.task.rehearse, str(ROOT / "tests" / "test_gpu.py")],
+                       plugins=[recorder])
     bench.failed = code != 0
     passed, failed, skipped = recorder.counts.values()
     return f"{passed} tests passed, {failed} failed, {skipped} left out"
@@ -268,7 +299,7 @@ class AllLogits(nn.Module):
 
     def __init__(self, model: GPT):
         super().__init__()
-        self.model = model
+        self.model, self.config = model, model.config
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.model(idx).flatten(0, 1), targets.flatten())
@@ -288,27 +319,21 @@ class TimedLoader:
 
 
 def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool = False, as_nanogpt: bool = False,
-                then: Callable[[GPT, Machine], dict] = lambda model, machine: {}) -> dict:
+                seconds: float | None = None, then: Callable[[GPT, Machine], dict] = lambda model, machine: {}) -> dict:
     """Figures of train.py's own steps with these flags. as_nanogpt: all logits at once, and what goes into and comes out of
-    GELU both kept. then(model, machine) -> further figures of the trained model."""
+    GELU both kept. seconds: to measure for. then(model, machine) -> further figures of the trained model. Raises NoTime."""
     shape = [f"--{name}={value}" for name, value in bench.sizes["shape"].items()]
     given = train.PRETRAINING.flags_given([
         f"--data_path={bench.random_shards(vocab_size)}", f"--checkpoint_path={bench.work / 'run' / 'gpt.pt'}",
         f"--device={bench.device.type}", *shape, f"--block_size={bench.sizes['block_size']}",
         f"--dataloader_num_workers={bench.sizes['workers']}", *flags])
     values = train.merged(train.PRETRAINING.defaults() | train.PRESETS.get(given.get("preset"), {}), given)
-    state, _, loop, run = train.open_run([read_flags(config, values) for config in train.CONFIGS], None)
+    with bench.device:  # weights are made there, which takes seconds on a CPU
+        state, _, loop, run = train.open_run([read_flags(config, values) for config in train.CONFIGS], None)
     model, machine, figures = state.model, state.machine, {}
     loader, state.loader = state.loader, TimedLoader(state.loader)
     module = AllLogits(model) if as_nanogpt else model
-    loss_fn = lambda _, batch: module(*batch)
-
-    def trial():
-        batch = torch.zeros(2, run.batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
-        with machine.autocast():
-            value = loss_fn(model, batch)
-        value.backward()
-        model.zero_grad()
+    loss_fn = lambda _, batch: train.next_token_loss(module, batch)
 
     def seconds_of(n: int) -> float:
         start = time.perf_counter()
@@ -323,27 +348,33 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
         with mock.patch.object(GELU, "forward", MLP.forward) if as_nanogpt else contextlib.nullcontext():
             if compiled:
                 start = time.perf_counter()
-                if not train.compile_in_place(module, trial):
-                    raise RuntimeError("torch.compile does not work here, see the warning")
+                compile_model(module)
+                train.step_of_zeros(module, machine, run.batch_size)
                 bench.synchronize()
                 figures["compile_seconds"] = round(time.perf_counter() - start, 1)
                 bench.compile_seconds = max(bench.compile_seconds, figures["compile_seconds"])
-            seconds_of(2)  # the optimizer's states, cuBLAS's choices
-            n = max(1, min(10, round(0.5 / seconds_of(1))))
+            seconds_of(1)  # the optimizer's states, cuBLAS's choices
+            if (one := seconds_of(1)) > 1.5:  # a slow card: a step of one batch says as much
+                loop = dataclasses.replace(loop, num_batch_accum=1)
+                state.settings["num_batch_accum"] = 1
+                one = seconds_of(1)
+            bench.require_time(4 * one)
+            n = max(1, min(10, round(0.5 / one)))
             with contextlib.suppress(OSError):
                 machine.reset_peak_memory()
             times, state.loader.seconds, start = [], 0.0, time.perf_counter()
-            while len(times) < 3 or time.perf_counter() - start < bench.sizes["seconds"]:
+            while len(times) < 3 or time.perf_counter() - start < (seconds or bench.sizes["seconds"]):
                 times.append(seconds_of(n))
                 if bench.left() < n * times[-1]:
                     break
             waited = state.loader.seconds / (n * sum(times))
     finally:
         loader.close()
-    seconds, flops = statistics.median(times), model.flops_per_token()
-    tok_per_sec = state.step_tokens() / seconds
-    figures |= {"tok_per_sec": round(tok_per_sec, 1), "ms_per_step": round(1e3 * seconds, 3),
+    step_seconds, flops = statistics.median(times), model.flops_per_token()
+    tok_per_sec = state.step_tokens() / step_seconds
+    figures |= {"tok_per_sec": round(tok_per_sec, 1), "ms_per_step": round(1e3 * step_seconds, 3),
                 "mfu": round(tok_per_sec * flops / machine.peak_flops(), 4),
+                "peak": "by the data sheet" if machine.known_peak() else "measured",
                 "peak_gib": round(machine.peak_memory() / GIB, 3),
                 "loader_share": round(waited, 5), "dtype": machine.dtype, "batch_size": run.batch_size,
                 "step_tokens": state.step_tokens(), "steps": n * len(times)}
@@ -355,24 +386,26 @@ def speed(bench: Bench) -> str:
     """12 x 768 at two vocabularies: the default, the preset gpt2, and that as nanoGPT runs it."""
     sides = {"default": [], "gpt2": ["--preset=gpt2"], "nanoGPT": ["--preset=gpt2"]}
     large, small = bench.sizes["vocab_sizes"]
-    half = bench.half()
-    arms = [("default", large, half, True), ("gpt2", large, half, True), ("default", large, half, False),
-            ("gpt2", large, half, False), ("nanoGPT", large, half, True), ("nanoGPT", large, half, False),
-            ("default", small, half, True), ("gpt2", small, half, True), ("default", large, "fp16", True),
-            ("default", small, half, False), ("gpt2", small, half, False), ("default", large, "fp32", True)]
+    padded, half = large + -large % 64, bench.half()  # nanoGPT pads GPT-2's vocabulary, whose odd size slows products down
+    arms = [("default", large, half, False), ("default", large, half, True), ("gpt2", large, half, True),
+            ("gpt2", large, half, False), ("nanoGPT", padded, half, False), ("default", small, half, True),
+            ("gpt2", small, half, True), ("nanoGPT", padded, half, True), ("default", large, "fp16", False),
+            ("default", padded, half, True), ("default", large, "fp16", True), ("default", small, half, False),
+            ("gpt2", small, half, False), ("default", large, "fp32", False)]
     if bench.task.rehearse:
-        arms = [arms[i] for i in (0, 3, 4, 8)]
+        arms = [arms[i] for i in (1, 3, 7, 8)]
     best = None
     for side, vocab_size, dtype, compiled in dict.fromkeys(arms):  # where half is fp16, one stands there twice
         name = f"{side}, {vocab_size:,} ids, {dtype}, {'compiled' if compiled else 'eager'}"
         if compiled and not bench.compiles:
-            bench.row(name, left_out="torch.compile does not know this card")
+            bench.row(name, skipped="torch.compile does not know this card")
             continue
         flags = [*sides[side], f"--batch_size={bench.batch_size()}", f"--num_batch_accum={bench.sizes['accum']}",
                  f"--dtype={dtype}"]
         needs = 2 * bench.sizes["seconds"] + (bench.compile_seconds if compiled else 0.0)
         figures = bench.measure(name, partial(train_speed, bench, vocab_size, flags, compiled, side == "nanoGPT"), needs)
-        best = best or figures and f"{in_short(figures)}: {name}"
+        if figures and (best is None or compiled and side == "default" and "compiled" not in best):
+            best = f"{in_short(figures)}: {name}"
     return best or "nothing was measured"
 
 
@@ -396,7 +429,7 @@ def six(bench: Bench) -> str:
     for preset, compiled in (("6gb", False), ("6gb", True), (None, False))[:2 if bench.task.rehearse else 3]:
         name = f"{f'--preset={preset}' if preset else 'default'}, {'compiled' if compiled else 'eager'}"
         if compiled and not bench.compiles:
-            bench.row(name, left_out="torch.compile does not know this card")
+            bench.row(name, skipped="torch.compile does not know this card")
             continue
         flags = [f"--preset={preset}"] if preset else []
         needs = 2 * bench.sizes["seconds"] + (bench.compile_seconds if compiled else 0.0)
@@ -433,13 +466,13 @@ def architectures(bench: Bench) -> str:
     """Steps of as many tokens at every length, and decoding at the end of a context of that length."""
     arms = ["mlp=gelu", "mlp=grkan", "mlp=chebkan", "linear=grkan", "mixer=gated_delta", "mixer=ADDD"]
     steps, n_new = {}, bench.sizes["new"] // 8 or 1
-    for length in bench.sizes["lengths"]:
+    for length in reversed(bench.sizes["lengths"]):  # the longest tell most
         for arm in arms if not bench.task.rehearse else arms[bench.sizes["lengths"].index(length)::3]:
             flags = [f"--{arm}", f"--block_size={length}", f"--batch_size={bench.sizes['step_tokens'] // length}",
                      "--num_batch_accum=1", f"--dtype={bench.half()}"]
             decode = lambda model, machine, length=length: decode_speed(bench, model, machine, 1, length - n_new - 4, n_new)
             figures = bench.measure(f"{arm}, {length:,} tokens", partial(
-                train_speed, bench, bench.sizes["vocab_sizes"][1], flags, then=decode), 3.0)
+                train_speed, bench, bench.sizes["vocab_sizes"][1], flags, seconds=1.0, then=decode), 8.0)
             if figures:
                 steps[arm, length] = figures["ms_per_step"]
     longest = max((length for arm, length in steps if arm == "mlp=gelu"), default=0)
@@ -451,15 +484,15 @@ def architectures(bench: Bench) -> str:
 
 def curves(bench: Bench) -> str:
     """The default against the preset gpt2: the same shards, model shape, tokens a step and seconds; one seed."""
-    data = bench.text_shards()
+    data = text_shards(bench.task)
     vocab_size = open_data(data).manifest.vocab_size
     batch_size, block_size = (4, 32) if bench.task.rehearse else (bench.batch_size(), 1024)
     compiles = bench.compiles and not bench.task.rehearse
     before = [bench.earlier("speed", f"{side}, {bench.sizes['vocab_sizes'][1]:,} ids, {bench.half()}, compiled")
               for side in ("default", "gpt2")]
     # what was compiled before, with that vocabulary, comes from the compiler's cache
-    compile_seconds = sum(15.0 if row.get("tok_per_sec") and vocab_size == bench.sizes["vocab_sizes"][1] else 45.0
-                          for row in before) if compiles else 0.0
+    compile_seconds = sum(15.0 if row.get("tok_per_sec") and vocab_size == bench.sizes["vocab_sizes"][1] else
+                          1.2 * bench.compile_seconds for row in before) if compiles else 0.0
     if (bench.left() - compile_seconds) / 2 < 30:
         compiles, compile_seconds = False, 0.0
     seconds = max((bench.left() - compile_seconds) / 2 - 15.0, 10.0) if not bench.task.rehearse else 1.0
@@ -492,7 +525,8 @@ def curves(bench: Bench) -> str:
         if rows[name]:
             draw_curves(rows, Path(bench.task.out_path) / "curves.svg", bench.card)
     ends = [f"{name} {of_side[-1]['val_loss']:.3f}" for name, of_side in rows.items() if of_side]
-    return f"{', '.join(ends)} nats/token after {seconds:.0f} s each, one seed"
+    how = "compiled" if compiles else "eager"
+    return f"{', '.join(ends)} nats/token after {seconds:.0f} s each, {how}, one seed"
 
 
 def draw_curves(runs: dict[str, list[dict]], path: Path, caption: str):
@@ -546,7 +580,7 @@ def decode(bench: Bench) -> str:
             return decode_speed(bench, model, machine, n_rows, bench.sizes["prompt"], bench.sizes["new"])
         if figures := bench.measure(f"{n_rows} at once, eager, {machine.dtype}", run):
             best.append(f"{n_rows} at once {figures['decode_tok_per_sec']:,.0f} tok/s")
-    bench.row("compiled, with CUDA graphs", left_out="generate.py does not do that yet")
+    bench.row("compiled, with CUDA graphs", skipped="generate.py does not do that yet")
     return ", ".join(best) or "nothing was measured"
 
 
@@ -559,6 +593,7 @@ class Stage:
     what: str
     seconds: float
     at_least: float = 0.0
+    reads_text: bool = False
 
 
 STAGES = {  # in order of worth
@@ -566,15 +601,19 @@ STAGES = {  # in order of worth
     "speed": Stage(speed, "tok/s, MFU, memory and compiling of the default and of nanoGPT's model", 120, 60),
     "six": Stage(six, "the batch that README promises for a card of 6 GB", 60, 30),
     "architectures": Stage(architectures, "steps and decoding of each architecture at three lengths", 120, 30),
-    "curves": Stage(curves, "the default against the preset gpt2 for equal seconds", float("inf"), 120),
+    "curves": Stage(curves, "the default against the preset gpt2 for equal seconds", float("inf"), 120, True),
     "decode": Stage(decode, "tokens per second of generate.py", 45, 25),
 }
 
 
 def main():
     task = Task(**json.loads(sys.argv[1]))
+    if task.stage == "text":  # no stage: what the curves will read, made while the card is busy with the stages before
+        text_shards(task)
+        return
     bench = Bench(task)
-    faulthandler.dump_traceback_later(max(1.0, bench.left() + 3), exit=False)  # where a hang stands, before it is ended
+    # where a hang stands, before it is ended; to a descriptor that pytest does not capture
+    faulthandler.dump_traceback_later(max(1.0, bench.left() + 3), file=os.fdopen(os.dup(2), "w"))
     if task.rehearse and task.stage != "right":  # without the compiler, which takes half a minute a model on a CPU
         compile_model = nn.Module.compile
         nn.Module.compile = lambda self: compile_model(self, backend="aot_eager")

@@ -134,6 +134,7 @@ def test_each_stage_leaves_the_next_ones_their_least():
     assert seconds == {"right": 90, "speed": 120, "six": 60, "architectures": 65, "curves": 120, "decode": 25}
     assert gpu.seconds_for("curves", 400, ["decode"]) == 375
     assert gpu.seconds_for("decode", 10, []) == 10
+    assert gpu.seconds_for("right", 1000, ["curves"], minutes=16) == 180
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -151,22 +152,27 @@ def test_what_cannot_be_run(refused, monkeypatch, tmp_path, flags, words):
 
 
 def test_the_readmes_table_by_hand(tmp_path):
-    """Of the last run in the folder alone."""
+    """The newest row of each measurement on the card of the last run; no rehearsal."""
     path = tmp_path / "results.jsonl"
     speed = {"stage": "speed", "name": "default", "card": "A Card (sm_90, 80 GiB)", "tok_per_sec": 1234.5, "mfu": 0.4321}
-    rows = [{"began": "yesterday"}, {**speed, "tok_per_sec": 1.0}, {"began": "today"}, speed,
-            {"stage": "right", "name": "a_test", "card": "A Card (sm_90, 80 GiB)", "outcome": "passed"},
-            {"stage": "speed", "name": "gpt2", "left_out": "no time"},
-            {"stage": "speed", "name": "in short", "figure": "fast"},
-            {"stage": "speed", "status": "passed", "reason": "", "figure": "fast", "card": "A Card (sm_90, 80 GiB)"},
-            {"stage": "six", "status": "failed", "reason": "cut off", "figure": "", "card": ""}]
+    card = {"card": speed["card"]}
+    rows = [{"began": "on Monday", "rehearsal": False}, {**speed, "tok_per_sec": 1.0}, {**speed, "name": "old", **card},
+            {"stage": "six", "name": "other", "tok_per_sec": 9.0, "card": "Another"},
+            {"began": "on Tuesday", "rehearsal": False}, speed,
+            {"stage": "right", "name": "a_test", "outcome": "passed", **card},
+            {"stage": "speed", "name": "gpt2", "skipped": "no time", **card},
+            {"stage": "speed", "name": "in short", "figure": "fast", **card},
+            {"stage": "right", "status": "failed", "reason": "cut off", "figure": "", **card},
+            {"stage": "speed", "status": "passed", "reason": "", "figure": "fast", **card},
+            {"stage": "six", "status": "left out", "reason": "not in --only", "figure": "", "card": ""},
+            {"began": "on Wednesday", "rehearsal": True}, {**speed, "tok_per_sec": 2.0, "card": "A CPU"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut o')
-    assert gpu.readme_text(gpu.last_run(path)).splitlines() == [
-        "| stage | what | result |", "|---|---|---|", "| speed | default | 1,234 tok/s, MFU 43.2% |",
-        "| speed | gpt2 | left out: no time |", "",
-        "A Card (sm_90, 80 GiB): `python bench/gpu.py`. speed passed (fast); six failed (cut off)."]
+    assert gpu.readme_text(gpu.proven(path)).splitlines() == [
+        "| stage | what | result |", "|---|---|---|", "| speed | old | 1,234 tok/s, MFU 43.2% |",
+        "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | left out: no time |", "",
+        "A Card (sm_90, 80 GiB): `python bench/gpu.py`. right failed (cut off); speed passed (fast)."]
     with pytest.raises(BadInput, match="no rows of a run"):
-        gpu.last_run(tmp_path / "none.jsonl")
+        gpu.proven(tmp_path / "none.jsonl")
 
 
 def test_curves_by_hand(tmp_path):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_model import random_model
 
 import generate
 import train
@@ -24,7 +25,6 @@ from layers import LINEARS, MIXERS, MLPS
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.trial import fitting_batch
-from test_model import random_model
 from tokenizer import Tokenizer
 
 # the parts of the preset that a tiny model can have
