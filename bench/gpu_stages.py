@@ -90,7 +90,8 @@ class Task:
 
 FORMATS = {  # what a row may hold, and how it is shown
     "outcome": "{}", "tok_per_sec": "{:,.0f} tok/s", "ms_per_step": "{:,.1f} ms a step", "mfu": "MFU {:.1%}",
-    "peak": "its peak {}", "peak_gib": "{:.2f} GiB", "reserved_gib": "{:.2f} GiB reserved", "compile_seconds": "compiled in {:.0f} s",
+    "peak": "its peak {}", "peak_gib": "{:.2f} GiB", "reserved_gib": "{:.2f} GiB reserved",
+    "compile_seconds": "compiled in {:.0f} s",
     "loader_share": "{:.2%} of the host's time in the loader", "decode_tok_per_sec": "decoding {:,.0f} tok/s",
     "cache_mib": "cache {:,.1f} MiB", "step": "step {:,}", "val_loss": "val {:.4f} nats/token",
     "val_bpb": "{:.4f} bits/byte", "train_seconds": "{:.1f} s of training", "tokens": "{:,} tokens",

@@ -6,6 +6,7 @@
 Of the packages in tests/requirements.txt they need pytest alone. In order of worth: when time is short, the last ones are
 left out.
 """
+import functools
 import gc
 import os
 
@@ -105,6 +106,11 @@ def outcome(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
+@functools.lru_cache(maxsize=3)  # the dtypes of one architecture
+def outcome_of_cpu(switches: tuple, dtype: str) -> dict[str, torch.Tensor]:
+    return outcome(random_model(**dict(switches), **SHAPE), Machine(torch.device("cpu"), dtype))
+
+
 def distances(got: dict, want: dict) -> dict[str, float]:
     """Of each tensor relative to its length; a gradient that is nearly nothing, relative to the largest. The gradients of
     a few numbers are one vector: rounding errors of a single number compare badly."""
@@ -122,15 +128,13 @@ def distances(got: dict, want: dict) -> dict[str, float]:
 def test_logits_losses_and_gradients_are_those_of_the_cpu(card, architecture, dtype):
     """In fp32 to rounding. In half precision, and TF32, as near to fp32 as a CPU comes in that dtype (bf16 for TF32)."""
     require_units(card, dtype)
-    model = random_model(**architecture, **SHAPE)
-    cpu = torch.device("cpu")
-    want = outcome(model, Machine(cpu, "fp32"))
-    rounded = {}
+    switches = tuple(architecture.items())
+    want, rounded = outcome_of_cpu(switches, "fp32"), {}
     if dtype != "fp32":
-        rounded = distances(outcome(model, Machine(cpu, dtype if dtype in HALVES else "bf16")), want)
+        rounded = distances(outcome_of_cpu(switches, dtype if dtype in HALVES else "bf16"), want)
     if dtype == "tf32":
         torch.set_float32_matmul_precision("high")
-    got = outcome(model, Machine(card, dtype if dtype in HALVES else "fp32"))
+    got = outcome(random_model(**architecture, **SHAPE), Machine(card, dtype if dtype in HALVES else "fp32"))
     for name, distance in distances(got, want).items():
         assert distance < 3 * rounded.get(name, 0.0) + 5e-4, (name, rounded.get(name))
 
