@@ -71,6 +71,9 @@ def _(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def in_tiles(kernel: Callable, inputs: list[Tensor], outputs: list[Tensor]):
     """kernel(tile, *inputs, *outputs) with the rows of every tile, by as many threads as torch uses. What is not fp32 is so
     for a tile at a time."""
+    infers = torch.is_inference_mode_enabled()  # a mode of the thread that calls, which those of the pool must share
+
+    @torch.inference_mode(infers)
     def work(tile: int):
         rows = slice(tile * ROWS, (tile + 1) * ROWS)
         ins, outs = [x[rows].float() for x in inputs], [y[rows] for y in outputs]

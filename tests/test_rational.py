@@ -61,6 +61,19 @@ def test_threads_change_no_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_work_in_inference_mode_too(dtype):
+    """As in decoding, where a long prompt is many rows: a tensor made there may not be changed outside."""
+    x, _, table = example(5 * ROWS, 24, 4, dtype)
+    want = rational(x, table)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            assert torch.equal(rational(x, table), want)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_rows_that_are_not_contiguous():
     x, grad, table = example(64, 16, 4)
     assert torch.equal(rational(x.T.contiguous().T, table), rational(x, table))
