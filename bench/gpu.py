@@ -40,7 +40,7 @@ from runtime.stop import StopSignals  # noqa: E402
 
 SCRIPT = REPO / "bench" / "gpu_stages.py"
 LEAST = 15    # seconds with which a stage is begun
-LEEWAY = 5    # that a stage has to end by itself before it is killed
+LEEWAY = 10   # that a stage has to end by itself before it is killed
 OUTPUT = 100  # last lines of a stage's output that are kept
 
 
