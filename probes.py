@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -417,6 +418,8 @@ def run_here(cells: dict[Path, Cell], stop: StopSignals, done: Callable):
 def run_in_processes(cells: dict[Path, Cell], jobs: int, stop: StopSignals, done: Callable):
     """The same, `jobs` at a time in a process each: one that dies takes no other with it."""
     context, waiting, running = multiprocessing.get_context("spawn"), deque(cells.items()), {}
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()  # which lets Ctrl-C through when it starts, and would do so under no_interrupt
     try:
         while (waiting or running) and not stop.signal:
             while waiting and len(running) < jobs:

@@ -14,7 +14,7 @@ from gpu_stages import FORBIDDEN, Stage, draw_curves, line_of
 from conftest import REPO
 from runtime.flags import BadInput
 
-ROWS = {"right": 12, "speed": 4, "six": 1, "architectures": 3, "curves": 6, "decode": 2}  # at least
+ROWS = {"right": 11, "speed": 4, "six": 1, "architectures": 3, "curves": 6, "decode": 2}  # at least
 
 
 def rows_in(folder) -> list[dict]:
@@ -42,12 +42,19 @@ def test_the_rehearsal(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "curves.svg", *(f"{name}.txt" for name in ROWS)}
 
 
-@pytest.mark.parametrize("package", ["datasets", "matplotlib.pyplot", "torch.utils.tensorboard"])
-def test_what_a_cards_machine_lacks_is_not_there_for_it(package):
+def test_what_a_cards_machine_lacks_is_not_there_for_it():
     """Also where it is installed, as here."""
-    program = f"import sys; sys.path.insert(0, 'bench'); import gpu_stages; gpu_stages.forbid_imports(); import {package}"
+    program = """
+import sys; sys.path.insert(0, "bench")
+import gpu_stages; gpu_stages.forbid_imports()
+for package in ("datasets", "matplotlib.pyplot", "torch.utils.tensorboard"):
+    try:
+        __import__(package)
+    except ModuleNotFoundError:
+        print(package)
+"""
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
-    assert "ModuleNotFoundError" in done.stderr.splitlines()[-1]
+    assert done.stdout.split() == ["datasets", "matplotlib.pyplot", "torch.utils.tensorboard"], done.stderr
     assert {"datasets", "gguf", "matplotlib", "tensorboard"} <= set(FORBIDDEN)
 
 

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,12 +21,14 @@ from dataloader import (
     Manifest,
     ShardWriter,
     documents_to_reach,
+    no_interrupt,
     open_data,
     shard_loader,
     shuffled,
     val_batches,
 )
 from runtime.flags import BadInput
+from runtime.stop import StopSignals
 
 BLOCK = 16
 
@@ -365,3 +369,23 @@ def test_other_refusals(data_path, tmp_path, refused):
     refused(train.main, [*flags, "--vocab_size=1000"], "--vocab_size=1000", "512")
     refused(train.main, [*flags, "--block_size=1000000"], "--block_size=1000000", "train split")
     refused(train.main, [*flags, "--block_size=8000"], "--block_size=8000", "val split", "--val_tokens")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_ctrl_c_is_not_lost_while_processes_start(inside):
+    """They ignore it; this one hears of it as soon as they are there, also of one that came just before."""
+    with StopSignals() as stop:
+        if not inside:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            signal.raise_signal(signal.SIGINT)
+        with no_interrupt():
+            if inside:
+                signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            assert stop.signal is None
+            child = subprocess.run([sys.executable, "-c", "import signal; signal.raise_signal(signal.SIGINT); print(5)"],
+                                   capture_output=True, text=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        time.sleep(0.01)
+        assert stop.signal == signal.SIGINT and child.stdout == "5\n"

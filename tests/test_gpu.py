@@ -1,7 +1,7 @@
 """What only a GPU can show: that it computes what a CPU computes, and that training keeps its promises there.
 
     python -m pytest -m gpu                 where there is a card; elsewhere they are skipped
-    python -m pytest -m gpu --rehearse      a few of each on the CPU, to see that they run
+    python -m pytest -m gpu --rehearse      one of each on the CPU, to see that they run
 
 Of the packages in tests/requirements.txt they need pytest alone. In order of worth: when time is short, the last ones are
 left out.
