@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import library
 
 from layers import gated_delta
 from layers.gated_delta import CHUNK, MEMORY, GatedDelta, by_chunks, by_tokens, linear_recurrence
@@ -41,7 +42,7 @@ def test_the_recurrence_by_hand_and_as_torch_wants_it():
     assert linear_recurrence(factors, terms, torch.full((1, 1, 1, 1), 5.0)).flatten().tolist() == [5, 11, 34]
     random = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     inputs = random(3, 1, 2, 4, 4), random(3, 1, 2, 4, 4), random(1, 2, 4, 4)
-    torch.library.opcheck(linear_recurrence, inputs)
+    library.opcheck(linear_recurrence, inputs)
     assert torch.autograd.gradcheck(linear_recurrence, inputs)
 
 
