@@ -6,6 +6,7 @@
 import codecs
 import contextlib
 import json
+import math
 import signal
 import sys
 from argparse import ArgumentTypeError
@@ -133,8 +134,8 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
     kept = torch.ones_like(probabilities, dtype=torch.bool)
     if sampling.top_p < 1:
         # what comes before falls short of it; whole numbers, whose sums are the same in any order, which a GPU's are in
-        shares = (probabilities.double() * 2**52).long()
-        kept &= shares.cumsum(dim=-1) - shares < sampling.top_p * 2**52
+        shares = (probabilities * 2**40).long()
+        kept &= shares.cumsum(dim=-1) - shares < math.ceil(sampling.top_p * 2**40)
     if sampling.min_p > 0:
         kept &= probabilities >= sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
     chosen = torch.multinomial(probabilities * kept, 1, generator=generator)

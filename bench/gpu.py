@@ -54,7 +54,7 @@ class GpuConfig:
     rehearse: bool = flag(False, "run everything at tiny sizes on a CPU, to see that it runs")
     text: Path = flag(None, "parquet, jsonl or txt to train on (default: the text that is built in)")
     data_path: Path = flag(None, "a folder that download_data.py filled, in place of --text")
-    readme: bool = flag(False, "run nothing: put the rows of the last run in --out_path into README.md")
+    readme: bool = flag(False, "run nothing: put the newest rows in --out_path into README.md")
 
     def __post_init__(self):
         check_flags(self)
@@ -67,8 +67,11 @@ class GpuConfig:
 
 def require_text(path: Path):
     """Raises BadInput when it cannot be read here."""
-    files = find_text_files(path)
-    if any(file.suffix == ".parquet" for file in files) and not importlib.util.find_spec("pyarrow"):
+    try:
+        files = find_text_files(path)
+    except BadInput as error:
+        raise BadInput(str(error).replace("--dataset=", "--text=", 1)) from None
+    if any(file.suffix.lower() == ".parquet" for file in files) and not importlib.util.find_spec("pyarrow"):
         raise BadInput(f"--text={path}: reading parquet takes pyarrow, which is not installed: give jsonl or txt, or a "
                        f"--data_path that download_data.py filled elsewhere")
 
@@ -174,8 +177,8 @@ def run_stages(config: GpuConfig, work: Path, stop: StopSignals) -> list[dict]:
                 if name in to_come:
                     to_come.remove(name)
                     if stage.reads_text and preparing:
-                        with contextlib.suppress(subprocess.TimeoutExpired):
-                            preparing.wait(max(0.0, left() - stage.at_least))
+                        while preparing.poll() is None and left() > stage.at_least and not stop.signal:
+                            time.sleep(0.1)
                     seconds = seconds_for(name, left(), to_come, config.minutes)
                     if stop.signal:
                         reason = "interrupted"
@@ -232,7 +235,8 @@ def readme_text(rows: list[dict]) -> str:
     order = list(STAGES)
     rows = sorted(rows, key=lambda row: order.index(row["stage"]))
     table = ["| stage | what | result |", "|---|---|---|"]
-    table += [f"| {row['stage']} | {row['name']} | {line_of(row)} |".replace("\n", " ") for row in rows
+    cell = lambda text: " ".join(text.replace("|", "\\|").split())
+    table += [f"| {row['stage']} | {cell(row['name'])} | {cell(line_of(row))} |" for row in rows
               if "name" in row and line_of(row) and row["stage"] != "right"]
     ends = [f"{row['stage']} {row['status']}" + (f" ({row['reason'] or row['figure']})" if row["reason"] or row["figure"]
                                                  else "") for row in rows if "status" in row]

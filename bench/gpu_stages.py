@@ -55,6 +55,7 @@ from runtime.device import (  # noqa: E402
     compile_model,
     hardware,
     is_out_of_memory,
+    known_dtype,
     open_machine,
 )
 from runtime.files import whole_file  # noqa: E402
@@ -152,11 +153,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def half(self) -> str:
-        """The half precision that this card has units for."""
-        is_old = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 0)
-        return "fp16" if is_old else "bf16"
-
     def batch_size(self) -> int:
         """Blocks of 1,024 tokens of the 12 x 768 model, and the optimizer, in the card's memory: see README's table."""
         return 4 if self.memory < 8 * GIB else 8 if self.memory < 12 * GIB else 16
@@ -242,6 +238,11 @@ def text_shards(task: Task) -> Path:
         flags = SMALL_TEXT
     download_data.main([f"--dataset={text or 'builtin'}", f"--data_path={path}", *flags])
     return path
+
+
+def half_precision(device: torch.device) -> str:
+    """That a card has units for; of a CPU bf16."""
+    return "bf16" if device.type == "cpu" or known_dtype(device) == "bf16" else "fp16"
 
 
 def size_of(path: Path) -> int:
@@ -387,7 +388,8 @@ def speed(bench: Bench) -> str:
     """12 x 768 at two vocabularies: the default, the preset gpt2, and that as nanoGPT runs it."""
     sides = {"default": [], "gpt2": ["--preset=gpt2"], "nanoGPT": ["--preset=gpt2"]}
     large, small = bench.sizes["vocab_sizes"]
-    padded, half = large + -large % 64, bench.half()  # nanoGPT pads GPT-2's vocabulary, whose odd size slows products down
+    half = half_precision(bench.device)
+    padded = large + -large % 64  # nanoGPT pads GPT-2's vocabulary, whose odd size slows products down
     arms = [("default", large, half, False), ("default", large, half, True), ("gpt2", large, half, True),
             ("gpt2", large, half, False), ("nanoGPT", padded, half, False), ("default", small, half, True),
             ("gpt2", small, half, True), ("nanoGPT", padded, half, True), ("default", large, "fp16", False),
@@ -470,7 +472,7 @@ def architectures(bench: Bench) -> str:
     for length in reversed(bench.sizes["lengths"]):  # the longest tell most
         for arm in arms if not bench.task.rehearse else arms[bench.sizes["lengths"].index(length)::3]:
             flags = [f"--{arm}", f"--block_size={length}", f"--batch_size={bench.sizes['step_tokens'] // length}",
-                     "--num_batch_accum=1", f"--dtype={bench.half()}"]
+                     "--num_batch_accum=1", f"--dtype={half_precision(bench.device)}"]
             decode = lambda model, machine, length=length: decode_speed(bench, model, machine, 1, length - n_new - 4, n_new)
             figures = bench.measure(f"{arm}, {length:,} tokens", partial(
                 train_speed, bench, bench.sizes["vocab_sizes"][1], flags, seconds=1.0, then=decode), 8.0)
@@ -489,10 +491,10 @@ def curves(bench: Bench) -> str:
     vocab_size = open_data(data).manifest.vocab_size
     batch_size, block_size = (4, 32) if bench.task.rehearse else (bench.batch_size(), 1024)
     compiles = bench.compiles and not bench.task.rehearse
-    before = [bench.earlier("speed", f"{side}, {bench.sizes['vocab_sizes'][1]:,} ids, {bench.half()}, compiled")
-              for side in ("default", "gpt2")]
+    half, small = half_precision(bench.device), bench.sizes["vocab_sizes"][1]
+    before = [bench.earlier("speed", f"{side}, {small:,} ids, {half}, compiled") for side in ("default", "gpt2")]
     # what was compiled before, with that vocabulary, comes from the compiler's cache
-    compile_seconds = sum(15.0 if row.get("tok_per_sec") and vocab_size == bench.sizes["vocab_sizes"][1] else
+    compile_seconds = sum(15.0 if row.get("tok_per_sec") and vocab_size == small else
                           1.2 * bench.compile_seconds for row in before) if compiles else 0.0
     if (bench.left() - compile_seconds) / 2 < 30:
         compiles, compile_seconds = False, 0.0
@@ -524,13 +526,13 @@ def curves(bench: Bench) -> str:
     for name in sides:
         bench.measure(f"{name}, at its end", partial(run, name), 10.0)
         if rows[name]:
-            draw_curves(rows, Path(bench.task.out_path) / "curves.svg", bench.card)
+            curves_as_svg(rows, Path(bench.task.out_path) / "curves.svg", bench.card)
     ends = [f"{name} {of_side[-1]['val_loss']:.3f}" for name, of_side in rows.items() if of_side]
     how = "compiled" if compiles else "eager"
     return f"{', '.join(ends)} nats/token after {seconds:.0f} s each, {how}, one seed"
 
 
-def draw_curves(runs: dict[str, list[dict]], path: Path, caption: str):
+def curves_as_svg(runs: dict[str, list[dict]], path: Path, caption: str):
     """Validation loss against seconds and tokens, as SVG, by hand: the machine of the card may have no matplotlib. runs:
     name -> rows with seconds, tokens and val_loss."""
     width, height, left, top, gap = 420, 260, 60, 40, 70
@@ -574,7 +576,7 @@ def decode(bench: Bench) -> str:
     """The 12 x 768 model writes, for one reader and for many."""
     config = GPTConfig(**bench.sizes["shape"], block_size=bench.sizes["block_size"],
                        vocab_size=bench.sizes["vocab_sizes"][0])
-    machine, best = open_machine(DeviceConfig(device=bench.device.type, dtype=bench.half())), []
+    machine, best = open_machine(DeviceConfig(device=bench.device.type, dtype=half_precision(bench.device))), []
     for n_rows in bench.sizes["batches"]:
         def run(n_rows=n_rows):
             model = GPT(config).to(machine.device)

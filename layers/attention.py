@@ -111,7 +111,8 @@ class Attention(nn.Module):
             if places.start > 0:  # else they are all there are
                 k, v = kept
                 q, products = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
-                kernels = sdpa_kernel(DECODING_KERNELS)
+                if x.device.type == "cuda":
+                    kernels = sdpa_kernel(DECODING_KERNELS)
         with products, kernels:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, enable_gqa=self.n_kv_head < self.n_head,
                                                is_causal=places.mask is None and places.start == 0)

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 
 import gpu
 import pytest
-from gpu_stages import FORBIDDEN, Stage, draw_curves, line_of
+from gpu_stages import FORBIDDEN, Stage, curves_as_svg, line_of
 
 from conftest import REPO
 from runtime.flags import BadInput
@@ -147,7 +147,7 @@ def test_each_stage_leaves_the_next_ones_their_least():
 @pytest.mark.parametrize("flags, words", [
     ([], ["no GPU", "--rehearse"]), (["--only", "speed", "sped"], ["--only=sped", "choose one of right"]),
     (["--text=nowhere.txt"], ["--text=nowhere.txt", "not found"]), (["--minutes=0"], ["--minutes=0"]),
-    (["--rehearse", "--text=pyproject.toml"], [".toml", "give .parquet"]),
+    (["--rehearse", "--text=pyproject.toml"], ["--text=pyproject.toml", "give .parquet"]),
     (["--rehearse", "--data_path=tests"], ["--data_path=tests", "download_data.py"]),
     (["--text=LICENSE", "--data_path=tests"], ["--text=LICENSE", "one of them"]),
     (["--readme"], ["--readme", "results.jsonl", "no rows"])])
@@ -167,7 +167,7 @@ def test_the_readmes_table_by_hand(tmp_path):
             {"stage": "six", "name": "other", "tok_per_sec": 9.0, "card": "Another"},
             {"began": "on Tuesday", "rehearsal": False}, speed,
             {"stage": "right", "name": "a_test", "outcome": "passed", **card},
-            {"stage": "speed", "name": "gpt2", "skipped": "no time", **card},
+            {"stage": "speed", "name": "gpt2", "skipped": "no | time", **card},
             {"stage": "speed", "name": "in short", "figure": "fast", **card},
             {"stage": "right", "status": "failed", "reason": "cut off", "figure": "", **card},
             {"stage": "speed", "status": "passed", "reason": "", "figure": "fast", **card},
@@ -176,7 +176,7 @@ def test_the_readmes_table_by_hand(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut o')
     assert gpu.readme_text(gpu.proven(path)).splitlines() == [
         "| stage | what | result |", "|---|---|---|", "| speed | old | 1,234 tok/s, MFU 43.2% |",
-        "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | left out: no time |", "",
+        "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | left out: no \\| time |", "",
         "A Card (sm_90, 80 GiB): `python bench/gpu.py`. right failed (cut off); speed passed (fast)."]
     with pytest.raises(BadInput, match="no rows of a run"):
         gpu.proven(tmp_path / "none.jsonl")
@@ -186,12 +186,12 @@ def test_curves_by_hand(tmp_path):
     """The better side ends lower; of a run that has just begun there is a picture too."""
     runs = {"a": [{"seconds": 0, "tokens": 0, "val_loss": 9.0}, {"seconds": 10, "tokens": 5, "val_loss": 3.0}],
             "b": [{"seconds": 0, "tokens": 0, "val_loss": 9.0}, {"seconds": 8, "tokens": 9, "val_loss": 6.0}]}
-    draw_curves(runs, tmp_path / "curves.svg", "A & B")
+    curves_as_svg(runs, tmp_path / "curves.svg", "A & B")
     root = ET.parse(tmp_path / "curves.svg").getroot()
     lines = [line.get("points").split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
     ends = [[float(n) for n in line[-1].split(",")] for line in lines]
     assert ends[0][1] > ends[1][1] and ends[0][0] > ends[1][0]           # lower, and further right in seconds
     assert ends[2][1] > ends[3][1] and ends[2][0] < ends[3][0]           # with fewer tokens
     assert lines[0][0] == lines[1][0]
-    draw_curves({"a": runs["a"][:1], "b": []}, tmp_path / "curves.svg", "")
+    curves_as_svg({"a": runs["a"][:1], "b": []}, tmp_path / "curves.svg", "")
     assert line_of({"val_loss": 3.0, "card": "A Card"}) == "val 3.0000 nats/token"

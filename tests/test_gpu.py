@@ -12,6 +12,7 @@ import os
 
 import pytest
 import torch
+from gpu_stages import half_precision
 from memory import of_preset, peak_of_step
 from test_loss import example as loss_example
 from test_loss import of_all_logits
@@ -73,13 +74,8 @@ def little_memory(card, monkeypatch):
         monkeypatch.setattr(Machine, "free_memory", lambda self: limit - torch.cuda.memory_allocated())
 
 
-def half_of(card) -> str:
-    """The half precision that it has units for."""
-    return "fp16" if card.type == "cuda" and torch.cuda.get_device_capability(card) < (8, 0) else "bf16"
-
-
 def require_units(card, dtype: str):
-    if card.type == "cuda" and dtype in ("bf16", "tf32") and half_of(card) == "fp16":
+    if card.type == "cuda" and dtype in ("bf16", "tf32") and half_precision(card) == "fp16":
         pytest.skip(f"the card has no units for {dtype}")
 
 
@@ -237,9 +233,8 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
     poison = lambda model, batch: train.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", watched)
-        patch.setattr(train, "next_token_loss", train.next_token_loss)
         patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=train.fit: fit(state, loop, poison, on_eval))
-        path = run_train(f"--device={card}", f"--dtype={half_of(card)}", "--compile_model=0", *flags, "--max_iter=5",
+        path = run_train(f"--device={card}", f"--dtype={half_precision(card)}", "--compile_model=0", *flags, "--max_iter=5",
                          "--val_intervals=5")
     assert len(steps) == 5 and rows_of(path)[-1]["skipped"] == 1
     same = [all(torch.equal(a, b) for a, b in zip(before, after)) for before, after in zip(weights, weights[1:])]
@@ -251,7 +246,7 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
 def test_a_deterministic_run_resumes_bit_for_bit(card, run_train, tmp_path, monkeypatch, flags):
     if "--compile_model=1" in flags:
         require_compiler(card)
-    flags = [f"--device={card}", f"--dtype={half_of(card)}", "--deterministic", "--compile_model=0", *flags]
+    flags = [f"--device={card}", f"--dtype={half_precision(card)}", "--deterministic", "--compile_model=0", *flags]
     expected = run_train(*flags, checkpoint="whole/gpt.pt")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in(patch, 4)
@@ -293,7 +288,7 @@ def test_peak_memory_is_what_is_traced(card, monkeypatch, preset):
     is_real = card.type == "cuda"
     shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_real else {
         "n_layer": 2, "n_head": 2, "block_size": 128, "vocab_size": 1000}
-    dtype = DTYPES[half_of(card)]  # attention in fp32 is another kernel
+    dtype = DTYPES[half_precision(card)]  # attention in fp32 is another kernel
     traced = peak_of_step(*of_preset(preset, **shape), 4, dtype)
     torch.ones(64, 64, device=card, dtype=dtype) @ torch.ones(64, 64, device=card, dtype=dtype)  # cuBLAS's own memory
     before = torch.cuda.memory_allocated() if is_real else 0
@@ -324,7 +319,7 @@ def test_from_text_to_answers(card, run_train, tmp_path, capsys):
 def test_compiled_is_eager(card, switches, dtype):
     """Of every mixer, MLP and linear layer: one graph, the same loss and gradients, under autocast too."""
     require_compiler(card)
-    machine, n_layer = Machine(card, half_of(card) if dtype == "half" else dtype), 2 if "mixer" in switches else 1
+    machine, n_layer = Machine(card, half_precision(card) if dtype == "half" else dtype), 2 if "mixer" in switches else 1
     model, idx = random_model(**switches, **SHAPE, n_layer=n_layer).to(card), ids().to(card)
 
     def step():
