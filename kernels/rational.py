@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, library
 
+# Of torch's operations. Each copy of this file, an exported model has one, has a name of its own: a second registration
+# under one name destroys the first, and a call to it then reads freed memory.
+NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)
 N_NUMERATOR, N_DENOMINATOR = 6, 4
 N_COEFFICIENTS = N_NUMERATOR + N_DENOMINATOR
 ROWS = 256  # of a tile on a CPU. Sums of tiles are added in their order, so that threads do not change the result
@@ -27,7 +30,7 @@ def group_size(channels: int, groups: int) -> int:
     return -(-channels // groups)
 
 
-@library.custom_op("gpt_workbench::rational", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::rational", mutates_args=())
 def rational(x: Tensor, table: Tensor) -> Tensor:
     """x: (rows, channels); table: (groups, 10) in fp32, t0 … t9 of each group. Returns f(x), of x's dtype."""
     kind, x = x.device.type, x.contiguous()
@@ -45,7 +48,7 @@ def _(x: Tensor, table: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@library.custom_op("gpt_workbench::rational_backward", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::rational_backward", mutates_args=())
 def rational_backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: of f(x), (rows, channels). Returns f(x) and the gradient of x, both of x's dtype, and that of the table."""
     kind, x = x.device.type, x.contiguous()

@@ -21,6 +21,7 @@ from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 from layers.places import Places
 
+NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
 CHUNK = 64  # tokens that are worked on at once; the work grows with it, the number of steps one after the other falls
 MEMORY = 4, 1024  # tokens after which the heads have forgotten all but 1/e, at first: from the first head to the last
 # Of α where a new text begins: what is left of the one before is less than any rounding. (-∞ less itself would be NaN.)
@@ -151,7 +152,7 @@ def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
     return y.flatten(2, 3)[:, :, :T], states[:, :, n] if is_asked else None
 
 
-@library.custom_op("gpt_workbench::linear_recurrence", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::linear_recurrence", mutates_args=())
 def linear_recurrence(factors: Tensor, terms: Tensor, start: Tensor) -> Tensor:
     """S_{i+1} = factors_i S_i + terms_i, from S_0 = start. factors, terms: (n, B, H, D, D); start: (B, H, D, D); all fp32.
     Returns S_0 … S_n, (n + 1, B, H, D, D). One operation, or torch.compile would unroll as many steps as a text has."""

@@ -249,7 +249,7 @@ def test_flops_equal_what_torch_counts(model, idx):
     # torch does not look into an operation of our own, and does not count flash attention on a CPU
     recurrence = lambda factors, *rest, **kwargs: 2 * math.prod(factors) * factors[-1]
     counter = partial(FlopCounterMode, display=False,
-                      custom_mapping={torch.ops.gpt_workbench.linear_recurrence: recurrence})
+                      custom_mapping={getattr(torch.ops, gated_delta.NAMESPACE).linear_recurrence: recurrence})
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     assert counted.get_total_flops() == model.flops_per_token() * B * T

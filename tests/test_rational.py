@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -134,3 +135,13 @@ for kernel in (kernels.forward_kernel, kernels.backward_kernel):
             assembly = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
             assert "atom" not in assembly and "red.global" not in assembly
 """)
+
+
+@pytest.mark.parametrize("path", ["kernels/rational.py", "layers/gated_delta.py"])
+def test_a_copy_of_the_file_leaves_the_operations_alone(path):
+    """Such as an exported model's: torch destroys an operation whose name is registered again, and who calls it crashes."""
+    spec = importlib.util.spec_from_file_location("a-model.copied", REPO / path)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    original = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    assert copied.NAMESPACE.isidentifier() and copied.NAMESPACE != original.NAMESPACE
