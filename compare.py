@@ -31,18 +31,21 @@ from pathlib import Path
 import torch
 
 import finetune
-from dataloader import Data, open_data, require_a_block
+from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, Result, told
+from experiments.report import report
+from experiments.runner import Run, Runner
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import load_checkpoint, reading
-from runtime.comparison import SPEED_WARMUP, Arm, Cell, Outcome, Result, report, told
-from runtime.conversations import ConversationConfig, read_conversations
+from runtime.cli import Parser, add_flags, command
+from runtime.config import BadInput, check_flags, flag, read_flags
 from runtime.device import DeviceConfig, hardware, open_machine
-from runtime.files import require_writable, sole_writer, whole_file
-from runtime.flags import BadInput, Parser, add_flags, check_flags, command, flag, read_flags
-from runtime.runs import Run, Runner
-from runtime.stop import StopSignals
-from train import DIVERGED, PRESETS, PRETRAINING, LoopConfig, RunConfig
+from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.signals import StopSignals
+from shards import Data, open_data, require_a_block
+from tasks.conversations import ConversationConfig, read_conversations
+from train import PRESETS, PRETRAINING, RunConfig
+from trainer import DIVERGED, LoopConfig
 
 REPO = Path(__file__).parent
 # Flags of train.py that are the comparison's own business, and those that an arm or a size cannot set for itself either.
@@ -239,7 +242,7 @@ def measured(name: str, size: str, values: dict, seeds: tuple[int, ...], data: D
             require_a_block(data, split, model.config.block_size)
     else:
         schedule = schedule.of_model(base_of(values["checkpoint_path"]).trained_with)
-    rate = schedule.rate(step_tokens)
+    rate = schedule.peak_lr(step_tokens)
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, model.config.block_size), rate,
                model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token())
 
@@ -332,12 +335,12 @@ def machine_of(config: DeviceConfig) -> tuple[str, str]:
 
 # -- running it -------------------------------------------------------------------------------------------------------
 
-def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSignals) -> list[Outcome]:
+def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSignals) -> list[ArmResults]:
     """The grid of every arm; from its best downwards on the whole budget; every seed at the best rate; and, one at a time
     and in turns, how fast the arms are."""
-    outcomes = [Outcome(arm) for arm in arms]
+    outcomes = [ArmResults(arm) for arm in arms]
 
-    def run(what: str, wanted: list[Outcome], multiples, seeds, jobs: int = config.jobs) -> list[list[Result]]:
+    def run(what: str, wanted: list[ArmResults], multiples, seeds, jobs: int = config.jobs) -> list[list[Result]]:
         """The results of each of `wanted`: in rounds, the first cell of each, then the second of each. multiples(outcome),
         seeds(outcome): what its cells have."""
         if stop.signal:
@@ -351,17 +354,17 @@ def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSign
         results = {cell.run.checkpoint: result_of(i, how) for i, (cell, how) in enumerate(zip(order, ended))}
         return [[results[cell.run.checkpoint] for cell in own] for own in cells]
 
-    def best_multiple(outcome: Outcome) -> list[float]:
+    def best_multiple(outcome: ArmResults) -> list[float]:
         return [outcome.best().cell.multiple]
 
-    def first_seed(outcome: Outcome) -> tuple[int, ...]:
+    def first_seed(outcome: ArmResults) -> tuple[int, ...]:
         return outcome.arm.seeds[:1]
 
     for outcome, results in zip(outcomes, run("rate", outcomes, lambda outcome: config.rates, first_seed)):
         outcome.rates = results
     while not stop.signal and (falling := [outcome for outcome in outcomes if outcome.candidate()]):
         for outcome, results in zip(falling, run("run", falling, lambda outcome: [outcome.candidate()], first_seed)):
-            outcome.finalists += results
+            outcome.full_budget_lr_runs += results
     tuned = [outcome for outcome in outcomes if outcome.best()]
     for outcome, results in zip(tuned, run("run", tuned, best_multiple, lambda outcome: outcome.arm.seeds)):
         outcome.runs = results
@@ -373,7 +376,7 @@ def run_all(arms: list[Arm], config: CompareConfig, place: Place, stop: StopSign
     return outcomes
 
 
-def regime(outcomes: list[Outcome], config: CompareConfig, place: Place) -> str:
+def regime(outcomes: list[ArmResults], config: CompareConfig, place: Place) -> str:
     """In what circumstances all this was measured: no verdict reaches beyond."""
     runs = [run for outcome in outcomes for run in outcome.finished()]
     first = outcomes[0].arm
@@ -421,14 +424,14 @@ def plan_of(config: CompareConfig, common: dict, data: Data | Conversations) -> 
 def require_place(config: CompareConfig, plan: dict):
     """Raises BadInput when --out_path holds the results of another comparison. More seeds are the same one."""
     path, before = config.out_path / "plan.json", plan
-    require_writable(path, f"--out_path={config.out_path}")
+    check_writable(path, f"--out_path={config.out_path}")
     if path.exists() and not config.overwrite:
         with suppress(ValueError):  # a damaged one says nothing
             before = json.loads(path.read_text(encoding="utf-8"))
     if other := [name for name in {**before, **plan} if before.get(name) != plan.get(name)]:
         raise BadInput(f"--out_path={config.out_path}: holds a comparison with another {other[0]}: choose another path, or "
                        f"replace its results by --overwrite (runs that are the same are kept)")
-    with whole_file(path, "w") as file:
+    with atomic_write(path, "w") as file:
         json.dump(plan, file, indent=1)
 
 
@@ -442,7 +445,7 @@ def main(argv=None):
     for arm in arms:
         cell_of(arm, config, place, "rate", 1.0, 1)  # a budget too small says so now
     line = shlex.join(["python", "compare.py", *(sys.argv[1:] if argv is None else argv)])
-    with sole_writer(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
+    with folder_lock(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
         require_place(config, plan_of(config, common, data))
         start = time.perf_counter()
         outcomes = run_all(arms, config, place, stop)

@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloader import SPLITS, Data, Manifest, ShardWriter, damage, documents_to_reach, open_data
-from runtime.files import require_writable, sole_writer, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags, say
-from runtime.readers import CHUNK_BYTES, Chunk
-from runtime.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
+from runtime.cli import command, log_line, parse_flags
+from runtime.config import BadInput, check_flags, flag
+from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.threads import available_cores, map_ahead
+from shards import SPLITS, Data, Manifest, ShardWriter, documents_to_reach, open_data, verify
+from text.formats import CHUNK_BYTES, Chunk
+from text.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
 
 
@@ -69,14 +70,14 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, again: str) -> t
     Raises BadInput when the flags, the folder and the text do not fit. Whatever stops it, finished shards stay; a folder
     that this call began is as it was before where it has none, or no training shard can be made of the text.
     """
-    with sole_writer(config.data_path, f"--data_path={config.data_path}"):
+    with folder_lock(config.data_path, f"--data_path={config.data_path}"):
         manifest = find_manifest(config, source_config)
         if manifest is not None and manifest.complete:
             data = open_data(config.data_path)
             for split in SPLITS:
                 data.split(split)  # a folder whose damage is plain to see is not a finished one
             return data, True
-        require_writable(config.data_path / "manifest.json", f"--data_path={config.data_path}")
+        check_writable(config.data_path / "manifest.json", f"--data_path={config.data_path}")
         had_tokenizer, began = (config.data_path / "tokenizer.json").exists(), manifest is None
         revisions = None if began else manifest.source["revisions"]
         try:
@@ -116,7 +117,7 @@ def keep_or_take_back(folder: Path, began: bool, had_tokenizer: bool, is_bad_inp
     manifest = Manifest.load(folder) if (folder / "manifest.json").exists() else None
     n_shards = {split: len(manifest.shards[split]) if manifest else 0 for split in SPLITS}
     if began and (not any(n_shards.values()) or (is_bad_input and not n_shards["train"])):
-        # there were none before, see find_manifest; the manifest goes last, without which the rest would be strangers
+        # there were none before, see find_manifest; the manifest goes last, without which the rest would be unlisted
         for split in SPLITS:
             for shard in folder.glob(f"{split}_*.npy"):
                 shard.unlink()
@@ -179,9 +180,9 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
         with Progress(config, manifest) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
             while sum(written.values()) <= config.tokens_threshold and (batch := next(encoded, None)):
                 chunk, ids, starts = batch
-                for line in chunk.left_out:
-                    say(f"left out: {line}")
-                manifest.left_out += len(chunk.left_out)
+                for line in chunk.skipped:
+                    log_line(f"left out: {line}")
+                manifest.left_out += len(chunk.skipped)
                 if not len(chunk.texts):
                     manifest.place = chunk.place(0)  # else what was left out would be counted again from here
                 at = 0
@@ -284,23 +285,6 @@ def main(argv=None):
                                      f"finished in {time.perf_counter() - start:.1f} s"))
 
 
-# -- looking at a prepared folder -------------------------------------------------------------------------------------
-
-def verify(data_path: Path):
-    """Prints a line for each thing that is wrong with a folder. Raises BadInput if there is any."""
-    data, wrong = open_data(data_path, unfinished=True), 0
-    for line in damage(data):
-        say(line)
-        wrong += 1
-    if wrong:
-        raise BadInput(f"--data_path={data_path}: not as its manifest.json says, see above: put back what was changed, or "
-                       f"prepare it again into another folder")
-    shards = sum(len(data.manifest.shards[split]) for split in SPLITS)
-    tokens = sum(data.manifest.total(split, "tokens") for split in SPLITS)
-    print(f"{data_path}: {shards} shards, {tokens:,} tokens, are as manifest.json says"
-          + ("" if data.manifest.complete else "; the preparation has not finished"))
-
-
 def count(data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Tokens in each document, without its separator, (documents,), and how often each id occurs, (vocab_size,)."""
     lengths, counts = [], np.zeros(data.manifest.vocab_size, np.int64)
@@ -344,9 +328,9 @@ def draw_stats(data: Data):
               title=f"{len(falling):,} of {len(counts):,} tokens of the vocabulary occur")
     right.legend()
     figure.suptitle(f"{data.path}: {counts.sum():,} tokens of {data.manifest.source.get('dataset')}")
-    with whole_file(data.path / "stats.png") as file:
+    with atomic_write(data.path / "stats.png") as file:
         figure.savefig(file, dpi=110, format="png")
-    with whole_file(data.path / "stats.csv", "w") as file:
+    with atomic_write(data.path / "stats.csv", "w") as file:
         file.write("rank,id,occurrences,token\n")
         rows = csv.writer(file, lineterminator="\n")
         rows.writerows([rank, token, counts[token], repr(data.tokenizer.tokens[token])[2:-1]]

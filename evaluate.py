@@ -18,25 +18,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import IGNORE_INDEX
-from finetune import ASKED_AT_ONCE, PackedBatches, answer_losses, ask, questions_of
-from generate import load_model
+from dataloader import IGNORE_INDEX, PackedBatches
+from experiments.report import Table, markdown
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
-from runtime.conversations import Conversation, ConversationConfig, builtin_held_out, read_everything
+from runtime.cli import command, parse_flags
+from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, explain_device_errors, open_machine
-from runtime.files import require_writable, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags
+from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
-from runtime.page import Table, markdown
-from runtime.rows import read_dataset
-from runtime.sources import SourceConfig, local_path, open_source, take_text
+from sampling import GREEDY, generate_texts, load_model
+from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_everything
+from tasks.multiple_choice import Choice, choice_of
+from tasks.rows import read_dataset
+from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import Tokenizer
 
 # What each task takes where no --dataset, or no --split, is given.
 DEFAULTS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"), "answers": ("builtin", "train")}
-# Columns of well-known sets of multiple choice, of which the first that is there counts.
-CONTEXTS, ENDINGS, LABELS = ("ctx", "query", "question"), ("endings", "choices"), ("label", "answerKey", "gold", "answer")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def losses_of(model: GPT, machine: Machine, windows: Sequence[Window], batch_siz
             numbers = order[first:first + batch_size]
             idx, targets = batch_of([windows[i] for i in numbers])
             with machine.autocast():
-                losses = model.forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
+                losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
             for i, row in zip(numbers, losses.cpu().double()):
                 n = len(windows[i].ids) - 1
                 yield i, row[n - windows[i].n_scored:n]
@@ -201,54 +200,17 @@ def score_text(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: list[s
             "tokens": Measured(n_tokens, form=","), "bytes": Measured(n_bytes, form=",")}, rows
 
 
-# -- multiple choice --------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Choice:
-    """A context, its possible endings, and which of them is right. where: for messages about it."""
-    context: str
-    endings: list[str]
-    label: int
-    where: str
-
-
 def read_choices(config: EvaluateConfig) -> list[Choice]:
     rows = itertools.islice(read_dataset(config.dataset, config.dataset_config, config.split), config.limit)
     choices = []
     for where, row in rows:
         try:
-            choices.append(choice_of(row, where, config))
+            choices.append(choice_of(row, where, config.question_column, config.answer_column))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
     if not choices:
         raise BadInput(f"--dataset={config.dataset}: holds no rows")
     return choices
-
-
-def choice_of(row: dict, where: str, config: EvaluateConfig) -> Choice:
-    """Of a row in HellaSwag's form, or in ARC's: {"text": [endings], "label": [their names]}, where the label is one of the
-    names. Raises BadInput."""
-    context = value_of(row, (config.question_column,) if config.question_column else CONTEXTS, "--question_column")
-    endings, names = value_of(row, ENDINGS), None
-    label = value_of(row, (config.answer_column,) if config.answer_column else LABELS, "--answer_column")
-    if isinstance(endings, dict):
-        endings, names = endings.get("text"), endings.get("label")
-    if not isinstance(endings, list) or len(endings) < 2:
-        raise BadInput(f"has {len(endings) if isinstance(endings, list) else 'no list of'} endings: give at least 2")
-    if not isinstance(context, str) or not all(isinstance(ending, str) and ending for ending in endings):
-        raise BadInput("its context or an ending is no text, or an ending is empty")
-    names = list(map(str, names if isinstance(names, list) else range(len(endings))))[:len(endings)]
-    if str(label) not in names:
-        raise BadInput(f"its label is {str(label)[:40]!r}: must be one of {', '.join(names)}")
-    return Choice(context, endings, names.index(str(label)), where)
-
-
-def value_of(row: dict, names: Sequence[str], given_by: str = ""):
-    """Of the first of these columns that is there. Raises BadInput, which tells of the flag that names another."""
-    if not (found := [name for name in names if name in row]):
-        raise BadInput(f"has no column {' or '.join(names)}: its columns are {', '.join(row)}"
-                       f"{given_by and f': name it by {given_by}'}")
-    return row[found[0]]
 
 
 def endings_of(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterator[Window]:
@@ -336,7 +298,7 @@ def require_checkpoints(paths: Sequence[Path], task: str):
 
 def require_place(config: EvaluateConfig):
     if config.out_path:
-        require_writable(config.out_path, f"--out_path={config.out_path}")
+        check_writable(config.out_path, f"--out_path={config.out_path}")
         if config.out_path.exists() and not config.overwrite:
             raise BadInput(f"--out_path={config.out_path}: exists: replace it by --overwrite, or choose another path")
 
@@ -367,8 +329,83 @@ def main(argv=None):
     print(f"\n{config.dataset}{where}: {len(examples):,} {unit}; value ± standard error; "
           f"{time.perf_counter() - start:.1f} s on {machine}")
     if config.out_path:
-        with whole_file(config.out_path, "w") as file:
+        with atomic_write(config.out_path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+ASKED_AT_ONCE = 64  # questions
+
+
+# -- what it has learnt -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A question with what comes before it, as ids, and its answer."""
+    prompt: list[int]
+    question: str
+    answer: str
+    task: str
+
+
+def questions_of(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[EvalPrompt]:
+    """The last answer of each conversation, as far as the context holds the question and a word of the answer."""
+    asked = []
+    for one in conversations:
+        last = max((i for i, message in enumerate(one.messages) if message["role"] == "assistant"), default=0)
+        if last:
+            prompt, _ = tokenizer.encode_chat(one.messages[:last], answer=True)
+            if len(prompt) + len(tokenizer.encode(one.messages[last]["content"])) <= block_size:
+                asked.append(EvalPrompt(prompt, one.messages[last - 1]["content"], one.messages[last]["content"], one.task))
+    return asked
+
+
+def answers_to(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The likeliest answer to each, token by token."""
+    said = [""] * len(prompts)
+    for first in range(0, len(prompts), ASKED_AT_ONCE):
+        for row, text in generate_texts(model, tokenizer, prompts[first:first + ASKED_AT_ONCE], max_new_tokens, GREEDY):
+            said[first + row] += text
+    return said
+
+
+def exact_match(said: str, answer: str) -> bool:
+    """Equal but for spaces."""
+    return said.split() == answer.split()
+
+
+def ask(model: GPT, tokenizer: Tokenizer, asked: list[EvalPrompt], answer_tokens: int) -> list[dict]:
+    """A row for each question: task, question, answer, said, right."""
+    longest = max((len(tokenizer.encode(one.answer)) for one in asked), default=0) + 1
+    said = answers_to(model, tokenizer, [one.prompt for one in asked], min(longest, answer_tokens))
+    return [{"task": one.task, "question": one.question, "answer": one.answer, "said": text,
+             "right": exact_match(text, one.answer)} for one, text in zip(asked, said)]
+
+
+@torch.no_grad()
+def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, machine: Machine) -> dict:
+    """Loss in nats/token and bits per byte of what the assistant says."""
+    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
+    for idx, targets, doc_starts in batches.in_turn():
+        with machine.autocast():
+            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
+                                   doc_starts=doc_starts.to(machine.device))
+        sums.add(losses, targets, token_bytes)
+    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
+
+
+def accuracy(answers: list[dict]) -> float:
+    return sum(answer["right"] for answer in answers) / len(answers)
+
+
+def kind_of(task: str) -> str:
+    """"strings: sorted" -> "strings"."""
+    return task.split(":")[0]
+
+
+def shares_of(answers: list[dict], by=kind_of) -> dict[str, float]:
+    """Of right answers, of each kind."""
+    kinds = dict.fromkeys(by(answer["task"]) for answer in answers if answer["task"])
+    return {kind: accuracy([answer for answer in answers if by(answer["task"]) == kind]) for kind in kinds}
 
 
 if __name__ == "__main__":

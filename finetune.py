@@ -7,38 +7,35 @@ The loop is train.py's. What differs: rows of whole conversations, none of which
 the assistant says. Before the first step and at validations the model is asked the held-out questions. Beside the checkpoint
 a folder of its name holds metrics.jsonl, answers.jsonl, and at the end finetuning.html with both side by side.
 """
-import bisect
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from dataloader import IGNORE_INDEX, TrainLoader, in_order
-from generate import GREEDY, generate_texts
+from dataloader import PackedBatches, TrainLoader
+from evaluate import EvalPrompt, accuracy, answer_losses, ask, questions_of, shares_of
+from experiments.plots import draw_lines
+from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
 from optimizer import OptimizerConfig
 from runtime.checkpoint import load_checkpoint, reading, run_folder
-from runtime.conversations import Conversation, ConversationConfig, read_conversations
-from runtime.device import DeviceConfig, Machine, explain_device_errors, seed_everything
-from runtime.files import sole_writer, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, read_flags
-from runtime.metrics import LossSums, read_rows
-from runtime.page import Figure, Table, draw_lines, markdown, write_page
-from runtime.resume import TrainingCommand, is_finished, with_ends
+from runtime.cli import command
+from runtime.config import check_flags, flag, read_flags
+from runtime.device import DeviceConfig, explain_device_errors, seed_everything
+from runtime.files import atomic_write, folder_lock
+from runtime.metrics import read_rows
+from runtime.run import TrainingCommand, is_finished, override_horizon
+from tasks.conversations import ConversationConfig, read_conversations
 from tokenizer import Tokenizer
-from train import CHANGEABLE, NOT_SAVED, LoopConfig, TrainState, make_state, open_place, report_start, train
+from train import CHANGEABLE, NOT_SAVED
+from trainer import LoopConfig, TrainState, make_state, open_place, report_start, train
 
 RATE_SHARE = 0.5    # of pretraining's learning rate: what is known is to be turned, not to be learnt anew
-ASKED_AT_ONCE = 64  # questions
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ class FinetuneOptimizer(OptimizerConfig):
     learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {RATE_SHARE} of its", above=0, auto=True)
     weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0)
 
-    def rate(self, step_tokens: int) -> float:
-        return super().rate(step_tokens) * (RATE_SHARE if self.learning_rate == "auto" else 1.0)
+    def peak_lr(self, step_tokens: int) -> float:
+        return super().peak_lr(step_tokens) * (RATE_SHARE if self.learning_rate == "auto" else 1.0)
 
     def of_model(self, trained_with: dict) -> "FinetuneOptimizer":
         """With what trained the model: what AdamW has made, Muon would make over. trained_with: the flags of its run."""
@@ -96,91 +93,15 @@ FINETUNING = TrainingCommand(
     CHANGEABLE | {"answer_tokens"}, NOT_SAVED | {"out_path"})
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
-
-def pack(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
-    """Which conversations share a row: in random order each goes into the fullest row that has room for it. lengths: at most
-    row_length each."""
-    rows, rooms = [], []  # rooms: (room, row) of those that have some, in order
-    for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        at = bisect.bisect_left(rooms, (lengths[i], -1))
-        room, row = rooms.pop(at) if at < len(rooms) else (row_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        if room > lengths[i]:
-            bisect.insort(rooms, (room - lengths[i], row))
-    return rows
-
-
-class PackedBatches:
-    """Rows of conversations, shuffled in each epoch: see dataloader.BlockBatches. Which share a row stays as it is, since
-    none sees another."""
-    given = "--dataset"
-
-    def __init__(self, tokenizer: Tokenizer, conversations: list[Conversation], batch_size: int, block_size: int, seed: int):
-        """Raises BadInput where there is nothing for a model to say, or the tokenizer has no tokens for conversations."""
-        self.batch_size, self.block_size, self.seed, self.filler = batch_size, block_size, seed, tokenizer.separator_id
-        self.texts, self.n_cut = [], 0
-        for one in conversations:
-            ids, is_said = tokenizer.encode_chat(one.messages)
-            if not any(is_said):
-                raise BadInput(f"{one.where}: has no message of the assistant, so there is nothing to learn")
-            self.n_cut += len(ids) > block_size + 1
-            if any(is_said[:block_size + 1]):
-                self.texts.append((np.array(ids[:block_size + 1]), np.array(is_said[:block_size + 1])))
-        if not self.texts:
-            raise BadInput(f"{self.given}: in none of its conversations the assistant says something within the "
-                           f"{block_size} tokens of the model's context")
-        # a conversation of n tokens is n - 1 inputs
-        self.rows = pack([len(ids) - 1 for ids, _ in self.texts], block_size, seed)
-        self.n_blocks = len(self.rows)
-
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any token."""
-        digest = hashlib.sha256()
-        for ids, is_said in self.texts:
-            digest.update(ids.tobytes() + is_said.tobytes())
-        return digest.hexdigest()[:16]
-
-    def __getitem__(self, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.read(in_order(np.arange(first, first + self.batch_size), self.n_blocks, self.seed))
-
-    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs and targets, int64 (B, block_size), targets only where the assistant speaks; and where a conversation
-        begins, or what fills the row up, bool (B, block_size)."""
-        shape = len(rows), self.block_size
-        inputs, targets, begins = np.full(shape, self.filler), np.full(shape, IGNORE_INDEX), np.zeros(shape, bool)
-        for row, number in enumerate(rows):
-            at = 0
-            for i in self.rows[number]:
-                (ids, is_said), stop = self.texts[i], at + len(self.texts[i][0]) - 1
-                inputs[row, at:stop] = ids[:-1]
-                targets[row, at:stop] = np.where(is_said[1:], ids[1:], IGNORE_INDEX)
-                begins[row, at] = True
-                at = stop
-            if at < self.block_size:
-                begins[row, at] = True
-        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(begins)
-
-    def checked(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return batch
-
-    def in_turn(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All rows once, the last batch smaller."""
-        for first in range(0, self.n_blocks, self.batch_size):
-            yield self.read(range(first, min(first + self.batch_size, self.n_blocks)))
-
-
 def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """Mean loss in nats/token over what the assistant says in inputs, targets and beginnings, each (B, T)."""
-    idx, targets, begins = batch
-    return model(idx, targets, begins=begins)
+    idx, targets, doc_starts = batch
+    return model(idx, targets, doc_starts=doc_starts)
 
 
 def try_step(state: TrainState):
     """Forward and backward pass of a batch, to see whether they work. Leaves no gradient."""
-    batch = state.machine.put(state.loader.batches.read(range(1)))
+    batch = state.machine.to_device(state.loader.batches.read(range(1)))
     batch = [part.expand(state.settings["batch_size"], -1) for part in batch]
     try:
         with state.machine.autocast():
@@ -190,64 +111,7 @@ def try_step(state: TrainState):
         state.model.zero_grad(set_to_none=True)
 
 
-# -- what it has learnt -----------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Asked:
-    """A question with what comes before it, as ids, and its answer."""
-    prompt: list[int]
-    question: str
-    answer: str
-    task: str
-
-
-def questions_of(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[Asked]:
-    """The last answer of each conversation, as far as the context holds the question and a word of the answer."""
-    asked = []
-    for one in conversations:
-        last = max((i for i, message in enumerate(one.messages) if message["role"] == "assistant"), default=0)
-        if last:
-            prompt, _ = tokenizer.encode_chat(one.messages[:last], answer=True)
-            if len(prompt) + len(tokenizer.encode(one.messages[last]["content"])) <= block_size:
-                asked.append(Asked(prompt, one.messages[last - 1]["content"], one.messages[last]["content"], one.task))
-    return asked
-
-
-def answers_to(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """The likeliest answer to each, token by token."""
-    said = [""] * len(prompts)
-    for first in range(0, len(prompts), ASKED_AT_ONCE):
-        for row, text in generate_texts(model, tokenizer, prompts[first:first + ASKED_AT_ONCE], max_new_tokens, GREEDY):
-            said[first + row] += text
-    return said
-
-
-def is_right(said: str, answer: str) -> bool:
-    """Equal but for spaces."""
-    return said.split() == answer.split()
-
-
-def ask(model: GPT, tokenizer: Tokenizer, asked: list[Asked], answer_tokens: int) -> list[dict]:
-    """A row for each question: task, question, answer, said, right."""
-    longest = max((len(tokenizer.encode(one.answer)) for one in asked), default=0) + 1
-    said = answers_to(model, tokenizer, [one.prompt for one in asked], min(longest, answer_tokens))
-    return [{"task": one.task, "question": one.question, "answer": one.answer, "said": text,
-             "right": is_right(text, one.answer)} for one, text in zip(asked, said)]
-
-
-@torch.no_grad()
-def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, machine: Machine) -> dict:
-    """Loss in nats/token and bits per byte of what the assistant says."""
-    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
-    for idx, targets, begins in batches.in_turn():
-        with machine.autocast():
-            losses = model.forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
-                                   begins=begins.to(machine.device))
-        sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
-
-
-def validate(state: TrainState, held_out: PackedBatches, asked: list[Asked], answer_tokens: int) -> dict:
+def validate(state: TrainState, held_out: PackedBatches, asked: list[EvalPrompt], answer_tokens: int) -> dict:
     """Loss and bits per byte of held-out answers, and the share of questions that are answered right. Their answers go into
     answers.jsonl."""
     row = answer_losses(state.model, state.tokenizer, held_out, state.machine)
@@ -255,28 +119,13 @@ def validate(state: TrainState, held_out: PackedBatches, asked: list[Asked], ans
         answers = ask(state.model, state.tokenizer, asked, answer_tokens)
     keep_answers(state, answers)
     shares = {f"exact_match/{kind}": share for kind, share in shares_of(answers).items()}
-    return row | ({"exact_match": share_right(answers)} if answers else {}) | (shares if len(shares) > 1 else {})
-
-
-def share_right(answers: list[dict]) -> float:
-    return sum(answer["right"] for answer in answers) / len(answers)
-
-
-def kind_of(task: str) -> str:
-    """"strings: sorted" -> "strings"."""
-    return task.split(":")[0]
-
-
-def shares_of(answers: list[dict], by=kind_of) -> dict[str, float]:
-    """Of right answers, of each kind."""
-    kinds = dict.fromkeys(by(answer["task"]) for answer in answers if answer["task"])
-    return {kind: share_right([answer for answer in answers if by(answer["task"]) == kind]) for kind in kinds}
+    return row | ({"exact_match": accuracy(answers)} if answers else {}) | (shares if len(shares) > 1 else {})
 
 
 def keep_answers(state: TrainState, answers: list[dict]):
     path = run_folder(state.writer.path) / "answers.jsonl"
     kept = [row for row in read_answers(path) if row["step"] < state.step] if state.step else []
-    with whole_file(path, "w") as file:
+    with atomic_write(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept + [{"step": state.step} | answer for answer in answers])
 
 
@@ -328,7 +177,7 @@ def report(state: TrainState):
     page = run_folder(path) / "finetuning.html"
     write_page(page, f"Finetuning {settings['checkpoint_path']} on {settings['dataset']}", [
         ("p", f"{state.step:,} steps of {state.step_tokens():,} tokens, {state.seconds:,.0f} s on {state.machine}; learning "
-              f"rate {state.rate():.3g}. Rows of numbers: metrics.jsonl; of answers: answers.jsonl."),
+              f"rate {state.peak_lr():.3g}. Rows of numbers: metrics.jsonl; of answers: answers.jsonl."),
         ("h2", "Before and after"), numbers, *([tasks] if tasks.rows else []), ("h2", "Loss of held-out answers"),
         Figure(draw_lines({path.name: [rows]}), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
     print(f"\nsaved {path} and {page}; `python generate.py --checkpoint_path={path} --chat` talks with it")
@@ -342,10 +191,10 @@ def read_base(path: Path) -> tuple[GPT, Tokenizer, dict]:
     with reading(path):
         tokenizer = Tokenizer.from_json(blob["tokenizer"])
         tokenizer.chat_ids()
-        return GPT.from_blob(blob), tokenizer, blob.get("training", {}).get("settings", {})
+        return GPT.from_checkpoint(blob), tokenizer, blob.get("training", {}).get("settings", {})
 
 
-def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, PackedBatches, list[Asked]]:
+def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, PackedBatches, list[EvalPrompt]]:
     """Everything a run needs, new or as `blob` left it: its state, its loop, the held-out rows and questions. Raises
     BadInput before any file is written."""
     run, source, schedule, loop, device = configs
@@ -353,7 +202,7 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, 
     writer, machine = open_place(FINETUNING, path, resumed, run.overwrite, device, blob)
     if blob:
         with reading(resumed):
-            model, tokenizer = GPT.from_blob(blob), Tokenizer.from_json(blob["tokenizer"])
+            model, tokenizer = GPT.from_checkpoint(blob), Tokenizer.from_json(blob["tokenizer"])
     else:
         model, tokenizer, trained_with = read_base(run.checkpoint_path)
         schedule = schedule.of_model(trained_with)
@@ -374,12 +223,12 @@ def open_run(configs: list, blob: dict | None) -> tuple[TrainState, LoopConfig, 
     return state, loop, val, asked
 
 
-def describe(state: TrainState, loop: LoopConfig, val: PackedBatches, asked: list[Asked]):
+def describe(state: TrainState, loop: LoopConfig, val: PackedBatches, asked: list[EvalPrompt]):
     batches, settings = state.loader.batches, state.settings
-    n_said = sum(int(is_said.sum()) for _, is_said in batches.texts)
+    n_said = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.texts)
     n_tokens = sum(len(ids) - 1 for ids, _ in batches.texts)
     print(f"model    {settings['checkpoint_path']}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
-          f"{state.model.config.block_size:,}; {settings['optimizer']} at {state.rate():.3g}")
+          f"{state.model.config.block_size:,}; {settings['optimizer']} at {state.peak_lr():.3g}")
     print(f"data     {settings['dataset']}: {len(batches.texts):,} conversations in {batches.n_blocks:,} rows, "
           f"{n_tokens / batches.n_blocks / batches.block_size:.0%} full; {n_said / n_tokens:.0%} of the tokens are the "
           f"assistant's; held out {len(val.texts):,}, {len(asked):,} of them asked")
@@ -398,9 +247,9 @@ def main(argv=None):
     """Finetunes a model on conversations."""
     given, defaults = FINETUNING.flags_given(argv), FINETUNING.defaults()
     path, resumed = FINETUNING.paths_of(given, usual_out(given.get("checkpoint_path", defaults["checkpoint_path"])))
-    with sole_writer(run_folder(path), f"--out_path={path}"):
+    with folder_lock(run_folder(path), f"--out_path={path}"):
         start, blob = FINETUNING.read_checkpoint(resumed, given) if resumed else ({}, None)
-        values = with_ends(defaults | start, given) | {
+        values = override_horizon(defaults | start, given) | {
             "out_path": path, "resume_checkpoint": str(resumed) if resumed else None}
         configs = [read_flags(config, values) for config in CONFIGS]
         if blob and is_finished(configs[CONFIGS.index(FinetuneLoop)], blob["training"], resumed, values["verbose"]):

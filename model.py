@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
-from layers.linear import linears_of
-from layers.loss import capped_logits, cross_entropy
+from layers.attention_metadata import AttentionMetadata, cached_causal_mask, doc_position_ids, document_causal_mask
+from layers.linear import linear_layers
+from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
-from layers.places import Places, mask_of_cache, mask_of_texts, positions_in_texts
 from layers.shift import ShiftCache, TokenShift
-from runtime.flags import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag
 
 LETTERS = {mixer.letter: mixer for mixer in MIXERS.values()}
 EMBED_LOGITS = 0.1  # standard deviation of a tied model's first logits: nearly a uniform guess
@@ -50,7 +50,7 @@ class GPTConfig:
                               above=1)
     qk_norm: bool = flag(True, "normalise queries and keys")
     value_residual: bool = flag(True, "mix the first layer's values into the later layers'")
-    embed_shortcut: bool = flag(True, "mix the embedding into the input of each block")
+    x0_residual: bool = flag(True, "mix the embedding into the input of each block")
     token_shift: bool = flag(True, "add a learned share of the token before to the input of mixers and feed-forward layers")
     softcap: float = flag(15.0, "keeps logits within this distance of 0; 0 does not", at_least=0)
     tied: bool = flag(True, "embedding and head are one matrix")
@@ -68,7 +68,7 @@ class GPTConfig:
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
         if self.n_kv_head not in (None, self.n_head) and any(
-                self.mixer_of(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
+                self.mixer_class(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
             raise BadInput(f"--n_kv_head={self.n_kv_head}: only attention has such heads, not --mixer={self.mixer}")
         if self.head_size % 2:
             raise BadInput(f"--head_size={self.head_size}: must be even, rotary positions turn pairs of channels")
@@ -77,7 +77,7 @@ class GPTConfig:
     def n_embd(self) -> int:
         return self.n_head * self.head_size
 
-    def mixer_of(self, layer: int) -> type:
+    def mixer_class(self, layer: int) -> type:
         return MIXERS.get(self.mixer) or LETTERS[self.mixer[layer % len(self.mixer)]]
 
 
@@ -87,24 +87,24 @@ class BlockCache:
     mixer: object
     shifts: list[ShiftCache]
 
-    def put(self, rows: list[int], other: "BlockCache", others: list[int], stop: int, n: int):
+    def copy_rows_from(self, rows: list[int], other: "BlockCache", other_rows: list[int], stop: int, n: int):
         for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
-            part.put(rows, source, others, stop, n)
+            part.copy_rows_from(rows, source, other_rows, stop, n)
 
 
 @dataclass
 class Cache:
-    """What a model keeps of the texts it has seen, one a row, with room for `n_slots` positions. They all end at slot
+    """What a model keeps of the texts it has seen, one a row, with room for `max_len` positions. They all end at slot
     `length`; where they differ in length, a row has left its first `skipped` slots, (B,), empty."""
     blocks: list[BlockCache]
-    n_slots: int
+    max_len: int
     length: int = 0
-    skipped: Tensor | None = None
+    left_pad: Tensor | None = None
 
-    def put(self, rows: list[int], other: "Cache", others: list[int]):
+    def copy_rows_from(self, rows: list[int], other: "Cache", other_rows: list[int]):
         """The texts of the rows `others` of another cache, all of one length, become those of these rows."""
         for block, source in zip(self.blocks, other.blocks):
-            block.put(rows, source, others, self.length, other.length)
+            block.copy_rows_from(rows, source, other_rows, self.length, other.length)
 
 
 class Block(nn.Module):
@@ -113,28 +113,30 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.shortcut = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embed_shortcut and layer > 0 else None
+        self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_residual and layer > 0 else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
-        self.mixer = config.mixer_of(layer)(config, layer)
+        self.mixer = config.mixer_class(layer)(config, layer)
         self.mlp = MLPS[config.mlp](config)
 
     def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> BlockCache:
         return BlockCache(self.mixer.init_cache(batch_size, n_tokens, device, dtype),
                           [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
 
-    def forward(self, x: Tensor, embedded: Tensor, first: Tensor | None, places: Places,
+    def forward(self, x: Tensor, embedded: Tensor, first_layer_v: Tensor | None, metadata: AttentionMetadata,
                 cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
         """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
-        if self.shortcut is not None:
-            x = self.shortcut[0] * x + self.shortcut[1] * embedded
-        y, value = self.mixer(self.read(0, self.mixer_norm, x, places, cache), places, cache and cache.mixer, first)
+        if self.x0_mix is not None:
+            x = self.x0_mix[0] * x + self.x0_mix[1] * embedded
+        mixer_input = self.sublayer_input(0, self.mixer_norm, x, metadata, cache)
+        y, value = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
         x = x + y
-        return x + self.mlp(self.read(1, self.mlp_norm, x, places, cache)), value
+        return x + self.mlp(self.sublayer_input(1, self.mlp_norm, x, metadata, cache)), value
 
-    def read(self, i: int, norm: nn.Module, x: Tensor, places: Places, cache: BlockCache | None) -> Tensor:
+    def sublayer_input(self, i: int, norm: nn.Module, x: Tensor, metadata: AttentionMetadata,
+                       cache: BlockCache | None) -> Tensor:
         """What the block's i-th layer sees of the residual stream."""
-        return norm(x) if self.shifts is None else self.shifts[i](norm(x), places, cache and cache.shifts[i])
+        return norm(x) if self.shifts is None else self.shifts[i](norm(x), metadata, cache and cache.shifts[i])
 
 
 class GPT(nn.Module):
@@ -181,86 +183,93 @@ class GPT(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, reduction: str = "mean",
-                begins: Tensor | None = None, n_last: int | None = None) -> Tensor:
+                doc_starts: Tensor | None = None, logits_to_keep: int | None = None) -> Tensor:
         """idx: (B, T) int64. Returns logits (B, T, V) in fp32; with targets (B, T), the loss in nats/token: a scalar,
         or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Under autocast the logits have its
         precision; softmax and sums are fp32 all the same.
 
         The loss path never holds (B, T, V): head, softcap and cross-entropy run in chunks, see layers/loss.py.
         cache: what `init_cache` made; idx then continues what it holds, and it takes idx in.
-        begins: (B, T) bool, where a text begins, if rows hold several: none sees another, whatever the mixer.
-        n_last: logits of so many last positions alone.
+        doc_starts: (B, T) bool, where a text doc_starts, if rows hold several: none sees another, whatever the mixer.
+        logits_to_keep: logits of so many last positions alone.
         """
         assert reduction in ("mean", "none"), reduction
-        assert begins is None or cache is None
-        places, positions = self.places_of(idx, cache, begins)
+        assert doc_starts is None or cache is None
+        metadata, positions = self.attention_metadata(idx, cache, doc_starts)
         x = self.embed(idx)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.positions is not None:
             x = x + self.positions.weight[positions]
         if self.config.norm == "rms":
             x = rms_norm(x)
-        embedded, first = x, None
+        embedded, first_layer_v = x, None
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, value = checkpoint(block, x, embedded, first, places, use_reentrant=False, preserve_rng_state=False)
+                x, value = checkpoint(block, x, embedded, first_layer_v, metadata, use_reentrant=False,
+                                      preserve_rng_state=False)
             else:
-                x, value = block(x, embedded, first, places, cache.blocks[i] if cache is not None else None)
-            first = value if first is None else first
+                x, value = block(x, embedded, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
+            first_layer_v = value if first_layer_v is None else first_layer_v
         if cache is not None:
             cache.length += idx.size(1)
-        x = self.norm(x if n_last is None else x[:, -n_last:])
+        x = self.norm(x if logits_to_keep is None else x[:, -logits_to_keep:])
         if targets is None:
-            return capped_logits(x, self.head.weight, self.config.softcap)
+            return softcap_logits(x, self.head.weight, self.config.softcap)
         return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
 
-    def places_of(self, idx: Tensor, cache: Cache | None, begins: Tensor | None) -> tuple[Places, slice | Tensor]:
+    def eager_forward(self, *args, **kwargs) -> Tensor:
+        """`forward` without the compiled graph, which would be compiled again for every new shape and without gradients."""
+        return self.forward(*args, **kwargs)
+
+    def attention_metadata(self, idx: Tensor, cache: Cache | None,
+                           doc_starts: Tensor | None) -> tuple[AttentionMetadata, slice | Tensor]:
         """Where `idx` stands, and the position of each token in its text, a slice or (B, T)."""
         T, start = idx.size(1), 0 if cache is None else cache.length
         positions = slice(start, start + T)
-        if begins is not None:
-            positions = positions_in_texts(begins)
-        elif cache is not None and cache.skipped is not None:
-            positions = torch.arange(start, start + T, device=idx.device) - cache.skipped[:, None]
+        if doc_starts is not None:
+            positions = doc_position_ids(doc_starts)
+        elif cache is not None and cache.left_pad is not None:
+            positions = torch.arange(start, start + T, device=idx.device) - cache.left_pad[:, None]
         mask = None
         if any(block.mixer.letter == "A" for block in self.blocks):
-            mask = mask_of_texts(begins) if begins is not None else mask_of_cache(
-                T, start, cache and cache.skipped, idx.device)
-        return Places(start, mask, self.rotary and self.rotary(positions), begins), positions
+            mask = document_causal_mask(doc_starts) if doc_starts is not None else cached_causal_mask(
+                T, start, cache and cache.left_pad, idx.device)
+        return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts), positions
 
-    def init_cache(self, batch_size: int, n_slots: int, dtype: torch.dtype | None = None) -> Cache:
-        """With room for `n_slots` positions in each row; `forward` fills it in place."""
+    def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
+        """With room for `max_len` positions in each row; `forward` fills it in place."""
         weight = self.embed.weight
-        return Cache([block.init_cache(batch_size, n_slots, weight.device, dtype or weight.dtype)
-                      for block in self.blocks], n_slots)
+        return Cache([block.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
+                      for block in self.blocks], max_len)
 
-    def prefill(self, texts: list[Tensor], n_slots: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
-        """Takes in texts, each (T,) int64 and T >= 1, of any lengths up to n_slots. Returns the logits after the last token
+    def prefill(self, texts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
+        """Takes in texts, each (T,) int64 and T >= 1, of any lengths up to max_len. Returns the logits after the last token
         of each, (B, V), and the cache, which further tokens of all rows continue."""
         by_length = {}  # n -> the different texts of n tokens, each with its rows
         for row, text in enumerate(texts):
             by_length.setdefault(len(text), {}).setdefault(tuple(text.tolist()), []).append(row)
         longest, first = max(by_length), next(iter(by_length.values()))
         if len(by_length) == 1 and len(first) == len(texts):
-            cache = self.init_cache(len(texts), n_slots, dtype)
-            return self.forward(torch.stack(texts), cache=cache, n_last=1)[:, 0], cache
-        cache = self.init_cache(len(texts), n_slots, dtype)
+            cache = self.init_cache(len(texts), max_len, dtype)
+            return self.eager_forward(torch.stack(texts), cache=cache, logits_to_keep=1)[:, 0], cache
+        cache = self.init_cache(len(texts), max_len, dtype)
         cache.length = longest
         if len(by_length) > 1:
-            cache.skipped = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
+            cache.left_pad = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
         logits = [None] * len(texts)
         for n, same in by_length.items():  # no padding is computed, and no text twice
             part = self.init_cache(len(same), n, dtype)
-            found = self.forward(torch.stack([texts[rows[0]] for rows in same.values()]), cache=part, n_last=1)[:, 0]
+            distinct = torch.stack([texts[rows[0]] for rows in same.values()])
+            found = self.eager_forward(distinct, cache=part, logits_to_keep=1)[:, 0]
             pairs = [(row, i) for i, rows in enumerate(same.values()) for row in rows]
             for row, i in pairs:
                 logits[row] = found[i]
-            cache.put([row for row, _ in pairs], part, [i for _, i in pairs])
+            cache.copy_rows_from([row for row, _ in pairs], part, [i for _, i in pairs])
         return torch.stack(logits), cache
 
     def cast_matrices(self, dtype: torch.dtype):
         """For inference under autocast to `dtype`, which would convert every matrix again at every token. The rest stays."""
-        for layer in (self.embed, self.head, *linears_of(self)):
+        for layer in (self.embed, self.head, *linear_layers(self)):
             layer.weight.requires_grad_(False)
             layer.weight.data = layer.weight.data.to(dtype)
 
@@ -280,13 +289,13 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def to_blob(self) -> dict:
+    def to_checkpoint(self) -> dict:
         """Shape and weights, as a checkpoint holds them."""
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     @classmethod
-    def from_blob(cls, blob: dict) -> "GPT":
-        """The inverse of `to_blob`."""
+    def from_checkpoint(cls, blob: dict) -> "GPT":
+        """The inverse of `to_checkpoint`."""
         model = cls(GPTConfig(**blob["config"]))
         try:
             model.load_state_dict(blob["model"])

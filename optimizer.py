@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from runtime.flags import check_flags, flag
+from runtime.config import check_flags, flag
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,18 @@ class OptimizerConfig:
                                 at_least=0, at_most=1)
     __post_init__ = check_flags
 
-    def rate(self, step_tokens: int) -> float:
+    def peak_lr(self, step_tokens: int) -> float:
         """The peak learning rate of a run whose steps see so many tokens."""
         if self.learning_rate != "auto":
             return self.learning_rate
-        return RATE * min(1.0, step_tokens / NOISY_TOKENS) ** 0.5 * (ADAM_RATIO if self.optimizer == "gpt2" else 1.0)
+        ratio = ADAM_RATIO if self.optimizer == "gpt2" else 1.0
+        return BASE_LR * min(1.0, step_tokens / CRITICAL_BATCH_TOKENS) ** 0.5 * ratio
 
 
 # Below some number of tokens a step's gradient is mostly noise, and the best rate grows with the root of that number; above
 # it hardly grows (measured here from 512 to 8,192, studies/learning_rates.md). Source: McCandlish et al. 2018,
 # arXiv:1812.06162; Malladi et al. 2022, arXiv:2205.10287.
-RATE, NOISY_TOKENS = 0.05, 8192
+BASE_LR, CRITICAL_BATCH_TOKENS = 0.05, 8192
 # Learning rates relative to that of the matrices under Muon.
 ADAM_RATIO = 0.1     # of the matrices, where AdamW has them
 EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
@@ -64,14 +65,14 @@ NS_NUMBERS = 2**25   # of stacked matrices at once: 64 MiB of bf16
 def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> list[dict]:
     """Every parameter once, each group with its `peak_lr`, `weight_decay`, `run_decay` (None, or what `set_rates` makes the
     weight decay from) and `method`."""
-    rate, decay = config.rate(step_tokens), config.weight_decay
+    rate, decay = config.peak_lr(step_tokens), config.weight_decay
     if config.optimizer == "gpt2":
-        settings = {"matrix": ("adamw", rate, decay), "qkv": ("adamw", rate, decay), "lookup": ("adamw", rate, decay),
+        settings = {"matrix": ("adamw", rate, decay), "qkv": ("adamw", rate, decay), "embedding": ("adamw", rate, decay),
                     "head": ("adamw", rate, decay), "scalar": ("adamw", rate, 0.0)}
     else:
         inside = ("muon", rate, decay) if config.optimizer == "muon" else ("adamw", ADAM_RATIO * rate, decay)
         by_width = (REFERENCE_WIDTH / model.config.n_embd) ** 0.5  # a step moves logits by the width times the rate
-        settings = {"matrix": inside, "qkv": inside, "lookup": ("adamw", EMBED_RATIO * rate * by_width, 0.0),
+        settings = {"matrix": inside, "qkv": inside, "embedding": ("adamw", EMBED_RATIO * rate * by_width, 0.0),
                     "head": ("adamw", HEAD_RATIO * rate * by_width, 0.0), "scalar": ("adamw", SCALAR_RATIO * rate, 0.0)}
     groups, shape = {}, model.config
     # equal ones: shared heads of keys and values leave several matrices of queries
@@ -90,7 +91,7 @@ def kind_of(name: str, parameter: Tensor) -> str:
         return "scalar"
     if name.startswith("blocks."):
         return "qkv" if name.endswith("qkv.weight") else "matrix"
-    return "head" if name == "head.weight" else "lookup"
+    return "head" if name == "head.weight" else "embedding"
 
 
 class Muon(torch.optim.Optimizer):
@@ -110,15 +111,15 @@ class Muon(torch.optim.Optimizer):
     def step(self, skip: Tensor | None = None):
         """skip: a bool on the device; where it is true, nothing changes."""
         for group in self.param_groups:
-            for parameters in alike(group["params"], group["stacked"]):
-                self.step_alike(parameters, group, skip)
+            for parameters in group_by_shape(group["params"], group["stacked"]):
+                self.step_group(parameters, group, skip)
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)
         for averages in self.state.values():  # which it has cast to the parameters' dtype
             averages["momentum"] = averages["momentum"].to(self.momentum_dtype)
 
-    def step_alike(self, parameters: list[Tensor], group: dict, skip: Tensor | None):
+    def step_group(self, parameters: list[Tensor], group: dict, skip: Tensor | None):
         n, momentum = group["stacked"], group["momentum"]
         rows, columns = parameters[0].size(0) // n, parameters[0].size(1)
         grads = torch.cat([p.grad.view(n, rows, columns) for p in parameters])  # (parameters * n, rows, columns)
@@ -133,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             average = torch.lerp(kept.float(), grad, (1 - momentum) * keep)
             kept.copy_(average)
             grad.lerp_(average, momentum)  # Nesterov's look ahead
-        update = orthogonalized(grads, self.ns_dtype)
+        update = newton_schulz(grads, self.ns_dtype)
         if skip is not None:
             update = update * keep
         for p, part in zip(parameters, update.split(n)):
@@ -142,7 +143,7 @@ class Muon(torch.optim.Optimizer):
             p.add_(part.reshape(p.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
-def alike(parameters: list[Tensor], stacked: int):
+def group_by_shape(parameters: list[Tensor], stacked: int):
     """Yields lists of parameters of one shape, none of more than NS_NUMBERS numbers if it can be helped."""
     by_shape = {}
     for p in parameters:
@@ -153,7 +154,7 @@ def alike(parameters: list[Tensor], stacked: int):
         yield from (ps[i:i + n] for i in range(0, len(ps), n))
 
 
-def orthogonalized(x: Tensor, dtype: torch.dtype) -> Tensor:
+def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x: (n, rows, columns) -> U Vᵀ of each matrix's singular value decomposition, about, in `dtype`."""
     a, b, c = NS_COEFFICIENTS
     x = x.to(dtype)
@@ -185,11 +186,11 @@ class MuonAdamW:
     def step(self, skip: Tensor | None = None):
         """skip: a bool on the device; where it is true, nothing changes."""
         if skip is None or skip.device.type == "cuda":
-            self.step_unless(skip)
+            self.masked_step(skip)
         elif not skip:  # a CPU's host knows, and the fused AdamW of mps does not look at found_inf
-            self.step_unless(None)
+            self.masked_step(None)
 
-    def step_unless(self, skip: Tensor | None):
+    def masked_step(self, skip: Tensor | None):
         """Without the host's knowing."""
         if "muon" in self.parts:
             self.parts["muon"].step(skip)
@@ -222,7 +223,7 @@ class MuonAdamW:
                     raise ValueError("averages of another shape than the parameter")  # fused kernels do not look
 
 
-def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = NOISY_TOKENS,
+def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = CRITICAL_BATCH_TOKENS,
                    ns_dtype: torch.dtype = torch.float32) -> MuonAdamW:
     """step_tokens: that a step sees; ns_dtype: of Muon's products."""
     return MuonAdamW(parameter_groups(model, config, step_tokens), ns_dtype,

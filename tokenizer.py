@@ -24,12 +24,13 @@ import regex
 from tqdm import tqdm
 
 from kernels import bpe
-from runtime.conversations import ROLES
-from runtime.files import require_writable, whole_file
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags
-from runtime.sources import SourceConfig, open_source, take_text
-from runtime.texts import Texts, pack, utf8
+from runtime.cli import command, parse_flags
+from runtime.config import BadInput, check_flags, flag
+from runtime.files import atomic_write, check_writable
 from runtime.threads import available_cores, map_in_threads
+from tasks.conversations import ROLES
+from text.documents import PackedDocuments, from_strings, utf8
+from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # leads every document
@@ -145,7 +146,7 @@ class Tokenizer:
 
     def save(self, path: str | Path):
         """Writes `tokenizer.json`, whole or not at all."""
-        with whole_file(Path(path), "w") as file:
+        with atomic_write(Path(path), "w") as file:
             file.write(self.to_json())
 
     def to_json(self) -> str:
@@ -180,7 +181,7 @@ class Tokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of `text`; special tokens written in it are ordinary text, and what is not valid Unicode becomes U+FFFD."""
-        return self.encode_texts(pack([text]))[0].tolist() if text else []
+        return self.encode_texts(from_strings([text]))[0].tolist() if text else []
 
     def encode_chat(self, messages: list[dict], answer: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, [{"role": …, "content": …}, …], and which of them the assistant has to say: the content of
@@ -189,15 +190,15 @@ class Tokenizer:
         [separator], then for each message [role] content [end]. Raises BadInput when this vocabulary has no such tokens.
         """
         role_ids, end_id = self.chat_ids()
-        ids, is_said = [self.separator_id], [False]
+        ids, assistant_mask = [self.separator_id], [False]
         for message in messages:
             content = self.encode(message["content"])
             ids += [role_ids[message["role"]], *content, end_id]
-            is_said += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
+            assistant_mask += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
         if answer:
             ids.append(role_ids["assistant"])
-            is_said.append(False)
-        return ids, is_said
+            assistant_mask.append(False)
+        return ids, assistant_mask
 
     def chat_ids(self) -> tuple[dict[str, int], int]:
         """The token of each role, and the end of a message. Raises BadInput if this vocabulary has none."""
@@ -216,12 +217,12 @@ class Tokenizer:
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: must be at least 1")
         _ = self.vocabulary  # before several threads each make one
-        encode = lambda chunk: self.encode_texts(pack(chunk))
+        encode = lambda chunk: self.encode_texts(from_strings(chunk))
         encoded = list(map_in_threads(encode, chunks(texts), threads or available_cores()))
         ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
         return ids, np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)], dtype=np.int64).cumsum()
 
-    def encode_texts(self, texts: Texts, separated: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def encode_texts(self, texts: PackedDocuments, separated: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64, by the calling thread alone;
         several may call it. separated: each text is led by the separator."""
         pieces, begins = cut(texts) if self.splitter is not None else (texts, np.ones(len(texts), bool))
@@ -232,7 +233,7 @@ class Tokenizer:
         ends = np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)]).cumsum()
         return ids, ends[np.flatnonzero(np.append(begins, True))]
 
-    def encode_pieces(self, pieces: Texts, led: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_pieces(self, pieces: PackedDocuments, led: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `encode_texts`, of texts that together fit into memory several times. led, (pieces,) bool: by the separator."""
         text, offsets = bpe.padded([pieces.utf8]), pieces.offsets
         ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
@@ -368,7 +369,7 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def cut(texts: Texts) -> tuple[Texts, np.ndarray]:
+def cut(texts: PackedDocuments) -> tuple[PackedDocuments, np.ndarray]:
     """Cuts long texts between words, so that no piece takes much memory. Returns the pieces, and which of them begin a text,
     (pieces,) bool.
 
@@ -389,7 +390,7 @@ def cut(texts: Texts) -> tuple[Texts, np.ndarray]:
             if len(found):
                 cuts.append(start)
     offsets = np.sort(np.concatenate([texts.offsets, np.array(cuts, np.int64)]))
-    return Texts(texts.utf8, offsets), ~np.isin(offsets[:-1], cuts)
+    return PackedDocuments(texts.utf8, offsets), ~np.isin(offsets[:-1], cuts)
 
 
 def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
@@ -410,7 +411,7 @@ def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> b
     words, split_regex, splitter = bpe.no_words(), compile_pattern(pattern), find_splitter(pattern)
     with tqdm(desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
         for chunk in chunks(texts):
-            packed = pack(chunk)
+            packed = from_strings(chunk)
             text, offsets = bpe.padded([packed.utf8]), packed.offsets
             if splitter is not None:
                 words = bpe.add_documents(words, text, offsets, splitter)
@@ -448,7 +449,7 @@ class TokenizerConfig:
 def main(argv=None):
     """Trains a byte-level BPE tokenizer on a sample of text and writes tokenizer.json."""
     config, source_config = parse_flags(main.__doc__, argv, TokenizerConfig, SourceConfig)
-    require_writable(config.tokenizer_path, f"--tokenizer_path={config.tokenizer_path}")
+    check_writable(config.tokenizer_path, f"--tokenizer_path={config.tokenizer_path}")
     if config.tokenizer_path.exists() and not config.overwrite:
         raise BadInput(f"--tokenizer_path={config.tokenizer_path}: exists: choose another path or add --overwrite")
     start = time.perf_counter()

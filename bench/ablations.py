@@ -24,7 +24,7 @@ ARMS = {
     "no softcap": ["--softcap=0"],
     "softcap at 30": ["--softcap=30"],
     "no value residual": ["--value_residual=0"],
-    "no embedding shortcut": ["--embed_shortcut=0"],
+    "no embedding shortcut": ["--x0_residual=0"],
     "no token shift": ["--token_shift=0"],
     "head of its own, not tied": ["--tied=0"],
     "biases": ["--bias"],

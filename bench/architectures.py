@@ -20,8 +20,9 @@ sys.path.insert(0, str(REPO))
 from compare import matched, model_of  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from runtime.device import DeviceConfig, compile_in_place, hardware, keep_pages, open_machine  # noqa: E402
-from runtime.flags import read_flags  # noqa: E402
+from runtime.config import read_flags  # noqa: E402
+from runtime.device import DeviceConfig, compile_in_place, hardware, open_machine  # noqa: E402
+from runtime.memory import disable_malloc_trim  # noqa: E402
 
 SIDES = ["mlp=grkan", "linear=grkan"]
 BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE, HEAD_SIZE = 8, 256, 8192, 64
@@ -39,10 +40,10 @@ def step_seconds(side: str, width: int, dtype: str, is_compiled: bool, steps: in
     """The median of a few training steps on random tokens."""
     machine = open_machine(DeviceConfig(dtype=dtype))
     if machine.device.type == "cpu":
-        keep_pages()
+        disable_malloc_trim()
     torch.manual_seed(0)
     model = GPT(config_of(side, width)).to(machine.device)
-    optimizer = make_optimizer(model, OptimizerConfig(), ns_dtype=machine.rough_dtype())
+    optimizer = make_optimizer(model, OptimizerConfig(), ns_dtype=machine.newton_schulz_dtype())
     idx = torch.randint(VOCAB_SIZE, (BATCH_SIZE, BLOCK_SIZE), device=machine.device)
 
     def step():

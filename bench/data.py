@@ -23,9 +23,9 @@ from side_by_side import REPO, install_peers, machine, peak_memory, run, table, 
 sys.path[0] = str(REPO)
 
 import download_data  # noqa: E402
-from dataloader import open_data  # noqa: E402
-from runtime.sources import SourceConfig, open_source  # noqa: E402
 from runtime.threads import available_cores  # noqa: E402
+from shards import open_data  # noqa: E402
+from text.sources import SourceConfig, open_source  # noqa: E402
 from tokenizer import PATTERNS, Tokenizer  # noqa: E402
 
 SHARD_TOKENS = 10_000_000

@@ -17,9 +17,9 @@ import torch
 from side_by_side import REPO, install_peers, machine, run, table, take_turns, write_into_readme
 
 sys.path.insert(0, str(REPO))
-from generate import GREEDY, SamplingConfig, generate, sample  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from runtime.flags import read_flags  # noqa: E402
+from runtime.config import read_flags  # noqa: E402
+from sampling import GREEDY, SamplingConfig, generate, sample  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 SHAPE = {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "vocab_size": 32_768}
@@ -52,10 +52,10 @@ def ours(n: int) -> float:
 def uncached() -> float:
     """nanoGPT's loop: the whole context through the model for every token, logits of the last position alone."""
     model, idx, sampling = make_model(), prompts(1, PROMPT), SamplingConfig()
-    model(idx, n_last=1)
+    model(idx, logits_to_keep=1)
     start = time.perf_counter()
     for _ in range(NEW):
-        new = sample(model(idx[:, -SHAPE["block_size"]:], n_last=1)[:, 0], sampling)
+        new = sample(model(idx[:, -SHAPE["block_size"]:], logits_to_keep=1)[:, 0], sampling)
         idx = torch.cat((idx, new[:, None]), dim=1)
     return NEW / (time.perf_counter() - start)
 
@@ -108,7 +108,7 @@ def cache_bytes(preset: str) -> list[float]:
 
 def export_model(folder: Path):
     """With a vocabulary of bytes and nothing more; its ids are not asked for."""
-    from export import export
+    from convert.hf_out import export
     from tokenizer import Tokenizer
     export(make_model(), Tokenizer.train(["text"], 261), folder)
 

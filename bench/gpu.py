@@ -32,11 +32,12 @@ import torch  # noqa: E402
 from side_by_side import REPO, write_into_readme  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dataloader import open_data  # noqa: E402
-from runtime.files import require_writable  # noqa: E402
-from runtime.flags import BadInput, check_flags, command, flag, parse_flags  # noqa: E402
-from runtime.sources import find_text_files  # noqa: E402
-from runtime.stop import StopSignals  # noqa: E402
+from runtime.cli import command, parse_flags  # noqa: E402
+from runtime.config import BadInput, check_flags, flag  # noqa: E402
+from runtime.files import check_writable  # noqa: E402
+from runtime.signals import StopSignals  # noqa: E402
+from shards import open_data  # noqa: E402
+from text.sources import find_text_files  # noqa: E402
 
 SCRIPT = REPO / "bench" / "gpu_stages.py"
 LEAST = 15    # seconds with which a stage is begun
@@ -258,7 +259,7 @@ def main(argv=None):
     if not config.rehearse and not torch.cuda.is_available():
         raise BadInput("no GPU that torch can use is here: --rehearse runs everything at tiny sizes on the CPU")
     config.out_path.mkdir(parents=True, exist_ok=True)
-    require_writable(results, f"--out_path={config.out_path}")
+    check_writable(results, f"--out_path={config.out_path}")
     append_row(results, {"began": time.strftime("%Y-%m-%d %H:%M:%S"), "rehearsal": config.rehearse,
                          "minutes": config.minutes, "torch": torch.__version__, "python": sys.version.split()[0]})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work, StopSignals() as stop:

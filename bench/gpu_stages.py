@@ -42,24 +42,16 @@ from torch import Tensor, nn  # noqa: E402
 
 import download_data  # noqa: E402
 import train  # noqa: E402
-from dataloader import Manifest, ShardWriter, open_data  # noqa: E402
-from generate import SamplingConfig, cache_dtype, generate  # noqa: E402
+import trainer  # noqa: E402
 from layers.mlp import GELU, MLP  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import set_rates  # noqa: E402
-from runtime.device import (  # noqa: E402
-    DTYPES,
-    DeviceConfig,
-    Machine,
-    can_compile,
-    compile_model,
-    hardware,
-    is_out_of_memory,
-    known_dtype,
-    open_machine,
-)
-from runtime.files import whole_file  # noqa: E402
-from runtime.flags import read_flags  # noqa: E402
+from runtime.config import read_flags  # noqa: E402
+from runtime.device import DTYPES, DeviceConfig, Machine, can_compile, compile_model, hardware, known_dtype, open_machine  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from runtime.memory import is_out_of_memory, peak_memory, reset_peak_memory  # noqa: E402
+from sampling import SamplingConfig, cache_dtype, generate  # noqa: E402
+from shards import Manifest, ShardWriter, open_data  # noqa: E402
 from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
@@ -274,7 +266,7 @@ class Recorder:
                 crash = getattr(report.longrepr, "reprcrash", None)
                 said = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}" if crash else report.longreprtext
                 why = {"error": " ".join(said.split())[:200], "trace": report.longreprtext[-TRACE:]}
-            elif report.skipped:
+            elif report.left_pad:
                 why = {"skipped": report.longrepr[-1]}
             self.longest = max(self.longest, report.duration)
             self.bench.row(report.nodeid.split("::", 1)[-1], outcome=report.outcome, seconds=round(report.duration, 2),
@@ -329,19 +321,19 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
         f"--data_path={bench.random_shards(vocab_size)}", f"--checkpoint_path={bench.work / 'run' / 'gpt.pt'}",
         f"--device={bench.device.type}", *shape, f"--block_size={bench.sizes['block_size']}",
         f"--dataloader_num_workers={bench.sizes['workers']}", *flags])
-    values = train.merged(train.PRETRAINING.defaults() | train.PRESETS.get(given.get("preset"), {}), given)
+    values = train.resolve_flags(train.PRETRAINING.defaults() | train.PRESETS.get(given.get("preset"), {}), given)
     with bench.device:  # weights are made there, which takes seconds on a CPU
         state, _, loop, run = train.open_run([read_flags(config, values) for config in train.CONFIGS], None)
     model, machine, figures = state.model, state.machine, {}
     loader, state.loader = state.loader, TimedLoader(state.loader)
     module = AllLogits(model) if as_nanogpt else model
-    loss_fn = lambda _, batch: train.next_token_loss(module, batch)
+    loss_fn = lambda _, batch: trainer.next_token_loss(module, batch)
 
     def seconds_of(n: int) -> float:
         start = time.perf_counter()
         for _ in range(n):
             set_rates(state.optimizer, state.step, min(state.step / 1000, 0.99), state.schedule)
-            train.train_step(state, loop, loss_fn)
+            trainer.train_step(state, loop, loss_fn)
             state.step += 1
         bench.synchronize()
         return (time.perf_counter() - start) / n
@@ -351,7 +343,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
             if compiled:
                 start = time.perf_counter()
                 compile_model(module)
-                train.step_of_zeros(module, machine, run.batch_size)
+                train.dry_run_step(module, machine, run.batch_size)
                 bench.synchronize()
                 figures["compile_seconds"] = round(time.perf_counter() - start, 1)
                 bench.compile_seconds = max(bench.compile_seconds, figures["compile_seconds"])
@@ -363,7 +355,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
             bench.require_time(4 * one)
             n = max(1, min(10, round(0.5 / one)))
             with contextlib.suppress(OSError):
-                machine.reset_peak_memory()
+                reset_peak_memory(machine.device)
             times, state.loader.seconds, start = [], 0.0, time.perf_counter()
             while len(times) < 3 or time.perf_counter() - start < (seconds or bench.sizes["seconds"]):
                 times.append(seconds_of(n))
@@ -377,7 +369,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
     figures |= {"tok_per_sec": round(tok_per_sec, 1), "ms_per_step": round(1e3 * step_seconds, 3),
                 "mfu": round(tok_per_sec * flops / machine.peak_flops(), 4),
                 "peak": "by the data sheet" if machine.known_peak() else "measured",
-                "peak_gib": round(machine.peak_memory() / GIB, 3),
+                "peak_gib": round(peak_memory(machine.device) / GIB, 3),
                 "loader_share": round(waited, 5), "dtype": machine.dtype, "batch_size": run.batch_size,
                 "step_tokens": state.step_tokens(), "steps": n * len(times)}
     state.optimizer = None
@@ -518,7 +510,7 @@ def curves(bench: Bench) -> str:
                 bench.row(name, step=row["step"], tokens=row["tokens"], train_seconds=row["seconds"],
                           val_loss=row["val_loss"], val_bpb=row["val_bpb"])
         nothing = lambda state, *args, **kwargs: None  # nobody asks for the checkpoints, which take seconds to write
-        with mock.patch.object(train.MetricsLog, "write", both), mock.patch.object(train.TrainState, "save", nothing):
+        with mock.patch.object(train.MetricsLog, "write", both), mock.patch.object(trainer.TrainState, "save", nothing):
             train.main([*common, f"--checkpoint_path={bench.work / 'curves' / name.split()[-1]}.pt", *sides[name]])
         last = rows[name][-1]
         return {"step": last["step"], "val_loss": last["val_loss"], "val_bpb": last["val_bpb"], "vocab_size": vocab_size,
@@ -563,7 +555,7 @@ def curves_as_svg(runs: dict[str, list[dict]], path: Path, caption: str):
                           f'{html.escape(name)}: {rows[-1]["val_loss"]:.3f}</text>')
     pieces.append(f'<text x="14" y="{top + height / 2}" transform="rotate(-90 14 {top + height / 2})" '
                   f'text-anchor="middle">validation loss, nats/token</text>')
-    with whole_file(path, "w") as file:
+    with atomic_write(path, "w") as file:
         file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * width + gap + 20} '
                    f'{top + height + 50}" font-family="sans-serif" font-size="11">'
                    f'<rect width="100%" height="100%" fill="white"/>\n'

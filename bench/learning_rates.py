@@ -51,7 +51,7 @@ def main():
     for name, (layers, heads, batch, times) in SHAPES.items():
         losses = [rows[name_of(layers, heads, batch, times, rate)][-1]["val_loss"] for rate in rates]
         shown = [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
-        lines.append(f"| {name} | {shown[0]} | {OptimizerConfig().rate(128 * batch):.3g} | {' | '.join(shown[1:])} |")
+        lines.append(f"| {name} | {shown[0]} | {OptimizerConfig().peak_lr(128 * batch):.3g} | {' | '.join(shown[1:])} |")
     text = "\n".join(["# The default learning rate at other shapes", "", *lines, "",
                       f"The built-in text, 4,096 ids, blocks of 128, one seed; {machine()}: "
                       f"`python bench/learning_rates.py`.", ""])

@@ -29,8 +29,8 @@ from layers import loss  # noqa: E402
 from layers.mlp import GELU, MLP  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
+from runtime.config import read_flags  # noqa: E402
 from runtime.device import DTYPES  # noqa: E402
-from runtime.flags import read_flags  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 

@@ -11,10 +11,11 @@ import torch
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
-from runtime.device import hardware, process_peak  # noqa: E402
-from runtime.runs import Run, Runner  # noqa: E402
-from runtime.stop import StopSignals  # noqa: E402
-from train import DIVERGED  # noqa: E402
+from experiments.runner import Run, Runner  # noqa: E402
+from runtime.device import hardware  # noqa: E402
+from runtime.memory import process_peak  # noqa: E402
+from runtime.signals import StopSignals  # noqa: E402
+from trainer import DIVERGED  # noqa: E402
 
 
 def install_peers():

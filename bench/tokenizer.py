@@ -21,7 +21,7 @@ from side_by_side import REPO, install_peers, machine, peak_memory, run, table, 
 
 sys.path[0] = str(REPO)  # this file has the name of the module that it measures
 
-from runtime.sources import SourceConfig, open_source  # noqa: E402
+from text.sources import SourceConfig, open_source  # noqa: E402
 
 SPECIALS = 5  # of our vocabulary; the peers learn as many merges without them
 

@@ -27,6 +27,7 @@ from side_by_side import REPO, machine, peak_memory, run, table, take_turns, tra
 
 import download_data
 import train
+import trainer
 from layers.mlp import GELU, MLP
 from model import GPT
 from runtime import device
@@ -48,7 +49,7 @@ def full_logits_loss(model, batch):
 
 def as_nanogpt():
     """What of the loop is not a flag."""
-    train.next_token_loss, train.keep_pages, GELU.forward = full_logits_loss, lambda: None, MLP.forward
+    trainer.next_token_loss, trainer.disable_malloc_trim, GELU.forward = full_logits_loss, lambda: None, MLP.forward
 
 
 def run_of(side: str, rate: float, steps: int, dtype: str) -> str:
@@ -62,9 +63,9 @@ def time_arm(name: str, data: str, steps: int = 14):
     if side == "gpt2" and "preset" not in options:
         as_nanogpt()
     if "fp32muon" in options:
-        device.Machine.rough_dtype = lambda self: torch.float32
+        device.Machine.newton_schulz_dtype = lambda self: torch.float32
     times, loader_times = [], []
-    step, load = train.train_step, train.TrainLoader.__next__
+    step, load = trainer.train_step, train.TrainLoader.__next__
 
     def timed_step(*args):
         start = time.perf_counter()
@@ -78,7 +79,7 @@ def time_arm(name: str, data: str, steps: int = 14):
         loader_times.append(time.perf_counter() - start)
         return batch
 
-    train.train_step, train.TrainLoader.__next__ = timed_step, timed_load
+    trainer.train_step, train.TrainLoader.__next__ = timed_step, timed_load
     train.validate = lambda *args: {"val_loss": 1.0, "val_bpb": 1.0}
     compile_seconds = 0.0
     if "compiled" in options:

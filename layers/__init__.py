@@ -5,9 +5,9 @@ bias …). An MLP works on each position by itself, (B, T, C) -> (B, T, C). A mi
 owns its part of the cache: `Mixer(config, layer)`, layer counting from 0, `init_cache(batch_size, n_tokens, device,
 dtype)`, whose result has `put` (see KVCache), and
 
-    forward(x, places, cache=None, first=None) -> (y, value)     x, y: (B, T, C)
+    forward(x, metadata, cache=None, first=None) -> (y, value)     x, y: (B, T, C)
 
-where `places` says where the tokens stand (layers/places.py), and `value` is what the later blocks get as `first` if it is
+where `places` says where the tokens stand (layers/metadata.py), and `value` is what the later blocks get as `first` if it is
 the first block's: see Attention. Both have `flops_per_token(block_size)`, the floating-point operations that their matrix
 products cost a training token, forward and (as much again, twice) backward, and `elementwise_flops_per_token(block_size)`,
 those of activations and bases. Both make their linear layers by LINEARS[config.linear], and name those that write into the

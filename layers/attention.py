@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers.attention_metadata import AttentionMetadata
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
-from layers.places import Places
 
 # Not cuDNN's, which newer torch prefers on Hopper: it makes a plan for every length it meets, and so at every token.
 DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -30,10 +30,10 @@ class KVCache:
         self.values[:, :, start:stop] = values
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def put(self, rows: list[int], other: "KVCache", others: list[int], stop: int, n: int):
-        """The `n` positions that the rows `others` of another cache hold become the last ones before `stop` of these."""
-        self.keys[rows, :, stop - n:stop] = other.keys[others, :, :n]
-        self.values[rows, :, stop - n:stop] = other.values[others, :, :n]
+    def copy_rows_from(self, rows: list[int], other: "KVCache", other_rows: list[int], stop: int, n: int):
+        """The `n` positions that the rows `other_rows` of another cache hold become the last ones before `stop` of these."""
+        self.keys[rows, :, stop - n:stop] = other.keys[other_rows, :, :n]
+        self.values[rows, :, stop - n:stop] = other.values[other_rows, :, :n]
 
 
 class Rotary(nn.Module):
@@ -43,9 +43,9 @@ class Rotary(nn.Module):
     def __init__(self, head_size: int, block_size: int, base: float = 10_000.0):
         super().__init__()
         self.head_size, self.block_size, self.base = head_size, block_size, base
-        self.fill()
+        self.init_buffers()
 
-    def fill(self):
+    def init_buffers(self):
         """Makes the tables, (block_size, head_size). They follow from the shape alone, so they are not in checkpoints."""
         frequencies = self.base ** -(torch.arange(0, self.head_size, 2, dtype=torch.float32) / self.head_size)
         angles = torch.outer(torch.arange(self.block_size, dtype=torch.float32), frequencies)
@@ -90,32 +90,32 @@ class Attention(nn.Module):
         shape = batch_size, self.n_kv_head, n_tokens, self.head_size
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None,
-                first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None = None,
+                first_layer_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
         Returns (B, T, C), and the values of this layer, (B, n_kv_head, T, head_size)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2).split(
             (self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # each (B, heads, T, head_size)
         if self.value_mix is not None:
-            v = torch.lerp(v, first, self.value_mix.to(v.dtype))
+            v = torch.lerp(v, first_layer_v, self.value_mix.to(v.dtype))
         value = v
         if self.qk_norm:
-            q, k = rms_norm(q, keeps_x=True), rms_norm(k, keeps_x=True)  # parts of a tensor that v keeps
-        if places.rotation is not None:
-            q, k = rotate(q, places.rotation), rotate(k, places.rotation)
+            q, k = rms_norm(q, save_input=True), rms_norm(k, save_input=True)  # parts of a tensor that v keeps
+        if metadata.rotation is not None:
+            q, k = rotate(q, metadata.rotation), rotate(k, metadata.rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
         products = kernels = nullcontext()
         if cache is not None:
-            kept = cache.append(places.start, k, v)
-            if places.start > 0:  # else they are all there are
+            kept = cache.append(metadata.start, k, v)
+            if metadata.start > 0:  # else they are all there are
                 k, v = kept
                 q, products = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
                 if x.device.type == "cuda":
                     kernels = sdpa_kernel(DECODING_KERNELS)
         with products, kernels:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask, enable_gqa=self.n_kv_head < self.n_head,
-                                               is_causal=places.mask is None and places.start == 0)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask, enable_gqa=self.n_kv_head < self.n_head,
+                                               is_causal=metadata.mask is None and metadata.start == 0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), value
 
     def flops_per_token(self, block_size: int) -> int:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from layers.attention_metadata import AttentionMetadata
 from layers.kan import LINEARS
 from layers.linear import elementwise_flops, matrix_flops
 from layers.norm import rms_norm
-from layers.places import Places
 
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
 CHUNK = 64  # tokens that are worked on at once; the work grows with it, the number of steps one after the other falls
@@ -33,9 +33,9 @@ class DeltaCache:
     """What the heads hold: (B, n_head, head_size, head_size), in fp32."""
     state: Tensor
 
-    def put(self, rows: list[int], other: "DeltaCache", others: list[int], stop: int, n: int):
+    def copy_rows_from(self, rows: list[int], other: "DeltaCache", other_rows: list[int], stop: int, n: int):
         """See KVCache."""
-        self.state[rows] = other.state[others]
+        self.state[rows] = other.state[other_rows]
 
 
 class GatedDelta(nn.Module):
@@ -61,32 +61,32 @@ class GatedDelta(nn.Module):
         """B * n_head * head_size² numbers, however many tokens come."""
         return DeltaCache(torch.zeros(batch_size, self.n_head, self.head_size, self.head_size, device=device))
 
-    def forward(self, x: Tensor, places: Places, cache: DeltaCache | None = None,
-                first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: DeltaCache | None = None,
+                first_layer_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, T, C), which stand after what `cache` holds; it takes them in. first: the values of the first layer.
         Returns (B, T, C), and the values of this layer, (B, n_head, T, head_size)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.value_mix is not None:
-            v = torch.lerp(v, first, self.value_mix.to(v.dtype))
-        q, k = (rms_norm(part, keeps_x=True) * self.head_size ** -0.5 for part in (q, k))
+            v = torch.lerp(v, first_layer_v, self.value_mix.to(v.dtype))
+        q, k = (rms_norm(part, save_input=True) * self.head_size ** -0.5 for part in (q, k))
         beta, decay = self.rates(x).float().view(B, T, 2, self.n_head).permute(2, 0, 3, 1)       # each (B, H, T)
         beta = 2 * torch.sigmoid(beta - 1)  # about 1/2 at first
         log_alpha = -F.softplus(decay + self.decay[:, None])
-        if places.begins is not None:
-            log_alpha = log_alpha.masked_fill(places.begins.unsqueeze(1), LOG_FORGOTTEN)
+        if metadata.doc_starts is not None:
+            log_alpha = log_alpha.masked_fill(metadata.doc_starts.unsqueeze(1), LOG_FORGOTTEN)
         if cache is None:
-            y, _ = by_chunks(q, k, v, beta, log_alpha, None)
+            y, _ = chunked_delta_rule(q, k, v, beta, log_alpha, None)
         else:
-            step = by_tokens if T == 1 else by_chunks
+            step = recurrent_delta_rule if T == 1 else chunked_delta_rule
             y, cache.state = step(q, k, v, beta, log_alpha, cache.state)
         y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), v
 
     def flops_per_token(self, block_size: int) -> int:
-        """Projections, and the products of `by_chunks`: three of a chunk with itself, and one more in the backward pass of
-        the triangular system; if there are several chunks, two with the state, and of all but the last two that make the
-        next state, and the recurrence of the states. The padding of a last chunk counts too."""
+        """Projections, and the products of `chunked_delta_rule`: three of a chunk with itself, and one more in the backward
+        pass of the triangular system; if there are several chunks, two with the state, and of all but the last two that
+        make the next state, and the recurrence of the states. The padding of a last chunk counts too."""
         chunk, size = min(CHUNK, block_size), self.head_size
         n = -(-block_size // chunk)
         flops = n * (3 * 3 + 2) * 2 * chunk * chunk * size
@@ -100,7 +100,8 @@ class GatedDelta(nn.Module):
         return 3 * (elementwise_flops(self) + 5 * width) + 2 * 2 * min(CHUNK, block_size) * width
 
 
-def by_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def recurrent_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
+                         state: Tensor) -> tuple[Tensor, Tensor]:
     """The rule as it stands above, token by token. q, k, v: (B, H, T, D); beta, log_alpha: (B, H, T); state: (B, H, D, D),
     keys by values. Returns (B, H, T, D) and the new state."""
     answers = []
@@ -113,7 +114,7 @@ def by_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor, 
     return torch.stack(answers, dim=2), state
 
 
-def by_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
+def chunked_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
               state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same in products of matrices, a chunk of tokens at a time. state: None, at the start of a text, asks for no state
     in return.

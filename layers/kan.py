@@ -66,7 +66,7 @@ class RationalKAN(nn.Module):
         groups = -(-n_in // group_size(n_in, min(GROUPS, n_in)))
         numerator, denominator = SWISH if is_hidden else IDENTITY
         denominator = [max(b, LEAST_DENOMINATOR) for b in denominator]
-        self.fill()
+        self.init_buffers()
         self.numerator = nn.Parameter(torch.tensor([numerator] * groups) * self.sizes[:6])        # (groups, 6)
         self.denominator = nn.Parameter(torch.tensor([denominator] * groups) * self.sizes[6:])    # (groups, 4)
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
@@ -74,7 +74,7 @@ class RationalKAN(nn.Module):
         self.unit_std = (n_in * second_moment(lambda x: x / (1 + np.exp(-x)) if is_hidden else x)) ** -0.5
         self.elementwise_flops = 20 * n_in  # 10 for the numerator, 9 for the denominator, a division
 
-    def fill(self):
+    def init_buffers(self):
         self.register_buffer("sizes", torch.tensor(POWERS + POWERS[1:5]), persistent=False)
 
     def table(self) -> Tensor:

@@ -21,15 +21,15 @@ class Linear(nn.Linear):
 
 def matrix_flops(layer: nn.Module) -> int:
     """Of one position's product with the matrices of all linear layers in `layer`."""
-    return 2 * sum(part.weight.numel() for part in linears_of(layer))
+    return 2 * sum(part.weight.numel() for part in linear_layers(layer))
 
 
 def elementwise_flops(layer: nn.Module) -> int:
     """Of one position in all linear layers in `layer`, beside those products."""
-    return sum(part.elementwise_flops for part in linears_of(layer))
+    return sum(part.elementwise_flops for part in linear_layers(layer))
 
 
-def linears_of(layer: nn.Module) -> list[nn.Module]:
+def linear_layers(layer: nn.Module) -> list[nn.Module]:
     return [part for part in layer.modules() if hasattr(part, "unit_std")]
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
 
-def capped_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
+def softcap_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
     """x: (..., C), weight: (V, C) -> (..., V) in fp32, smoothly kept within ±softcap; 0 is no cap. Source: Gemma Team
     2024, section 2, arXiv:2408.00118."""
     logits = F.linear(x, weight).float()
@@ -21,8 +21,8 @@ def loss_of_logits(logits: Tensor, targets: Tensor, softcap: float, needs_grad: 
     the gradient of the logits."""
     if softcap:
         # tanh(x) = 2 sigmoid(2x) - 1 costs a third of tanh on a CPU, and softmax does not see the constant
-        bent = logits.mul_(2 / softcap).sigmoid_()
-        logits = bent * (2 * softcap)
+        sigmoid = logits.mul_(2 / softcap).sigmoid_()
+        logits = sigmoid * (2 * softcap)
     logprobs = logits.log_softmax(dim=-1)
     del logits
     targets = targets[:, None]
@@ -33,11 +33,11 @@ def loss_of_logits(logits: Tensor, targets: Tensor, softcap: float, needs_grad: 
     del logprobs
     grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
     if softcap:
-        grad = torch.ops.aten.sigmoid_backward(grad, bent).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
+        grad = torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
     return losses, grad
 
 
-class MeanLoss(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy averaged over the targets that are not negative. The forward pass computes the gradients too, chunk by
     chunk, while it has the logits: the backward pass only scales them, and no product is computed twice.
 
@@ -86,10 +86,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "mean":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return MeanLoss.apply(flat, weight, flat_targets, softcap, dtype, rows)
+        return ChunkedCrossEntropy.apply(flat, weight, flat_targets, softcap, dtype, rows)
 
     def losses_of(x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(capped_logits(x, weight, softcap), targets, reduction="none")  # (rows,)
+        return F.cross_entropy(softcap_logits(x, weight, softcap), targets, reduction="none")  # (rows,)
     losses = []
     for x_rows, target in zip(flat.split(rows), flat_targets.split(rows)):
         if torch.is_grad_enabled():  # what each loss will be multiplied with is not known yet: recompute in backward

@@ -9,27 +9,27 @@ class UnitRMS(torch.autograd.Function):
     """Passes over the numbers a third as often as autograd would."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keeps_x: bool, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, save_input: bool, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(norm.square() / x.size(-1) + eps)
         y = x * scale
-        ctx.save_for_backward(x if keeps_x else y, scale)
-        ctx.keeps_x, ctx.x_dtype = keeps_x, x.dtype
+        ctx.save_for_backward(x if save_input else y, scale)
+        ctx.save_input, ctx.x_dtype = save_input, x.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         kept, scale = ctx.saved_tensors
-        y = kept * scale if ctx.keeps_x else kept
+        y = kept * scale if ctx.save_input else kept
         along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)
         return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype), None, None
 
 
-def rms_norm(x: Tensor, keeps_x: bool = False, eps: float = EPS) -> Tensor:
-    """x scaled to mean square 1 over its last dimension, in fp32. keeps_x: for the backward pass, rather than the result;
+def rms_norm(x: Tensor, save_input: bool = False, eps: float = EPS) -> Tensor:
+    """x scaled to mean square 1 over its last dimension, in fp32. save_input: for the backward pass, rather than the result;
     one of them costs no memory where another layer keeps it too. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    return UnitRMS.apply(x, keeps_x, eps)
+    return UnitRMS.apply(x, save_input, eps)
 
 
 class RMSNorm(nn.Module):

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from runtime.device import is_out_of_memory
-from runtime.files import link_as, whole_file
-from runtime.flags import BadInput
+from runtime.config import BadInput
+from runtime.files import atomic_write, replace_with_link
+from runtime.memory import is_out_of_memory
 
 FORMAT = "gpt-workbench checkpoint 2"
 
 
 def save_checkpoint(path: Path, blob: dict):
     """blob: nested dicts and lists of tensors, numbers, text and None."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         try:
             torch.save({"format": FORMAT, **blob}, file)
         except RuntimeError as error:  # torch's zip writer covers what stopped it with an error of its own
@@ -42,45 +42,45 @@ class CheckpointWriter:
     def __init__(self, path: Path, folder: Path, came_from: Path | None = None, is_best: bool = False):
         """came_from: the checkpoint that the run goes on from, and whether that was its best."""
         self.path, self.previous, self.best = path, folder / "previous.pt", folder / "best.pt"
-        self.is_ours = came_from is not None and path.exists() and path.samefile(came_from)
+        self.resumes_in_place = came_from is not None and path.exists() and path.samefile(came_from)
         self.inherited = run_folder(came_from) / "best.pt" if came_from is not None else None
-        self.is_best = is_best  # what is at `path` when `is_ours`
+        self.is_best = is_best  # what is at `path` when `resumes_in_place`
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.seconds = 0.0  # that the last write took
 
-    def save(self, blob: dict, is_best: bool, at_once: bool, on_written: Callable):
-        """at_once: return when it is on disk. on_written() is called then. Raises OSError, also that of an earlier write."""
+    def save(self, blob: dict, is_best: bool, blocking: bool, on_written: Callable):
+        """blocking: return when it is on disk. on_written() is called then. Raises OSError, also of an earlier write."""
         self.wait()
-        if at_once or self.seconds <= self.PAUSE:
+        if blocking or self.seconds <= self.PAUSE:
             self.write(blob, is_best, on_written)
             return
-        self.thread = threading.Thread(target=self.write_aside, args=(copied(blob), is_best, on_written))
+        self.thread = threading.Thread(target=self.write_async, args=(clone_to_cpu(blob), is_best, on_written))
         self.thread.start()
 
     def write(self, blob: dict, is_best: bool, on_written: Callable):
         start = time.perf_counter()
         self.name_what_is_there()
         save_checkpoint(self.path, blob)
-        self.is_ours, self.is_best = True, is_best
+        self.resumes_in_place, self.is_best = True, is_best
         on_written()
         if is_best:
-            link_as(self.path, self.best)
+            replace_with_link(self.path, self.best)
         self.seconds = time.perf_counter() - start
 
     def name_what_is_there(self):
         """Before `path` is replaced. A run that was killed may not have named its best any more."""
-        if self.is_ours:
-            link_as(self.path, self.previous)
+        if self.resumes_in_place:
+            replace_with_link(self.path, self.previous)
             if self.is_best:
-                link_as(self.path, self.best)
+                replace_with_link(self.path, self.best)
         elif self.inherited != self.best:  # nothing of another run may pass for this one's
             self.previous.unlink(missing_ok=True)
             self.best.unlink(missing_ok=True)
             if self.inherited is not None and self.inherited.exists():
-                link_as(self.inherited, self.best)
+                replace_with_link(self.inherited, self.best)
 
-    def write_aside(self, *args):
+    def write_async(self, *args):
         try:
             self.write(*args)
         except BaseException as error:  # whatever it is, the training thread tells of it
@@ -99,7 +99,7 @@ class CheckpointWriter:
             raise error
 
 
-def copied(value):
+def clone_to_cpu(value):
     """Nested dicts, lists and tuples with every tensor copied into the CPU's memory; what is one tensor stays one."""
     copies = {}
 

@@ -1,16 +1,15 @@
 """The machine: device, autocast dtype, torch.compile where it works, peak FLOP/s, memory, random generators."""
-import ctypes
+import dataclasses
 import functools
 import json
 import os
 import platform
 import random
 import re
-import sys
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.flags import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag
+from runtime.memory import is_out_of_memory, peak_memory
 
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # Dense matrix-product peak in FLOP/s, by a part of the device's name; from the makers' data sheets. The first that fits
 # counts.
 PEAK_FLOPS = {
@@ -63,7 +62,7 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
 
-    def put(self, batch: Iterable[Tensor]) -> list[Tensor]:
+    def to_device(self, batch: Iterable[Tensor]) -> list[Tensor]:
         """`batch` on the device. A GPU copies pinned tensors while it still computes what was asked of it before."""
         if self.device.type != "cuda":
             return [part.to(self.device, non_blocking=True) for part in batch]
@@ -75,7 +74,7 @@ class Machine:
             part.record_stream(steps)  # its memory is given back only when `steps` has used it
         return batch
 
-    def rough_dtype(self) -> torch.dtype:
+    def newton_schulz_dtype(self) -> torch.dtype:
         """For products that need little precision, whatever `dtype` says of the others."""
         return torch.bfloat16 if "bf16" in (self.dtype, known_dtype(self.device)) else torch.float32
 
@@ -95,52 +94,10 @@ class Machine:
             return None
         return next((peaks.get(self.dtype) for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
-    def free_memory(self) -> int:
-        """Bytes that this process may still come to hold, counting what its allocator holds in reserve."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        if self.device.type == "mps":
-            return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-        try:
-            free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1))
-        except (OSError, AttributeError):
-            return 4 * 2**30  # not Linux: a guess that any machine of today has
-        with suppress(OSError, ValueError):  # what a container may hold
-            limit, held = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-            free = min(free, limit - held)
-        return free
-
-    def reset_peak_memory(self):
-        """`peak_memory` counts from here on. Raises OSError where the system cannot do that: a CPU's can under Linux."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.device.type == "mps":
-            raise OSError("mps does not count")
-        else:
-            with suppress(AttributeError, OSError, TypeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)  # what `keep_pages` keeps would hide what is allocated
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak_memory(self) -> int:
-        """Most bytes held so far: tensors on a GPU, the whole process elsewhere (0 where the system does not tell)."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else process_peak()
-
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def process_peak() -> int:
-    """Most bytes the process has held; 0 where the system does not tell."""
-    with suppress(OSError, AttributeError):  # Linux, whose ru_maxrss begins with the parent's
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def hardware(device: torch.device) -> str:
@@ -158,7 +115,7 @@ def lines_of(path: Path) -> list[str]:
         return []
 
 
-def open_machine(config: DeviceConfig, had: str = "") -> Machine:
+def open_machine(config: DeviceConfig, resume_dtype: str = "") -> Machine:
     """had: the dtype that a run which goes on was begun with; timing products again might choose another one. Raises
     BadInput when the device is not there."""
     name = config.device
@@ -179,16 +136,16 @@ def open_machine(config: DeviceConfig, had: str = "") -> Machine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             # with warn_only, fused attention would warn and go on adding in any order: aten's attention_backward.cu
             torch.use_deterministic_algorithms(True)
-    return Machine(device, choose_dtype(device, had) if config.dtype == "auto" else config.dtype)
+    return Machine(device, choose_dtype(device, resume_dtype) if config.dtype == "auto" else config.dtype)
 
 
-def choose_dtype(device: torch.device, had: str = "") -> str:
+def choose_dtype(device: torch.device, resume_dtype: str = "") -> str:
     if known := known_dtype(device):
         return known
     # some take up to seven times as long in bf16, a P100 gains little by fp16, and no table says which
     half, n = ("bf16", 256) if device.type == "cpu" else ("fp16", 2048)
-    if had in (half, "fp32"):
-        return had
+    if resume_dtype in (half, "fp32"):
+        return resume_dtype
     return half if measured_flops(device, half, n) > 1.2 * measured_flops(device, "fp32", n) else "fp32"
 
 
@@ -244,16 +201,6 @@ def require_kernels(device: torch.device, given: str):
                    f"--index-url https://download.pytorch.org/whl/{wheel}`, or --device=cpu")
 
 
-def keep_pages():
-    """Lets the C library keep memory that is freed, instead of asking the system for it, page by page, in every step.
-    What `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` do, for a process that runs already. glibc only."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # another C library, or another system
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
 @contextmanager
 def explain_device_errors(advice: str):
     """Turns torch's several errors for too little memory into a MemoryError with `advice`, and what --deterministic forbids
@@ -266,16 +213,9 @@ def explain_device_errors(advice: str):
                            f"here: leave the flag out") from None
         if not is_out_of_memory(error):
             raise
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else process_peak()
+        peak = peak_memory(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
         raise MemoryError(f"too little memory, {peak / 2**30:.2f} GiB at most so far: {advice} "
                           f"({str(error).splitlines()[0][:200]})") from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError is a GPU's; the allocators of CPU and mps, and cuBLAS when it makes a handle, raise a bare
-    RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")))
 
 
 def can_compile(device: torch.device) -> bool:
@@ -337,3 +277,17 @@ def set_rng_state(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
     if torch.backends.mps.is_available() and state["mps"] is not None:
         torch.mps.set_rng_state(state["mps"])
+
+
+def faster_machine(step: Callable, machine: Machine) -> Machine:
+    """Of fp16 and fp32 on a GPU, that in which a few steps take less time."""
+    def seconds_of(machine: Machine) -> float:
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step(machine, 1)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return min((dataclasses.replace(machine, dtype=dtype) for dtype in ("fp32", "fp16")), key=seconds_of)

@@ -4,7 +4,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.flags import BadInput
+from runtime.config import BadInput
 
 # Of the locks held. A forked process, such as one that loads data, must not go on holding what its parent holds.
 LOCKS: set[int] = set()
@@ -17,7 +17,7 @@ def close_locks():
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "wb"):
+def atomic_write(path: Path, mode: str = "wb"):
     """A file beside `path` that takes its name only when the block ends well and its bytes are on disk.
 
     A reader, a crash half-way or a full disk sees the old file or the new one. Raises OSError naming `path`.
@@ -31,7 +31,7 @@ def whole_file(path: Path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:  # a full disk names no file
         part.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -40,7 +40,7 @@ def whole_file(path: Path, mode: str = "wb"):
         raise
 
 
-def link_as(path: Path, other: Path):
+def replace_with_link(path: Path, other: Path):
     """Makes `other` a second name of the file `path`, in place of what had that name; a copy where links cannot be."""
     part = other.with_name(other.name + ".tmp")
     part.unlink(missing_ok=True)
@@ -48,15 +48,15 @@ def link_as(path: Path, other: Path):
     try:
         os.link(os.path.realpath(path), part)
     except OSError:
-        with open(path, "rb") as old, whole_file(other) as new:
+        with open(path, "rb") as old, atomic_write(other) as new:
             shutil.copyfileobj(old, new)
         return
     os.replace(part, other)
     part.unlink(missing_ok=True)  # where both were names of one file already, the system leaves both
-    sync_folder(other.parent)
+    fsync_folder(other.parent)
 
 
-def sync_folder(folder: Path):
+def fsync_folder(folder: Path):
     """Makes a rename inside `folder` survive a power cut. Only POSIX systems can open a folder."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -79,7 +79,7 @@ def let_go(descriptor: int):
 
 
 @contextmanager
-def sole_writer(folder: Path, given: str):
+def folder_lock(folder: Path, given: str):
     """Makes `folder` where there is none, and keeps other processes that ask for the same out of it. The system lets go of
     it when the process ends, however it does. A folder made here and still empty at the end goes away again.
 
@@ -115,7 +115,7 @@ def sole_writer(folder: Path, given: str):
             let_go(descriptor)
 
 
-def require_writable(path: Path, given: str):
+def check_writable(path: Path, given: str):
     """Raises BadInput now, before hours of work, when `path` or its folder cannot be written. Leaves nothing behind.
 
     given: the flag as the user gave it, `--data_path=data`, for the message.

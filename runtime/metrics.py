@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.files import whole_file
-from runtime.flags import say
-
-LABELS = {"tokens": "million tokens", "seconds": "seconds of training, without compiling, validation and writing"}
+from runtime.cli import log_line
+from runtime.files import atomic_write
 
 
 @dataclass
@@ -51,7 +49,7 @@ class LossSums:
         return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
-class Watch:
+class NonFiniteGuard:
     """What happens in the steps, counted on the device: the host looks when a row is due, and need not wait before.
 
     A step whose loss or gradient is not finite changes nothing. The first of them may be an accident; at `limit` in a
@@ -63,7 +61,7 @@ class Watch:
         # skipped in a row, skipped in all, step at which `limit` was reached, largest loss and gradient since the last row
         self.counts = torch.zeros(5, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
 
-    def see(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
+    def update(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
         """Returns whether the step must be skipped, a bool on the device."""
         in_row, total, failed_at, largest_loss, largest_norm = self.counts.unbind()
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
@@ -74,7 +72,7 @@ class Watch:
         largest_norm.copy_(torch.where(skip, largest_norm, torch.maximum(largest_norm, norm)))
         return skip
 
-    def look(self) -> dict:
+    def read(self) -> dict:
         """Waits for the device."""
         _, skipped, failed_at, loss, norm = self.counts.tolist()
         return {"skipped": int(skipped), "failed_at": int(failed_at), "largest_loss": loss, "largest_norm": norm}
@@ -98,7 +96,7 @@ class MetricsLog:
         """Makes the files hold `rows`. Does nothing the second time. Raises OSError naming the file."""
         if self.is_open:
             return
-        with whole_file(self.folder / "metrics.jsonl", "w") as file:
+        with atomic_write(self.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -106,7 +104,7 @@ class MetricsLog:
         try:
             from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
         except ImportError:
-            say(f"TensorBoard is not installed: the numbers go to {self.folder / 'metrics.jsonl'} alone")
+            log_line(f"TensorBoard is not installed: the numbers go to {self.folder / 'metrics.jsonl'} alone")
             return
         self.events = SummaryWriter(self.folder)
         for row in self.rows:
@@ -148,29 +146,3 @@ def read_rows(path: Path) -> list[dict]:
                 if isinstance(row, dict) and type(row.get("step")) is int:
                     rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
-
-
-def draw_curves(runs: dict[str, list[dict]], path: Path):
-    """Writes a PNG: loss (training faint, validation strong) and bits per byte of each run, against tokens and seconds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for name, rows in runs.items():
-        rows = [row for row in rows if {"tokens", "seconds"} <= row.keys()]
-        for (loss_axis, bpb_axis), over, unit in zip(axes.T, ("tokens", "seconds"), (1e6, 1)):
-            train = [(row[over] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
-            val = [(row[over] / unit, row["val_loss"], row.get("val_bpb", math.nan)) for row in rows if "val_loss" in row]
-            color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()
-            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color, label=name)
-            last = f": {val[-1][2]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
-            bpb_axis.plot([x for x, _, _ in val], [y for _, _, y in val], "o-", markersize=3, color=color,
-                          label=name + (last if val else ""))
-            loss_axis.set(xlabel=LABELS[over], ylabel="nats/token", title=f"Loss against {over}")
-            bpb_axis.set(xlabel=LABELS[over], ylabel="bits/byte", title=f"Bits per byte against {over}")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)

@@ -12,10 +12,11 @@ import torch
 
 import download_data
 import train
+import trainer
 from hub import HubStandIn
 from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.metrics import read_rows
-from runtime.sources import builtin_documents
+from text.builtin import builtin_documents
 
 torch.set_num_threads(1)  # two threads on two busy cores are many times slower, and CI is busy
 REPO = Path(__file__).parent.parent
@@ -129,13 +130,13 @@ def stop_in(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
 
 def at_batch(monkeypatch, batch, act):
     """`act()` is called before the loss of that batch of the run is computed."""
-    loss_fn, calls = train.next_token_loss, iter(range(10**6))
+    loss_fn, calls = trainer.next_token_loss, iter(range(10**6))
 
     def watched(model, parts):
         if next(calls) == batch:
             act()
         return loss_fn(model, parts)
-    monkeypatch.setattr(train, "next_token_loss", watched)
+    monkeypatch.setattr(trainer, "next_token_loss", watched)
 
 
 def lines_in(error: str) -> list[str]:

@@ -77,13 +77,13 @@ from torch.cuda.amp import common as cuda_amp  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-import train  # noqa: E402
-from generate import GREEDY, SamplingConfig, sample  # noqa: E402
+import trainer  # noqa: E402
 from layers import LINEARS, MIXERS, MLPS  # noqa: E402
 from model import GPT  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer, set_rates  # noqa: E402
 from runtime.device import DeviceConfig, Machine, copy_stream, open_machine  # noqa: E402
-from runtime.metrics import Watch  # noqa: E402
+from runtime.metrics import NonFiniteGuard  # noqa: E402
+from sampling import GREEDY, SamplingConfig, sample  # noqa: E402
 
 CARD = torch.device("cuda:0")
 
@@ -183,15 +183,16 @@ class NoHostSync(TorchDispatchMode):
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 
-def fake_state(dtype: str, optimizer: str, **switches) -> train.TrainState:
+def fake_state(dtype: str, optimizer: str, **switches) -> trainer.TrainState:
     """As `train.open_run` makes one."""
     machine = Machine(CARD, dtype)
     model, schedule = to_card(GPT(config_of(**switches))), OptimizerConfig(optimizer=optimizer)
     scaler, settings = machine.grad_scaler(), {"batch_size": 3, "num_batch_accum": 1, "block_size": T}
     assert scaler.is_enabled() == (dtype == "fp16")
     batches = iter(lambda: (torch.empty(3, T, dtype=torch.int64), torch.empty(3, T, dtype=torch.int64)), None)
-    state = train.TrainState(model, None, None, schedule, scaler, batches, machine, Watch(CARD, 2), None, None, settings)
-    state.optimizer = make_optimizer(model, schedule, state.step_tokens(), machine.rough_dtype())
+    guard = NonFiniteGuard(CARD, 2)
+    state = trainer.TrainState(model, None, None, schedule, scaler, batches, machine, guard, None, None, settings)
+    state.optimizer = make_optimizer(model, schedule, state.step_tokens(), machine.newton_schulz_dtype())
     return state
 
 
@@ -204,11 +205,11 @@ def train_step():
     for dtype, optimizer, switches in cases:
         with FakeTensorMode():
             state = fake_state(dtype, optimizer, **switches)
-            loop = train.LoopConfig(num_batch_accum=1, grad_clip=1.0)
+            loop = trainer.LoopConfig(num_batch_accum=1, grad_clip=1.0)
             with NoHostSync():
                 for step in range(2):
                     set_rates(state.optimizer, step, step / 2, state.schedule)
-                    loss, n_tokens = train.train_step(state, loop, train.next_token_loss)
+                    loss, n_tokens = trainer.train_step(state, loop, trainer.next_token_loss)
                     state.step += 1
             assert (loss.device, loss.dtype, n_tokens) == (CARD, torch.float32, 3 * T)
             for part in state.optimizer.parts.values():
@@ -247,11 +248,11 @@ def decode():
                 model = to_card(GPT(config_of(**switches)))
                 model.cast_matrices(torch.bfloat16)
                 cache = model.init_cache(3, T, torch.bfloat16)
-                model.forward(torch.empty(3, 5, dtype=torch.int64, device=CARD), cache=cache, n_last=1)
+                model.eager_forward(torch.empty(3, 5, dtype=torch.int64, device=CARD), cache=cache, logits_to_keep=1)
                 with NoHostSync():
                     new = torch.empty(3, 1, dtype=torch.int64, device=CARD)
                     seen = torch.empty(3, model.config.vocab_size, dtype=torch.bool, device=CARD)
-                    logits = model.forward(new, cache=cache, n_last=1)[:, 0]
+                    logits = model.eager_forward(new, cache=cache, logits_to_keep=1)[:, 0]
                     assert sample(logits, sampling, None, seen).device == CARD
 
 

@@ -12,7 +12,7 @@ import pytest
 from gpu_stages import FORBIDDEN, Stage, curves_as_svg, line_of
 
 from conftest import REPO
-from runtime.flags import BadInput
+from runtime.config import BadInput
 
 ROWS = {"right": 11, "speed": 4, "six": 1, "architectures": 3, "curves": 6, "decode": 2}  # at least
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import REPO
 from kernels import bpe
-from runtime.texts import pack
+from text.documents import from_strings
 from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, split
 
 # what the patterns tell apart, often enough to meet; and any character
@@ -26,7 +26,7 @@ TEXT = st.text(st.sampled_from("aA'lLvVeErRsSdmtT 1٢½\n\r\t\u00a0\u2028.!-\u03
 
 def scan_all(text: str, pattern: str, block: int = 400) -> list[str]:
     """Words of `text` as the compiled scanner finds them, `block` at a time."""
-    packed = pack([text])
+    packed = from_strings([text])
     buffer, offsets = bpe.padded([packed.utf8]), packed.offsets
     words, at = [], 0
     while at < offsets[1]:
@@ -64,7 +64,7 @@ def test_scanner_by_hand():
 
 def test_words_end_with_their_document():
     """What follows in the buffer is another document, even where its letters would go on with the word."""
-    texts = pack(["ab", "cd", "'", "s", " ", " ", "中", "文", "", "1", "2"])
+    texts = from_strings(["ab", "cd", "'", "s", " ", " ", "中", "文", "", "1", "2"])
     words = bpe.add_documents(bpe.no_words(), bpe.padded([texts.utf8]), texts.offsets, find_splitter(PATTERNS["default"]))
     assert as_counter(words) == Counter(["ab", "cd", "'", "s", " ", " ", "中", "文", "1", "2"])
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train
+import trainer
 from conftest import REPO, TINY_MODEL, assert_same, at_batch, rows_of, stop_in, training_of
 from runtime.checkpoint import CheckpointWriter, load_checkpoint, run_folder, save_checkpoint
-from runtime.files import sole_writer
+from runtime.files import folder_lock
 
 
 def step_of(path) -> int:
@@ -69,9 +70,9 @@ def test_a_run_that_is_killed_before_it_names_its_best_names_it_when_it_resumes(
             raise KeyboardInterrupt
         link(target, name)
     import runtime.checkpoint
-    link = runtime.checkpoint.link_as
+    link = runtime.checkpoint.replace_with_link
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(runtime.checkpoint, "link_as", killed)
+        patch.setattr(runtime.checkpoint, "replace_with_link", killed)
         run_train()
     assert step_of(path) == 3 and step_of(folder / "best.pt") == 0
     validations(monkeypatch, 4.0)
@@ -152,13 +153,13 @@ def test_writing_aside_changes_nothing(run_train, monkeypatch):
 
 def test_each_checkpoint_written_aside_holds_its_own_step(run_train, monkeypatch, aside):
     """The weights of step 3 are those that step 3 had, not those of step 5 when they were written."""
-    seen, step = {}, train.train_step
+    seen, step = {}, trainer.train_step
 
     def watched(state, loop, loss_fn):
         done = step(state, loop, loss_fn)
         seen[state.step + 1] = {name: weight.clone() for name, weight in state.model.state_dict().items()}
         return done
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(trainer, "train_step", watched)
     written = {}
 
     def slow(path, blob):
@@ -206,7 +207,7 @@ def test_two_runs_do_not_share_a_checkpoint(run_train, tmp_path, refused, data_p
     path = run_train()
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     flags = [f"--checkpoint_path={path}", f"--data_path={data_path}"]
-    with sole_writer(run_folder(path), "held by the test"):
+    with folder_lock(run_folder(path), "held by the test"):
         refused(train.main, [*flags, "--overwrite"], f"--checkpoint_path={path}: another process is writing there")
         refused(train.main, [*flags, "--resume_checkpoint", "--max_iter=9"], "another process is writing there")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before

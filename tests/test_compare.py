@@ -17,12 +17,13 @@ import compare
 import train
 from compare import CompareConfig, Place, arms_of, cell_of, matched, read_arm
 from conftest import REPO, TINY_MODEL, rows_of
-from dataloader import open_data
+from experiments.analysis import Arm, ArmResults, Cell, Result, corrected, scaling, table_rows, verdict
+from experiments.report import shown
+from experiments.runner import Run, reason_of
 from layers import MLPS
 from runtime.checkpoint import load_checkpoint
-from runtime.comparison import Arm, Cell, Outcome, Result, corrected, scaling, shown, table_rows, verdict
-from runtime.flags import BadInput
-from runtime.runs import Run, reason_of
+from runtime.config import BadInput
+from shards import open_data
 
 SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_size": 8, "num_batch_accum": 1}
 
@@ -147,11 +148,11 @@ def test_null_has_other_seeds(data):
 
 # -- what it says -----------------------------------------------------------------------------------------------------
 
-def rows_of_arms(*outcomes: Outcome) -> list[dict]:
+def rows_of_arms(*outcomes: ArmResults) -> list[dict]:
     return corrected(table_rows(list(outcomes)))
 
 
-def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: float = 1000.0) -> Outcome:
+def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: float = 1000.0) -> ArmResults:
     """An arm whose runs of 10,000 tokens ended at such bits per byte; None diverged. That on a quarter ended at `grid`."""
     arm = Arm(name, "", {}, tuple(range(1, len(losses) + 1)), 100, (4, 25), 0.02, 1000, 600, 40)
 
@@ -162,7 +163,7 @@ def outcome_of(name: str, losses: list[float | None], grid: float = 2.0, speed: 
         rows = [{"step": step, "tokens": step * 100 * share, "seconds": 1.0, "val_loss": 2 * bpb, "val_bpb": bpb,
                  "tok_per_sec": speed, "peak_memory": 2**20, "flops": 1} for step in (50, 100)]
         return Result(cell, "finished", "", rows)
-    return Outcome(arm, [result("rate", 1, 0.25, grid)], [result("run", i + 1, 1.0, bpb) for i, bpb in enumerate(losses)],
+    return ArmResults(arm, [result("rate", 1, 0.25, grid)], [result("run", i + 1, 1.0, bpb) for i, bpb in enumerate(losses)],
                    [result("speed", 0, 0.0, 1.0)])
 
 
@@ -362,13 +363,14 @@ def test_rates_fall_on_the_whole_budget_as_long_as_it_gets_better(part, whole, t
     found = []
     while (multiple := outcome.candidate()) and len(found) < 9:
         found.append(multiple)
-        outcome.finalists.append(result(multiple, 1.0, whole[multiple]))
+        outcome.full_budget_lr_runs.append(result(multiple, 1.0, whole[multiple]))
     assert found == tried
-    outcome.rates, outcome.finalists = [result(1, 1.0, 1.9), result(2, 1.0, 1.8)], []  # the grid had the whole budget
+    # the grid had the whole budget
+    outcome.rates, outcome.full_budget_lr_runs = [result(1, 1.0, 1.9), result(2, 1.0, 1.8)], []
     assert outcome.candidate() == 2
-    outcome.finalists = [result(2, 1.0, 1.8)]
+    outcome.full_budget_lr_runs = [result(2, 1.0, 1.8)]
     assert outcome.candidate() is None
-    outcome.finalists = [dataclasses.replace(outcome.finalists[0], status="failed")]
+    outcome.full_budget_lr_runs = [dataclasses.replace(outcome.full_budget_lr_runs[0], status="failed")]
     outcome.rates[0] = result(1, 0.25, 1.9)
     assert outcome.candidate() is None and outcome.best() is None
 

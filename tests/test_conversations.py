@@ -5,10 +5,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from runtime.conversations import MOST_TURNS, ConversationConfig, messages_of, read_conversations
-from runtime.flags import BadInput
-from runtime.questions import MAKERS, is_held_out, make_questions
-from runtime.rows import read_dataset
+from runtime.config import BadInput
+from tasks.builtin_questions import MAKERS, is_held_out, make_questions
+from tasks.conversations import MOST_TURNS, ConversationConfig, messages_of, read_conversations
+from tasks.rows import read_dataset
 
 TALK = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
 

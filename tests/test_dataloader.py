@@ -14,21 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import dataloader
 import train
-from dataloader import (
-    BlockBatches,
-    Manifest,
-    ShardWriter,
-    documents_to_reach,
-    no_interrupt,
-    open_data,
-    shard_loader,
-    shuffled,
-    val_batches,
-)
-from runtime.flags import BadInput
-from runtime.stop import StopSignals
+from dataloader import BlockBatches, permute_index, shard_loader, val_batches
+from runtime.config import BadInput
+from runtime.signals import StopSignals, no_interrupt
+from shards import Manifest, ShardWriter, documents_to_reach, open_data
 
 BLOCK = 16
 
@@ -39,7 +29,7 @@ def data(data_path):
 
 
 @pytest.fixture
-def copied(data_path, tmp_path):
+def clone_to_cpu(data_path, tmp_path):
     """A copy of the data folder that a test may damage."""
     return shutil.copytree(data_path, tmp_path / "data")
 
@@ -58,7 +48,7 @@ def equal(batches, others):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
 def test_shuffled_is_a_permutation(n):
     for epoch in range(3):
-        assert sorted(shuffled(np.arange(n), n, seed=3, epoch=epoch)) == list(range(n))
+        assert sorted(permute_index(np.arange(n), n, seed=3, epoch=epoch)) == list(range(n))
 
 
 def test_batches_are_whole_in_memory(data_path):
@@ -69,12 +59,12 @@ def test_batches_are_whole_in_memory(data_path):
 
 
 def test_shuffled_depends_on_seed_and_epoch_and_on_nothing_else():
-    orders = {tuple(shuffled(np.arange(50), 50, seed, epoch)) for seed, epoch in itertools.product(range(5), range(5))}
+    orders = {tuple(permute_index(np.arange(50), 50, seed, epoch)) for seed, epoch in itertools.product(range(5), range(5))}
     assert len(orders) == 25
-    parts = [shuffled(np.arange(first, first + 10), 50, 1, 2) for first in range(0, 50, 10)]
-    assert np.array_equal(np.concatenate(parts), shuffled(np.arange(50), 50, 1, 2))
+    parts = [permute_index(np.arange(first, first + 10), 50, 1, 2) for first in range(0, 50, 10)]
+    assert np.array_equal(np.concatenate(parts), permute_index(np.arange(50), 50, 1, 2))
     # pinned: a change of the order would break the resuming of every run under way
-    assert shuffled(np.arange(8), 8, seed=1337, epoch=0).tolist() == PINNED_ORDER
+    assert permute_index(np.arange(8), 8, seed=1337, epoch=0).tolist() == PINNED_ORDER
 
 
 PINNED_ORDER = [4, 7, 6, 1, 0, 5, 2, 3]
@@ -83,7 +73,7 @@ PINNED_ORDER = [4, 7, 6, 1, 0, 5, 2, 3]
 def test_shuffled_looks_random():
     """Where block 0 lands over many epochs is uniform, and neighbours do not stay neighbours (5 sigma bounds)."""
     n, epochs = 10, 2000
-    places = np.array([shuffled(np.arange(n), n, seed=0, epoch=epoch) for epoch in range(epochs)])
+    places = np.array([permute_index(np.arange(n), n, seed=0, epoch=epoch) for epoch in range(epochs)])
     counts = np.bincount(places[:, 0], minlength=n)
     assert np.all(abs(counts - epochs / n) < 5 * np.sqrt(epochs / n))
     stay = (np.diff(places, axis=1) == 1).mean()
@@ -352,7 +342,7 @@ def test_damaged_data_is_refused(copied, tmp_path, refused, damage, words):
 
 def test_an_id_beyond_the_vocabulary_deep_in_a_shard(copied, tmp_path, refused, monkeypatch):
     """Opening a shard looks at its first million ids only."""
-    monkeypatch.setattr(dataloader, "check_shard", lambda *args: None)
+    monkeypatch.setattr("shards.check_shard", lambda *args: None)
     for split, number in (("val", 0), ("train", 1)):
         path = copied / f"{split}_{number:06d}.npy"
         whole = np.load(path)

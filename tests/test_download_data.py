@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dataloader
 import download_data
+import shards
 import train
 from conftest import REPO, TINY_MODEL, lines_in
-from dataloader import Manifest, open_data
-from runtime import readers, sources
-from runtime.files import sole_writer
+from runtime.files import folder_lock
+from shards import Manifest, open_data
+from text import formats as readers
+from text import sources
 from tokenizer import Tokenizer
 
 
@@ -126,7 +127,7 @@ def test_a_second_run_does_nothing(tmp_path, text, capsys, monkeypatch):
 def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, stop_after):
     expected = contents(prepare(tmp_path, text, folder="whole"))
     opened = 0
-    open_shard = dataloader.ShardWriter._open
+    open_shard = shards.ShardWriter._open
 
     def stop(self):
         nonlocal opened
@@ -136,7 +137,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, 
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataloader.ShardWriter, "_open", stop)
+        patch.setattr(shards.ShardWriter, "_open", stop)
         with pytest.raises(SystemExit) as exit:
             prepare(tmp_path, text)
     assert exit.value.code == (130 if error is KeyboardInterrupt else 1)
@@ -221,13 +222,13 @@ def test_a_bad_row_met_on_going_on_leaves_what_was_finished(tmp_path, text, monk
     with open(tmp_path / "text" / "a.jsonl", "a") as file:
         file.write("{bad")
     monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)  # so that the bad line is not met before anything is written
-    close = dataloader.ShardWriter.close
+    close = shards.ShardWriter.close
 
     def stop(self):
         close(self)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dataloader.ShardWriter, "close", stop)
+        patch.setattr(shards.ShardWriter, "close", stop)
         prepare(tmp_path, text, "--tokens_threshold=1e9", "--tokenizer_bytes=30000", "--vocab_size=400")
     before = contents(tmp_path / "data")
     error = capsys.readouterr().err
@@ -255,17 +256,17 @@ def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
 
 KILL = """
 import os, random, signal, sys, threading
-import dataloader, download_data, runtime.hub, runtime.readers
-runtime.hub.CHUNK_BYTES = runtime.readers.CHUNK_BYTES = 20_000
+import dataloader, download_data, text.hub, text.formats
+text.hub.CHUNK_BYTES = text.formats.CHUNK_BYTES = 20_000
 random.seed(int(sys.argv.pop(1)))
-open_shard, started = dataloader.ShardWriter._open, []
+open_shard, started = shards.ShardWriter._open, []
 def start(self):  # the clock runs from the first shard on
     if not started:
         started.append(threading.Timer(random.uniform(0, 0.25), os.kill, (os.getpid(), signal.SIGKILL)))
         started[0].daemon = True
         started[0].start()
     open_shard(self)
-dataloader.ShardWriter._open = start
+shards.ShardWriter._open = start
 download_data.main()
 """
 
@@ -368,7 +369,7 @@ def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
         process.wait()
     download_data.main(flags)
     assert contents(tmp_path / "data") == expected
-    with sole_writer(tmp_path / "new", "--data_path=new"):
+    with folder_lock(tmp_path / "new", "--data_path=new"):
         refused(download_data.main, [text, f"--data_path={tmp_path / 'new'}"], "another process")
     assert not (tmp_path / "new").exists()
 
@@ -442,7 +443,7 @@ def test_folders_that_happen_to_lie_there_are_no_parts(tmp_path, text, refused):
 # -- looking at a folder ----------------------------------------------------------------------------------------------
 
 def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch, refused):
-    monkeypatch.setattr(dataloader, "LOOKED_AT", 1000)  # so that the stray id is further on
+    monkeypatch.setattr("shards.LOOKED_AT", 1000)  # so that the stray id is further on
     path = prepare(tmp_path, text)
     capsys.readouterr()
     download_data.main([f"--data_path={path}", "--verify"])
@@ -512,7 +513,7 @@ def test_stats_of_damage(tmp_path, text, monkeypatch, refused):
     ids = np.load(path / "train_000001.npy")
     ids[-1] = 400
     np.save(path / "train_000001.npy", ids)
-    monkeypatch.setattr(dataloader, "LOOKED_AT", 1000)
+    monkeypatch.setattr("shards.LOOKED_AT", 1000)
     refused(download_data.main, [f"--data_path={path}", "--stats"], "holds id 400", "--verify tells where")
 
 

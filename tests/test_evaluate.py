@@ -10,10 +10,8 @@ import evaluate
 import finetune
 from conftest import HUB
 from evaluate import (
-    Choice,
     EvaluateConfig,
     bits_per_byte,
-    choice_of,
     document_losses,
     endings_of,
     losses_of,
@@ -25,10 +23,11 @@ from evaluate import (
 )
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.config import BadInput
 from runtime.device import Machine
-from runtime.flags import BadInput
 from runtime.metrics import LossSums
-from runtime.questions import make_questions
+from tasks.builtin_questions import make_questions
+from tasks.multiple_choice import Choice, choice_of
 from tokenizer import Tokenizer
 
 CPU = Machine(torch.device("cpu"), "fp32")
@@ -134,7 +133,7 @@ def test_standard_errors_by_hand():
 @pytest.mark.parametrize("block_size", [64, 12])
 def test_scores_are_sums_over_each_endings_tokens(tokenizer, block_size):
     """Against the probabilities after each prefix; of a text longer than the context, those of its last tokens."""
-    model, choices = model_of(block_size, tokenizer.vocab_size), [choice_of(row, "", config_of("choice"))
+    model, choices = model_of(block_size, tokenizer.vocab_size), [choice_of(row, "")
                                                                   for row in HELLASWAG]
     longest = 0
     _, rows = score_choice(model, tokenizer, CPU, choices, config_of("choice", batch_size=5))
@@ -185,7 +184,7 @@ def test_an_ending_has_a_token_even_where_it_merges_with_the_context():
     ({"query": "Go on", "choices": ["a", "b"], "gold": 1}, 1),
     ({"question": "Which?", "choices": ["a", "b"], "answer": 0}, 0)])
 def test_forms_of_rows(row, label):
-    choice = choice_of(row, "here", config_of("choice"))
+    choice = choice_of(row, "here")
     endings = row.get("endings") or row["choices"]
     assert choice.label == label and choice.endings == (endings["text"] if isinstance(endings, dict) else endings)
     assert choice.context in row.values() and choice.where == "here"
@@ -193,7 +192,7 @@ def test_forms_of_rows(row, label):
 
 def test_columns_by_name():
     row = {"text": "Go on", "ctx": "not this", "endings": ["a", "b"], "label": 0, "right": "1"}
-    choice = choice_of(row, "", config_of("choice", question_column="text", answer_column="right"))
+    choice = choice_of(row, "", question_column="text", answer_column="right")
     assert (choice.context, choice.label) == ("Go on", 1)
 
 
@@ -205,7 +204,7 @@ def test_columns_by_name():
     ({"endings": ["a", 5]}, "is no text"), ({"ctx": None}, "is no text")])
 def test_rows_that_cannot_be_used(changes, words):
     with pytest.raises(BadInput, match=words):
-        choice_of(HELLASWAG[0] | changes, "", config_of("choice"))
+        choice_of(HELLASWAG[0] | changes, "")
 
 
 def test_an_ending_longer_than_the_context(tokenizer):

@@ -18,13 +18,17 @@ from hypothesis import strategies as st
 from test_model import ARCHITECTURES, GPT2, LLAMA
 
 import export
+from chat import Chat
 from conftest import REPO
-from evaluate import EvaluateConfig, choice_of, score_choice
-from generate import GREEDY, Chat, generate, generate_texts
+from convert import gguf as gguf_script
+from convert import hf_mapping, hf_out, hf_tokenizer
+from convert.hf_tokenizer import as_bytes, as_characters, byte_characters, merges_of
+from evaluate import EvaluateConfig, score_choice
 from model import GPT, GPTConfig
-from runtime.byte_level import as_bytes, as_characters, byte_characters, merges_of
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.device import Machine
+from sampling import GREEDY, generate, generate_texts
+from tasks.multiple_choice import choice_of
 from tokenizer import PATTERNS, Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -51,7 +55,7 @@ def random_model(vocab_size: int, **switches) -> GPT:
 
 def exported(model: GPT, tokenizer: Tokenizer, tmp_path, *flags: str):
     """The folder that the command makes of them."""
-    save_checkpoint(tmp_path / "gpt.pt", model.to_blob() | {"tokenizer": tokenizer.to_json()})
+    save_checkpoint(tmp_path / "gpt.pt", model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
     export.main([f"--checkpoint_path={tmp_path / 'gpt.pt'}", f"--out_path={tmp_path / 'out'}", *flags])
     return tmp_path / "out"
 
@@ -59,7 +63,7 @@ def exported(model: GPT, tokenizer: Tokenizer, tmp_path, *flags: str):
 def imported(folder, tmp_path, *flags: str) -> tuple[GPT, Tokenizer]:
     export.main([f"--import_path={folder}", f"--checkpoint_path={tmp_path / 'in.pt'}", *flags])
     blob = load_checkpoint(tmp_path / "in.pt")
-    return GPT.from_blob(blob), Tokenizer.from_json(blob["tokenizer"])
+    return GPT.from_checkpoint(blob), Tokenizer.from_json(blob["tokenizer"])
 
 
 def loaded(folder):
@@ -81,7 +85,8 @@ def test_logits_are_those_of_transformers(architecture, tokenizer, tmp_path, idx
     folder = exported(model, tokenizer, tmp_path)
     theirs = loaded(folder)
     kind = "llama" if architecture == LLAMA else "gpt2" if architecture == GPT2 else "gpt_workbench"
-    assert theirs.config.model_type == kind and export.stock_kind(model.config) == {"gpt_workbench": None}.get(kind, kind)
+    assert theirs.config.model_type == kind
+    assert hf_mapping.hf_architecture(model.config) == {"gpt_workbench": None}.get(kind, kind)
     logits = theirs(idx).logits
     assert (logits - model(idx)).abs().max() < 1e-4 and logits.std() > 0.1
     back, _ = imported(folder, tmp_path)
@@ -109,7 +114,7 @@ def saved(model, tokenizer: Tokenizer, folder, **how):
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.eval().save_pretrained(folder, **how)
-    (folder / "tokenizer.json").write_text(json.dumps(export.tokenizer_blob(tokenizer)), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(hf_tokenizer.tokenizer_blob(tokenizer)), encoding="utf-8")
     return model, folder
 
 
@@ -165,7 +170,7 @@ def test_the_original_gpt2_file_comes_in(tokenizer, tmp_path, idx):
     weights["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     gpt2 = Tokenizer(tokenizer.ranks, "gpt2", tokenizer.special_tokens)
-    blob = export.tokenizer_blob(gpt2)
+    blob = hf_tokenizer.tokenizer_blob(gpt2)
     (folder / "tokenizer.json").unlink()
     vocab = {name: i for name, i in blob["model"]["vocab"].items() if i <= 595}
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
@@ -264,7 +269,7 @@ def test_ids_of_many_scripts(pattern, pairs):
         same_ids(pairs[pattern], text[:20_000])
 
 
-def hf_tokenizer(english, pre_tokenizer, size=600):
+def trained_by_tokenizers(english, pre_tokenizer, size=600):
     """A vocabulary that the library `tokenizers` has trained."""
     from tokenizers import Tokenizer as Theirs
     from tokenizers import decoders, models, trainers
@@ -281,7 +286,7 @@ def splitters():
     from tokenizers import Regex, pre_tokenizers
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     only_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    llama3 = next(pattern for pattern in export.KNOWN_PATTERNS if pattern.startswith("(?i:"))
+    llama3 = next(pattern for pattern in hf_tokenizer.KNOWN_PATTERNS if pattern.startswith("(?i:"))
     digits = pre_tokenizers.Digits(individual_digits=True)
     return {"gpt2": byte_level, "smollm": pre_tokenizers.Sequence([digits, byte_level]),
             "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(llama3), "isolated"), only_bytes]),
@@ -291,9 +296,9 @@ def splitters():
 @pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama3", "words"])
 def test_vocabularies_of_tokenizers_come_in(kind, english, tmp_path):
     """Special tokens first, bytes in another order, and a separator of another name."""
-    theirs = hf_tokenizer(english, splitters()[kind])
+    theirs = trained_by_tokenizers(english, splitters()[kind])
     theirs.save(str(tmp_path / "tokenizer.json"))
-    ours = export.read_tokenizer(tmp_path, {"bos_token_id": 0, "eos_token_id": [1]})
+    ours = hf_tokenizer.read_tokenizer(tmp_path, {"bos_token_id": 0, "eos_token_id": [1]})
     assert ours.special_tokens == {"<|endoftext|>": 0, "<|end_of_text|>": 1}
     more = " 12  345\n 6a7 ½  ", "x  1", "a\n\n1", "  ", "'S 'll't"
     for text in [TEXT, *more, *english[40:60]]:
@@ -354,7 +359,7 @@ def test_bad_input_in(tmp_path, refused, hub):
 def test_a_failed_export_leaves_the_one_before(tokenizer, tmp_path, monkeypatch):
     folder = exported(random_model(600), tokenizer, tmp_path)
     before = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(export, "tokenizer_blob", lambda tokenizer: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(hf_out, "tokenizer_blob", lambda tokenizer: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(SystemExit) as stop:
         exported(random_model(600, n_layer=1), tokenizer, tmp_path, "--overwrite")
     assert stop.value.code == 1 and (folder / "model.safetensors").read_bytes() == before
@@ -395,16 +400,16 @@ def test_damaged_files_are_named(name, text, words, tokenizer, tmp_path, refused
 
 
 def test_vocabularies_that_would_give_other_ids_are_refused(tokenizer, tmp_path):
-    blob = export.tokenizer_blob(tokenizer)
+    blob = hf_tokenizer.tokenizer_blob(tokenizer)
     merges = blob["model"]["merges"]
     for change, words in (({"merges": merges[::-1]}, "not in the order"), ({"merges": merges[1:]}, "not in the order"),
                           ({"vocab": blob["model"]["vocab"] | {"▁the": 700}}, "no byte-level vocabulary")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(blob | {"model": blob["model"] | change}), encoding="utf-8")
         with pytest.raises(export.BadInput, match=words):
-            export.read_tokenizer(tmp_path, {"bos_token_id": 595})
+            hf_tokenizer.read_tokenizer(tmp_path, {"bos_token_id": 595})
     (tmp_path / "tokenizer.json").write_text(json.dumps(blob | {"added_tokens": []}), encoding="utf-8")
     with pytest.raises(export.BadInput, match="bos_token_id"):
-        export.read_tokenizer(tmp_path, {"bos_token_id": None, "eos_token_id": None})
+        hf_tokenizer.read_tokenizer(tmp_path, {"bos_token_id": None, "eos_token_id": None})
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
@@ -434,7 +439,7 @@ def test_a_gguf_file_holds_shape_vocabulary_and_weights(dtype, gpt4, tmp_path):
 def test_channels_that_turn_together_are_neighbours_in_gguf():
     """By hand: a head of four channels, of which ours turn (0, 2) and (1, 3)."""
     model = random_model(50, **LLAMA | {"n_head": 1, "head_size": 4, "n_layer": 1})
-    weights, qkv = export.gguf_weights(model), model.blocks[0].mixer.qkv.weight
+    weights, qkv = gguf_script.gguf_weights(model), model.blocks[0].mixer.qkv.weight
     assert torch.equal(weights["blk.0.attn_q.weight"], qkv[[0, 2, 1, 3]])
     assert torch.equal(weights["blk.0.attn_k.weight"], qkv[[4, 6, 5, 7]])
     assert torch.equal(weights["blk.0.attn_v.weight"], qkv[8:])
@@ -443,7 +448,7 @@ def test_channels_that_turn_together_are_neighbours_in_gguf():
 def test_what_llama_cpp_would_run_otherwise_is_refused(tokenizer, gpt4, tmp_path, refused):
     for model, vocabulary, words in ((random_model(600), gpt4, "--preset=llama"),
                                      (random_model(600, **LLAMA), tokenizer, "--pattern=gpt4 or gpt2")):
-        save_checkpoint(tmp_path / "gpt.pt", model.to_blob() | {"tokenizer": vocabulary.to_json()})
+        save_checkpoint(tmp_path / "gpt.pt", model.to_checkpoint() | {"tokenizer": vocabulary.to_json()})
         refused(export.main, [f"--checkpoint_path={tmp_path / 'gpt.pt'}", f"--out_path={tmp_path / 'out'}", "--gguf"], words)
         assert not (tmp_path / "out").exists()
 
@@ -493,7 +498,7 @@ def test_lm_eval_measures_what_evaluate_does(tokenizer, english, tmp_path):
                    "metric_list": [{"metric": "exact_match"}]}}, rows, tmp_path / "lm_eval")
     config = EvaluateConfig(task="choice", dataset="rows")
     measured, ours = score_choice(model, tokenizer, Machine(torch.device("cpu"), "fp32"),
-                                  [choice_of(row, "", config) for row in rows], config)
+                                  [choice_of(row, "") for row in rows], config)
     for row, sample in zip(ours, samples["choice"], strict=True):
         assert [float(score) for score, _ in sample["filtered_resps"]] == pytest.approx(row["scores"], abs=1e-3)
     assert results["choice"]["acc,none"] == measured["acc"].value

@@ -12,12 +12,13 @@ from test_conversations import write_jsonl
 import finetune
 import train
 from conftest import assert_same, lines_in, rows_of, training_of
-from dataloader import IGNORE_INDEX
-from finetune import PackedBatches, answers_to, ask, is_right, pack, questions_of, read_answers, shares_of, side_by_side
-from generate import GREEDY, generate_texts
+from dataloader import IGNORE_INDEX, PackedBatches, pack_rows
+from evaluate import answers_to, ask, exact_match, questions_of, shares_of
+from finetune import read_answers, side_by_side
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
-from runtime.conversations import Conversation
+from sampling import GREEDY, generate_texts
+from tasks.conversations import Conversation
 from tokenizer import Tokenizer
 
 
@@ -37,16 +38,16 @@ def talk(*contents: str, system: str = "") -> Conversation:
 def test_packing_by_hand():
     """In whatever order they come, what fits exactly goes together."""
     for seed in range(9):
-        rows = pack([6, 6, 4, 10], 10, seed)
+        rows = pack_rows([6, 6, 4, 10], 10, seed)
         assert sorted(sorted([6, 6, 4, 10][i] for i in row) for row in rows) == [[4, 6], [6], [10]]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(0, 9))
 def test_packing_loses_nothing_and_fits(lengths, seed):
-    rows = pack(lengths, 20, seed)
+    rows = pack_rows(lengths, 20, seed)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= 20 for row in rows)
-    assert pack(lengths, 20, seed) == rows
+    assert pack_rows(lengths, 20, seed) == rows
     # no two rows would have fitted into one
     sums = sorted(sum(lengths[i] for i in row) for row in rows)
     assert len(sums) < 2 or sums[0] + sums[1] > 20
@@ -55,13 +56,13 @@ def test_packing_loses_nothing_and_fits(lengths, seed):
 def test_a_row_by_hand(tokenizer):
     """Only what the assistant says, and the end of it, is a target; fillers are a text of their own."""
     batches = PackedBatches(tokenizer, [talk("hi", "ab", system="s")], 1, 16, 0)
-    (inputs,), (targets,), (begins,) = batches[0]
+    (inputs,), (targets,), (doc_starts,) = batches[0]
     role_ids, end = tokenizer.chat_ids()
     start, (s, h, i, a, b) = tokenizer.separator_id, b"shiab"
     said = [role_ids["system"], s, end, role_ids["user"], h, i, end, role_ids["assistant"], a, b]
     assert inputs.tolist() == [start, *said, *[start] * 5]
     assert targets.tolist() == [*[IGNORE_INDEX] * 8, a, b, end, *[IGNORE_INDEX] * 5]
-    assert begins.tolist() == [True, *[False] * 10, True, *[False] * 4]
+    assert doc_starts.tolist() == [True, *[False] * 10, True, *[False] * 4]
 
 
 def test_every_turn_of_the_assistant_is_learnt(tokenizer):
@@ -116,7 +117,7 @@ def test_answers_are_what_each_question_alone_would_get(tokenizer):
 
 
 def test_right_and_wrong():
-    assert is_right(" a  b\n", "a b") and not is_right("a b.", "a b") and not is_right("A", "a")
+    assert exact_match(" a  b\n", "a b") and not exact_match("a b.", "a b") and not exact_match("A", "a")
     answers = [{"task": "x: a", "right": True}, {"task": "x: b", "right": False}, {"task": "y", "right": True},
                {"task": "", "right": False}]
     assert shares_of(answers) == {"x": 0.5, "y": 1.0}

@@ -5,7 +5,7 @@ import torch
 from torch import library
 
 from layers import gated_delta
-from layers.gated_delta import CHUNK, MEMORY, GatedDelta, by_chunks, by_tokens, linear_recurrence
+from layers.gated_delta import CHUNK, MEMORY, GatedDelta, chunked_delta_rule, linear_recurrence, recurrent_delta_rule
 from model import GPTConfig
 
 B, H, T, D = 2, 3, 40, 8
@@ -26,8 +26,8 @@ def test_chunks_equal_tokens(monkeypatch, chunk, with_state):
     monkeypatch.setattr(gated_delta, "CHUNK", chunk)
     inputs = [part.requires_grad_() for part in example()]
     zeros = torch.zeros(B, H, D, D)
-    want, want_state = by_tokens(*inputs[:5], inputs[5] if with_state else zeros)
-    got, state = by_chunks(*inputs[:5], inputs[5] if with_state else None)
+    want, want_state = recurrent_delta_rule(*inputs[:5], inputs[5] if with_state else zeros)
+    got, state = chunked_delta_rule(*inputs[:5], inputs[5] if with_state else None)
     assert torch.allclose(got, want, atol=1e-5)
     assert torch.allclose(state, want_state, atol=1e-5) if with_state else state is None
     used = inputs[:5 + with_state]
@@ -56,15 +56,15 @@ def test_what_is_compiled_does_not_grow_with_the_text():
     for n_tokens in (2 * CHUNK, 100 * CHUNK):
         torch._dynamo.reset()
         vectors, numbers = torch.zeros(3, 1, 1, n_tokens, 2), torch.zeros(2, 1, 1, n_tokens)
-        torch.compile(by_chunks, backend=backend)(*vectors, *numbers, None)
+        torch.compile(chunked_delta_rule, backend=backend)(*vectors, *numbers, None)
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def test_a_text_in_two_parts_is_one_text():
     *parts, state = example()
-    whole, end = by_chunks(*parts, state)
-    first, middle = by_chunks(*(part[:, :, :13] for part in parts), state)
-    second, other_end = by_tokens(*(part[:, :, 13:] for part in parts), middle)
+    whole, end = chunked_delta_rule(*parts, state)
+    first, middle = chunked_delta_rule(*(part[:, :, :13] for part in parts), state)
+    second, other_end = recurrent_delta_rule(*(part[:, :, 13:] for part in parts), middle)
     assert torch.allclose(torch.cat((first, second), dim=2), whole, atol=1e-5) and torch.allclose(end, other_end, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_it_answers_a_key_with_its_last_value():
     """Hand example: three keys at right angles, the second with two values one after the other, nothing forgotten."""
     keys = torch.eye(4)[[0, 1, 2, 1]]
     values = torch.arange(16.0).view(4, 4)
-    _, state = by_chunks(torch.zeros(1, 1, 4, 4), keys[None, None], values[None, None], torch.ones(1, 1, 4),
+    _, state = chunked_delta_rule(torch.zeros(1, 1, 4, 4), keys[None, None], values[None, None], torch.ones(1, 1, 4),
                          torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4))
     assert torch.allclose(state[0, 0].T @ torch.eye(4), torch.stack([values[0], values[3], values[2], torch.zeros(4)]).T)
 
@@ -84,7 +84,7 @@ def test_it_counts_modulo_two():
     keys, nothing = torch.zeros(1, 1, n, 2), torch.zeros(1, 1, n, 2)
     keys[..., 0] = 1
     start = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    y, _ = by_chunks(keys, keys, nothing, 2 * ones, 0 * ones, start)
+    y, _ = chunked_delta_rule(keys, keys, nothing, 2 * ones, 0 * ones, start)
     assert torch.allclose(y[0, 0, :, 0], torch.tensor([(-1.0) ** (t + 1) for t in range(n)]))
 
 
@@ -97,7 +97,7 @@ def test_it_forgets_at_the_rates_it_starts_with():
 def test_long_ago_does_not_overflow():
     """Ratios of what is left are between 0 and 1, also where all is forgotten at once."""
     q, k, v, beta, log_alpha, state = (part.requires_grad_() for part in example())
-    y, _ = by_chunks(q, k, v, beta, log_alpha * 1e4, state)
+    y, _ = chunked_delta_rule(q, k, v, beta, log_alpha * 1e4, state)
     y.sum().backward()
     assert torch.isfinite(y).all() and all(torch.isfinite(part.grad).all() for part in (q, k, v, beta, log_alpha))
 
@@ -110,9 +110,9 @@ def test_half_precision_is_near(dtype, is_hard):
     if is_hard:
         inputs[1] = torch.nn.functional.normalize(torch.ones_like(inputs[1]) + 0.1 * inputs[1], dim=-1)
         inputs[3], inputs[4] = torch.full_like(inputs[3], 1.98), torch.zeros_like(inputs[4])
-    want, want_state = by_tokens(*inputs)
+    want, want_state = recurrent_delta_rule(*inputs)
     with torch.autocast("cpu", dtype=dtype):
-        got, state = by_chunks(*inputs)
+        got, state = chunked_delta_rule(*inputs)
     assert state.dtype == torch.float32
     most = 0.05 if is_hard else 0.02
     assert (got.float() - want).norm() < most * want.norm() and (state - want_state).norm() < most * want_state.norm()

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from test_model import GPT2, LLAMA, random_model
 
 import generate as script
+import sampling
+from chat import Chat, talk
 from conftest import REPO
-from generate import GREEDY, Chat, SamplingConfig, TextStream, generate, generate_text, generate_texts, main, sample, talk
+from generate import main
 from model import GPT
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.conversations import ConversationConfig, read_conversations
-from runtime.flags import BadInput
-from runtime.stop import StopSignals
+from runtime.config import BadInput
+from runtime.signals import StopSignals
+from sampling import GREEDY, SamplingConfig, TextStream, generate, generate_text, generate_texts, sample
+from tasks.conversations import ConversationConfig, read_conversations
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "default")  # every byte is a token: é takes two
@@ -244,7 +247,7 @@ def test_text_follows_the_start_of_a_document_and_the_prompt(plain, monkeypatch)
 
 
 def test_a_prompt_fills_the_context_or_is_refused(plain):
-    assert script.document_start(plain, BYTES, "a" * 39) == [START, *b"a" * 39]
+    assert sampling.document_start(plain, BYTES, "a" * 39) == [START, *b"a" * 39]
     with pytest.raises(BadInput, match="--prompt=aaaaaaaaaaaaaaaaaaaa…: has 40 tokens, .* holds 39: shorten it"):
         next(generate_text(plain, BYTES, "a" * 40, 5, GREEDY))
 
@@ -278,7 +281,7 @@ def watch(monkeypatch, chat: Chat, answers: str = "", act=lambda n: None) -> lis
     return steps
 
 
-def say(chat: Chat, message: str) -> str:
+def log_line(chat: Chat, message: str) -> str:
     return "".join(chat.answer(message))
 
 
@@ -305,12 +308,12 @@ def test_answers_with_the_cache_equal_those_without(model, monkeypatch):
     chat = Chat(model, BYTES, RANDOM, 5)
     steps = watch(monkeypatch, chat)
     for message in ("hi", "you", ""):
-        say(chat, message)
+        log_line(chat, message)
     assert len(steps) > 5 and sum(widths) == len(steps[-1]) and len(widths) == len(steps)
 
 
 def test_the_same_seed_says_the_same(plain):
-    said = [[say(chat, message) for message in ("hi", "you")]
+    said = [[log_line(chat, message) for message in ("hi", "you")]
             for chat in (Chat(plain, BYTES, RANDOM, 9, seed=seed) for seed in (1, 1, 2))]
     assert said[0] == said[1] != said[2]
 
@@ -324,7 +327,7 @@ def test_the_context_slides_by_whole_turns(model, monkeypatch, system):
     steps = watch(monkeypatch, chat, "".join(answer + "|" for _, answer in turns))
     for i, (message, answer) in enumerate(turns):
         del steps[:]
-        assert say(chat, message) == answer
+        assert log_line(chat, message) == answer
         for n_said, step in enumerate(steps):
             seen = lambda k: (head + turns_of(*turns[k:i], turns[i]))[:-1 - len(answer) + n_said]  # noqa: B023
             k, = (k for k in range(first, i + 1) if step == seen(k))
@@ -337,18 +340,18 @@ def test_the_context_slides_by_whole_turns(model, monkeypatch, system):
 def test_an_answer_ends_where_it_fills_the_context(model, monkeypatch):
     chat = Chat(model, BYTES, GREEDY, 100)
     watch(monkeypatch, chat, "a" * 35 + "b|")
-    assert say(chat, "hi") == "a" * 35 and len(chat.ids()) == 42  # the last token, and the end, were not taken in
-    assert say(chat, "hi") == "b" and chat.ids() == [START, *turns_of(("hi", "b"))]
+    assert log_line(chat, "hi") == "a" * 35 and len(chat.ids()) == 42  # the last token, and the end, were not taken in
+    assert log_line(chat, "hi") == "b" and chat.ids() == [START, *turns_of(("hi", "b"))]
 
 
 def test_a_message_longer_than_the_context_is_forgotten(plain, monkeypatch):
     chat = Chat(plain, BYTES, GREEDY, 9)
     watch(monkeypatch, chat, "one|x")
-    say(chat, "hi")
+    log_line(chat, "hi")
     with pytest.raises(BadInput, match="the message has 37 tokens, the model's context holds 36: shorten it"):
-        say(chat, "m" * 37)
+        log_line(chat, "m" * 37)
     assert chat.ids() == [START, *turns_of(("hi", "one"))] and len(chat.messages) == 2
-    assert say(chat, "m" * 36) == "x"
+    assert log_line(chat, "m" * 36) == "x"
     with pytest.raises(BadInput, match="--system=ssssssssssssssssssss…: has 37 tokens, .* holds 40: too few"):
         Chat(plain, BYTES, GREEDY, 9, "s" * 34)
 
@@ -359,7 +362,7 @@ def test_an_answer_that_is_left_goes_on_from_there(model, monkeypatch):
     answer = chat.answer("hi")
     assert [next(answer) for _ in range(3)] == ["o", "n", "e"]
     answer.close()
-    assert say(chat, "go on") == "two"
+    assert log_line(chat, "go on") == "two"
     assert chat.ids() == [START, *turns_of(("hi", "one"), ("go on", "two"))] == BYTES.encode_chat(chat.messages)[0]
 
 
@@ -372,9 +375,9 @@ def test_an_interrupt_in_mid_step_leaves_a_conversation(model, monkeypatch):
     chat, hook = Chat(model, BYTES, GREEDY, 9), model.blocks[0].register_forward_hook(interrupt)
     steps = watch(monkeypatch, chat, "one|two|")
     with pytest.raises(KeyboardInterrupt):
-        say(chat, "hi")
+        log_line(chat, "hi")
     assert chat.ids() == [START, *turns_of(("hi", "on"))] == BYTES.encode_chat(chat.messages)[0]
-    assert say(chat, "again") == "e" and say(chat, "and again") == "two"
+    assert log_line(chat, "again") == "e" and log_line(chat, "and again") == "two"
 
 
 def test_stop_texts_end_an_answer(plain, monkeypatch):
@@ -388,7 +391,7 @@ def test_stop_texts_end_an_answer(plain, monkeypatch):
 def test_the_repetition_penalty_spares_the_tokens_that_end_an_answer(plain, monkeypatch):
     chat, seen = Chat(plain, BYTES, SamplingConfig(repetition_penalty=2.0), 1), []
     monkeypatch.setattr(script, "sample", lambda *args: seen.append(args[3].nonzero()[:, 1].tolist()) or sample(*args))
-    say(chat, "hi")
+    log_line(chat, "hi")
     assert seen == [sorted(b"hi")]
 
 
@@ -396,7 +399,7 @@ def test_saved_conversations_can_be_learnt_from(plain, monkeypatch, tmp_path):
     chat = Chat(plain, BYTES, GREEDY, 9, "be kind")
     watch(monkeypatch, chat, "wé|two|")
     for message, name in (("é\udce9", "a.jsonl"), ("and?", "b.jsonl")):  # the first as a shell may give it, no Unicode
-        say(chat, message)
+        log_line(chat, message)
         chat.save(tmp_path / name)
         if name == "a.jsonl":
             chat.reset()
@@ -421,7 +424,7 @@ def test_a_conversation_from_a_pipe(plain, monkeypatch, capsys, tmp_path):
     lines(monkeypatch, *typed)
     talk(chat, "hello")
     assert capsys.readouterr().out.splitlines() == [
-        "first", "one", *script.COMMANDS.splitlines() * 2, f"(written to {path})",
+        "first", "one", *chat.COMMANDS.splitlines() * 2, f"(written to {path})",
         f"(/save {path}: exists: choose another name)",
         "(the message has 37 tokens, the model's context holds 36: shorten it)",
         "full", "(the context is full: the oldest turns are forgotten)", "(forgotten)", "two", ""]
@@ -475,7 +478,7 @@ class Terminal:
 
 
 def checkpoint_of(model: GPT, path):
-    save_checkpoint(path, {**model.to_blob(), "tokenizer": BYTES.to_json()})
+    save_checkpoint(path, {**model.to_checkpoint(), "tokenizer": BYTES.to_json()})
     return path
 
 

@@ -24,15 +24,17 @@ from torch._dynamo.utils import counters
 import evaluate
 import finetune
 import generate
+import sampling
 import train
+import trainer
 from conftest import REPO, assert_same, at_batch, rows_of, stop_in, training_of
-from generate import GREEDY
 from kernels.rational import backward_by_torch, rational, rational_backward, rational_by_torch, triton_kernels
 from layers import LINEARS, MIXERS, MLPS, loss
 from layers.loss import cross_entropy
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.device import DTYPES, Machine, can_compile, compile_model
+from sampling import GREEDY
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, for what is deterministic here
@@ -71,7 +73,7 @@ def little_memory(card, monkeypatch):
     if card.type == "cuda":
         limit = int(1.5 * 2**30)
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(card).total_memory)
-        monkeypatch.setattr(Machine, "free_memory", lambda self: limit - torch.cuda.memory_allocated())
+        monkeypatch.setattr("runtime.memory.free_memory", lambda device: limit - torch.cuda.memory_allocated())
 
 
 def require_units(card, dtype: str):
@@ -179,7 +181,7 @@ def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
     model.cast_matrices(DTYPES[dtype])
     with machine.autocast():
         want = model(idx.to(card)).float()
-        cache = model.init_cache(2, idx.size(1), generate.cache_dtype(model))
+        cache = model.init_cache(2, idx.size(1), sampling.cache_dtype(model))
         parts = [model(part.to(card), cache=cache) for part in idx.split([70, 1, 50, *[1] * 9], dim=1)]
     got = torch.cat(parts, dim=1).float()
     assert (got - want).norm() <= {"fp32": 1e-4, "bf16": 1.5e-2, "fp16": 2e-3}[dtype] * want.norm()
@@ -189,7 +191,7 @@ def test_texts_are_those_of_the_cpu(card):
     """Of prompts of different lengths, a batch of them, and each alone; the context is filled and goes on."""
     model = random_model(mixer="DA", **SHAPE)
     prompts = [ids(1, n)[0] for n in (3, 90, 41)]
-    write = lambda device: torch.stack([new.cpu() for new in generate.generate(
+    write = lambda device: torch.stack([new.cpu() for new in sampling.generate(
         model.to(device), [prompt.to(device) for prompt in prompts], 60, GREEDY)], dim=1)
     with torch.inference_mode():
         want = write(torch.device("cpu"))
@@ -217,7 +219,7 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
     """No host sync in any step but the first, nor in one whose gradient is not finite, which changes nothing."""
     if "--compile_model=1" in flags:
         require_compiler(card)
-    real_step, steps, weights = train.train_step, [], []
+    real_step, steps, weights = trainer.train_step, [], []
 
     def watched(state, loop, loss_fn):
         if card.type == "cuda" and steps:
@@ -230,10 +232,10 @@ def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, 
         steps.append(done)
         weights.append([parameter.detach().clone() for parameter in state.model.parameters()])
         return done
-    poison = lambda model, batch: train.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
+    poison = lambda model, batch: trainer.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", watched)
-        patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=train.fit: fit(state, loop, poison, on_eval))
+        patch.setattr(trainer, "train_step", watched)
+        patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=trainer.fit: fit(state, loop, poison, on_eval))
         path = run_train(f"--device={card}", f"--dtype={half_precision(card)}", "--compile_model=0", *flags, "--max_iter=5",
                          "--val_intervals=5")
     assert len(steps) == 5 and rows_of(path)[-1]["skipped"] == 1

@@ -16,12 +16,13 @@ import export
 import finetune
 import generate
 import probes
+import sampling
 import tokenizer
 import train
 from conftest import REPO, TINY_MODEL
+from runtime.config import takes_several
 from runtime.device import DeviceConfig
-from runtime.flags import takes_several
-from runtime.sources import SourceConfig
+from text.sources import SourceConfig
 
 # Scripts import only scripts to their left.
 ORDER = ["tokenizer", "model", "optimizer", "dataloader", "generate", "train", "finetune", "evaluate", "compare", "probes",
@@ -123,7 +124,7 @@ def test_every_flag_has_help(helps):
 COMMANDS = {
     "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
     "tokenizer": (tokenizer.TokenizerConfig, SourceConfig),
-    "generate": (generate.GenerateConfig, generate.SamplingConfig, DeviceConfig), "finetune": finetune.CONFIGS,
+    "generate": (generate.GenerateConfig, sampling.SamplingConfig, DeviceConfig), "finetune": finetune.CONFIGS,
     "evaluate": (evaluate.EvaluateConfig, DeviceConfig), "export": (export.ExportConfig,),
     "compare": (compare.CompareConfig,), "probes": probes.CONFIGS}
 

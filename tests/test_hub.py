@@ -12,13 +12,14 @@ import pytest
 from test_download_data import contents, documents_in
 
 import download_data
-import runtime.hub
-import runtime.readers
+import text.hub
 from conftest import HUB, REPO, lines_in
-from dataloader import open_data
 from hub import COMMIT, damage_row_group
-from runtime.flags import BadInput
-from runtime.hub import hub_failure, is_network_error
+from runtime.config import BadInput
+from shards import open_data
+from text import formats
+from text import hub as hub_script
+from text.hub import hub_failure, is_network_error
 from tokenizer import Tokenizer
 
 ROWS = [[{"text": f"Document {i} of file {j} is about the number {i * j}.", "score": i} for i in range(30)]
@@ -38,7 +39,7 @@ def prepare_from_hub(hub, capsys, monkeypatch):
     """Runs download_data.py against the stand-in. Pauses pass 100 times as fast, and a chunk is a few documents."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
-    for module in (runtime.hub, runtime.readers):
+    for module in (hub_script, formats):
         monkeypatch.setattr(module, "CHUNK_BYTES", 500)
 
     def run(*flags):
@@ -234,7 +235,7 @@ def test_a_hub_that_accepts_and_says_nothing(prepare_from_hub, hub, tmp_path, mo
     """To which its own library would listen for ever."""
     dataset = f"someone/silent-{where}"  # of which nothing has been asked before
     hub.add(dataset, {"default": ROWS})
-    monkeypatch.setattr(runtime.hub, "ANSWER_SECONDS" if where == "revision" else "LISTING_SECONDS", 1)
+    monkeypatch.setattr(text.hub, "ANSWER_SECONDS" if where == "revision" else "LISTING_SECONDS", 1)
     hub.released.clear()
     hub.fail("silent", f"/api/datasets/{dataset}/{where}")
     flags = [f"--dataset={dataset}", f"--data_path={tmp_path / 'data'}", *SMALL_SHARDS]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dataloader import IGNORE_INDEX
 from layers import loss
-from layers.loss import capped_logits, cross_entropy
+from layers.loss import cross_entropy, softcap_logits
 
 B, T, C, V = 3, 10, 12, 37
 
@@ -138,6 +138,6 @@ def test_a_huge_logit_gives_no_nan():
 def test_capped_logits_by_hand():
     x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [15.0, 0.0], [1e6, 0.0], [-1e6, 0.0]])
     expected = torch.tensor([[0.0, 15 * 0.7615942, 15.0, -15.0]])  # tanh(1) = 0.7615942
-    assert torch.allclose(capped_logits(x, weight, 15.0), expected)
-    assert torch.equal(capped_logits(x, weight, 0.0), torch.tensor([[0.0, 15.0, 1e6, -1e6]]))
-    assert capped_logits(x.bfloat16(), weight.bfloat16(), 15.0).dtype == torch.float32
+    assert torch.allclose(softcap_logits(x, weight, 15.0), expected)
+    assert torch.equal(softcap_logits(x, weight, 0.0), torch.tensor([[0.0, 15.0, 1e6, -1e6]]))
+    assert softcap_logits(x.bfloat16(), weight.bfloat16(), 15.0).dtype == torch.float32

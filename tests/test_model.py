@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
 from layers.attention import Rotary, rotate
+from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.norm import rms_norm
-from layers.places import Places, positions_in_texts
 from layers.shift import Shifted, TokenShift
 from model import EMBED_LOGITS, GPT, GPTConfig
-from runtime.flags import BadInput, read_flags
+from runtime.config import BadInput, read_flags
 from train import PRESETS
 
 GPT2, LLAMA = ({name: value for name, value in PRESETS[preset].items()
@@ -26,7 +26,7 @@ SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIX
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
-            {"positions": "learned"}, {"qk_norm": False}, {"value_residual": False}, {"embed_shortcut": False},
+            {"positions": "learned"}, {"qk_norm": False}, {"value_residual": False}, {"x0_residual": False},
             {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, value in switch.items()))
                    for switch in SWITCHES), pytest.param(GPT2, id="gpt2"), pytest.param(LLAMA, id="llama"),
@@ -65,7 +65,7 @@ def allow_rows(monkeypatch, n: int):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Texts of T tokens are several chunks of the gated delta rule."""
+    """PackedDocuments of T tokens are several chunks of the gated delta rule."""
     monkeypatch.setattr(gated_delta, "CHUNK", 8)
 
 
@@ -118,7 +118,7 @@ def test_texts_of_different_lengths_are_decoded_as_each_alone(model, idx, length
         new = torch.stack([row[n + more:n + more + 1] for row, n in zip(idx, lengths)])
         logits = model(new, cache=cache)[:, -1]
     two = torch.stack([row[n + 10:n + 12] for row, n in zip(idx, lengths)])
-    for row, (n, logit) in enumerate(zip(lengths, model(two, cache=cache, n_last=1))):
+    for row, (n, logit) in enumerate(zip(lengths, model(two, cache=cache, logits_to_keep=1))):
         assert torch.allclose(logit[0], model(idx[row:row + 1, :n + 12])[0, -1], atol=3e-5)
 
 
@@ -135,7 +135,7 @@ def test_a_text_that_several_rows_have_is_computed_once(model, idx, monkeypatch)
         assert torch.allclose(logits[row], forward(text[None])[0, -1], atol=3e-5)
         assert torch.allclose(after[row], forward(torch.cat((text, new[row]))[None])[0, -1], atol=3e-5)
     _, cache = model.prefill([idx[0, :7]] * 3, T)
-    assert cache.skipped is None  # nor is there a mask to be made
+    assert cache.left_pad is None  # nor is there a mask to be made
 
 
 def test_packed_texts_do_not_leak(model, idx):
@@ -151,20 +151,20 @@ def test_packed_texts_do_not_leak(model, idx):
     total.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    losses = model(idx, targets, reduction="none", begins=begins)
+    losses = model(idx, targets, reduction="none", doc_starts=begins)
     losses.sum().backward()
     assert losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
     for parameter, grad in zip(model.parameters(), expected):
         assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=2e-4 * max(1.0, grad.abs().max().item()))
     changed = idx.clone()
     changed[0, :5] = (changed[0, :5] + 1) % V
-    other = model(changed, targets, reduction="none", begins=begins)
+    other = model(changed, targets, reduction="none", doc_starts=begins)
     assert torch.allclose(other[0, 5:], losses[0, 5:], atol=1e-6) and not torch.allclose(other[0, :5], losses[0, :5])
 
 
 def test_positions_in_texts_by_hand():
     begins = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    assert positions_in_texts(begins).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
+    assert doc_position_ids(begins).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
 
 
 def test_the_cache_takes_what_its_formula_says():
@@ -232,14 +232,14 @@ def test_the_loss_never_holds_all_logits(model, idx, monkeypatch, reduction):
     allow_rows(monkeypatch, 8)
     rows = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class NonFiniteGuard(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and out.dim() and out.size(-1) == V:
                 rows.append(out.numel() // V)
             return out
 
-    with Watch():
+    with NonFiniteGuard():
         model(idx, idx, reduction=reduction).sum().backward()
     # the gradient of the embedding and head matrices has V in the other place, or as many rows as the width
     assert rows and max(rows) <= max(8, model.config.n_embd)
@@ -292,17 +292,17 @@ def test_value_residual_by_hand():
     model, x = random_model(), torch.randn(B, T, 16)
     first, second = (block.mixer for block in model.blocks)
     assert first.value_mix is None and second.value_mix.shape == ()
-    places = Places()
-    _, values = first(x, places)
+    metadata = AttentionMetadata()
+    _, values = first(x, metadata)
     own = second.qkv(x).view(B, T, 3, 2, 8)[:, :, 2].transpose(1, 2)
     for mix, expected in ((0.0, own), (1.0, values), (0.25, 0.75 * own + 0.25 * values)):
         second.value_mix.fill_(mix)
-        y, value = second(x, places, first=values)
+        y, value = second(x, metadata, first=values)
         assert torch.allclose(value, expected, atol=1e-6)
     second.value_mix.fill_(1.0)
-    y, _ = second(x, places, first=values)
+    y, _ = second(x, metadata, first=values)
     second.qkv.weight[32:] = 0  # its own values no longer count
-    assert torch.allclose(second(x, places, first=values)[0], y)
+    assert torch.allclose(second(x, metadata, first=values)[0], y)
 
 
 @torch.no_grad()
@@ -312,13 +312,13 @@ def test_embedding_shortcut_by_hand():
     assert first.shortcut is None and GPT(config_of()).blocks[1].shortcut.tolist() == [1, 0]
     values = torch.randn(B, 2, T, 8)
     second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    plain = second(x, embedded, values, Places())[0], second(embedded, x, values, Places())[0]
+    plain = second(x, embedded, values, AttentionMetadata())[0], second(embedded, x, values, AttentionMetadata())[0]
     second.shortcut.copy_(torch.tensor([0.0, 1.0]))
-    assert torch.equal(second(x, embedded, values, Places())[0], plain[1])
+    assert torch.equal(second(x, embedded, values, AttentionMetadata())[0], plain[1])
     second.shortcut.copy_(torch.tensor([0.5, 0.25]))
-    mixed = second(x, embedded, values, Places())[0]
+    mixed = second(x, embedded, values, AttentionMetadata())[0]
     second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values, Places())[0])
+    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values, AttentionMetadata())[0])
 
 
 @torch.no_grad()
@@ -464,11 +464,11 @@ def test_gpt2_has_the_gradients_of_transformers(gpt2_and_theirs, idx):
 
 
 def test_blob_round_trip(model, idx):
-    other = GPT.from_blob(model.to_blob())
+    other = GPT.from_checkpoint(model.to_checkpoint())
     assert other.config == model.config
     assert torch.equal(other(idx), model(idx))
     with pytest.raises(BadInput, match="not those of its shape"):
-        GPT.from_blob({"config": model.to_blob()["config"] | {"n_layer": 3}, "model": model.state_dict()})
+        GPT.from_checkpoint({"config": model.to_checkpoint()["config"] | {"n_layer": 3}, "model": model.state_dict()})
 
 
 @pytest.mark.parametrize("shape, word", [
@@ -509,8 +509,8 @@ def test_rms_norm_is_torchs():
     def by_torch(x):
         return F.rms_norm(x.float(), x.shape[-1:], eps=torch.finfo(torch.float32).eps)
     for rows, tolerance in ((x[1:4], 1e-5), (x.transpose(1, 2)[1:4, :, ::2], 1e-5), (x[2:].bfloat16(), 1e-2)):
-        for keeps_x in (False, True):
-            assert_same_gradients(partial(rms_norm, keeps_x=keeps_x), by_torch, rows, tolerance=tolerance)
+        for save_input in (False, True):
+            assert_same_gradients(partial(rms_norm, save_input=save_input), by_torch, rows, tolerance=tolerance)
     assert torch.autograd.gradcheck(rms_norm, torch.randn(2, 8, dtype=torch.float64, requires_grad=True))
 
 
@@ -522,6 +522,6 @@ def test_the_gradients_of_token_shift():
 def test_token_shift_by_hand():
     shift = TokenShift(GPTConfig(n_head=1, head_size=2, vocab_size=3))
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-    assert torch.equal(shift(x, Places()), x)  # at first nothing is added
+    assert torch.equal(shift(x, AttentionMetadata()), x)  # at first nothing is added
     torch.nn.init.constant_(shift.share[:1], 0.5)
-    assert shift(x, Places()).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]
+    assert shift(x, AttentionMetadata()).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]

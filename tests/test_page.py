@@ -1,7 +1,8 @@
 """Pages, tables and pictures of results."""
 import re
 
-from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, front_of, markdown, validations, write_page
+from experiments.plots import draw_front, draw_lines, draw_scaling, front_of, validations
+from experiments.report import Figure, Table, markdown, write_page
 
 
 def rows(losses: list[float]) -> list[dict]:

@@ -87,7 +87,7 @@ def test_a_command_that_read_parquet_ends_without_a_tear_down(tmp_path, english,
     pyarrow.parquet.write_table(pyarrow.table({"text": english[:20]}), tmp_path / "a.parquet")
     program = """
 import atexit, sys, tokenizer
-from runtime.flags import BadInput
+from runtime.config import BadInput
 ends_with = int(sys.argv.pop(1))
 def save(tokenizer, path):
     print("printed late")

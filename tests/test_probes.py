@@ -13,7 +13,9 @@ import pytest
 import probes
 from conftest import REPO
 from dataloader import IGNORE_INDEX
-from probes import SCALES, TASKS
+from probes import SCALES
+from tasks import synthetic
+from tasks.synthetic import TASKS
 
 NONE = IGNORE_INDEX
 TINY = ["--n_layer=1", "--n_head=1", "--head_size=8", "--batch_size=4", "--max_iter=5", "--val_intervals=2", "--seeds=1"]
@@ -66,7 +68,7 @@ def modular(row):
 
 def permute(row):
     """Moves three things, rather than looking up products."""
-    moves, things, answers = probes.PERMUTATIONS, [0, 1, 2], []
+    moves, things, answers = synthetic.PERMUTATIONS, [0, 1, 2], []
     for symbol in row:
         things = [moves[symbol][thing] for thing in things]
         answers.append(moves.index(tuple(things)))
@@ -135,9 +137,9 @@ def test_tasks_by_hand():
     assert recall([3, 40, 7, 41, 7, 41, 3, 40]) == [NONE] * 4 + [41, NONE, 40, NONE]
     assert induction([5, 9, 2, 9, 2, 5]) == [NONE] * 3 + [2, NONE, 9]
     assert parity([1, 0, 1, 1]) == [1, 1, 0, 1]
-    swap, turn = probes.PERMUTATIONS.index((1, 0, 2)), probes.PERMUTATIONS.index((1, 2, 0))
-    assert probes.AFTER[swap, turn] != probes.AFTER[turn, swap]  # the order counts
-    assert probes.AFTER[swap, swap] == probes.PERMUTATIONS.index((0, 1, 2))
+    swap, turn = synthetic.PERMUTATIONS.index((1, 0, 2)), synthetic.PERMUTATIONS.index((1, 2, 0))
+    assert synthetic.AFTER[swap, turn] != synthetic.AFTER[turn, swap]  # the order counts
+    assert synthetic.AFTER[swap, swap] == synthetic.PERMUTATIONS.index((0, 1, 2))
 
 
 @pytest.mark.parametrize("name", TASKS)

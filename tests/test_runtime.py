@@ -21,26 +21,28 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments.plots import draw_curves
 from runtime import device as device_script
-from runtime.checkpoint import FORMAT, CheckpointWriter, copied, load_checkpoint, load_last, reading, save_checkpoint
+from runtime.checkpoint import FORMAT, CheckpointWriter, clone_to_cpu, load_checkpoint, load_last, reading, save_checkpoint
+from runtime.cli import parse_flags, parse_int
+from runtime.config import BadInput, check_flags, flag
 from runtime.device import (
     DeviceConfig,
     Machine,
     compile_in_place,
     explain_device_errors,
-    keep_pages,
+    faster_machine,
     open_machine,
     rng_state,
     seed_everything,
     set_rng_state,
 )
-from runtime.files import link_as, require_writable, sole_writer, whole_file
-from runtime.flags import BadInput, check_flags, flag, parse_flags, parse_int
-from runtime.metrics import LossSums, MetricsLog, Watch, draw_curves, read_rows
-from runtime.stop import StopSignals, without_garbage_collection
-from runtime.texts import join, joined, pack
+from runtime.files import atomic_write, check_writable, folder_lock, replace_with_link
+from runtime.memory import disable_malloc_trim, free_memory, peak_memory
+from runtime.metrics import LossSums, MetricsLog, NonFiniteGuard, read_rows
+from runtime.signals import StopSignals, without_garbage_collection
 from runtime.threads import map_ahead
-from runtime.trial import faster_machine
+from text.documents import concat, from_strings, from_utf8
 
 
 @dataclass(frozen=True)
@@ -114,38 +116,38 @@ def test_help_tells_flag_meaning_and_default(capsys):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
-    with whole_file(path, "w") as file:
+    with atomic_write(path, "w") as file:
         file.write("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path, "w") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path, "w") as file:
         file.write("half of the n")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_require_writable(tmp_path):
-    require_writable(tmp_path / "new" / "deep" / "a.pt", "--x=new")
+    check_writable(tmp_path / "new" / "deep" / "a.pt", "--x=new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
     (tmp_path / "new").mkdir()
     for path in (tmp_path / "file" / "a.pt", tmp_path / "new", Path("."), Path("/"), Path("/dev/null")):
         with pytest.raises(BadInput, match="--x=it: cannot be written"):
-            require_writable(path, "--x=it")
+            check_writable(path, "--x=it")
     (tmp_path / "mine.tmp").write_text("the user's")
-    require_writable(tmp_path / "mine", "--x=mine")
+    check_writable(tmp_path / "mine", "--x=mine")
     assert (tmp_path / "mine.tmp").read_text() == "the user's"
 
 
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "latest.pt").symlink_to(tmp_path / "disk" / "real.pt")
-    with whole_file(tmp_path / "latest.pt", "w") as file:
+    with atomic_write(tmp_path / "latest.pt", "w") as file:
         file.write("new")
     assert (tmp_path / "latest.pt").is_symlink() and (tmp_path / "disk" / "real.pt").read_text() == "new"
 
 
 def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="a.txt: cannot be written .No space left on device"), \
-            whole_file(tmp_path / "a.txt", "w"):
+            atomic_write(tmp_path / "a.txt", "w"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -153,14 +155,14 @@ def test_a_full_disk_names_the_file(tmp_path):
 # -- texts and threads ------------------------------------------------------------------------------------------------
 
 def test_texts_are_taken_apart():
-    texts = pack(["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"])
+    texts = from_strings(["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"])
     expected = ["one", "", "zwei ä", "b\ufffdad", "🙂 \ufffd"]
     assert list(texts.strings()) == expected and len(texts) == 5
     assert list(texts.part(1, 4).strings()) == expected[1:4] and texts.part(1, 4).offsets[0] == 0
     assert list(texts.chosen(np.array([True, False, True, False, True])).strings()) == expected[::2]
     assert texts.chosen(np.ones(5, bool)) is texts and len(texts.part(2, 2)) == 0
-    assert list(join([b"a", np.frombuffer(b"bc", np.uint8)]).strings()) == ["a", "bc"] and len(join([])) == 0
-    assert list(joined([texts, join([]), texts.part(0, 1)]).strings()) == [*expected, "one"]
+    assert list(from_utf8([b"a", np.frombuffer(b"bc", np.uint8)]).strings()) == ["a", "bc"] and len(from_utf8([])) == 0
+    assert list(concat([texts, from_utf8([]), texts.part(0, 1)]).strings()) == [*expected, "one"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -216,29 +218,29 @@ def test_what_is_done_is_handed_on_while_the_next_is_waited_for():
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with sole_writer(tmp_path / "a" / "b", "--data_path=x"):
-        with pytest.raises(BadInput, match="--data_path=x: another process"), sole_writer(tmp_path / "a" / "b",
+    with folder_lock(tmp_path / "a" / "b", "--data_path=x"):
+        with pytest.raises(BadInput, match="--data_path=x: another process"), folder_lock(tmp_path / "a" / "b",
                                                                                          "--data_path=x"):
             raise AssertionError("two")
         assert (tmp_path / "a" / "b").is_dir()  # the one refused has not removed it
     assert not list(tmp_path.iterdir())  # nothing was written
-    with sole_writer(tmp_path / "a", ""):
+    with folder_lock(tmp_path / "a", ""):
         (tmp_path / "a" / "file").touch()
-    with sole_writer(tmp_path / "a", ""):
+    with folder_lock(tmp_path / "a", ""):
         assert (tmp_path / "a" / "file").exists()
-    with pytest.raises(BadInput, match="cannot be written"), sole_writer(tmp_path / "a" / "file" / "c", "--data_path=y"):
+    with pytest.raises(BadInput, match="cannot be written"), folder_lock(tmp_path / "a" / "file" / "c", "--data_path=y"):
         raise AssertionError("a folder in a file")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_a_forked_process_does_not_go_on_holding_a_folder(tmp_path):
     """Processes that load data outlive a killed training process by seconds."""
-    with sole_writer(tmp_path / "a", ""):
+    with folder_lock(tmp_path / "a", ""):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
-        with pytest.raises(BadInput), sole_writer(tmp_path / "a", "--x=y"):
+        with pytest.raises(BadInput), folder_lock(tmp_path / "a", "--x=y"):
             raise AssertionError("two")
-    with sole_writer(tmp_path / "a", ""):
+    with folder_lock(tmp_path / "a", ""):
         assert child.is_alive()
     child.kill()
     child.join()
@@ -252,13 +254,13 @@ def test_a_second_name_is_a_link_where_there_are_links(tmp_path, monkeypatch, ha
         monkeypatch.setattr("os.link", no_links)
     first, second = tmp_path / "a.pt", tmp_path / "deep" / "b.pt"
     first.write_text("one")
-    link_as(first, second)
+    replace_with_link(first, second)
     assert second.read_text() == "one" and first.samefile(second) == has_links
-    with whole_file(first, "w") as file:
+    with atomic_write(first, "w") as file:
         file.write("two")
     assert second.read_text() == "one"  # a new file under the first name leaves the other alone
     (tmp_path / "deep" / "b.pt.tmp").write_text("of a crash")
-    link_as(first, second)
+    replace_with_link(first, second)
     assert second.read_text() == "two" and len(list(tmp_path.rglob("*"))) == 3
 
 
@@ -374,14 +376,14 @@ def test_what_is_written_aside_is_what_it_was_when_it_was_saved(writer, monkeypa
 def test_a_copy_keeps_what_is_shared_and_changes_with_nothing():
     embed = torch.arange(4.0)
     blob = {"embed": embed, "head": embed, "other": embed.clone(), "rest": (1, [torch.ones(2)], None, "x")}
-    copy = copied(blob)
+    copy = clone_to_cpu(blob)
     assert copy["embed"] is copy["head"] and copy["embed"] is not embed and copy["other"] is not copy["embed"]
     assert copy["rest"][0] == 1 and copy["rest"][2:] == (None, "x") and type(copy["rest"]) is tuple
     embed += 1
     assert copy["embed"].tolist() == [0, 1, 2, 3]
     shared, views = torch.arange(4.0), {}
     views["all"], views["half"] = shared, shared[:2]
-    assert copied(views)["half"].tolist() == [0, 1] and copied(views)["all"].tolist() == [0, 1, 2, 3]
+    assert clone_to_cpu(views)["half"].tolist() == [0, 1] and clone_to_cpu(views)["all"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_write_that_fails_aside_is_told_at_the_next_look(writer, monkeypatch):
@@ -422,7 +424,7 @@ def test_a_damaged_checkpoint_names_the_one_before(writer):
         load_last(writer.path)
     assert "previous" not in str(caught.value)  # there is none
     write(writer, 2)
-    writer.is_ours = True
+    writer.resumes_in_place = True
     write(writer, 2, 3)
     writer.path.write_bytes(b"damaged")
     with pytest.raises(BadInput, match=f"damaged.*--resume_checkpoint={writer.previous} --checkpoint_path={writer.path} "):
@@ -516,7 +518,7 @@ def test_x86_processors_say_what_they_compute(monkeypatch, tmp_path, cpuinfo, ex
     products_run_at(monkeypatch, fp32=1e13, bf16=9e13)
     assert open_machine(DeviceConfig(device="cpu")).dtype == (expected or "bf16")
     for dtype in ("fp32", "bf16"):
-        rough = open_machine(DeviceConfig(device="cpu", dtype=dtype)).rough_dtype()
+        rough = open_machine(DeviceConfig(device="cpu", dtype=dtype)).newton_schulz_dtype()
         assert rough == (torch.bfloat16 if "bf16" in (expected, dtype) else torch.float32)
 
 
@@ -578,25 +580,25 @@ def test_a_run_that_moves_keeps_its_dtype_only_where_timing_chose_it(monkeypatch
     """From a laptop's RTX to a P100: bf16 would be emulated there."""
     gpu(monkeypatch, capability)
     products_run_at(monkeypatch, fp32=1e13, fp16=2e13)
-    assert open_machine(DeviceConfig(), had=had).dtype == expected
+    assert open_machine(DeviceConfig(), resume_dtype=had).dtype == expected
 
 
 def test_pages_are_kept_without_a_word(monkeypatch, capfd):
-    keep_pages()
+    disable_malloc_trim()
     assert torch.zeros(3 << 20).add(1).sum() == 3 << 20
 
     def other_library(*args):
         raise OSError("no such library")
     monkeypatch.setattr(device_script.ctypes, "CDLL", other_library)
-    keep_pages()
+    disable_malloc_trim()
     monkeypatch.setattr(device_script.ctypes, "CDLL", lambda name: object())  # has no mallopt
-    keep_pages()
+    disable_malloc_trim()
     assert capfd.readouterr() == ("", "")
 
 
 def test_memory_is_known():
     machine = Machine(torch.device("cpu"), "fp32")
-    assert 2**20 < machine.free_memory() < 2**50 and 2**20 < machine.peak_memory() < 2**50
+    assert 2**20 < free_memory(machine.device) < 2**50 and 2**20 < peak_memory(machine.device) < 2**50
 
 
 def test_only_fp16_scales_and_autocasts(monkeypatch):
@@ -721,25 +723,25 @@ def test_without_tensorboard_the_rows_are_written(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.count("TensorBoard is not installed") == 1
 
 
-def look_of(watch: Watch, *steps) -> dict:
+def look_of(guard: NonFiniteGuard, *steps) -> dict:
     for step, (loss, norm) in enumerate(steps, 1):
-        watch.see(torch.tensor(loss), torch.tensor(norm), step)
-    return watch.look()
+        guard.update(torch.tensor(loss), torch.tensor(norm), step)
+    return guard.read()
 
 
 def test_steps_that_are_not_finite_are_counted():
     nan, inf, cpu = math.nan, math.inf, torch.device("cpu")
-    watch = Watch(cpu, limit=2)
-    seen = [bool(watch.see(torch.tensor(loss), torch.tensor(norm), step))
+    guard = NonFiniteGuard(cpu, limit=2)
+    seen = [bool(guard.update(torch.tensor(loss), torch.tensor(norm), step))
             for step, (loss, norm) in enumerate([(1.0, 2.0), (nan, 1.0), (3.0, 1.0), (1.0, inf), (2.0, 1.0)], 1)]
     assert seen == [False, True, False, True, False]
-    assert watch.look() == {"skipped": 2, "failed_at": 0, "largest_loss": 3.0, "largest_norm": 2.0}
-    watch.start_row()
-    assert look_of(watch) == {"skipped": 2, "failed_at": 0, "largest_loss": 0.0, "largest_norm": 0.0}
+    assert guard.read() == {"skipped": 2, "failed_at": 0, "largest_loss": 3.0, "largest_norm": 2.0}
+    guard.start_row()
+    assert guard.read() == {"skipped": 2, "failed_at": 0, "largest_loss": 0.0, "largest_norm": 0.0}
     bad, good = (nan, 1.0), (1.0, 1.0)
     for steps, failed_at in (([bad, good, bad, good], 0), ([good, bad, bad, good, bad, bad], 3), ([bad] * 5, 2)):
-        assert look_of(Watch(cpu, limit=2), *steps)["failed_at"] == failed_at
-    assert look_of(Watch(cpu, limit=4), *[bad] * 3, good, *[bad] * 3)["failed_at"] == 0
+        assert look_of(NonFiniteGuard(cpu, limit=2), *steps)["failed_at"] == failed_at
+    assert look_of(NonFiniteGuard(cpu, limit=4), *[bad] * 3, good, *[bad] * 3)["failed_at"] == 0
 
 
 def test_curves_are_drawn(tmp_path):

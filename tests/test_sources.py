@@ -5,9 +5,11 @@ import pyarrow.parquet
 import pytest
 
 from hub import damage_row_group
-from runtime import readers, sources
-from runtime.flags import BadInput
-from runtime.sources import SourceConfig, builtin_documents, open_source, take_text
+from runtime.config import BadInput
+from text import formats as readers
+from text import sources
+from text.builtin import builtin_documents
+from text.sources import SourceConfig, open_source, take_text
 
 TEXTS = ["first text", "zweiter Text: ä", "第三", "four\r\nlines\n"]
 
@@ -184,16 +186,16 @@ def test_damage_is_left_out_where_that_was_asked_for(tmp_path, monkeypatch):
     source = open_source(SourceConfig(dataset=str(tmp_path), skip_errors=True))
     assert list(source.documents()) == [*rows[:4], *rows[6:], "one", "two", "three", "good\n\n"]
     chunks = list(source.chunks())
-    left_out = [line for chunk in chunks for line in chunk.left_out]
-    for line, words in zip(left_out, (["a.parquet: row group 2 of 5"], ["b.parquet: not a readable parquet"],
+    skipped = [line for chunk in chunks for line in chunk.skipped]
+    for line, words in zip(skipped, (["a.parquet: row group 2 of 5"], ["b.parquet: not a readable parquet"],
                                       ["c.jsonl: line 1 is"], ["c.jsonl: line 3 is"], ["c.jsonl: line 6"],
                                       ["d.txt: not UTF-8", "0xff at 7"]), strict=True):
         assert all(word in line for word in words), line
     for i, chunk in enumerate(chunks[:-1]):  # from any place on, what is left out after it is told once
         for n in range(len(chunk.texts) + 1):
             on = list(source.chunks(chunk.place(n)))
-            assert [line for chunk in on for line in chunk.left_out] == [line for chunk in chunks[i + 1:]
-                                                                        for line in chunk.left_out]
+            assert [line for chunk in on for line in chunk.skipped] == [line for chunk in chunks[i + 1:]
+                                                                        for line in chunk.skipped]
     with pytest.raises(BadInput, match="row group 2 of 5 cannot be read .*: --skip_errors=1 leaves it out"):
         list(open_source(SourceConfig(dataset=str(tmp_path))).documents())
 
@@ -208,14 +210,14 @@ def test_damage_in_a_mix_is_told_once_from_every_place(tmp_path, monkeypatch):
     source = open_source(SourceConfig(dataset=both, mix="1,1", skip_errors=True))
     chunks = list(source.chunks())
     texts = [text for chunk in chunks for text in chunk.texts.strings()]
-    assert sum(len(chunk.left_out) for chunk in chunks) >= 6 and len(texts) > 30
+    assert sum(len(chunk.skipped) for chunk in chunks) >= 6 and len(texts) > 30
     done = 0
     for i, chunk in enumerate(chunks):
         for n in range(len(chunk.texts) + 1):
             on = list(source.chunks(chunk.place(n)))
             assert [text for later in on for text in later.texts.strings()] == texts[done + n:]
-            assert [later.left_out for later in on if later.left_out] == [
-                later.left_out for later in chunks[i + 1:] if later.left_out]
+            assert [later.skipped for later in on if later.skipped] == [
+                later.skipped for later in chunks[i + 1:] if later.skipped]
         done += len(chunk.texts)
 
 
@@ -228,7 +230,7 @@ def test_documents_too_long_for_the_memory_are_named(tmp_path, monkeypatch):
             read(path)
         chunks = list(open_source(SourceConfig(dataset=str(path), skip_errors=True)).chunks())
         assert [text for chunk in chunks for text in chunk.texts.strings()] == ["one", "two", "three"]
-        assert sum(len(chunk.left_out) for chunk in chunks) == 3
+        assert sum(len(chunk.skipped) for chunk in chunks) == 3
 
 
 def test_a_txt_file_without_line_ends_is_cut_between_characters(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from runtime.statistics import Estimate, holm, p_value, power_law, t_cdf, t_quantile
+from experiments.stats import Estimate, holm, p_value, power_law, t_cdf, t_quantile
 
 stats = pytest.importorskip("scipy.stats")
 SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import tokenizer as tokenizer_script
 from conftest import REPO
-from runtime.flags import BadInput
-from runtime.texts import as_text, pack
+from runtime.config import BadInput
+from text.documents import as_text, from_strings
 from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer
 
 SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
@@ -212,7 +212,7 @@ def test_one_token_words_are_counted(english, pattern):
     words = [word for text in texts for word in tokenizer_script.split(tokenizer.split_regex, text)]
     expected = sum(len(tokenizer.encode(word)) == 1 for word in words) / len(words)
     assert 0.1 < expected < 0.9
-    ids, _ = tokenizer.encode_texts(pack(texts), separated=True)
+    ids, _ = tokenizer.encode_texts(from_strings(texts), separated=True)
     assert tokenizer.one_token_words(ids) == pytest.approx(expected, abs=1e-12)
     assert tokenizer.one_token_words(np.array(tokenizer.encode(texts[0]))) == pytest.approx(
         np.mean([len(tokenizer.encode(word)) == 1 for word in tokenizer_script.split(tokenizer.split_regex, texts[0])]))
@@ -225,11 +225,11 @@ def test_one_token_words_are_counted(english, pattern):
 def test_long_texts_are_encoded_in_pieces(pattern, texts, piece_bytes, separated):
     """Which changes nothing."""
     tokenizer = piecewise(pattern)
-    expected, offsets = tokenizer.encode_texts(pack(texts), separated)
+    expected, offsets = tokenizer.encode_texts(from_strings(texts), separated)
     whole = tokenizer_script.PIECE_BYTES
     try:
         tokenizer_script.PIECE_BYTES = piece_bytes
-        ids, found = tokenizer.encode_texts(pack(texts), separated)
+        ids, found = tokenizer.encode_texts(from_strings(texts), separated)
     finally:
         tokenizer_script.PIECE_BYTES = whole
     assert ids.tolist() == expected.tolist() and found.tolist() == offsets.tolist()
@@ -243,7 +243,7 @@ def piecewise(pattern):
 def test_pieces_are_small(english, monkeypatch):
     monkeypatch.setattr(tokenizer_script, "PIECE_BYTES", 1000)
     texts = ["".join(english[:5]), "short", "x" * 5000, "中文 " * 2000]
-    pieces, begins = tokenizer_script.cut(pack(texts))
+    pieces, begins = tokenizer_script.cut(from_strings(texts))
     assert list(np.flatnonzero(begins)[-3:]) == [len(begins) - 3, len(begins) - 2, len(begins) - 1]
     lengths = np.diff(pieces.offsets)
     assert len(lengths) > 30 and lengths[:-3].max() <= 1000  # but where no letter and space are
@@ -254,7 +254,7 @@ def test_pieces_are_small(english, monkeypatch):
 def test_separators_lead_each_text(english, pattern):
     tokenizer = Tokenizer.train(english[:20], 400, pattern)
     texts = [*english[:5], "", SCRIPTS]
-    ids, offsets = tokenizer.encode_texts(pack(texts), separated=True)
+    ids, offsets = tokenizer.encode_texts(from_strings(texts), separated=True)
     assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == [
         [tokenizer.separator_id, *tokenizer.encode(text)] for text in texts]
     assert ids.dtype == np.uint16 and offsets[0] == 0
@@ -414,7 +414,7 @@ def test_a_gigabyte_is_learnt_from_in_little_memory():
     program = """
 import random, re, string
 from pathlib import Path
-from runtime.sources import builtin_documents
+from text.builtin import builtin_documents
 from tokenizer import Tokenizer
 n_bytes = 0
 def texts():

@@ -19,17 +19,20 @@ from test_model import random_model
 
 import generate
 import train
+import trainer
 from conftest import TINY_MODEL, assert_same, at_batch, rows_of, stop_in, training_of
-from dataloader import open_data, shard_loader
+from dataloader import shard_loader
 from layers import LINEARS, MIXERS, MLPS
 from model import GPT
+from runtime import memory
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.trial import fitting_batch
+from runtime.memory import largest_batch
+from shards import open_data
 from tokenizer import Tokenizer
 
 # the parts of the preset that a tiny model can have
 GPT2 = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in train.PRESETS["gpt2"].items()
-        if name in ("mlp", "norm", "positions", "qk_norm", "value_residual", "embed_shortcut", "token_shift", "softcap",
+        if name in ("mlp", "norm", "positions", "qk_norm", "value_residual", "x0_residual", "token_shift", "softcap",
                     "bias", "init", "optimizer", "weight_decay", "schedule", "grad_clip")]
 
 
@@ -91,8 +94,8 @@ def test_a_run_killed_in_its_first_step_resumes(run_train, tmp_path, monkeypatch
 
 def test_a_resumed_run_does_not_tell_again_of_a_step_left_out(run_train, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        loss_fn, calls = train.next_token_loss, iter(range(10**6))
-        patch.setattr(train, "next_token_loss",
+        loss_fn, calls = trainer.next_token_loss, iter(range(10**6))
+        patch.setattr(trainer, "next_token_loss",
                       lambda model, batch: loss_fn(model, batch) * (math.nan if next(calls) == 2 else 1))
         run_train("--max_iter=3")
     assert "up to step 2: 1 with a loss or gradient that is not finite" in capsys.readouterr().err
@@ -199,7 +202,7 @@ def test_checkpoints_that_cannot_be_resumed(run_train, tmp_path, refused, data_p
 def test_rows_of_a_run(run_train, data_path):
     path = run_train()
     rows, data = rows_of(path, clocks=True), open_data(data_path)
-    model = GPT.from_blob(load_checkpoint(path))
+    model = GPT.from_checkpoint(load_checkpoint(path))
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[0]["val_loss"] == pytest.approx(math.log(512), abs=0.1)
     assert ["val_loss" in row for row in rows] == [True, False, False, True, False, False, True]
@@ -223,7 +226,7 @@ def test_a_checkpoint_is_enough_to_talk_to_the_model(run_train, data_path):
     blob = load_checkpoint(run_train())
     tokenizer = Tokenizer.from_json(blob["tokenizer"])
     assert tokenizer.fingerprint() == open_data(data_path).tokenizer.fingerprint()
-    assert GPT.from_blob(blob).config.vocab_size == tokenizer.vocab_size
+    assert GPT.from_checkpoint(blob).config.vocab_size == tokenizer.vocab_size
     assert blob["training"]["settings"]["max_iter"] == 6
     assert json.dumps(blob["training"]["settings"])
 
@@ -237,10 +240,10 @@ def test_accumulation_equals_one_large_batch(run_train):
     """The same blocks in the same order, 2 x 4 a step or 8 at once."""
     rate = "--learning_rate=0.003"  # a large one makes much of what rounding does
     accumulated = run_train(rate, "--batch_size=4", "--num_batch_accum=2", checkpoint="a/gpt.pt")
-    at_once = run_train(rate, "--batch_size=8", "--num_batch_accum=1", checkpoint="b/gpt.pt")
-    for a, b in zip(rows_of(accumulated)[1:], rows_of(at_once)[1:]):
+    blocking = run_train(rate, "--batch_size=8", "--num_batch_accum=1", checkpoint="b/gpt.pt")
+    for a, b in zip(rows_of(accumulated)[1:], rows_of(blocking)[1:]):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
-    for (name, a), b in zip(load_checkpoint(accumulated)["model"].items(), load_checkpoint(at_once)["model"].values()):
+    for (name, a), b in zip(load_checkpoint(accumulated)["model"].items(), load_checkpoint(blocking)["model"].values()):
         assert torch.allclose(a, b, atol=2e-4), name
 
 
@@ -250,10 +253,10 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
     torch.nn.init.normal_(model.head.weight)
     small, large = shard_loader(data, 2, 16, seed=0), shard_loader(data, 6, 16, seed=0)
     for _ in range(3):
-        (train.next_token_loss(model, next(small)) / 3).backward()
+        (trainer.next_token_loss(model, next(small)) / 3).backward()
     accumulated = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    train.next_token_loss(model, next(large)).backward()
+    trainer.next_token_loss(model, next(large)).backward()
     for parameter, grad in zip(model.parameters(), accumulated):
         assert torch.allclose(parameter.grad, grad, atol=1e-6)
 
@@ -261,7 +264,7 @@ def test_gradients_of_accumulated_batches_are_those_of_a_large_one(data_path):
 @pytest.mark.parametrize("flag", [
     "--learning_rate=0.01", "--weight_decay=5", "--warmup_iter=5", "--cooldown_frac=0", "--grad_clip=0.001", "--seed=1",
     "--batch_size=3", "--num_batch_accum=1", "--mlp=relu2", "--mlp=swiglu", "--dtype=bf16", "--norm=layer",
-    "--positions=learned", "--qk_norm=0", "--value_residual=0", "--embed_shortcut=0", "--token_shift=0", "--softcap=0",
+    "--positions=learned", "--qk_norm=0", "--value_residual=0", "--x0_residual=0", "--token_shift=0", "--softcap=0",
     "--tied=0", "--bias",
     "--init=gpt2", "--optimizer=adamw", "--optimizer=gpt2", "--schedule=cosine",
     "--momentum_dtype=fp32"])
@@ -291,7 +294,7 @@ def test_clipping_is_of_unscaled_gradients(run_train):
 def test_mfu_is_the_share_of_the_peak(run_train, monkeypatch, capsys):
     monkeypatch.setattr(train.Machine, "peak_flops", lambda self: 1e10)
     path = run_train("--verbose=1", "--sample_tokens=0")
-    flops = GPT.from_blob(load_checkpoint(path)).flops_per_token()
+    flops = GPT.from_checkpoint(load_checkpoint(path)).flops_per_token()
     for row in rows_of(path, clocks=True)[1:]:
         assert row["mfu"] == pytest.approx(row["tok_per_sec"] * flops / 1e10, abs=1e-4) and row["mfu"] > 0
     assert "mfu=" in capsys.readouterr().err
@@ -401,14 +404,14 @@ def test_a_diverged_run_keeps_its_last_checkpoint(run_train, tmp_path, capsys):
 
 def test_weights_that_are_not_finite_are_never_saved(run_train, tmp_path, monkeypatch, capsys):
     """The loss of a batch can be finite while a weight that it does not reach is not."""
-    step = train.train_step
+    step = trainer.train_step
 
     def poisoned(state, loop, loss_fn):
         done = step(state, loop, loss_fn)
         if state.step == 4:
             state.model.embed.weight.data[3] = torch.nan
         return done
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     monkeypatch.setattr(train, "validate", lambda *args: {"val_loss": 1.0, "val_bpb": 1.0})
     with pytest.raises(SystemExit) as stop:
         run_train()
@@ -531,7 +534,7 @@ def test_what_is_compiled(run_train, monkeypatch, given, capability, compiles):
 def flags_with(*argv: str) -> dict:
     """What every flag of a fresh run is."""
     given, defaults = train.PRETRAINING.flags_given(argv), train.PRETRAINING.defaults()
-    return train.merged(defaults | train.PRESETS.get(given.get("preset"), {}), given)
+    return train.resolve_flags(defaults | train.PRESETS.get(given.get("preset"), {}), given)
 
 
 def test_the_gpt2_preset_is_nanogpts_recipe():
@@ -539,7 +542,7 @@ def test_the_gpt2_preset_is_nanogpts_recipe():
     values = flags_with("--preset=gpt2")
     model = {"n_layer": 12, "n_head": 12, "head_size": 768 // 12, "block_size": 1024, "norm": "layer", "bias": True,
              "mlp": "gelu", "positions": "learned", "tied": True, "init": "gpt2", "qk_norm": False, "softcap": 0,
-             "value_residual": False, "embed_shortcut": False, "token_shift": False}
+             "value_residual": False, "x0_residual": False, "token_shift": False}
     recipe = {"learning_rate": 6e-4, "weight_decay": 1e-1, "grad_clip": 1.0, "warmup_iter": 2000, "max_iter": 600_000,
               "schedule": "cosine", "optimizer": "gpt2", "batch_size": 12, "num_batch_accum": 5 * 8, "val_intervals": 1000}
     assert {name: values[name] for name in model | recipe} == model | recipe
@@ -572,21 +575,21 @@ def test_the_gpt2_preset_trains(run_train):
 # -- ends -------------------------------------------------------------------------------------------------------------
 
 def test_progress_by_hand():
-    loop = train.LoopConfig(max_iter=10, max_tokens=1000, max_seconds=5.0)
+    loop = trainer.LoopConfig(max_iter=10, max_tokens=1000, max_seconds=5.0)
     assert loop.progress(0, 0, 0.0) == 0 and loop.progress(5, 100, 1.0) == 0.5
     assert loop.progress(1, 800, 1.0) == 0.8 and loop.progress(1, 100, 4.5) == 0.9 and loop.progress(1, 1, 6.0) > 1
-    assert train.LoopConfig().max_iter == 5000 and train.LoopConfig(max_tokens=9).max_iter is None
-    assert train.LoopConfig(max_seconds=2.0).progress(10**6, 10**9, 1.0) == 0.5
+    assert trainer.LoopConfig().max_iter == 5000 and trainer.LoopConfig(max_tokens=9).max_iter is None
+    assert trainer.LoopConfig(max_seconds=2.0).progress(10**6, 10**9, 1.0) == 0.5
 
 
 def test_a_run_that_ends_by_tokens_is_one_that_ends_by_steps(run_train):
     by_steps = run_train("--max_iter=6", checkpoint="a/gpt.pt")
     for i, tokens in enumerate((6 * 128, 6 * 128 - 100)):  # the step that passes the end is the last
-        by_tokens = run_train(f"--max_tokens={tokens}", checkpoint=f"{i}/gpt.pt")
-        assert [row["step"] for row in rows_of(by_tokens)] == list(range(7))
+        recurrent_delta_rule = run_train(f"--max_tokens={tokens}", checkpoint=f"{i}/gpt.pt")
+        assert [row["step"] for row in rows_of(recurrent_delta_rule)] == list(range(7))
         if tokens == 6 * 128:
-            assert_same(training_of(by_steps), training_of(by_tokens))
-            assert rows_of(by_steps) == rows_of(by_tokens)
+            assert_same(training_of(by_steps), training_of(recurrent_delta_rule))
+            assert rows_of(by_steps) == rows_of(recurrent_delta_rule)
 
 
 def test_a_run_that_ends_by_seconds_cools_down(run_train, monkeypatch):
@@ -621,22 +624,22 @@ def test_a_finished_run_by_tokens_wants_more(run_train, refused):
 
 # -- batch_size=auto --------------------------------------------------------------------------------------------------
 
-def memory(monkeypatch, free, of_size):
+def fake_memory(monkeypatch, free, of_size):
     """The device has `free` bytes, and a step of a batch of n blocks comes to hold of_size(n) of them, or raises."""
     peak = [1000]
 
     def step(model, machine, batch_size):
         peak[0] = max(peak[0], 1000 + of_size(batch_size))
-    monkeypatch.setattr(train, "step_of_zeros", step)
-    monkeypatch.setattr(train.Machine, "peak_memory", lambda self: peak[0])
-    monkeypatch.setattr(train.Machine, "reset_peak_memory", lambda self: peak.__setitem__(0, 1000))
-    monkeypatch.setattr(train.Machine, "free_memory", lambda self: free)
-    return lambda machine, batch_size: step(None, machine, batch_size)
+    monkeypatch.setattr(train, "dry_run_step", step)
+    monkeypatch.setattr(memory, "peak_memory", lambda device: peak[0])
+    monkeypatch.setattr(memory, "reset_peak_memory", lambda device: peak.__setitem__(0, 1000))
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    return lambda batch_size: step(None, None, batch_size)
 
 
 def fitting(monkeypatch, n_blocks, free, of_size, device="cpu") -> int:
-    step = memory(monkeypatch, free, of_size)
-    return fitting_batch(step, train.Machine(torch.device(device), "fp32"), n_blocks, states=432)
+    step = fake_memory(monkeypatch, free, of_size)
+    return largest_batch(step, torch.device(device), n_blocks, reserved=432)
 
 
 @pytest.mark.parametrize("n_blocks, room, expected", [
@@ -662,13 +665,11 @@ def test_what_a_step_takes_is_seen_again_and_again():
     """Though freed memory is kept, and whatever the process held before."""
     done = subprocess.run([sys.executable, "-c", """if True:
         import torch
-        from runtime.device import Machine, keep_pages
-        from runtime.trial import peak_of
-        keep_pages()
+        from runtime.memory import disable_malloc_trim, peak_of_batch
+        disable_malloc_trim()
         torch.ones(300 << 18)
-        machine = Machine(torch.device("cpu"), "fp32")
         for n in 1, 1, 2, 1:
-            print(peak_of(lambda machine, n: torch.ones(n * 50 << 18).add_(1), machine, n) / 2**20)
+            print(peak_of_batch(lambda n: torch.ones(n * 50 << 18).add_(1), torch.device("cpu"), n) / 2**20)
         """], capture_output=True, text=True, cwd=Path(train.__file__).parent, check=True)
     assert [float(line) for line in done.stdout.split()] == pytest.approx([50, 50, 100, 50], abs=5)
 
@@ -676,7 +677,7 @@ def test_what_a_step_takes_is_seen_again_and_again():
 def test_a_system_that_does_not_tell_what_a_step_takes(data_path, tmp_path, monkeypatch, refused):
     def cannot(self):
         raise OSError
-    monkeypatch.setattr(train.Machine, "reset_peak_memory", cannot)
+    monkeypatch.setattr(memory, "reset_peak_memory", cannot)
     refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={tmp_path}/gpt.pt", *TINY_MODEL, "--device=cpu",
                          "--batch_size=auto"], "--batch_size=auto", "give a number")
     assert list(tmp_path.glob("**/*.pt")) == []
@@ -685,14 +686,14 @@ def test_a_system_that_does_not_tell_what_a_step_takes(data_path, tmp_path, monk
 def test_a_trial_step_leaves_no_gradient(data_path):
     model = GPT(train.GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=16, vocab_size=512))
     machine = train.Machine(torch.device("cpu"), "fp32")
-    train.step_of_zeros(model, machine, 2)
+    train.dry_run_step(model, machine, 2)
     assert all(parameter.grad is None for parameter in model.parameters())
 
     def fails_late(weight):
         raise RuntimeError("too late")
     model.embed.weight.register_hook(fails_late)
     with pytest.raises(RuntimeError, match="too late"):
-        train.step_of_zeros(model, machine, 2)
+        train.dry_run_step(model, machine, 2)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -717,7 +718,7 @@ def test_room_for_nothing_is_one_line(run_train, monkeypatch, capsys):
     def too_much(n):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")
     for free, of_size in ((10**9, too_much), (10, lambda n: 1000)):
-        memory(monkeypatch, free, of_size)
+        fake_memory(monkeypatch, free, of_size)
         with pytest.raises(SystemExit) as stop:
             run_train("--batch_size=auto")
         error, = capsys.readouterr().err.splitlines()
@@ -771,12 +772,12 @@ def test_a_resumed_run_keeps_the_dtype_that_was_chosen(run_train, tmp_path, monk
 
 def poison(monkeypatch, steps, value=math.nan, per_step=2):
     """The loss of the second batch of these steps (from 1) is `value`, and so are its gradients."""
-    loss_fn, calls = train.next_token_loss, itertools.count()
+    loss_fn, calls = trainer.next_token_loss, itertools.count()
 
     def poisoned(model, batch):
         loss, n = loss_fn(model, batch), next(calls)
         return loss * value if n % per_step == 1 and n // per_step + 1 in steps else loss
-    monkeypatch.setattr(train, "next_token_loss", poisoned)
+    monkeypatch.setattr(trainer, "next_token_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Texts:
+class PackedDocuments:
     """Document i is utf8[offsets[i]:offsets[i + 1]].
 
     utf8: (bytes,) uint8, each document valid UTF-8. offsets: (documents + 1,) int64, the first of which is 0.
@@ -18,42 +18,42 @@ class Texts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def part(self, start: int, stop: int) -> "Texts":
+    def part(self, start: int, stop: int) -> "PackedDocuments":
         """Documents start..stop; their bytes are not copied."""
         first, last = self.offsets[start], self.offsets[stop]
-        return Texts(self.utf8[first:last], self.offsets[start:stop + 1] - first)
+        return PackedDocuments(self.utf8[first:last], self.offsets[start:stop + 1] - first)
 
-    def chosen(self, mask: np.ndarray) -> "Texts":
+    def chosen(self, mask: np.ndarray) -> "PackedDocuments":
         """The documents where `mask`, (documents,) bool, is true."""
         if mask.all():
             return self
         lengths = np.diff(self.offsets)
-        return Texts(self.utf8[np.repeat(mask, lengths)], np.concatenate([[0], lengths[mask]]).cumsum())
+        return PackedDocuments(self.utf8[np.repeat(mask, lengths)], np.concatenate([[0], lengths[mask]]).cumsum())
 
     def strings(self) -> Iterator[str]:
         for start, stop in pairwise(self.offsets.tolist()):
             yield self.utf8[start:stop].tobytes().decode()
 
 
-def pack(texts: Sequence[str | bytes]) -> Texts:
+def from_strings(texts: Sequence[str | bytes]) -> PackedDocuments:
     """`texts` as `as_text` has them."""
-    return join([utf8(text) for text in texts])
+    return from_utf8([utf8(text) for text in texts])
 
 
-def join(parts: Iterable[bytes | np.ndarray]) -> Texts:
+def from_utf8(parts: Iterable[bytes | np.ndarray]) -> PackedDocuments:
     """Documents that are each valid UTF-8."""
     parts = list(parts)
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return Texts(np.frombuffer(b"".join(parts), np.uint8), offsets)
+    return PackedDocuments(np.frombuffer(b"".join(parts), np.uint8), offsets)
 
 
-def joined(parts: Sequence[Texts]) -> Texts:
+def concat(parts: Sequence[PackedDocuments]) -> PackedDocuments:
     """The documents of several."""
     if len(parts) == 1:
         return parts[0]
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    return Texts(np.concatenate([part.utf8 for part in parts]), np.concatenate([[0], lengths]).cumsum())
+    return PackedDocuments(np.concatenate([part.utf8 for part in parts]), np.concatenate([[0], lengths]).cumsum())
 
 
 def utf8(text: str | bytes) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.sources import builtin_texts
+from text.builtin import builtin_texts
 
 HELD_OUT = 8  # one question of so many
 WORDS = re.findall(r"\w+", """

@@ -1,6 +1,6 @@
 """Datasets of the Hugging Face hub, read over a network that drops.
 
-Parquet files are read by `runtime.readers`, a few pages at a time, so that reading goes on at any row without what is before
+Parquet files are read by `text.formats`, a few pages at a time, so that reading goes on at any row without what is before
 it. Other formats come through `datasets`, which goes on from its `state_dict`.
 """
 import logging
@@ -9,18 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from runtime.flags import BadInput, say
-from runtime.readers import (
-    CHUNK_BYTES,
-    Chunk,
-    TextFile,
-    chunks_from,
-    read_files,
-    require_column,
-    require_text,
-    split_files,
-)
-from runtime.texts import pack
+from runtime.cli import log_line
+from runtime.config import BadInput
+from text.documents import from_strings
+from text.formats import CHUNK_BYTES, Chunk, TextFile, chunks_from, read_files, require_column, require_text, split_files
 
 REQUEST_BYTES = 1 << 24  # of a file are asked for at a time
 # The hub's own library tries again by itself, for about 20 seconds; these are the pauses after that.
@@ -48,9 +40,9 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
         setattr(datasets.config, interval, 0)
     is_new = revision is None
     given = f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
-    patience = Patience(given, retry_seconds)
+    patience = RetryPolicy(given, retry_seconds)
     # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-    info = lambda: answered(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha,
+    info = lambda: call_with_timeout(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha,
                             ANSWER_SECONDS)
     try:
         revision = info()
@@ -60,14 +52,16 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, streami
                            f"or `builtin`") from None
         patience.wait(error)
         revision = patience.call(info)
-    if paths := patience.call(lambda: answered(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS)):
+    listing = lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS)
+    if paths := patience.call(listing):
         paths, nth = split_files(paths, part)
         files = [hub_file(path, streaming) for path in paths]
         read = lambda at: read_files(files, text_column, at, skip_errors, nth)
     else:
         load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming,
                                              revision=revision)
-        read = lambda at: read_rows(answered(load, LISTING_SECONDS) if streaming else load(), text_column, dataset, at, part)
+        loaded = lambda: call_with_timeout(load, LISTING_SECONDS) if streaming else load()
+        read = lambda at: read_rows(loaded(), text_column, dataset, at, part)
     read = patience.reading(read)
     if is_new and next(read(None), None) is None:  # where reading goes on, its beginning is not asked for again
         raise BadInput(f"{given}: the dataset is empty")
@@ -114,15 +108,15 @@ def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple
             texts.append(text)
             size += len(text)
         if size >= CHUNK_BYTES:
-            yield Chunk(pack(texts), at)
+            yield Chunk(from_strings(texts), at)
             at, texts, size = rows.state_dict(), [], 0
     if texts:
-        yield Chunk(pack(texts), at)
+        yield Chunk(from_strings(texts), at)
 
 
 # -- trying again -----------------------------------------------------------------------------------------------------
 
-def answered(function: Callable, seconds: float):
+def call_with_timeout(function: Callable, seconds: float):
     """function(), in a thread of its own. Raises TimeoutError when it takes longer than `seconds`: the hub's library waits
     without end for an answer to some requests."""
     thread = ThreadPoolExecutor(1)
@@ -134,7 +128,7 @@ def answered(function: Callable, seconds: float):
         thread.shutdown(wait=False)
 
 
-class Patience:
+class RetryPolicy:
     """Tries again, after pauses that grow, what the network failed; until nothing has come for `seconds`."""
 
     def __init__(self, given: str, seconds: int):
@@ -154,7 +148,7 @@ class Patience:
         self.failing_since = self.failing_since or time.monotonic()
         if time.monotonic() + self.pause - self.failing_since > self.seconds:
             raise ConnectionError(f"{self.given}: the hub stopped answering ({short(error)})") from None
-        say(f"{self.given}: the hub does not answer ({short(error)}): trying again in {self.pause} s")
+        log_line(f"{self.given}: the hub does not answer ({short(error)}): trying again in {self.pause} s")
         time.sleep(self.pause)
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
@@ -200,7 +194,7 @@ class RetryLines(logging.Handler):
         if " thrown while requesting" in message:
             self.reason = message.split(" thrown while requesting")[0].strip("'")
         elif "Retry" in message:
-            say(f"the hub does not answer ({self.reason}): {message}")
+            log_line(f"the hub does not answer ({self.reason}): {message}")
 
 
 def is_network_error(error: Exception) -> bool:

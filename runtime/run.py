@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoint import CheckpointWriter, load_last, of_run, reading, run_folder
-from runtime.files import require_writable
-from runtime.flags import BadInput, Parser, add_flags, parse_bool, read_flags
+from runtime.cli import Parser, add_flags, parse_bool
+from runtime.config import BadInput, read_flags
+from runtime.files import check_writable
 from runtime.metrics import read_rows
 
-ENDS = {"max_iter", "max_tokens", "max_seconds"}
+STOP_FLAGS = {"max_iter", "max_tokens", "max_seconds"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class TrainingCommand:
         if path.is_dir():
             raise BadInput(f"{given}: is a folder: give a file, such as {path}.pt")
         if not overwrite:
-            if path.exists() and not writer.is_ours:
+            if path.exists() and not writer.resumes_in_place:
                 if resumed and of_run(resumed) == path:
                     raise BadInput(f"--resume_checkpoint={resumed}: the run would go on in {path}, which exists: let it be "
                                    f"replaced by --overwrite, or choose another --{self.out}")
@@ -87,10 +88,10 @@ class TrainingCommand:
                 raise BadInput(f"{given}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
                                f"--overwrite, or choose another path")
 
-    def require_writable(self, path: Path):
+    def check_writable(self, path: Path):
         """Raises BadInput unless the checkpoint and the metrics beside it can be written."""
-        require_writable(path, f"--{self.out}={path}")
-        require_writable(run_folder(path) / "metrics.jsonl", f"--{self.out}={path}")
+        check_writable(path, f"--{self.out}={path}")
+        check_writable(run_folder(path) / "metrics.jsonl", f"--{self.out}={path}")
 
     def settings(self, *parts) -> dict:
         """The flags of a run as a checkpoint holds them. parts: dataclasses."""
@@ -102,20 +103,21 @@ class TrainingCommand:
         for name in sorted(self.changeable):
             before, now = training["settings"][name], settings[name]
             if before != now:
-                note = "; the schedule now fits the new one" if name in ENDS and now else ""
+                note = "; the schedule now fits the new one" if name in STOP_FLAGS and now else ""
                 print(f"changed on resuming: {name} {before} -> {now}{note}")
         if machine != training.get("machine"):
             print(f"changed on resuming: machine {training.get('machine')} -> {machine}")
 
 
-def with_ends(start: dict, given: dict) -> dict:
+def override_horizon(start: dict, given: dict) -> dict:
     """The flags a run begins with, and those given. An end that is given is the only one."""
     values = start | given
-    return values | {name: given.get(name) for name in ENDS} if given.keys() & ENDS else values
+    return values | {name: given.get(name) for name in STOP_FLAGS} if given.keys() & STOP_FLAGS else values
 
 
 def is_finished(loop, training: dict, resumed: Path, verbose: bool) -> bool:
-    """Whether nothing is left to do, which it says. Raises BadInput when an end is given that is past. loop: has ENDS."""
+    """Whether nothing is left to do, which it says. Raises BadInput when an end is given that is past.
+    loop: has STOP_FLAGS."""
     ends = [(name, limit) for name, now in (("max_iter", "step"), ("max_tokens", "tokens"), ("max_seconds", "seconds"))
             if (limit := getattr(loop, name)) and training[now] >= limit]
     for name, limit in ends:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.flags import BadInput
-from runtime.texts import Texts, join, joined, pack, utf8
+from runtime.config import BadInput
+from text.documents import PackedDocuments, concat, from_strings, from_utf8, utf8
 
 CHUNK_BYTES = 1 << 20  # of text are read, encoded and handed on at a time
 # A txt file is cut at the first blank line after so many bytes, or, where there are no blank lines, at the first line end
@@ -25,14 +25,14 @@ class Chunk:
     """Documents that follow each other in a source, and where they stand in it.
 
     at: a JSON value from which the source reads them again; skip: how many documents after `at` come before these.
-    left_out: a line for each row group, row or file between the chunk before and this that could not be read and was left
+    skipped: a line for each row group, row or file between the chunk before and this that could not be read and was left
     out (--skip_errors).
     fraction: how much of the source comes before `at`, about; None where that is not known.
     """
-    texts: Texts
+    texts: PackedDocuments
     at: object
     skip: int = 0
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     fraction: float | None = None
 
     def place(self, n: int) -> dict:
@@ -87,7 +87,7 @@ def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_er
     """
     first_file, row, byte = (at["file"], at["row"], at["byte"]) if at else (0, 0, 0)
     before = np.cumsum([0, *(file.size for file in files)]).tolist()
-    parts, size, left_out, at, fraction = [], 0, [], None, 0.0  # of the chunk under way, which may span small files
+    parts, size, skipped, at, fraction = [], 0, [], None, 0.0  # of the chunk under way, which may span small files
     for number, file in list(enumerate(files))[first_file:]:
         for found in file.read(row, byte, text_column):
             if isinstance(found, Unreadable):
@@ -96,9 +96,9 @@ def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_er
                 if not skip_errors:
                     raise BadInput(f"{found}: --skip_errors=1 leaves it out")
                 if parts:
-                    yield from divided(Chunk(joined(parts), at, 0, tuple(left_out), fraction))
-                    parts, size, left_out = [], 0, []
-                left_out.append(str(found))
+                    yield from divided(Chunk(concat(parts), at, 0, tuple(skipped), fraction))
+                    parts, size, skipped = [], 0, []
+                skipped.append(str(found))
                 continue
             texts, first, first_byte, part_read = found
             lengths = np.diff(texts.offsets)
@@ -112,15 +112,15 @@ def read_files(files: list[TextFile], text_column: str, at: dict | None, skip_er
             size += len(parts[-1].utf8)
             del texts, found
             if size >= CHUNK_BYTES:
-                chunk, parts = Chunk(joined(parts), at, 0, tuple(left_out), fraction), []
+                chunk, parts = Chunk(concat(parts), at, 0, tuple(skipped), fraction), []
                 yield from divided(chunk)
-                size, left_out = 0, []
+                size, skipped = 0, []
                 del chunk  # before the next is made
         row = byte = 0
     if parts:
-        yield from divided(Chunk(joined(parts), at, 0, tuple(left_out), fraction))
-    elif left_out:
-        yield Chunk(join([]), {"file": len(files), "row": 0, "byte": 0}, 0, tuple(left_out))
+        yield from divided(Chunk(concat(parts), at, 0, tuple(skipped), fraction))
+    elif skipped:
+        yield Chunk(from_utf8([]), {"file": len(files), "row": 0, "byte": 0}, 0, tuple(skipped))
 
 
 def divided(chunk: Chunk) -> Iterator[Chunk]:
@@ -130,7 +130,7 @@ def divided(chunk: Chunk) -> Iterator[Chunk]:
         offsets = chunk.texts.offsets
         stop = int(np.searchsorted(offsets, min(offsets[start] + CHUNK_BYTES, offsets[-1])))
         yield replace(chunk, texts=chunk.texts.part(start, stop), skip=chunk.skip + start,
-                      left_out=() if start else chunk.left_out)
+                      skipped=() if start else chunk.skipped)
         start = stop
 
 
@@ -209,7 +209,7 @@ def unreadable(error: Exception, what: str, row: int) -> Unreadable:
     return Unreadable(f"{what} ({' '.join(str(error).split())[:200]})", row)
 
 
-def arrow_texts(column, text_column: str, where: str) -> Texts:
+def arrow_texts(column, text_column: str, where: str) -> PackedDocuments:
     """A column of pyarrow as texts, missing ones empty. Raises BadInput if it does not hold strings."""
     import pyarrow
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
@@ -223,11 +223,11 @@ def arrow_texts(column, text_column: str, where: str) -> Texts:
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:  # not UTF-8
-        return pack(column.cast(pyarrow.large_binary()).to_pylist())
+        return from_strings(column.cast(pyarrow.large_binary()).to_pylist())
     _, offsets, data = column.buffers()
     offsets = np.frombuffer(offsets, np.int64 if pyarrow.types.is_large_string(column.type) else np.int32)
     offsets = offsets[column.offset:column.offset + len(column) + 1].astype(np.int64)
-    return Texts(np.frombuffer(data or b"", np.uint8)[offsets[0]:offsets[-1]], offsets - offsets[0])
+    return PackedDocuments(np.frombuffer(data or b"", np.uint8)[offsets[0]:offsets[-1]], offsets - offsets[0])
 
 
 def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator:
@@ -264,7 +264,7 @@ def in_chunks(rows: Iterator[tuple], file: TextFile, row: int, byte: int) -> Ite
         del found
         row, byte, size = row + 1, after, size + after - byte
         if parts and (size >= CHUNK_BYTES or failure):
-            texts, parts = join(parts), []
+            texts, parts = from_utf8(parts), []
             yield texts, *begins, begins[1] / max(1, file.size)
             del texts
         if failure:
@@ -272,7 +272,7 @@ def in_chunks(rows: Iterator[tuple], file: TextFile, row: int, byte: int) -> Ite
         if not parts:
             begins, size = (row, byte), 0
     if parts:
-        yield join(parts), *begins, begins[1] / max(1, file.size)
+        yield from_utf8(parts), *begins, begins[1] / max(1, file.size)
 
 
 def text_in_line(line: bytes, text_column: str, where: str) -> str:

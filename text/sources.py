@@ -4,23 +4,19 @@ mix of such.
 A source is opened once and gives its documents in a fixed order, about a megabyte at a time, each with its place; from there
 they are read again without what is before, which is how an interrupted preparation goes on.
 """
-import ast
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.flags import BadInput, check_flags, flag, say
-from runtime.hub import open_hub
-from runtime.readers import CHUNK_BYTES, READERS, Chunk, TextFile, chunks_from, read_files, split_files
-from runtime.texts import join, pack
+from runtime.cli import log_line
+from runtime.config import BadInput, check_flags, flag
+from text.builtin import builtin_revision, builtin_texts
+from text.documents import from_strings, from_utf8
+from text.formats import CHUNK_BYTES, READERS, Chunk, TextFile, chunks_from, read_files, split_files
+from text.hub import open_hub
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 
@@ -55,8 +51,8 @@ class Source:
     def documents(self) -> Iterator[str]:
         """The text of each, with a line on stderr for what is left out."""
         for chunk in self.chunks():
-            for line in chunk.left_out:
-                say(f"left out: {line}")
+            for line in chunk.skipped:
+                log_line(f"left out: {line}")
             yield from chunk.texts.strings()
 
 
@@ -127,7 +123,7 @@ def open_source(config: SourceConfig, revisions: list[str] | None = None, part: 
     disjoint parts. Raises BadInput when there is no such dataset, file or column, or nothing in it."""
     configs = parts_of(config)
     opened = [open_one(one, revision, part) for one, revision in zip(configs, revisions or [None] * len(configs))]
-    read = opened[0][1] if len(opened) == 1 else lambda at: mixed([read for _, read in opened], weights(config), at)
+    read = opened[0][1] if len(opened) == 1 else lambda at: interleave([read for _, read in opened], weights(config), at)
     return Source(source_flags(config) | {"revisions": [revision for revision, _ in opened]}, read)
 
 
@@ -162,20 +158,20 @@ def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
         n_bytes -= len(text.encode("utf-8", "surrogatepass"))
 
 
-def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Iterator[Chunk]:
+def interleave(reads: list[Callable], weights: list[float], at: dict | None) -> Iterator[Chunk]:
     """The documents of several sources, each time the next one of that which is most behind its share of the bytes; until
     one of them ends. weights: above zero, in any unit."""
     places, taken = (list(at["places"]), list(at["bytes"])) if at else ([None] * len(reads), [0] * len(reads))
     streams = [chunks_from(read, place) for read, place in zip(reads, places)]
-    nothing = Chunk(join([]), None)
+    nothing = Chunk(from_utf8([]), None)
     chunks, used = [nothing] * len(reads), [0] * len(reads)
-    left_out = ()
+    skipped = ()
     next_one = lambda: min(range(len(reads)), key=lambda i: taken[i] / weights[i])
     while True:
         i = next_one()
         if used[i] == len(chunks[i].texts):
             chunks[i], used[i] = next(streams[i], nothing), 0
-            left_out += chunks[i].left_out
+            skipped += chunks[i].skipped
             if chunks[i] is nothing:
                 break
             places[i] = chunks[i].place(0)
@@ -190,10 +186,10 @@ def mixed(reads: list[Callable], weights: list[float], at: dict | None) -> Itera
             parts.append(chunks[i].texts.utf8[start:stop])
             used[i], taken[i], size = used[i] + 1, taken[i] + stop - start, size + stop - start
             places[i] = chunks[i].place(used[i])
-        yield Chunk(join(parts), at, 0, left_out, None if None in fractions else max(fractions))
-        left_out = ()
-    if left_out:
-        yield Chunk(join([]), {"places": list(places), "bytes": list(taken)}, left_out=left_out)
+        yield Chunk(from_utf8(parts), at, 0, skipped, None if None in fractions else max(fractions))
+        skipped = ()
+    if skipped:
+        yield Chunk(from_utf8([]), {"places": list(places), "bytes": list(taken)}, skipped=skipped)
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -227,93 +223,9 @@ def opener(path: Path) -> Callable:
     return opened
 
 
-# -- built in ---------------------------------------------------------------------------------------------------------
-
-# Not documentation, or not public: the rest of torch/_*.py is compiler internals.
-SKIPPED_FOLDERS = {"site-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "testing"}
-DOCUMENTED_PRIVATE = {"_torch_docs.py", "_tensor_docs.py", "_storage_docs.py"}
-# Functions written in C get their documentation from such calls.
-DOC_CALLS = {"add_docstr", "_add_docstr", "add_docstr_all", "add_newdoc"}
-
-
-def builtin_revision() -> str:
-    return f"python {platform.python_version()}, " + ", ".join(
-        f"{package} {importlib.metadata.version(package)}" for package in ("numpy", "torch"))
-
-
 def read_builtin(first: int, part: tuple[int, int]) -> Iterator[Chunk]:
     """The built-in documents from number `first` on; of part (k, n), every n-th from the k-th on."""
     documents = iter(builtin_texts()[part[0] + first * part[1]::part[1]])
     while texts := list(take_text(documents, CHUNK_BYTES)):
-        yield Chunk(pack(texts), first)
+        yield Chunk(from_strings(texts), first)
         first += len(texts)
-
-
-@functools.cache
-def builtin_texts() -> list[str]:
-    return list(builtin_documents())
-
-
-def builtin_documents() -> Iterator[str]:
-    """The reference topics of Python's `help()` and, a document per source file, the docstrings of the standard
-    library, numpy and torch. Nothing is imported or run; a docstring that stands in several files is taken once.
-
-    The order is fixed by a hash of the names, so that the first documents are a fair sample of all of them.
-    """
-    from pydoc_data.topics import topics
-    files = {f"help({topic!r})": None for topic in topics}
-    for package, root in package_roots():
-        for path in root.rglob("*.py"):
-            parts = path.relative_to(root).parts
-            private = package == "torch" and parts[0].startswith("_") and parts[0] not in DOCUMENTED_PRIVATE
-            if not private and not SKIPPED_FOLDERS.intersection(parts) and not any("test" in part for part in parts):
-                files[".".join((package, *parts)).removesuffix(".py").removesuffix(".__init__")] = path
-    seen: set[str] = set()
-    for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if files[name] is None:
-            text = topics[name.removeprefix("help('").removesuffix("')")]
-        else:
-            described = [(title, text) for title, text in docstrings(files[name]) if text not in seen]
-            seen.update(text for _, text in described)
-            text = "\n\n".join(f"{title}\n\n{text}" if title else text for title, text in described)
-        if text.strip():
-            yield f"{name}\n\n{text.strip()}\n"
-
-
-def package_roots() -> list[tuple[str, Path]]:
-    roots = [("python", Path(sysconfig.get_path("stdlib")))]
-    for package in ("numpy", "torch"):  # found, not imported
-        roots.append((package, Path(importlib.util.find_spec(package).origin).parent))
-    return roots
-
-
-def docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """(signature, docstring) of a source file, in its order; signature is "" for the module itself and for text given
-    to functions written in C."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and files kept for other Python versions
-        return
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                yield signature(node), text
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in DOC_CALLS:
-            texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)
-                     and isinstance(part.value, str) and len(part.value) > 100]
-            lines = "\n".join(texts).strip().splitlines()
-            # `{input}` alone on a line stands for a paragraph that torch inserts
-            yield "", "\n".join(line for line in lines if not (line.strip().startswith("{") and line.endswith("}")))
-            continue
-        if not isinstance(node, ast.expr) or isinstance(node, ast.Call):
-            pending += reversed(list(ast.iter_child_nodes(node)))
-
-
-def signature(node: ast.AST) -> str:
-    if isinstance(node, ast.Module):
-        return ""
-    if isinstance(node, ast.ClassDef):
-        return f"class {node.name}"
-    return f"def {node.name}({ast.unparse(node.args)})"

@@ -1,71 +1,12 @@
-"""A page of results that needs nothing beside it, text, tables and pictures in one HTML file; and the tables as Markdown."""
-import html
+"""Pictures of runs."""
 import io
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import whole_file
+from runtime.files import atomic_write
 
-STYLE = """
-:root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --band: #f4f6f9; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 1400px; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-code { font: 13px ui-monospace, monospace; background: var(--band); padding: .15rem .35rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-tbody tr:hover td { background: var(--band); }
-figure { margin: 1.2rem 0; } figure svg { max-width: 1180px; width: 100%; height: auto; }
-p, li { max-width: 60rem; }
-"""
 COLORS = ["#3366aa", "#cc6633", "#339966", "#aa3377", "#888888", "#bb9922", "#4499bb", "#774488", "#995544", "#668833"]
-
-
-@dataclass
-class Table:
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-@dataclass
-class Figure:
-    svg: str
-    name: str
-
-
-def markdown(table: Table) -> str:
-    lines = [table.head, ("---",) * len(table.head), *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_page(path: Path, title: str, parts: list):
-    """parts: tables, figures, and (tag, text), where the text of a ul is a list of items."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for part in parts:
-        if isinstance(part, Table):
-            body.append('<div class="scroll"><table><thead>' + table_row(part.head, "th") + "</thead><tbody>"
-                        + "\n".join(table_row(row, "td") for row in part.rows) + "</tbody></table></div>")
-        elif isinstance(part, Figure):
-            body.append(f'<figure id="{html.escape(part.name)}">{part.svg[part.svg.index("<svg"):]}</figure>')
-        elif part[0] == "ul":
-            body.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in part[1]) + "</ul>")
-        elif part[0] == "code":
-            body.append(f"<p><code>{html.escape(part[1])}</code></p>")
-        else:
-            body.append(f"<{part[0]}>{html.escape(part[1])}</{part[0]}>")
-    with whole_file(path, "w") as file:
-        file.write(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
-                   f'content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-                   f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n")
-
-
-def table_row(cells: tuple[str, ...], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -161,3 +102,32 @@ def draw_scaling(fits: dict[str, tuple]) -> str:
     axis.yaxis.set_minor_formatter("{x:.4g}")
     axis.legend(fontsize=8, frameon=False)
     return as_svg(figure)
+
+
+LABELS = {"tokens": "million tokens", "seconds": "seconds of training, without compiling, validation and writing"}
+
+
+def draw_curves(runs: dict[str, list[dict]], path: Path):
+    """Writes a PNG: loss (training faint, validation strong) and bits per byte of each run, against tokens and seconds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for name, rows in runs.items():
+        rows = [row for row in rows if {"tokens", "seconds"} <= row.keys()]
+        for (loss_axis, bpb_axis), over, unit in zip(axes.T, ("tokens", "seconds"), (1e6, 1)):
+            train = [(row[over] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
+            val = [(row[over] / unit, row["val_loss"], row.get("val_bpb", math.nan)) for row in rows if "val_loss" in row]
+            color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()
+            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color, label=name)
+            last = f": {val[-1][2]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
+            bpb_axis.plot([x for x, _, _ in val], [y for _, _, y in val], "o-", markersize=3, color=color,
+                          label=name + (last if val else ""))
+            loss_axis.set(xlabel=LABELS[over], ylabel="nats/token", title=f"Loss against {over}")
+            bpb_axis.set(xlabel=LABELS[over], ylabel="bits/byte", title=f"Bits per byte against {over}")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)

@@ -45,3 +45,24 @@ def without_garbage_collection():
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def no_interrupt():
+    """Processes started meanwhile ignore Ctrl-C from their first moment on. One that comes meanwhile waits; none is lost."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python does not allow handlers
+        yield
+        return
+    has_masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if has_masks:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came = has_masks and signal.SIGINT in signal.sigpending()  # to ignore a signal forgets those that wait
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if has_masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(signal.SIGINT)

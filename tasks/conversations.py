@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.flags import BadInput, check_flags, flag
-from runtime.questions import make_questions
-from runtime.rows import read_dataset
+from runtime.config import BadInput, check_flags, flag
+from tasks.builtin_questions import make_questions
+from tasks.rows import read_dataset
 
 DOLLY = "databricks/databricks-dolly-15k"
 BUILTIN_QUESTIONS, MOST_TURNS = 60_000, 4

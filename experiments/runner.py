@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.checkpoint import run_folder
-from runtime.files import whole_file
+from runtime.files import atomic_write
 from runtime.metrics import read_rows
-from runtime.stop import StopSignals
+from runtime.signals import StopSignals
 from runtime.threads import available_cores
 
 REMEMBERED = "finished", "diverged"  # what failed or was killed is tried again when the command is given again
@@ -62,7 +62,7 @@ class Run:
 
     def remember(self, status: str, reason: str):
         """And removes the checkpoints, which nothing needs any more."""
-        with whole_file(self.folder / "result.json", "w") as file:
+        with atomic_write(self.folder / "result.json", "w") as file:
             json.dump({"status": status, "reason": reason, "flags": self.flags}, file, indent=1)
         for path in (self.checkpoint, *self.folder.glob("*.pt"), *self.folder.glob("events.*")):
             path.unlink(missing_ok=True)

@@ -1,17 +1,12 @@
 """What a comparison has found: runs of arms, the statistics on them, the verdicts, and the page that says it."""
-import csv
-import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from runtime.files import whole_file
-from runtime.page import Figure, Table, draw_front, draw_lines, draw_scaling, markdown, write_page
-from runtime.runs import Run
-from runtime.statistics import Estimate, holm, p_value, power_law
+from experiments.runner import Run
+from experiments.stats import Estimate, holm, p_value, power_law
 
 SPEED_WARMUP = 5  # steps of a run that measures a speed which do not count
 
@@ -81,26 +76,26 @@ def best_of(results: list[Result]) -> Result | None:
 
 
 @dataclass(eq=False)
-class Outcome:
+class ArmResults:
     """All runs of an arm."""
     arm: Arm
     rates: list[Result] = field(default_factory=list)   # on a part of the budget, at the rates of the grid
     runs: list[Result] = field(default_factory=list)    # at the best rate, a seed each
     speeds: list[Result] = field(default_factory=list)
-    finalists: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, rates falling
+    full_budget_lr_runs: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, rates falling
 
     def best(self) -> Result | None:
         """At the best rate, on the whole budget if that was tried."""
-        return best_of(self.finalists or self.rates)
+        return best_of(self.full_budget_lr_runs or self.rates)
 
     def candidate(self) -> float | None:
         """The multiple to try next on the whole budget: the best on a part of it, and as long as it gets better, the next
         lower. Longer training wants a lower rate (Bjorck et al., arXiv:2409.19913), so what is best on a part may be too
         high. None when there is no more to try, or a run has yet to be tried again."""
-        start, best = best_of(self.rates), best_of(self.finalists)
-        if start is None or not self.finalists:
+        start, best = best_of(self.rates), best_of(self.full_budget_lr_runs)
+        if start is None or not self.full_budget_lr_runs:
             return start and start.cell.multiple
-        lowest = self.finalists[-1]
+        lowest = self.full_budget_lr_runs[-1]
         lower = [result.cell.multiple for result in self.rates if result.cell.multiple < lowest.cell.multiple]
         goes_on = lowest.status == "diverged" or best is lowest
         return max(lower, default=None) if goes_on and start.cell.share < 1 else None
@@ -143,13 +138,13 @@ class Outcome:
         return "edge" if len(multiples) > 1 else "only one tried"
 
     def results(self) -> Iterator[Result]:
-        return itertools.chain(self.rates, self.finalists, self.runs, self.speeds)
+        return itertools.chain(self.rates, self.full_budget_lr_runs, self.runs, self.speeds)
 
     def problems(self) -> Iterator[str]:
         yield from dict.fromkeys(told(run) for run in self.results() if run.status != "finished")
 
 
-def table_rows(outcomes: list[Outcome]) -> list[dict]:
+def table_rows(outcomes: list[ArmResults]) -> list[dict]:
     """A row for each arm, the first of which the others of its size are compared with. Arms without a finished run lack what
     others have. `corrected` has yet to see all rows that are reported together."""
     first, rows = outcomes[0], []
@@ -227,94 +222,7 @@ def worth_of(row: dict) -> str:
         f"{row['worth']:+.0%}"
 
 
-HEAD = ("arm", "bits/byte", "difference to the first", "p (Holm)", "significant", "worth in steps",
-        "bits/byte at equal seconds", "learning rate", "parameters", "MFLOP/token: products", "element-wise", "tok/s",
-        "seconds", "peak MiB", "runs")
-
-
-def shown(row: dict) -> tuple[str, ...]:
-    """A row of the table for people."""
-    def number(name: str, form: str, scale: float = 1.0) -> str:
-        value = row.get(name)
-        return "" if value is None or math.isnan(value) else format(value * scale, form)
-
-    def with_margin(name: str) -> str:
-        margin = row.get(f"{name}_margin", math.inf)
-        return number(name, "+.4f" if name == "difference" else ".4f") + (f" ± {margin:.4f}" if margin < math.inf else "")
-    return (row["arm"], with_margin("bpb"), with_margin("difference"), number("p_holm", ".3f"), row.get("significant", ""),
-            worth_of(row) if "worth" in row else "", number("bpb_equal_seconds", ".4f"),
-            number("learning_rate", ".3g") + (f" ({row['edge']})" if row["edge"] else ""), f"{row['parameters']:,}",
-            number("flops_per_token", ".2f", 1e-6), number("elementwise_flops_per_token", ".2f", 1e-6),
-            number("tok_per_sec", ",.0f"), number("seconds", ",.0f"), number("peak_memory", ",.0f", 2**-20),
-            f"{row['runs']} of {row['runs_wanted']}")
-
-
-NOTES = """\
-Means over seeds ± 95 % interval (Student's t), which is of seeds alone, not of the choice of text. Differences are paired
-by seed, negative is better; p and "significant" are corrected for all comparisons on this page (Holm). "Worth in steps":
-how much longer, or shorter, the first arm would have to train to be as good, and in brackets the same at the ends of the
-difference's interval; "at equal seconds": what the arm would have reached in the seconds that the first one took. Both go
-by an arm's best run on a part of the budget and that of the same seed on the whole, each with its full cooldown, and reach
-no farther than the ratio of the two. Learning rate: from the grid's best on a part of the budget downwards, as long as the
-whole budget with the first seed gets better by it (that run is one of those compared, and a little too good for having been
-chosen, whatever the arm); (edge): it was the grid's first or last. FLOPs of a training token, forward and backward: matrix
-products, and apart from them activations and the bases of KAN layers. Peak memory is that of the process, on a GPU of its
-tensors. Tokens per second are the median of a few steps, measured after all runs, the arms in turns and alone, and seconds
-are those of a run at that speed; where seconds are the budget, both are the runs' own."""
-NULL_NOTE = """\
-The two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of a comparison
-do, which share the order."""
-
-
-def report(outcomes: list[Outcome], regime: Callable[[list[Outcome]], str], line: str, out_path: Path, null: bool):
-    """Writes the tables, the pictures and the page, and prints what they say. regime: says in what circumstances the arms of
-    a size were compared; line: the command; null: the second arm is the first."""
-    by_size = [list(group) for _, group in itertools.groupby(outcomes, key=lambda outcome: outcome.arm.size)]
-    rows_of = [table_rows(group) for group in by_size]
-    rows = corrected(list(itertools.chain(*rows_of)))
-    parts, lines, pictures = [], [], {}
-    for group, size_rows in zip(by_size, rows_of):
-        table = Table(HEAD, [shown(row) for row in size_rows])
-        verdicts = [verdict(row, size_rows[0]) for row in size_rows[1:]]
-        problems = [problem for outcome in group for problem in outcome.problems()]
-        heading, where = group[0].arm.size or "Results", regime(group)
-        parts += [("h2", heading), ("p", f"{where}."), ("ul", verdicts), table]
-        lines += [f"## {heading}", "", f"{where}.", "", *(f"- {sentence}" for sentence in verdicts), "", markdown(table), ""]
-        if curves := {outcome.arm.name: outcome.rows() for outcome in group if outcome.finished()}:
-            suffix = "".join(c if c.isalnum() else "_" for c in f" {group[0].arm.size}".rstrip())
-            own = {f"curves{suffix}": draw_lines(curves),
-                   f"front{suffix}": draw_front({row["arm"]: row for row in size_rows if "bpb" in row})}
-            parts += [Figure(svg, name) for name, svg in own.items()]
-            pictures |= own
-        if problems:
-            parts += [("h3", "Runs that are left out"), ("ul", problems)]
-            lines += ["Runs that are left out:", "", *(f"- {problem}" for problem in problems), ""]
-    if len(by_size) > 1:
-        fits = scaling(by_size)
-        sentences = [f"{name}: bits/byte = {a:.3g} x FLOPs^-{b:.4f}" + (", a line through two sizes" * (len(points) == 2))
-                     for name, (points, a, b) in fits.items()]
-        if not fits:
-            sentences = ["No arm has runs of two sizes whose FLOPs differ enough to tell how loss falls with them."]
-        parts += [("h2", "Loss against FLOPs"), ("ul", sentences)]
-        lines += ["## Loss against FLOPs", "", *(f"- {sentence}" for sentence in sentences), ""]
-        if fits:
-            pictures["scaling"] = draw_scaling(fits)
-            parts.append(Figure(pictures["scaling"], "scaling"))
-    title = "A null test: an arm against itself" if null else "Comparison"
-    notes = [NOTES, *([NULL_NOTE] if null else [])]
-    text = "\n".join([f"# {title}", "", f"`{line}`", "", *lines, "\n\n".join(notes), ""])
-    for old in out_path.glob("*.svg"):
-        old.unlink()
-    files = {"comparison.md": text, "comparison.csv": as_csv(rows), **{f"{name}.svg": svg for name, svg in pictures.items()}}
-    for name, content in files.items():
-        with whole_file(out_path / name, "w") as file:
-            file.write(content)
-    write_page(out_path / "comparison.html", title, [("code", line), *parts, *(("p", note) for note in notes)])
-    print(text)
-    print(out_path / "comparison.html")
-
-
-def scaling(by_size: list[list[Outcome]]) -> dict:
+def scaling(by_size: list[list[ArmResults]]) -> dict:
     """name -> ((FLOPs of a run, bits per byte) at each size, a, b), for arms that finished at two sizes or more whose FLOPs
     differ by half at least."""
     points = {}
@@ -325,11 +233,3 @@ def scaling(by_size: list[list[Outcome]]) -> dict:
                  statistics.mean(run.bpb for run in outcome.finished())))
     return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items()
             if max(found)[0] > 1.5 * min(found)[0]}
-
-
-def as_csv(rows: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()

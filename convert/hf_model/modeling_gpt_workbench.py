@@ -34,8 +34,8 @@ class GPTWorkbenchForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        if hasattr(module, "fill"):  # with tables that are in no file
-            module.fill()
+        if hasattr(module, "init_buffers"):  # with tables that are in no file
+            module.init_buffers()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -3,9 +3,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.flags import BadInput
-from runtime.hub import hub_failure, is_network_error, short
-from runtime.sources import find_text_files, local_path
+from runtime.config import BadInput
+from text.hub import hub_failure, is_network_error, short
+from text.sources import find_text_files, local_path
 
 
 def read_dataset(dataset: str, dataset_config: str | None, split: str) -> Iterator[tuple[str, dict]]:
