@@ -1,10 +1,7 @@
-"""Token shards on disk and the batches read from them.
+"""The order in which training sees its data, and the loader, whose position is saved and restored exactly.
 
-Owns the shard format: `<split>_000000.npy` (uint16, or uint32 above 65,536 ids; one dimension; each document led by the
-separator token) and `manifest.json` (source, tokenizer fingerprint, and per shard its tokens, bytes of text, documents
-and checksum). Owns the order in which training sees them.
-
-    python download_data.py --data_path=data      writes a folder of them; train.py reads it
+Two kinds of batches: blocks of a long sequence of tokens for pretraining, rows packed with whole conversations for
+finetuning.
 """
 import bisect
 import hashlib
@@ -12,7 +9,6 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,6 +20,9 @@ from runtime.signals import no_interrupt
 from shards import PREPARE_AGAIN, Data, require_a_block
 from tasks.conversations import Conversation
 from tokenizer import Tokenizer
+
+IGNORE_INDEX = -100  # targets that carry no loss; the value F.cross_entropy skips by default
+
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
@@ -49,9 +48,6 @@ def permute_index(place: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarra
     while (outside := x >= n).any():
         x[outside] = permute(x[outside])
     return x.astype(np.int64)
-
-IGNORE_INDEX = -100  # targets that carry no loss; the value F.cross_entropy skips by default
-
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit. (k,) uint64."""
@@ -118,8 +114,8 @@ class TrainLoader:
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
 
-    def __next__(self) -> tuple[Tensor, ...]:
-        """What `batches` makes; of shards inputs and targets, each int64 (batch_size, block_size)."""
+    def next_batch(self, model=None) -> tuple[Tensor, ...]:
+        """What `batches` makes; of shards inputs and targets, each int64 (batch_size, block_size). model: ignored."""
         if self.iterator is None:
             with no_interrupt():
                 self.iterator = iter(DataLoader(
@@ -167,19 +163,6 @@ def shard_loader(data: Data, batch_size: int, block_size: int, seed: int, num_wo
     return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
-@contextmanager
-def explain_dead_worker(num_workers: int):
-    """Around all that happens while a TrainLoader is in use: torch hears of a worker's death by a signal, and raises
-    wherever the main thread happens to be. Raises OSError instead."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise OSError(f"--dataloader_num_workers={num_workers}: a process that reads data died ("
-                      f"{str(error).splitlines()[0]}); 0 does without") from None
-
-
 def outlive_signals(worker: int):
     """Ctrl-C and SIGTERM may reach the workers too, which must live until the step under way has its batches: Ctrl-C
     is ignored, and SIGTERM ends a worker after half a minute. They end themselves when the training process is gone."""
@@ -223,13 +206,13 @@ class PackedBatches:
 
     def __init__(self, tokenizer: Tokenizer, conversations: list[Conversation], batch_size: int, block_size: int, seed: int):
         """Raises BadInput where there is nothing for a model to say, or the tokenizer has no tokens for conversations."""
-        self.batch_size, self.block_size, self.seed, self.filler = batch_size, block_size, seed, tokenizer.separator_id
-        self.texts, self.n_cut = [], 0
+        self.batch_size, self.block_size, self.seed, self.fillerer = batch_size, block_size, seed, tokenizer.separator_id
+        self.texts, self.n_truncated = [], 0
         for one in conversations:
             ids, assistant_mask = tokenizer.encode_chat(one.messages)
             if not any(assistant_mask):
                 raise BadInput(f"{one.where}: has no message of the assistant, so there is nothing to learn")
-            self.n_cut += len(ids) > block_size + 1
+            self.n_truncated += len(ids) > block_size + 1
             if any(assistant_mask[:block_size + 1]):
                 self.texts.append((np.array(ids[:block_size + 1]), np.array(assistant_mask[:block_size + 1])))
         if not self.texts:
@@ -253,7 +236,7 @@ class PackedBatches:
         """Inputs and targets, int64 (B, block_size), targets only where the assistant speaks; and where a conversation
         begins, or what fills the row up, bool (B, block_size)."""
         shape = len(rows), self.block_size
-        inputs, targets, doc_starts = np.full(shape, self.filler), np.full(shape, IGNORE_INDEX), np.zeros(shape, bool)
+        inputs, targets, doc_starts = np.full(shape, self.fillerer), np.full(shape, IGNORE_INDEX), np.zeros(shape, bool)
         for row, number in enumerate(rows):
             at = 0
             for i in self.rows[number]:

@@ -22,9 +22,9 @@ from dataloader import IGNORE_INDEX, PackedBatches
 from experiments.report import Table, markdown
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading
-from runtime.cli import command, parse_flags
+from runtime.cli import command, explain_failures, parse_flags
 from runtime.config import BadInput, check_flags, flag
-from runtime.device import DeviceConfig, Machine, explain_device_errors, open_machine
+from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
 from sampling import GREEDY, generate_texts, load_model
@@ -34,6 +34,7 @@ from tasks.rows import read_dataset
 from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import Tokenizer
 
+PROMPTS_AT_ONCE = 64
 # What each task takes where no --dataset, or no --split, is given.
 DEFAULTS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"), "answers": ("builtin", "train")}
 
@@ -248,7 +249,74 @@ def score_choice(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: li
             "by chance": Measured(chance, form=".1%")}, rows
 
 
-# -- answers ----------------------------------------------------------------------------------------------------------
+# -- questions --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """The ids of a conversation up to a question, and the answer that is right. kind, task: see Conversation."""
+    ids: list[int]
+    question: str
+    answer: str
+    kind: str
+    task: str
+
+
+def eval_prompts(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[EvalPrompt]:
+    """The last question of each conversation, where it fits into the context together with its answer."""
+    prompts = []
+    for one in conversations:
+        last = max((i for i, message in enumerate(one.messages) if message["role"] == "assistant"), default=0)
+        if last:
+            ids, _ = tokenizer.encode_chat(one.messages[:last], answer=True)
+            question, answer = one.messages[last - 1]["content"], one.messages[last]["content"]
+            if len(ids) + len(tokenizer.encode(answer)) <= block_size:
+                prompts.append(EvalPrompt(ids, question, answer, one.kind, one.task))
+    return prompts
+
+
+def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list[dict]:
+    """A row for each prompt with the model's greedy answer: kind, task, question, answer, said, right."""
+    longest = max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0) + 1
+    said = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens))
+    return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer, "said": text,
+             "right": exact_match(text, prompt.answer)} for prompt, text in zip(prompts, said)]
+
+
+def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    said = [""] * len(prompts)
+    for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+        for row, text in generate_texts(model, tokenizer, prompts[first:first + PROMPTS_AT_ONCE], max_new_tokens, GREEDY):
+            said[first + row] += text
+    return said
+
+
+def exact_match(said: str, answer: str) -> bool:
+    """Equal except for whitespace."""
+    return said.split() == answer.split()
+
+
+def accuracy(answers: list[dict]) -> float:
+    """Fraction of the rows that are right."""
+    return sum(answer["right"] for answer in answers) / len(answers)
+
+
+def accuracy_by(answers: list[dict], field: str) -> dict[str, float]:
+    """Accuracy for each value of a field of the rows, "kind" or "task", where it is not empty."""
+    values = dict.fromkeys(answer[field] for answer in answers if answer[field])
+    return {value: accuracy([answer for answer in answers if answer[field] == value]) for value in values}
+
+
+@torch.no_grad()
+def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, machine: Machine) -> dict:
+    """val_loss, nats/token, and val_bpb, bits per byte, of what the assistant says."""
+    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
+    for idx, targets, doc_starts in batches.in_turn():
+        with machine.autocast():
+            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
+                                         doc_starts=doc_starts.to(machine.device))
+        sums.add(losses, targets, token_bytes)
+    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
+
 
 def read_questions(config: EvaluateConfig) -> list[Conversation]:
     """All conversations of a dataset, since none is trained on; of the built-in ones, those that finetune.py holds out."""
@@ -265,15 +333,17 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
     all that the assistant says."""
     block_size, answers = model.config.block_size, []
     batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
-    asked = questions_of(conversations, tokenizer, block_size)
-    with machine.autocast(), progress(len(asked), "question") as bar:
-        for first in range(0, len(asked), ASKED_AT_ONCE):
-            answers += ask(model, tokenizer, asked[first:first + ASKED_AT_ONCE], config.answer_tokens)
+    prompts = eval_prompts(conversations, tokenizer, block_size)
+    with machine.autocast(), progress(len(prompts), "question") as bar:
+        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+            answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_AT_ONCE], config.answer_tokens)
             bar.update(len(answers) - bar.n)
     measured = {"answered right": share([row["right"] for row in answers])} if answers else {}
-    tasks = dict.fromkeys(row["task"] for row in answers if row["task"])
+    tasks = dict.fromkeys((row["kind"], row["task"]) for row in answers if row["task"])
     if len(tasks) > 1:
-        measured |= {f"- {task}": share([row["right"] for row in answers if row["task"] == task]) for task in tasks}
+        for kind, task in tasks:
+            hits = [row["right"] for row in answers if (row["kind"], row["task"]) == (kind, task)]
+            measured[f"- {task}" if kind in ("", task) else f"- {kind}: {task}"] = share(hits)
     bpb = answer_losses(model, tokenizer, batches, machine)["val_bpb"]
     return measured | {"questions that fit into the context": Measured(len(answers), form=","),
                        "bits per byte of the answers": Measured(bpb)}, answers
@@ -318,7 +388,7 @@ def main(argv=None):
     read, score, unit = TASKS[config.task]
     examples, machine = read(config), open_machine(device_config)
     start, measured, rows = time.perf_counter(), {}, []
-    with explain_device_errors(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
+    with explain_failures(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
             model, tokenizer = load_model(path, machine)
             measured[str(path)], found = score(model, tokenizer, machine, examples, config)
@@ -333,79 +403,7 @@ def main(argv=None):
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-ASKED_AT_ONCE = 64  # questions
-
-
 # -- what it has learnt -----------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class EvalPrompt:
-    """A question with what comes before it, as ids, and its answer."""
-    prompt: list[int]
-    question: str
-    answer: str
-    task: str
-
-
-def questions_of(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[EvalPrompt]:
-    """The last answer of each conversation, as far as the context holds the question and a word of the answer."""
-    asked = []
-    for one in conversations:
-        last = max((i for i, message in enumerate(one.messages) if message["role"] == "assistant"), default=0)
-        if last:
-            prompt, _ = tokenizer.encode_chat(one.messages[:last], answer=True)
-            if len(prompt) + len(tokenizer.encode(one.messages[last]["content"])) <= block_size:
-                asked.append(EvalPrompt(prompt, one.messages[last - 1]["content"], one.messages[last]["content"], one.task))
-    return asked
-
-
-def answers_to(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """The likeliest answer to each, token by token."""
-    said = [""] * len(prompts)
-    for first in range(0, len(prompts), ASKED_AT_ONCE):
-        for row, text in generate_texts(model, tokenizer, prompts[first:first + ASKED_AT_ONCE], max_new_tokens, GREEDY):
-            said[first + row] += text
-    return said
-
-
-def exact_match(said: str, answer: str) -> bool:
-    """Equal but for spaces."""
-    return said.split() == answer.split()
-
-
-def ask(model: GPT, tokenizer: Tokenizer, asked: list[EvalPrompt], answer_tokens: int) -> list[dict]:
-    """A row for each question: task, question, answer, said, right."""
-    longest = max((len(tokenizer.encode(one.answer)) for one in asked), default=0) + 1
-    said = answers_to(model, tokenizer, [one.prompt for one in asked], min(longest, answer_tokens))
-    return [{"task": one.task, "question": one.question, "answer": one.answer, "said": text,
-             "right": exact_match(text, one.answer)} for one, text in zip(asked, said)]
-
-
-@torch.no_grad()
-def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, machine: Machine) -> dict:
-    """Loss in nats/token and bits per byte of what the assistant says."""
-    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
-    for idx, targets, doc_starts in batches.in_turn():
-        with machine.autocast():
-            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
-                                   doc_starts=doc_starts.to(machine.device))
-        sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
-
-
-def accuracy(answers: list[dict]) -> float:
-    return sum(answer["right"] for answer in answers) / len(answers)
-
-
-def kind_of(task: str) -> str:
-    """"strings: sorted" -> "strings"."""
-    return task.split(":")[0]
-
-
-def shares_of(answers: list[dict], by=kind_of) -> dict[str, float]:
-    """Of right answers, of each kind."""
-    kinds = dict.fromkeys(by(answer["task"]) for answer in answers if answer["task"])
-    return {kind: accuracy([answer for answer in answers if by(answer["task"]) == kind]) for kind in kinds}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from chat import Chat, talk
 from runtime.checkpoint import reading
-from runtime.cli import command, parse_flags
+from runtime.cli import command, explain_failures, parse_flags
 from runtime.config import BadInput, check_flags, flag
-from runtime.device import DeviceConfig, explain_device_errors, open_machine
+from runtime.device import DeviceConfig, open_machine
 from sampling import SamplingConfig, document_start, generate_texts, load_model
 
 
@@ -60,7 +60,7 @@ def main(argv=None):
     """Continues a prompt with text from a trained model, or talks with it."""
     config, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, SamplingConfig, DeviceConfig)
     machine = open_machine(device_config)
-    with explain_device_errors("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
+    with explain_failures("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
         model, tokenizer = load_model(config.checkpoint_path, machine)
         if config.chat:
             with reading(config.checkpoint_path):

@@ -34,7 +34,8 @@ class GPTConfig:
     n_kv_head: int = flag(None, "heads of keys and values, which groups of attention heads share (default: as many)",
                           at_least=1, at_most=10_000)
     block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
-    vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1)
+    vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1,
+                           scope="run")
     mlp: str = flag("auto", "feed-forward layer; auto: gelu, or the kind of --linear if that is not linear",
                     choices=("auto", *MLPS))
     n_hidden: int = flag(None, "width of the hidden layer in it (default: such that it has about 8 * width² parameters)",

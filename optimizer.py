@@ -16,20 +16,21 @@ from runtime.config import check_flags, flag
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer."""
-    optimizer: str = flag("muon", "muon: of the matrices in the blocks, AdamW of the rest; adamw: of everything, with the "
-                                  "same\ngroups; gpt2: AdamW with one rate and decay for every matrix",
+    optimizer: str = flag("muon", "muon: for the matrices in the blocks, with AdamW for the rest; adamw: for everything, "
+                                  "with the same groups; gpt2: AdamW with one rate and decay for every matrix",
                           choices=("muon", "adamw", "gpt2"))
     learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
-                                        "0.05, and\nwith steps of fewer than 8,192 tokens less; a tenth of it with "
-                                        "--optimizer=gpt2", above=0, auto=True)
-    momentum_dtype: str = flag("bf16", "of Muon's state, which at bf16 takes half the memory", choices=("bf16", "fp32"))
+                                        "0.05, less when a step has fewer than 8,192 tokens, and a tenth of it with "
+                                        "--optimizer=gpt2", above=0, auto=True, on_resume="warn")
+    momentum_dtype: str = flag("bf16", "of Muon's state; bf16 takes half the memory", choices=("bf16", "fp32"),
+                               on_resume="warn")
     weight_decay: float = flag("auto", "of the matrices, per step and learning rate; auto fits it to the length of the run, "
-                                       "as the\nlearning rate's schedule is", at_least=0, auto=True)
-    schedule: str = flag("linear", "after the warmup: constant, then linear to zero; or a cosine to a tenth",
-                         choices=("linear", "cosine"))
-    warmup_iter: int = flag(10, "steps of linear warmup", at_least=0)
-    cooldown_frac: float = flag(0.6, "last part of the run in which the learning rate falls linearly to zero",
-                                at_least=0, at_most=1)
+                                       "as the schedule of the learning rate is", at_least=0, auto=True, on_resume="warn")
+    schedule: str = flag("linear", "after warmup: constant, then linear to zero; or a cosine to a tenth",
+                         choices=("linear", "cosine"), on_resume="warn")
+    warmup_iter: int = flag(10, "steps of linear warmup", at_least=0, on_resume="warn")
+    cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly to zero",
+                                at_least=0, at_most=1, on_resume="warn")
     __post_init__ = check_flags
 
     def peak_lr(self, step_tokens: int) -> float:

@@ -1,14 +1,16 @@
-"""Trains a GPT on prepared shards: the pretraining command, and `fit`, the one training loop.
+"""Pretrains a GPT on prepared shards.
 
     python train.py --data_path=data                               trains, writes checkpoints/gpt.pt
-    python train.py --resume_checkpoint                            goes on exactly where that run stopped
+    python train.py --resume_checkpoint                            continues exactly where that run stopped
 
 Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/gpt/metrics.jsonl and TensorBoard events.
+Owns the presets, the flags of pretraining and its validation; the loop is trainer.py's.
 """
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,16 +19,27 @@ from experiments.plots import draw_curves
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import reading, run_folder
-from runtime.cli import command
-from runtime.config import BadInput, check_flags, flag, read_flags
-from runtime.device import DeviceConfig, Machine, explain_device_errors, faster_machine, known_dtype, seed_everything
+from runtime.cli import command, explain_failures
+from runtime.config import BadInput, check_flags, flag
+from runtime.device import DeviceConfig, Machine, faster_dtype, known_dtype, seed_everything
 from runtime.files import folder_lock
 from runtime.memory import largest_batch
 from runtime.metrics import LossSums, read_rows
-from runtime.run import STOP_FLAGS, TrainingCommand, is_finished, override_horizon
+from runtime.run import TrainingCommand, is_finished, override_horizon
 from sampling import SamplingConfig, generate_text
 from shards import Data, open_data, require_a_block
-from trainer import LoopConfig, TrainState, make_state, next_token_loss, oom_advice, open_place, report_start, train
+from trainer import (
+    Evaluation,
+    LoopConfig,
+    TrainSetup,
+    TrainState,
+    make_state,
+    next_token_loss,
+    oom_advice,
+    open_output,
+    report_start,
+    train,
+)
 
 PRESETS = {
     # nanoGPT's model and recipe: https://github.com/karpathy/nanoGPT, train.py and config/train_gpt2.py
@@ -48,55 +61,65 @@ PRESETS = {
 @dataclass(frozen=True)
 class RunConfig:
     """The run."""
-    data_path: Path = flag(Path("data"), "folder that download_data.py filled")
-    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "file to write; metrics go into the folder of its name")
-    resume_checkpoint: str = flag(None, "go on with --checkpoint_path, or with the file given here; flags not given keep "
-                                        "their\nvalue, and the run continues exactly as if never stopped", bare="1")
-    overwrite: bool = flag(False, "let a fresh run replace the checkpoint and metrics of an earlier one")
-    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or files of metrics "
-                           "given here\nwith commas between, into curves.png beside the metrics of the first", bare="1")
-    preset: str = flag(None, "values for flags that are not given, see README", choices=tuple(PRESETS))
+    data_path: Path = flag(Path("data"), "folder that download_data.py filled", on_resume="free", scope="shared")
+    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "file to write; metrics go into the folder of its name",
+                                 on_resume="unsaved", scope="run")
+    resume_checkpoint: str = flag(None, "continue --checkpoint_path, or the file given here; flags not given keep their "
+                                        "value, and the run goes on exactly as if never stopped", bare="1", on_resume="unsaved",
+                                  scope="run")
+    overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
+                           scope="run")
+    plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or metrics files given "
+                           "here, separated by commas, into curves.png beside the metrics of the first", bare="1",
+                     on_resume="unsaved", scope="run")
+    preset: str = flag(None, "values for flags that are not given, see docs/train.md", choices=tuple(PRESETS))
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
-                              "so that\na step sees the tokens it would have seen", at_least=1, at_most=1_000_000, auto=True)
+                              "so that a step sees the same tokens", at_least=1, at_most=1_000_000, auto=True,
+                           on_resume="warn")
     val_batch: int = None  # blocks in a batch of validation: the batch_size that the run was begun with
-    val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1)
-    dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in this one", at_least=0,
-                                        at_most=1000)
-    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that it knows",
-                               auto=True)
-    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and compute the rest again: less memory, "
-                                                "slower")
-    sample_tokens: int = flag(128, "tokens of text to make from the trained model at the end", at_least=0)
-    seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1)
+    val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1, on_resume="warn", scope="shared")
+    dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in the training process", at_least=0,
+                                       at_most=1000, on_resume="free")
+    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
+                               auto=True, on_resume="warn")
+    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
+                                        on_resume="free")
+    sample_tokens: int = flag(128, "tokens of text to generate from the trained model at the end", at_least=0,
+                              on_resume="free", scope="run")
+    seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1, scope="run")
     __post_init__ = check_flags
 
 
-CONFIGS = RunConfig, GPTConfig, OptimizerConfig, LoopConfig, DeviceConfig
-# Of every run that trains: what it may change when it goes on, but is then another run, and what is no part of it.
-CHANGEABLE = {*STOP_FLAGS, "num_batch_accum", "batch_size", "learning_rate", "momentum_dtype", "weight_decay", "schedule",
-              "warmup_iter", "cooldown_frac", "grad_clip", "compile_model", "val_intervals", "deterministic"}
-NOT_SAVED = {"resume_checkpoint", "overwrite", "verbose"}
-PRETRAINING = TrainingCommand(
-    "train.py", "Trains a GPT on the shards that download_data.py prepared.", CONFIGS, "checkpoint_path",
-    {"seed", "preset", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))},
-    CHANGEABLE | {"val_iter"}, NOT_SAVED | {"checkpoint_path", "plot"})
+class TrainConfigs(NamedTuple):
+    """The flags of train.py."""
+    run: RunConfig
+    model: GPTConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    device: DeviceConfig
+
+
+PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that download_data.py prepared.", TrainConfigs,
+                              "checkpoint_path")
 
 
 @torch.no_grad()
 def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_size: int) -> dict:
-    """Loss in nats/token and bits per byte on the fixed validation batches."""
+    """val_loss, nats/token, and val_bpb, bits per byte, on the fixed validation batches."""
     sums, token_bytes = LossSums(), torch.from_numpy(data.tokenizer.token_bytes())
     for idx, targets in val_batches(data, n_batches, batch_size, model.config.block_size):
         with machine.autocast():
-            # forward, not a call: a compiled model would compile again, without gradients and for the last, smaller batch
             losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
         sums.add(losses, targets, token_bytes)
     return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
-    """The flags a run begins with, and those given. A batch_size that has yet to be found keeps the blocks of a step, as
-    num_batch_accum batches of one; validation keeps the batches it would have had."""
+    """The flag values `start`, overridden by those given.
+
+    batch_size=auto keeps the blocks of a step, as num_batch_accum batches of one, until it is found; validation keeps the
+    batches it would have had.
+    """
     values = override_horizon(start, given)
     is_auto = values["batch_size"] == "auto"
     values["val_batch"] = start["val_batch"] or (start if is_auto else values)["batch_size"]
@@ -105,40 +128,48 @@ def resolve_flags(start: dict, given: dict) -> dict:
     return values
 
 
-def open_run(configs: list, blob: dict | None) -> tuple[TrainState, Data, LoopConfig, RunConfig]:
-    """Everything a run needs, new or as `blob` left it. configs: one of each of CONFIGS. Raises BadInput before any file is
-    written."""
-    run, gpt, schedule, loop, device = configs
+def open_run(configs: TrainConfigs, checkpoint: dict | None) -> tuple[TrainState, TrainSetup, Data, TrainConfigs]:
+    """Everything a run needs, new or as `checkpoint` left it, and the flags with what batch_size=auto has found. Raises
+    BadInput before any file is written."""
+    run, device = configs.run, configs.device
     path, resumed = run.checkpoint_path, Path(run.resume_checkpoint) if run.resume_checkpoint else None
-    writer, machine = open_place(PRETRAINING, path, resumed, run.overwrite, device, blob)
-    data = open_data(run.data_path, None if blob else gpt.vocab_size)
+    writer, machine = open_output(PRETRAINING, path, resumed, run.overwrite, device, checkpoint)
+    data = open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
     for split in ("train", "val"):
-        require_a_block(data, split, gpt.block_size)
+        require_a_block(data, split, configs.model.block_size)
     seed_everything(run.seed)
-    if blob:
+    if checkpoint:
         with reading(resumed):
-            model = GPT.from_checkpoint(blob)
+            model = GPT.from_checkpoint(checkpoint)
     else:
-        model = GPT(dataclasses.replace(gpt, vocab_size=data.manifest.vocab_size))
+        model = GPT(dataclasses.replace(configs.model, vocab_size=data.manifest.vocab_size))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not blob:
-        machine = faster_machine(partial(dry_run_step, model), machine)
+    if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not checkpoint:
+        machine = faster_dtype(partial(dry_run_step, model), machine)
+    configs = configs._replace(model=model.config)
     if run.batch_size == "auto":
-        n_blocks = loop.num_batch_accum
-        states = sum(8 * p.numel() for p in model.parameters())  # of the optimizer, which has none yet: at most two in fp32
-        batch_size = largest_batch(partial(dry_run_step, model, machine), machine.device, n_blocks, states)
-        run = dataclasses.replace(run, batch_size=batch_size)
-        loop = dataclasses.replace(loop, num_batch_accum=n_blocks // batch_size)
-    loader = shard_loader(data, run.batch_size, gpt.block_size, run.seed, run.dataloader_num_workers,
+        configs = find_batch_size(configs, model, machine)
+    run = configs.run
+    loader = shard_loader(data, run.batch_size, model.config.block_size, run.seed, run.dataloader_num_workers,
                           pin_memory=machine.device.type == "cuda")
-    settings = PRETRAINING.settings(run, model.config, schedule, loop, device)
-    state = make_state(PRETRAINING, model, data.tokenizer, schedule, loader, machine, writer, settings, resumed, blob)
-    return state, data, loop, run
+    settings = PRETRAINING.settings(*configs)
+    state, setup = make_state(PRETRAINING, model, data.tokenizer, configs.optimizer, loader, machine, writer, settings,
+                              resumed, checkpoint)
+    return state, setup, data, configs
+
+
+def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> TrainConfigs:
+    """With the largest batch that fits into memory, a step of as many blocks as before. Raises MemoryError if none does."""
+    n_blocks = configs.loop.num_batch_accum
+    optimizer_bytes = sum(8 * p.numel() for p in model.parameters())  # at most two fp32 states each, not allocated yet
+    batch_size = largest_batch(partial(dry_run_step, model, machine), machine.device, n_blocks, optimizer_bytes)
+    return configs._replace(run=dataclasses.replace(configs.run, batch_size=batch_size),
+                            loop=dataclasses.replace(configs.loop, num_batch_accum=n_blocks // batch_size))
 
 
 def dry_run_step(model: GPT, machine: Machine, batch_size: int):
-    """Forward and backward pass of a batch, to see whether they work here, and what they need. Leaves no gradient."""
+    """Forward and backward pass of a batch of zeros, to see whether they work and what they need. Leaves no gradient."""
     batch = torch.zeros(2, batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
     try:
         with machine.autocast():
@@ -148,27 +179,39 @@ def dry_run_step(model: GPT, machine: Machine, batch_size: int):
         model.zero_grad(set_to_none=True)
 
 
-def describe(state: TrainState, data: Data, loop: LoopConfig, run: RunConfig):
-    """The lines a run begins with."""
-    config, step_tokens = state.model.config, state.step_tokens()
+def describe(state: TrainState, setup: TrainSetup, data: Data, configs: TrainConfigs):
+    """The lines that a run starts with."""
+    config, loop, run = state.model.config, configs.loop, configs.run
     train_tokens = data.manifest.total("train", "tokens")
-    seen = min((tokens for tokens in (loop.max_iter and loop.max_iter * step_tokens, loop.max_tokens) if tokens), default=0)
+    limits = loop.max_iter and loop.max_iter * setup.step_tokens, loop.max_tokens
+    seen = min((tokens for tokens in limits if tokens), default=0)
     print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}"
           + (f", {config.linear} for every linear layer" if config.linear != "linear" else "") + f", vocabulary "
           f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
-          f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {state.settings['optimizer']} at "
-          f"{state.peak_lr():.3g}")
-    print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {step_tokens:,} "
-          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.ends()}"
+          f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {configs.optimizer.optimizer} at "
+          f"{setup.peak_lr():.3g}")
+    print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {setup.step_tokens:,} "
+          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.horizon()}"
           + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
-    peak, known = state.machine.peak_flops(), state.machine.known_peak()
-    print(f"machine  {state.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (
-        f"; going on from step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
+    peak, known = setup.machine.peak_flops(), setup.machine.known_peak()
+    print(f"machine  {setup.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (
+        f"; resuming at step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
+
+
+def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
+    path = setup.writer.path
+    print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
+          f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
+    if run.sample_tokens:
+        print("sample, the start of a document:")
+        with setup.machine.autocast():
+            print("".join(generate_text(state.model, setup.tokenizer, "", run.sample_tokens, SamplingConfig(),
+                                        seed=run.seed)).strip())
 
 
 def plot(named: str, path: Path):
     """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path. The picture
-    is beside the first one's rows."""
+    goes beside the first one's rows."""
     paths = [path] if named == "1" else [Path(name.strip()).expanduser() for name in named.split(",")]
     runs, pictures = {}, []
     for path in paths:
@@ -185,41 +228,32 @@ def plot(named: str, path: Path):
 @command
 def main(argv=None):
     given, defaults = PRETRAINING.flags_given(argv), PRETRAINING.defaults()
-    path, resumed = PRETRAINING.paths_of(given, defaults["checkpoint_path"])
+    path, resumed = PRETRAINING.paths(given, defaults["checkpoint_path"])
     if "plot" in given:
         plot(given["plot"], path)
         return
     with folder_lock(run_folder(path), f"--checkpoint_path={path}"):
-        start, blob = PRESETS.get(given.get("preset"), {}), None
+        start, checkpoint = PRESETS.get(given.get("preset"), {}), None
         if resumed:
-            start, blob = PRETRAINING.read_checkpoint(resumed, given)
+            start, checkpoint = PRETRAINING.read_checkpoint(resumed, given)
         values = resolve_flags(defaults | start, given) | {
             "checkpoint_path": path, "resume_checkpoint": str(resumed) if resumed else None}
-        configs = [read_flags(config, values) for config in CONFIGS]
-        if blob and is_finished(configs[CONFIGS.index(LoopConfig)], blob["training"], resumed, values["verbose"]):
+        configs = PRETRAINING.read_configs(values)
+        if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return
-        with explain_device_errors(oom_advice(values)):
-            state, data, loop, run = open_run(configs, blob)
-            if loop.verbose:
-                describe(state, data, loop, run)
-                report_start(PRETRAINING, state, blob)
-            del blob  # as large as model and optimizer together
-            evaluate = lambda state: validate(state.model, data, state.machine, run.val_iter, run.val_batch)
-            try_step = partial(dry_run_step, state.model, state.machine, run.batch_size)
-            train(state, loop, next_token_loss, evaluate, run.compile_model, try_step, PRETRAINING)
-    if loop.verbose:
-        report_end(state, run)
-
-
-def report_end(state: TrainState, run: RunConfig):
-    path = state.writer.path
-    print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
-          f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
-    if run.sample_tokens:
-        print("sample, the start of a document:")
-        with state.machine.autocast():
-            print("".join(generate_text(state.model, state.tokenizer, "", run.sample_tokens, SamplingConfig(),
-                                        seed=run.seed)).strip())
+        setup = None
+        with explain_failures(oom_advice(values), lambda: setup.checkpoint_status() if setup else ""):
+            state, setup, data, configs = open_run(configs, checkpoint)
+            if configs.loop.verbose:
+                describe(state, setup, data, configs)
+                report_start(PRETRAINING, setup, checkpoint)
+            del checkpoint  # as large as model and optimizer together
+            run = configs.run
+            evaluate = Evaluation(lambda state: validate(state.model, data, setup.machine, run.val_iter, run.val_batch))
+            train(PRETRAINING, state, setup, configs.loop, next_token_loss, evaluate, run.compile_model,
+                  dry_run=partial(dry_run_step, state.model, setup.machine, run.batch_size))
+    if configs.loop.verbose:
+        report_end(state, setup, configs.run)
 
 
 if __name__ == "__main__":

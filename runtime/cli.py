@@ -1,32 +1,39 @@
-"""Command-line flags: each declared once, as a field of a frozen dataclass; what a user gets wrong ends in one line.
+"""argparse from the flags of runtime/config.py, and what each kind of failure means on the command line.
 
-    @dataclass(frozen=True)
-    class LoopConfig:
-        max_iter: int = flag(2_000, "optimizer steps", at_least=1)
-        __post_init__ = check_flags
+| what stops a command | raised as | exit code |
+|---|---|---|
+| what the user gave cannot be used | BadInput | 2 |
+| the loss is no longer finite | FloatingPointError | 3 |
+| disk, network, memory, a worker process | OSError, MemoryError | 1 |
+| Ctrl-C, SIGTERM, SIGHUP | KeyboardInterrupt, SystemExit | 128 + signal |
 
-`add_flags` gives argparse the fields, `read_flags` builds the dataclass again, `@command` turns BadInput into one
-line on stderr and exit code 2.
+Each prints one line on stderr. Anything else is a bug of ours and keeps its traceback. Programs read the exit code, never
+the line.
 """
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import os
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.config import BadInput, read_flags, takes_several, value_type
+from runtime.config import BadInput, flags_of, read_flags, takes_several, value_type
+
+BAD_INPUT, DIVERGED = 2, 3  # exit codes that other programs here read
 
 
 def log_line(line: str):
-    """A line on stderr; progress bars stay whole."""
+    """Prints a line on stderr without breaking progress bars."""
     tqdm.write(line, file=sys.stderr)
 
+
+# -- values -----------------------------------------------------------------------------------------------------------
 
 def parse_bool(text: str) -> bool:
     """'1', 'true', 'yes', 'on' -> True; '0', 'false', 'no', 'off' -> False."""
@@ -47,7 +54,7 @@ def parse_int(text: str) -> int:
             value = None
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if abs(value) >= 2**63:  # what numpy and torch count with
+    if abs(value) >= 2**63:  # int64 in numpy and torch
         raise argparse.ArgumentTypeError(f"{text!r} is too large")
     return value
 
@@ -73,21 +80,24 @@ def parse_path(text: str) -> Path:
 PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: parse_path}
 
 
-def or_auto(parse):
+def or_auto(parse: Callable) -> Callable:
     return lambda text: text if text == "auto" else parse(text)
 
 
-def shown_default(field):
-    if takes_several(field):
-        return " ".join(map(str, field.default))
-    return int(field.default) if isinstance(field.default, bool) else field.default
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps help to the terminal's width, flags in a narrow column."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line, and suggests the flag that was meant."""
+    """argparse that reports errors in one line, and suggests the flag that was meant."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         raise BadInput(message.removeprefix("argument ").replace(": expected one argument", ": give it a value"))
@@ -98,53 +108,96 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             if not name.startswith("-"):
-                raise BadInput(f"{unknown[0]}: is no flag: give several values as in --flag a b, text with spaces in quotes")
+                raise BadInput(f"{unknown[0]}: not a flag: give several values as in --flag a b, text with spaces in quotes")
             raise BadInput(f"{unknown[0]}: no such flag" + (f", did you mean {close[0]}?" if close else ", see --help"))
         return found
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = False, without: Collection[str] = ()):
-    """Declares every field of the `configs` dataclasses on `parser`, but those of `without`; one help line each, with its
-    default.
+    """Adds the flags of the dataclasses `configs`, except those named in `without`.
 
-    With `suppress`, a flag that is not given leaves no trace in the namespace.
+    suppress: a flag that is not given is absent from the namespace, instead of having its default.
     """
     for config in configs:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for field in dataclasses.fields(config):
-            if "help" not in field.metadata or field.name in without:
+        for name, field in flags_of(config).items():
+            if name in without:
                 continue
-            is_bool, parse = value_type(field) is bool, PARSERS[value_type(field)]
-            bare = True if is_bool else field.metadata["bare"]
-            shown = "" if field.default in (None, "", ()) else f" (default: {shown_default(field)})"
-            choices = field.metadata["choices"]
-            listed = f": {', '.join(choices)}" if choices else ""
+            kind, declared = value_type(field), field.metadata["flag"]
+            bare = True if kind is bool else declared.bare
             group.add_argument(
-                f"--{field.name}", type=or_auto(parse) if field.metadata["auto"] else parse,
-                default=argparse.SUPPRESS if suppress else field.default,
-                metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[value_type(field)],
-                help=field.metadata["help"].replace("%", "%%") + listed + shown,
+                f"--{name}", type=or_auto(PARSERS[kind]) if declared.auto else PARSERS[kind],
+                default=argparse.SUPPRESS if suppress else field.default, help=help_text(field).replace("%", "%%"),
+                metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind],
                 **({"nargs": "+"} if takes_several(field) else {"nargs": "?", "const": bare} if bare is not None else {}))
 
 
+def help_text(field) -> str:
+    """What the flag does, its choices and its default, in one line."""
+    declared = field.metadata["flag"]
+    choices = f": {', '.join(declared.choices)}" if declared.choices else ""
+    return declared.help + choices + (f" (default: {default})" if (default := default_text(field)) else "")
+
+
+def default_text(field) -> str:
+    """The default as it would be typed; empty where there is none."""
+    default = field.default
+    if default is None or default == "":
+        return ""
+    if takes_several(field):
+        return " ".join(map(str, default))
+    if isinstance(default, bool):
+        return str(int(default))
+    return f"{default:_}" if isinstance(default, int) and default >= 100_000 else str(default)
+
+
 def parse_flags(description: str | None, argv, *configs: type) -> list:
-    """The usual case: `argv` (None: the command line) read into one instance of each of `configs`."""
+    """`argv` (None: the command line) read into one instance of each of `configs`."""
     parser = Parser(description)
     add_flags(parser, *configs)
     values = vars(parser.parse_args(argv))
     return [read_flags(config, values) for config in configs]
 
 
-def command(main):
-    """Decorates a script's `main(argv=None)`: what the user can mend ends in one line and exit code 2.
+# -- failures ---------------------------------------------------------------------------------------------------------
 
-    Exit code 1 is for what went wrong while running (a full disk, a loss that is no longer finite), 130 for Ctrl-C.
+@contextmanager
+def explain_failures(oom_advice: str, status: Callable[[], str] = lambda: ""):
+    """Turns what goes wrong while a model computes into the exceptions of the table above.
+
+    Too little memory, which torch reports in several ways -> MemoryError with `oom_advice`; a dead data worker -> OSError;
+    an operation that --deterministic forbids -> BadInput. status(): what is kept of the work, added to what is not the
+    user's doing; "" where nothing is.
     """
+    try:
+        yield
+    except BrokenPipeError:  # `| head` has read enough
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        from runtime.memory import is_out_of_memory, peak_of_process  # imports torch, which not every command needs
+        kept = lambda: f"; {text}" if (text := status()) else ""
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory, {peak_of_process() / 2**30:.2f} GiB at most so far: {oom_advice} "
+                              f"({first_line[:200]}){kept()}") from None
+        if isinstance(error, (OSError, MemoryError)):
+            raise (MemoryError if isinstance(error, MemoryError) else OSError)(f"{error}{kept()}") from None
+        if found := re.search(r"(\w+) does not have a deterministic implementation", str(error)):
+            raise BadInput(f"--deterministic: torch has no deterministic kernel for {found[1]}, which this needs: leave the "
+                           f"flag out") from None
+        if "DataLoader worker" in str(error):  # torch raises it wherever the main thread happens to be
+            raise OSError(f"--dataloader_num_workers: a data worker process died ({first_line}); 0 does without{kept()}"
+                          ) from None
+        raise
+
+
+def command(main):
+    """Decorates a script's `main(argv=None)`: failures end it with one line and the exit code of the table above."""
     @functools.wraps(main)
     def run(argv=None):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a young model writes characters that not every terminal has
+                stream.reconfigure(errors="replace")  # an untrained model writes characters that not every terminal has
         code, message = call(main, argv)
         if message:
             name = Path(sys.modules[main.__module__].__file__).name
@@ -153,7 +206,7 @@ def command(main):
             # Its threads may still be reading ahead of a stream that we have left, and would abort the process when the
             # interpreter is taken down under them: https://github.com/apache/arrow/issues/45214
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError):  # a reader that is gone
+                with contextlib.suppress(OSError):  # a closed pipe
                     stream.flush()
             os._exit(code)
         if code:
@@ -161,7 +214,7 @@ def command(main):
     return run
 
 
-def call(main, argv) -> tuple[int, str]:
+def call(main: Callable, argv) -> tuple[int, str]:
     """Runs `main(argv)`; returns the exit code and the line to end with, if any."""
     try:
         main(argv)
@@ -170,11 +223,13 @@ def call(main, argv) -> tuple[int, str]:
     except SystemExit as stop:  # --help, and a run that a signal stopped
         return stop.code or 0, ""
     except BadInput as error:
-        return 2, str(error)
-    except BrokenPipeError:  # `| head` has seen enough
+        return BAD_INPUT, str(error)
+    except FloatingPointError as error:
+        return DIVERGED, str(error)
+    except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
-    except (OSError, FloatingPointError, MemoryError) as error:
+    except (OSError, MemoryError) as error:
         return 1, str(error) or type(error).__name__
     except KeyboardInterrupt as error:
         return 130, str(error) or "interrupted"

@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.config import BadInput, check_flags, flag
-from runtime.memory import is_out_of_memory, peak_memory
+from runtime.memory import is_out_of_memory
 
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,14 +37,12 @@ PEAK_FLOPS = {
 @dataclass(frozen=True)
 class DeviceConfig:
     """The machine."""
-    device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first there is, in this order")
-    dtype: str = flag("auto", "of matrix products; auto is bf16 where the device has units for it, fp16 with a loss scaler "
-                              "on a GPU with\ntensor cores for that, else what a few timed products or steps show to be "
-                              "fastest (older GPUs: of fp16 and\nfp32; CPUs that are not x86 under Linux: of bf16 and "
-                              "fp32); fp32 is TF32 on newer GPUs, and leaves\nMuon's own products in bf16 where there are "
-                              "units for it",
-                      choices=("auto", *DTYPES))
-    deterministic: bool = flag(False, "on a GPU, only kernels that always add in the same order; slower")
+    device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first available, in this order", on_resume="free",
+                       scope="shared")
+    dtype: str = flag("auto", "of matrix products; auto: the fastest the device is good at, see docs/train.md",
+                      choices=("auto", *DTYPES), on_resume="free")
+    deterministic: bool = flag(False, "on a GPU, use only kernels that always add in the same order; slower",
+                               on_resume="warn")
     __post_init__ = check_flags
 
 
@@ -201,23 +199,6 @@ def require_kernels(device: torch.device, given: str):
                    f"--index-url https://download.pytorch.org/whl/{wheel}`, or --device=cpu")
 
 
-@contextmanager
-def explain_device_errors(advice: str):
-    """Turns torch's several errors for too little memory into a MemoryError with `advice`, and what --deterministic forbids
-    into a BadInput."""
-    try:
-        yield
-    except RuntimeError as error:
-        if found := re.search(r"(\w+) does not have a deterministic implementation", str(error)):
-            raise BadInput(f"--deterministic: torch has only kernels that add in any order for {found[1]}, which is needed "
-                           f"here: leave the flag out") from None
-        if not is_out_of_memory(error):
-            raise
-        peak = peak_memory(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
-        raise MemoryError(f"too little memory, {peak / 2**30:.2f} GiB at most so far: {advice} "
-                          f"({str(error).splitlines()[0][:200]})") from None
-
-
 def can_compile(device: torch.device) -> bool:
     """Whether compiling is worth its start without being asked for: on GPUs that Triton knows."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -279,7 +260,7 @@ def set_rng_state(state: dict):
         torch.mps.set_rng_state(state["mps"])
 
 
-def faster_machine(step: Callable, machine: Machine) -> Machine:
+def faster_dtype(step: Callable, machine: Machine) -> Machine:
     """Of fp16 and fp32 on a GPU, that in which a few steps take less time."""
     def seconds_of(machine: Machine) -> float:
         times = []

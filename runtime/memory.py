@@ -46,6 +46,11 @@ def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
 
 
+def peak_of_process() -> int:
+    """Peak bytes so far of whatever this process computes on."""
+    return peak_memory(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
+
+
 def process_peak() -> int:
     """Peak resident bytes of this process; 0 where the system does not tell."""
     with suppress(OSError, AttributeError):  # Linux, whose ru_maxrss starts from the parent's

@@ -22,14 +22,15 @@ SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 @dataclass(frozen=True)
 class ConversationConfig:
     """Where conversations come from."""
-    dataset: str = flag(DOLLY, "a dataset of the hub by its id, a local file or folder (jsonl, parquet), or `builtin`: "
-                               "questions about\nnumbers, words and built-in text, no network. Rows have messages, "
-                               "[{\"role\": …, \"content\": …}, …], or a\nquestion and an answer")
-    dataset_config: str = flag(None, "configuration of a hub dataset")
-    split: str = flag("train", "of a hub dataset")
-    question_column: str = flag(None, "column of questions (default: the first of question, instruction, prompt …)")
-    answer_column: str = flag(None, "column of answers (default: the one that goes with it)")
-    val_conversations: int = flag(240, "conversations that are held out, always the same ones", at_least=1)
+    dataset: str = flag(DOLLY, "a dataset on the Hugging Face hub by its id, a local file or folder (jsonl, parquet), or "
+                               "`builtin`: questions about numbers, words and built-in text, no network. Rows have "
+                               "messages, [{\"role\": …, \"content\": …}, …], or a question and an answer", scope="shared")
+    dataset_config: str = flag(None, "configuration of a hub dataset", scope="shared")
+    split: str = flag("train", "split of a hub dataset", scope="shared")
+    question_column: str = flag(None, "column with questions (default: the first of question, instruction, prompt …)",
+                                scope="shared")
+    answer_column: str = flag(None, "column with answers (default: the one that goes with it)", scope="shared")
+    val_conversations: int = flag(240, "conversations that are held out, always the same ones", at_least=1, scope="shared")
 
     def __post_init__(self):
         check_flags(self)
@@ -39,9 +40,11 @@ class ConversationConfig:
 
 @dataclass(frozen=True)
 class Conversation:
-    """where: for messages about it. task: what kind of question it is; empty where that is not known."""
+    """messages: [{"role": …, "content": …}, …]. where: file and row, for error messages. kind, task: which kind of question
+    it is, and which task of that kind; "" where that is not known."""
     messages: list[dict]
     where: str
+    kind: str = ""
     task: str = ""
 
 
@@ -61,7 +64,7 @@ def read_conversations(config: ConversationConfig) -> tuple[list[Conversation], 
 
 
 def builtin_held_out(n: int) -> list[Conversation]:
-    return [Conversation(question.messages(), "a built-in question", f"{question.kind}: {question.task}")
+    return [Conversation(question.messages(), "a built-in question", question.kind, question.task)
             for question in make_questions(n, 0, held_out=True)]
 
 
@@ -87,7 +90,8 @@ def read_everything(config: ConversationConfig) -> Iterator[Conversation]:
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         n += 1
-        yield Conversation(messages, where, str(row.get("task") or row.get("category") or ""))
+        task = str(row.get("task") or row.get("category") or "")
+        yield Conversation(messages, where, str(row.get("kind") or task), task)
     if not n:
         raise BadInput(f"--dataset={config.dataset}: holds no conversation")
 

@@ -136,7 +136,7 @@ def at_batch(monkeypatch, batch, act):
         if next(calls) == batch:
             act()
         return loss_fn(model, parts)
-    monkeypatch.setattr(trainer, "next_token_loss", watched)
+    monkeypatch.setattr(train, "next_token_loss", watched)
 
 
 def lines_in(error: str) -> list[str]:

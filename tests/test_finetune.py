@@ -86,7 +86,7 @@ def test_an_epoch_shows_every_conversation_once(tokenizer):
 
 def test_long_conversations_are_cut_and_counted(tokenizer):
     batches = PackedBatches(tokenizer, [talk("who", "x" * 50), talk("y" * 50, "z"), talk("a", "b")], 1, 16, 0)
-    assert batches.n_cut == 2 and len(batches.texts) == 2  # of the second nothing that is said is left
+    assert batches.n_truncated == 2 and len(batches.texts) == 2  # of the second nothing that is said is left
     assert max(len(ids) for ids, _ in batches.texts) == 17
     with pytest.raises(ValueError, match="in none of its conversations"):
         PackedBatches(tokenizer, [talk("y" * 50, "z")], 1, 16, 0)
