@@ -1,112 +1,144 @@
-"""A conversation in the terminal."""
+"""A conversation with a finetuned model, in the terminal.
+
+    python chat.py --checkpoint_path=checkpoints/gpt_finetuned.pt
+"""
 import contextlib
 import json
 import signal
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model import GPT
-from runtime.cli import parse_path
-from runtime.config import BadInput
+from runtime.checkpoint import reading
+from runtime.cli import command, explain_failures, parse_flags, parse_path
+from runtime.config import BadInput, check_flags, flag
+from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.signals import StopSignals
-from sampling import SamplingConfig, TextStream, cache_dtype, sample, seen_in
-from text.documents import as_text
+from sampling import SamplingConfig, TextStream, cache_dtype, check_stop, load_model, sample, token_mask
+from text.documents import valid_unicode
 from tokenizer import Tokenizer
+
+HELP = """/reset        clear the conversation
+/save FILE    write the conversation as a line of JSON that finetune.py reads
+/help         show this
+Ctrl-C stops an answer, Ctrl-D quits."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """The conversation."""
+    checkpoint_path: Path = flag(Path("checkpoints/gpt_finetuned.pt"), "a model that finetune.py trained")
+    prompt: str = flag("", "the first message (default: read from the terminal)")
+    max_new_tokens: int = flag(200, "most tokens of an answer", at_least=1)
+    system: str = flag("", "system message that the conversation starts with")
+    stop: tuple[str, ...] = flag((), "strings that end an answer, with spaces between; they are not shown")
+    seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
+
+    def __post_init__(self):
+        check_flags(self)
+        check_stop(self.stop)
+
 
 # -- conversation -----------------------------------------------------------------------------------------------------
 
 class Chat:
-    """A conversation whose cache goes on from turn to turn. When the context is full, its oldest turns are forgotten, each
-    with its answer, until half of it is free; what the model was told as system stays."""
+    """A conversation whose cache is kept from turn to turn.
+
+    A turn is a user's message and the answer. When the context is full, the oldest turns are dropped until half of it is
+    free; the system message stays.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig, max_new_tokens: int, system: str = "",
                  stop: Sequence[str] = (), seed: int = 0):
+        """Raises BadInput when the tokenizer has no chat tokens, or the system message leaves no room for a turn."""
         self.model, self.tokenizer, self.sampling, self.stop = model, tokenizer, sampling, stop
-        self.max_new_tokens, self.role_ids, self.end_id = max_new_tokens, *tokenizer.chat_ids()
+        self.max_new_tokens = max_new_tokens
+        self.role_ids, self.end_id = tokenizer.chat_token_ids()
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
-        self.told = [{"role": "system", "content": system}] if system else []
-        self.head = tokenizer.encode_chat(self.told)[0] if system else [tokenizer.separator_id]
-        if self.room() < 4:
-            told = f"--system={system[:20]}…: has {len(self.head):,} tokens, " if system else ""
-            raise BadInput(f"{told}the model's context holds {model.config.block_size:,}: too few for a conversation")
+        self.system_messages = [{"role": "system", "content": system}] if system else []
+        self.system_ids, _ = tokenizer.encode_chat(self.system_messages)  # the separator alone, if there is none
+        if self.max_turn_tokens() < 4:
+            found = f"--system={system[:20]}…: has {len(self.system_ids):,} tokens, " if system else ""
+            raise BadInput(f"{found}the model's context holds {model.config.block_size:,}: too few for a conversation")
         self.reset()
 
     def reset(self):
-        """Forgets the conversation."""
-        self.messages = list(self.told)
-        self.turns: list[list[int]] = []  # a user's message and the answer each
-        self.held, self.cache = [], None  # the ids that the cache has taken in
-        self.is_full = False              # whether the last turn has filled the context
+        """Clears the conversation."""
+        self.history = list(self.system_messages)  # all messages so far, also those of dropped turns
+        self.turns: list[list[int]] = []           # the ids of each turn in the context
+        self.cached_ids, self.cache = [], None     # the ids that the cache holds keys and values of
+        self.context_full = False                  # whether the last answer was cut off by the end of the context
 
-    def room(self) -> int:
-        """Tokens that a turn may have."""
-        return self.model.config.block_size - len(self.head)
+    def max_turn_tokens(self) -> int:
+        return self.model.config.block_size - len(self.system_ids)
+
+    def context_ids(self) -> list[int]:
+        """What the model sees: the system message and the turns that have not been dropped."""
+        return [*self.system_ids, *(token_id for turn in self.turns for token_id in turn)]
 
     def answer(self, message: str) -> Iterator[str]:
-        """Yields the answer as it is made, nothing where a token makes no text yet; where the caller stops early, it ends
-        there. Raises BadInput, and forgets `message`, when it is longer than the context."""
-        message = as_text(message)  # terminals may give halves of surrogate pairs
+        """Yields the answer token by token, "" where a token completes no text. Closing the iterator ends the answer there.
+        Raises BadInput when `message` does not fit into the context; the conversation is then unchanged."""
+        message = valid_unicode(message)  # terminals may deliver lone surrogates
         turn = [self.role_ids["user"], *self.tokenizer.encode(message), self.end_id, self.role_ids["assistant"]]
-        if len(turn) > self.room():
-            raise BadInput(f"the message has {len(turn) - 3:,} tokens, the model's context holds {self.room() - 3:,}: "
-                           f"shorten it")
+        if len(turn) > self.max_turn_tokens():
+            raise BadInput(f"the message has {len(turn) - 3:,} tokens, the model's context holds "
+                           f"{self.max_turn_tokens() - 3:,}: shorten it")
         self.turns.append(turn)
-        self.is_full, n_asked = False, len(turn)
-        said, stream = [], TextStream(self.tokenizer, self.stop)
+        self.context_full, n_prompt = False, len(turn)
+        pieces, stream = [], TextStream(self.tokenizer, self.stop)
         try:
             for _ in range(self.max_new_tokens):
                 token_id = self.next_token()
-                if self.is_full:
+                if token_id is None:
                     break
-                said.append(stream.push(token_id))
-                if token_id not in stream.ends:
+                pieces.append(stream.push(token_id))
+                if token_id not in stream.end_ids:
                     turn.append(token_id)
-                yield said[-1]
+                yield pieces[-1]
                 if stream.is_done:
-                    if token_id not in stream.ends:  # a stop text, of which the model is to know as little as the user
-                        turn[n_asked:] = self.tokenizer.encode("".join(said))
+                    if token_id not in stream.end_ids:  # a stop string: the model sees no more of it than the user
+                        turn[n_prompt:] = self.tokenizer.encode("".join(pieces))
                     return
-            said.append(stream.finish())
-            yield said[-1]
+            pieces.append(stream.finish())
+            yield pieces[-1]
         except BaseException as error:
-            if not isinstance(error, GeneratorExit):  # which comes between tokens; others may come in the middle of one
+            if not isinstance(error, GeneratorExit):  # it comes between two tokens, others within one: layers may disagree
                 self.cache = None
             raise
         finally:
             turn.append(self.end_id)
-            self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": "".join(said)}]
+            self.history += [{"role": "user", "content": message}, {"role": "assistant", "content": "".join(pieces)}]
 
     @torch.inference_mode()
     def next_token(self) -> int | None:
-        """None, and `is_full`, when the turn has filled the context."""
-        block_size, ids = self.model.config.block_size, self.ids()
+        """None, after setting `context_full`, when the current turn alone fills the context."""
+        block_size, ids = self.model.config.block_size, self.context_ids()
         if len(ids) > block_size:
             while len(self.turns) > 1 and len(ids) > block_size // 2:
                 del self.turns[0]
-                ids = self.ids()
+                ids = self.context_ids()
             if len(ids) > block_size:
-                self.is_full = True
+                self.context_full = True
                 return None
-        device = self.model.embed.weight.device
-        if self.cache is not None and ids[:len(self.held)] == self.held and len(ids) > len(self.held):
-            new = torch.tensor([ids[len(self.held):]], device=device)
+        device, n_cached = self.model.embed.weight.device, len(self.cached_ids)
+        if self.cache is not None and ids[:n_cached] == self.cached_ids and len(ids) > n_cached:
+            new = torch.tensor([ids[n_cached:]], device=device)
             logits = self.model.eager_forward(new, cache=self.cache, logits_to_keep=1)[:, 0]
         else:
             logits, self.cache = self.model.prefill([torch.tensor(ids, device=device)], block_size, cache_dtype(self.model))
-        self.held = ids
+        self.cached_ids = ids
         seen = None
         if self.sampling.repetition_penalty != 1:
-            seen = seen_in([torch.tensor(ids, device=device)], self.model.config.vocab_size)
-            seen[:, list(self.tokenizer.special_tokens.values())] = False  # or no answer would end after the first
+            seen = token_mask([torch.tensor(ids, device=device)], self.model.config.vocab_size)
+            seen[:, list(self.tokenizer.special_tokens.values())] = False  # or no answer would end after the first one
         return int(sample(logits, self.sampling, self.generator, seen))
-
-    def ids(self) -> list[int]:
-        return [*self.head, *(token_id for turn in self.turns for token_id in turn)]
 
     def save(self, path: Path):
         """Writes the conversation as finetune.py reads it: a line of JSON. Raises BadInput or OSError."""
@@ -114,17 +146,13 @@ class Chat:
         if path.exists():
             raise BadInput(f"/save {path}: exists: choose another name")
         with atomic_write(path, "w") as file:
-            file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"messages": self.history}, ensure_ascii=False) + "\n")
 
 
-COMMANDS = """/reset        forget the conversation
-/save FILE    write it as a line of JSON, as finetune.py reads it
-/help         these lines
-Ctrl-C ends an answer, Ctrl-D the program."""
+# -- the terminal -----------------------------------------------------------------------------------------------------
 
-
-def talk(chat: Chat, first: str):
-    """Reads messages and commands, and prints answers, until the input ends. first: a message before those, or nothing."""
+def chat_loop(chat: Chat, first_message: str = ""):
+    """Reads messages and commands, and prints answers, until the input ends."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (arrow keys and history for input())
     if hasattr(sys.stdin, "reconfigure"):
@@ -133,38 +161,39 @@ def talk(chat: Chat, first: str):
         print("/help lists commands")
     while True:
         try:
-            line, first = first or input("> " if sys.stdin.isatty() else ""), ""
+            line, first_message = first_message or input("> " if sys.stdin.isatty() else ""), ""
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D ends the program)")
+            print("\n(Ctrl-D quits)")
             continue
         try:
             if line.startswith("/"):
-                obey(chat, line)
+                run_command(chat, line)
             elif line.strip():
                 print_answer(chat, line)
         except (BadInput, OSError, ArgumentTypeError) as error:
             print(f"({error})")
-        except KeyboardInterrupt:  # a second one, in the middle of a token
+        except KeyboardInterrupt:  # a second one, which does not wait for the token
             print(" (stopped)")
 
 
-def obey(chat: Chat, line: str):
-    name, _, rest = line.partition(" ")
+def run_command(chat: Chat, line: str):
+    """line: "/reset", "/save FILE" or "/help"; anything else prints the help."""
+    name, _, argument = line.partition(" ")
     if name == "/reset":
         chat.reset()
-        print("(forgotten)")
-    elif name == "/save" and rest.strip():
-        chat.save(parse_path(rest.strip()))
-        print(f"(written to {rest.strip()})")
+        print("(conversation cleared)")
+    elif name == "/save" and argument.strip():
+        chat.save(parse_path(argument.strip()))
+        print(f"(saved to {argument.strip()})")
     else:
-        print(COMMANDS)
+        print(HELP)
 
 
 def print_answer(chat: Chat, message: str):
-    """Ctrl-C stops the answer after the token under way."""
+    """Prints the answer as it is generated. Ctrl-C stops it after the current token."""
     with StopSignals() as stop:
         n_turns, answer = len(chat.turns), chat.answer(message)
         for text in answer:
@@ -173,9 +202,32 @@ def print_answer(chat: Chat, message: str):
                 break
         answer.close()
     print(" (stopped)" if stop.signal else "")
-    if chat.is_full:
-        print("(the answer has filled the context and ends here)")
+    if chat.context_full:
+        print("(the context is full: the answer ends here)")
     elif len(chat.turns) <= n_turns:
-        print("(the context is full: the oldest turns are forgotten)")
+        print("(the context is full: the oldest turns are dropped)")
     if stop.signal not in (None, signal.SIGINT):
         raise SystemExit(128 + stop.signal)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine):
+    """Loads the model and runs the conversation. Raises BadInput when the model cannot hold one."""
+    model, tokenizer = load_model(config.checkpoint_path, machine)
+    with reading(config.checkpoint_path):
+        chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
+    chat_loop(chat, config.prompt)
+
+
+@command
+def main(argv=None):
+    """Talks with a finetuned model in the terminal."""
+    config, sampling, device_config = parse_flags(main.__doc__, argv, ChatConfig, SamplingConfig, DeviceConfig)
+    machine = open_machine(device_config)
+    with explain_failures("try a smaller model, or --device=cpu"), machine.autocast():
+        start_chat(config, sampling, machine)
+
+
+if __name__ == "__main__":
+    main()

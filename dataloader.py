@@ -1,7 +1,10 @@
-"""The order in which training sees its data, and the loader, whose position is saved and restored exactly.
+"""Batches of training data in a fixed, seeded order, and the loader, whose position can be saved and restored exactly.
 
-Two kinds of batches: blocks of a long sequence of tokens for pretraining, rows packed with whole conversations for
-finetuning.
+Owns the order of batches, the loader's position and IGNORE_INDEX. Two kinds of batches: blocks of one long sequence of
+tokens for pretraining, and rows packed with whole conversations for finetuning.
+
+    loader = shard_loader(open_data(Path("data")), batch_size=4, block_size=128, seed=1337)
+    inputs, targets = loader.next_batch()
 """
 import bisect
 import hashlib
@@ -9,6 +12,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,22 +20,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from runtime.config import BadInput
-from runtime.signals import no_interrupt
-from shards import PREPARE_AGAIN, Data, require_a_block
-from tasks.conversations import Conversation
+from runtime.signals import sigint_blocked
+from shards import PREPARE_AGAIN, Data, require_block
 from tokenizer import Tokenizer
 
-IGNORE_INDEX = -100  # targets that carry no loss; the value F.cross_entropy skips by default
+if TYPE_CHECKING:
+    from tasks.conversations import Conversation
+
+IGNORE_INDEX = -100  # a target without loss; the value that F.cross_entropy skips by default
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- the order of an epoch --------------------------------------------------------------------------------------------
 
-def permute_index(place: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of `place`, (k,) in 0..n-1, goes under a permutation of n that (seed, epoch) choose. Returns (k,).
+def epoch_order(positions: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
+    """Which block is at each of `positions` (k,) in the endless sequence of all epochs, each in its own order."""
+    blocks = np.empty_like(positions)
+    epochs = positions // n_blocks
+    for epoch in np.unique(epochs):
+        is_here = epochs == epoch
+        blocks[is_here] = permute_index(positions[is_here] % n_blocks, n_blocks, seed, int(epoch))
+    return blocks
 
-    An eight-round Feistel network on the next even power of two; what falls outside 0..n-1 goes round again (cycle
-    walking; Black and Rogaway 2002). Any part of the order is computed without the rest: no array of n, which at ten
-    billion tokens would be hundreds of megabytes in every worker, and no dependence on a numpy version.
+
+def permute_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The image of `index`, (k,) in 0..n-1, under a permutation of 0..n-1 chosen by (seed, epoch). Returns (k,) int64.
+
+    An eight-round Feistel network on the next even power of two; results outside 0..n-1 are permuted again (cycle walking;
+    Black and Rogaway 2002). Any part of the order is computed without the rest: no array of n, which at ten billion tokens
+    would take hundreds of megabytes in every worker, and no dependence on the version of numpy.
     """
     half_bits = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half_bits)) - 1)
@@ -41,101 +57,62 @@ def permute_index(place: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarra
     def permute(x: np.ndarray) -> np.ndarray:
         left, right = x >> half_bits, x & low
         for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & low)
+            left, right = right, left ^ (mix_bits(right ^ key) & low)
         return left << half_bits | right
 
-    x = permute(place.astype(np.uint64))
+    x = permute(index.astype(np.uint64))
     while (outside := x >= n).any():
         x[outside] = permute(x[outside])
     return x.astype(np.int64)
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit. (k,) uint64."""
+
+def mix_bits(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit affects every output bit. (k,) uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-class BlockBatches:
-    """Batch `first` is a pure function of its number, so that no worker, prefetch or restart can change it.
-
-    Block i is tokens i*block_size .. (i+1)*block_size + 1 of the split: inputs, and targets one further on. The blocks
-    of all epochs stand in one endless row, shuffled within each epoch, and a batch may straddle two epochs.
-    """
-    given = "--data_path"
-
-    def __init__(self, data: Data, split: str, batch_size: int, block_size: int, seed: int | None):
-        """Raises BadInput when the split does not hold a block."""
-        self.tokens = require_a_block(data, split, block_size)
-        self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`, for a worker gets a copy
-        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
-        self.n_blocks = (len(self.tokens) - 1) // block_size
-
-    def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
-        """Blocks first..first + batch_size of the row: inputs and targets, each int64 (batch_size, block_size)."""
-        return self.read(epoch_order(np.arange(first, first + self.batch_size), self.n_blocks, self.seed))
-
-    def read(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
-        rows = np.stack([self.tokens.read(start, start + self.block_size + 1)
-                         for start in (blocks * self.block_size).tolist()])
-        # each whole in memory: else a copy to a GPU would wait for one of its own
-        return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
-
-
-    def checked(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`batch`, whose ids an embedding can look up: on a GPU a stray one ends in an error that names nothing."""
-        if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
-            raise BadInput(f"--data_path={self.data_path}: a shard holds id {largest}, beyond the vocabulary of "
-                           f"{self.vocab_size}: it is damaged: {PREPARE_AGAIN}")
-        return batch
-
-
-def epoch_order(index: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
-    """Which block stands at each of `index` in the endless row of all epochs."""
-    blocks = np.empty_like(index)
-    epochs = index // n_blocks
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        blocks[here] = permute_index(index[here] % n_blocks, n_blocks, seed, int(epoch))
-    return blocks
-
+# -- the loader -------------------------------------------------------------------------------------------------------
 
 class TrainLoader:
     """Endless shuffled training batches whose position can be saved and restored exactly.
 
-    batches: such as BlockBatches; a batch is a pure function of where its first block stands in the row of all epochs.
-    blocks_seen counts what was handed out, not what workers have read ahead: it is the whole position.
+    batches: BlockBatches or PackedBatches; batches[first] depends on nothing but `first`, the position of its first block in
+    the sequence of all epochs. blocks_seen counts what was returned, not what workers have prefetched: it is the whole
+    position.
     """
 
     def __init__(self, batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False):
-        """fingerprint: of all that is trained on."""
+        """fingerprint: of the training data, which must be the same when a run is resumed."""
         self.batches, self.fingerprint = batches, fingerprint
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
 
     def next_batch(self, model=None) -> tuple[Tensor, ...]:
-        """What `batches` makes; of shards inputs and targets, each int64 (batch_size, block_size). model: ignored."""
+        """The next batch; of BlockBatches inputs and targets, each int64 (batch_size, block_size). model: ignored."""
         if self.iterator is None:
-            with no_interrupt():
+            with sigint_blocked():
                 self.iterator = iter(DataLoader(
                     self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
-                    num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=outlive_signals,
-                    generator=torch.Generator()))  # its own: by default a start draws from torch's global generator
+                    num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=ignore_signals,
+                    generator=torch.Generator()))  # by default a DataLoader draws from torch's global generator
         batch = next(self.iterator)
         self.blocks_seen += self.batches.batch_size
-        return self.batches.checked(batch)
+        self.batches.check(batch)
+        return batch
 
     def state_dict(self) -> dict:
         return {"blocks_seen": self.blocks_seen, "seed": self.batches.seed, "block_size": self.batches.block_size,
                 "data": self.fingerprint}
 
     def load_state_dict(self, state: dict):
-        """Raises BadInput when the position belongs to other data, ValueError when it is none. Batch size and workers may
-        have changed."""
+        """Batch size and number of workers may differ from those of the saved loader. Raises BadInput when the position
+        belongs to other data, ValueError when it is not valid."""
         if state["data"] != self.fingerprint:
-            raise BadInput(f"{self.batches.given}: the training data ({self.fingerprint}) is not what the checkpoint was "
-                           f"trained on ({state['data']}): give the same data to resume")
+            raise BadInput(f"{self.batches.flag_name}: the training data ({self.fingerprint}) differs from what the "
+                           f"checkpoint was trained on ({state['data']}): give the same data to resume")
         if (state["seed"], state["block_size"]) != (self.batches.seed, self.batches.block_size):
             raise ValueError(f"a position of seed {state['seed']} and block_size {state['block_size']}")
         if type(state["blocks_seen"]) is not int or state["blocks_seen"] < 0:
@@ -144,31 +121,67 @@ class TrainLoader:
         self.blocks_seen = state["blocks_seen"]
 
     def close(self):
-        """Ends the workers. The position stays, and the next batch starts new ones."""
+        """Ends the workers. The position stays; the next batch starts new workers."""
         workers = getattr(self.iterator, "_workers", [])
         if not all(worker.is_alive() for worker in workers):
             for worker in workers:
                 worker.kill()
-            # torch would wait for this event's lock for ever if the dead worker held it
+            # torch would wait for this event's lock forever if the dead worker held it
             self.iterator._workers_done_event = threading.Event()
-        # by hand: while an exception is handled, its traceback keeps the iterator, and so the workers, alive
+        # explicitly: while an exception is handled, its traceback keeps the iterator, and so the workers, alive
         getattr(self.iterator, "_shutdown_workers", lambda: None)()
         self.iterator = None
 
 
-def shard_loader(data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
-                 pin_memory: bool = False) -> TrainLoader:
-    """Of the training split. Raises BadInput when it does not hold a block."""
-    batches = BlockBatches(data, "train", batch_size, block_size, seed)
-    return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
-
-
-def outlive_signals(worker: int):
-    """Ctrl-C and SIGTERM may reach the workers too, which must live until the step under way has its batches: Ctrl-C
-    is ignored, and SIGTERM ends a worker after half a minute. They end themselves when the training process is gone."""
+def ignore_signals(worker: int):
+    """A Ctrl-C or SIGTERM for the training process may reach its workers too, which must live until the current step has its
+    batches: they ignore Ctrl-C, and SIGTERM ends them after 30 s. They exit when the training process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *args: signal.alarm(30))
+
+
+# -- blocks of tokens, for pretraining --------------------------------------------------------------------------------
+
+class BlockBatches:
+    """Batches of fixed-size blocks of a split. A batch depends on nothing but its number, so that no worker, prefetch or
+    restart can change it.
+
+    Block i is tokens i*block_size .. (i+1)*block_size + 1: the inputs, and the targets shifted by one. The blocks of all
+    epochs form one endless sequence, shuffled within each epoch; a batch may span two epochs.
+    """
+    flag_name = "--data_path"
+
+    def __init__(self, data: Data, split: str, batch_size: int, block_size: int, seed: int | None):
+        """Raises BadInput when the split is shorter than one block."""
+        self.tokens = require_block(data, split, block_size)
+        self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`: workers get a copy of self
+        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
+        self.n_blocks = (len(self.tokens) - 1) // block_size
+
+    def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
+        """Blocks first..first + batch_size of the sequence: inputs and targets, each int64 (batch_size, block_size)."""
+        return self.read(epoch_order(np.arange(first, first + self.batch_size), self.n_blocks, self.seed))
+
+    def read(self, blocks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The blocks with these numbers: inputs and targets, each int64 (len(blocks), block_size)."""
+        rows = np.stack([self.tokens.read(start, start + self.block_size + 1)
+                         for start in (blocks * self.block_size).tolist()])
+        # both contiguous: else a copy to a GPU would wait for a copy on the CPU
+        return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
+
+    def check(self, batch: tuple[Tensor, Tensor]):
+        """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
+        if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
+            raise BadInput(f"--data_path={self.data_path}: a shard holds id {largest}, beyond the vocabulary of "
+                           f"{self.vocab_size}: it is damaged: {PREPARE_AGAIN}")
+
+
+def shard_loader(data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
+                 pin_memory: bool = False) -> TrainLoader:
+    """A loader of the training split. Raises BadInput when the split is shorter than one block."""
+    batches = BlockBatches(data, "train", batch_size, block_size, seed)
+    return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
 def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,80 +192,99 @@ def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) ->
     batches = BlockBatches(data, "val", batch_size, block_size, seed=None)
     blocks = np.arange(min(n_batches * batch_size, batches.n_blocks))
     for first in range(0, len(blocks), batch_size):
-        yield batches.checked(batches.read(blocks[first:first + batch_size]))
+        batch = batches.read(blocks[first:first + batch_size])
+        batches.check(batch)
+        yield batch
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
-
-def pack_rows(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
-    """Which conversations share a row: in random order each goes into the fullest row that has room for it. lengths: at most
-    row_length each."""
-    rows, rooms = [], []  # rooms: (room, row) of those that have some, in order
-    for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        at = bisect.bisect_left(rooms, (lengths[i], -1))
-        room, row = rooms.pop(at) if at < len(rooms) else (row_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        if room > lengths[i]:
-            bisect.insort(rooms, (room - lengths[i], row))
-    return rows
-
+# -- packed conversations, for finetuning -----------------------------------------------------------------------------
 
 class PackedBatches:
-    """Rows of conversations, shuffled in each epoch: see dataloader.BlockBatches. Which share a row stays as it is, since
-    none sees another."""
-    given = "--dataset"
+    """Batches of rows packed with whole conversations, shuffled in each epoch as in BlockBatches. Which conversations share
+    a row is the same in all epochs, as none sees another.
 
-    def __init__(self, tokenizer: Tokenizer, conversations: list[Conversation], batch_size: int, block_size: int, seed: int):
-        """Raises BadInput where there is nothing for a model to say, or the tokenizer has no tokens for conversations."""
-        self.batch_size, self.block_size, self.seed, self.fillerer = batch_size, block_size, seed, tokenizer.separator_id
-        self.texts, self.n_truncated = [], 0
-        for one in conversations:
-            ids, assistant_mask = tokenizer.encode_chat(one.messages)
-            if not any(assistant_mask):
-                raise BadInput(f"{one.where}: has no message of the assistant, so there is nothing to learn")
+    conversations: (ids, assistant_mask) of each that has a target, truncated to block_size + 1 ids.
+    """
+    flag_name = "--dataset"
+
+    def __init__(self, tokenizer: Tokenizer, conversations: "list[Conversation]", batch_size: int, block_size: int,
+                 seed: int):
+        """Raises BadInput for a malformed conversation, if none has a target, or if the tokenizer has no chat tokens."""
+        self.batch_size, self.block_size, self.seed, self.pad_id = batch_size, block_size, seed, tokenizer.separator_id
+        self.conversations, self.n_truncated = [], 0
+        tokenizer.chat_token_ids()  # raises here, rather than as an error of the first conversation
+        for conversation in conversations:
+            ids, assistant_mask = encode_conversation(tokenizer, conversation)
             self.n_truncated += len(ids) > block_size + 1
             if any(assistant_mask[:block_size + 1]):
-                self.texts.append((np.array(ids[:block_size + 1]), np.array(assistant_mask[:block_size + 1])))
-        if not self.texts:
-            raise BadInput(f"{self.given}: in none of its conversations the assistant says something within the "
+                self.conversations.append((np.array(ids[:block_size + 1]), np.array(assistant_mask[:block_size + 1])))
+        if not self.conversations:
+            raise BadInput(f"{self.flag_name}: no conversation has a message of the assistant that starts within the "
                            f"{block_size} tokens of the model's context")
-        # a conversation of n tokens is n - 1 inputs
-        self.rows = pack_rows([len(ids) - 1 for ids, _ in self.texts], block_size, seed)
+        # a conversation of n tokens takes n - 1 inputs
+        self.rows = pack_rows([len(ids) - 1 for ids, _ in self.conversations], block_size, seed)
         self.n_blocks = len(self.rows)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any token."""
         digest = hashlib.sha256()
-        for ids, assistant_mask in self.texts:
+        for ids, assistant_mask in self.conversations:
             digest.update(ids.tobytes() + assistant_mask.tobytes())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows first..first + batch_size of the sequence of all epochs; see `read`."""
         return self.read(epoch_order(np.arange(first, first + self.batch_size), self.n_blocks, self.seed))
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs and targets, int64 (B, block_size), targets only where the assistant speaks; and where a conversation
-        begins, or what fills the row up, bool (B, block_size)."""
+        """The rows with these numbers: inputs and targets, int64 (len(rows), block_size), IGNORE_INDEX except where the
+        assistant speaks; and doc_starts, bool (len(rows), block_size): where a conversation or the padding starts."""
         shape = len(rows), self.block_size
-        inputs, targets, doc_starts = np.full(shape, self.fillerer), np.full(shape, IGNORE_INDEX), np.zeros(shape, bool)
+        inputs, targets, doc_starts = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX), np.zeros(shape, bool)
         for row, number in enumerate(rows):
-            at = 0
+            start = 0
             for i in self.rows[number]:
-                (ids, assistant_mask), stop = self.texts[i], at + len(self.texts[i][0]) - 1
-                inputs[row, at:stop] = ids[:-1]
-                targets[row, at:stop] = np.where(assistant_mask[1:], ids[1:], IGNORE_INDEX)
-                doc_starts[row, at] = True
-                at = stop
-            if at < self.block_size:
-                doc_starts[row, at] = True
+                ids, assistant_mask = self.conversations[i]
+                stop = start + len(ids) - 1
+                inputs[row, start:stop] = ids[:-1]
+                targets[row, start:stop] = np.where(assistant_mask[1:], ids[1:], IGNORE_INDEX)
+                doc_starts[row, start] = True
+                start = stop
+            if start < self.block_size:
+                doc_starts[row, start] = True
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(doc_starts)
 
-    def checked(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return batch
+    def check(self, batch: tuple[Tensor, ...]):
+        """Nothing to check: the tokenizer has just made these ids."""
 
-    def in_turn(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All rows once, the last batch smaller."""
+    def sequential(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All rows once, in order, as `read` returns them; the last batch may be smaller."""
         for first in range(0, self.n_blocks, self.batch_size):
             yield self.read(range(first, min(first + self.batch_size, self.n_blocks)))
+
+
+def encode_conversation(tokenizer: Tokenizer, conversation: "Conversation") -> tuple[list[int], list[bool]]:
+    """Ids and assistant mask of a conversation. Raises BadInput, which starts with `conversation.where`, if it is malformed
+    or the assistant says nothing in it."""
+    try:
+        ids, assistant_mask = tokenizer.encode_chat(conversation.messages)
+    except BadInput as error:
+        raise BadInput(f"{conversation.where}: {error}") from None
+    if not any(assistant_mask):
+        raise BadInput(f"{conversation.where}: has no message of the assistant, so there is nothing to learn")
+    return ids, assistant_mask
+
+
+def pack_rows(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
+    """Packs conversations of `lengths`, each at most row_length, into rows of row_length: in random order, each goes into
+    the fullest row that has room for it (best fit). Returns the indices of the conversations in each row."""
+    rows, free = [], []  # free: (room, row) of the rows with room left, sorted
+    for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        at = bisect.bisect_left(free, (lengths[i], -1))
+        room, row = free.pop(at) if at < len(free) else (row_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        if room > lengths[i]:
+            bisect.insort(free, (room - lengths[i], row))
+    return rows

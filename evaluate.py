@@ -1,8 +1,10 @@
-"""Scores of trained models, side by side: bits per byte of any text, multiple choice, and questions answered right.
+"""Scores trained models side by side: bits per byte of any text, multiple choice, and questions with one right answer.
 
     python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt
     python evaluate.py --checkpoint_path a.pt b.pt --task=choice                          HellaSwag
     python evaluate.py --checkpoint_path checkpoints/gpt_finetuned.pt --task=answers      the built-in questions
+
+finetune.py validates with the functions of the last task.
 """
 import itertools
 import json
@@ -28,42 +30,41 @@ from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
 from sampling import GREEDY, generate_texts, load_model
-from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_everything
-from tasks.multiple_choice import Choice, choice_of
-from tasks.rows import read_dataset
+from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_all
+from tasks.multiple_choice import Choice, read_choices
 from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import Tokenizer
 
-PROMPTS_AT_ONCE = 64
-# What each task takes where no --dataset, or no --split, is given.
+PROMPTS_PER_BATCH = 64
+# (dataset, split) of each task where the flags do not give them
 DEFAULTS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"), "answers": ("builtin", "train")}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure."""
-    checkpoint_path: tuple[Path, ...] = flag((Path("checkpoints/gpt.pt"),), "models, with spaces between, to show side by "
-                                                                            "side")
-    task: str = flag("text", "bits per byte of text; the right one of several endings; or questions answered word for word",
-                     choices=tuple(DEFAULTS))
-    dataset: str = flag(None, "a dataset of the hub by its id, a local file or folder, or `builtin`: for text the "
-                              "documentation inside\nPython, numpy and torch, most of which a model that was trained on "
-                              "it has seen; for answers the held-out\nquestions of finetune.py (default: builtin; for "
-                              "choice Rowan/hellaswag)")
+    """Evaluation."""
+    checkpoint_path: tuple[Path, ...] = flag((Path("checkpoints/gpt.pt"),),
+                                             "models to score side by side, with spaces between")
+    task: str = flag("text", "text: bits per byte; choice: pick the right one of several endings; answers: answer questions "
+                             "word for word", choices=tuple(DEFAULTS))
+    dataset: str = flag(None, "a dataset on the Hugging Face hub by its id, a local file or folder, or `builtin`: for text "
+                              "the documentation of Python, numpy and torch, most of which a model trained on it has seen; "
+                              "for answers the questions that finetune.py holds out (default: builtin; for choice "
+                              "Rowan/hellaswag)")
     dataset_config: str = flag(None, "configuration of a hub dataset")
-    split: str = flag(None, "of a hub dataset (default: train, which is all that text is read of; for choice validation)")
-    text_column: str = flag("text", "with --task=text, the column or JSON key that holds the text")
-    question_column: str = flag(None, "column of questions, or of what the endings go on from (default: the first of ctx, "
-                                      "query, question; for\nanswers as finetune.py)")
-    answer_column: str = flag(None, "column of answers, or of the number of the right ending (default: the first of label, "
-                                    "answerKey, gold,\nanswer; for answers as finetune.py)")
-    limit: int = flag(None, "documents, rows or conversations to take, the first ones (default: all; of the built-in "
-                            "questions as\nmany as finetune.py holds out)", at_least=1)
-    max_bytes: int = flag(1_000_000, "of text to read, with whole documents", at_least=1)
-    batch_size: int = flag(16, "rows that the model reads at once", at_least=1, at_most=1_000_000)
-    answer_tokens: int = flag(64, "tokens of an answer at most", at_least=1)
+    split: str = flag(None, "split of a hub dataset; text reads only train (default: train; for choice validation)")
+    text_column: str = flag("text", "for text, the column or JSON key that holds it")
+    question_column: str = flag(None, "column with questions, for choice with the contexts (default: the first of ctx, "
+                                      "query, question; for answers as in finetune.py)")
+    answer_column: str = flag(None, "column with answers, for choice with the index of the right ending (default: the first "
+                                    "of label, answerKey, gold, answer; for answers as in finetune.py)")
+    limit: int = flag(None, "use only the first documents, rows or conversations (default: all; of the built-in questions "
+                            "as many as finetune.py holds out)", at_least=1)
+    max_bytes: int = flag(1_000_000, "for text, stop reading at the document that reaches this many bytes", at_least=1)
+    batch_size: int = flag(16, "rows in a forward pass", at_least=1, at_most=1_000_000)
+    answer_tokens: int = flag(64, "for answers, most tokens of an answer", at_least=1)
     out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model")
-    overwrite: bool = flag(False, "let --out_path replace a file")
+    overwrite: bool = flag(False, "replace --out_path if it exists")
 
     def __post_init__(self):
         check_flags(self)
@@ -73,48 +74,73 @@ class EvaluateConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if self.task == "text" and self.split != "train":
-            raise BadInput(f"--split={self.split}: of a hub dataset, text is read from its train split: give a local file")
+            raise BadInput(f"--split={self.split}: text is read from the train split of a hub dataset: give a local file")
         if self.task == "text" and "," in self.dataset and not local_path(self.dataset):
-            raise BadInput(f"--dataset={self.dataset}: one at a time")
+            raise BadInput(f"--dataset={self.dataset}: give one at a time")
         if self.task == "choice" and self.dataset == "builtin":
             raise BadInput("--dataset=builtin: has no endings to choose from: give a dataset of the hub, or a local path")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A number and its standard error, nan where that is not known. form: how both are shown."""
+class Score:
+    """A number with its standard error, nan where that is unknown. better: which direction is good, "" for neither."""
     value: float
-    error: float = math.nan
-    form: str = ".4f"
+    stderr: float = math.nan
+    better: str = ""
+    format: str = ".4f"
 
     def __str__(self) -> str:
-        shown = format(self.value, self.form)
-        return shown if math.isnan(self.error) else f"{shown} ± {format(self.error, self.form)}"
+        value = format(self.value, self.format)
+        return value if math.isnan(self.stderr) else f"{value} ± {format(self.stderr, self.format)}"
 
 
-def share(hits: Sequence[bool]) -> Measured:
-    """Of hits, with the standard error of a mean of zeros and ones, √(p (1 - p) / (n - 1))."""
+def count(n: int) -> Score:
+    return Score(n, format=",")
+
+
+def proportion(hits: Sequence[bool]) -> Score:
+    """Fraction of hits; its standard error is that of a mean of zeros and ones, √(p (1 - p) / (n - 1))."""
     n, p = len(hits), sum(hits) / len(hits)
-    return Measured(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, ".1%")
+    return Score(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, "higher", ".1%")
 
 
-def progress(total: int, unit: str) -> tqdm:
-    # as train.py's, where nobody watches; what is done at once needs none
+def progress_bar(total: int, unit: str) -> tqdm:
+    """Appears after a second; where stderr is a log file, a line every half minute."""
     return tqdm(total=total, unit=unit, unit_scale=unit == "tok", delay=1, dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
-# -- losses of tokens -------------------------------------------------------------------------------------------------
+# -- token losses -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids, at most one more than the context holds, of which the last `n_scored` are scored."""
+    """Token ids, at most block_size + 1 of them; the last `n_scored` are scored, given those before."""
     ids: np.ndarray
     n_scored: int
 
 
-def batch_of(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 (B, T). Rows are filled up at their ends, which no token before them sees."""
+@torch.inference_mode()
+def token_losses(model: GPT, machine: Machine, windows: Sequence[Window],
+                 batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (index of a window, the losses of its scored tokens in nats, (n_scored,) float64).
+
+    Longest windows first: so a batch needs little padding, and too little memory shows at once.
+    """
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
+    with progress_bar(sum(len(window.ids) - 1 for window in windows), "tok") as bar:
+        for first in range(0, len(order), batch_size):
+            indices = order[first:first + batch_size]
+            idx, targets = collate([windows[i] for i in indices])
+            with machine.autocast():
+                losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
+            for i, row in zip(indices, losses.cpu().double()):
+                n = len(windows[i].ids) - 1
+                yield i, row[n - windows[i].n_scored:n]
+                bar.update(n)
+
+
+def collate(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64 (B, T), padded at the end, which no token before it sees."""
     shape = len(windows), max(len(window.ids) for window in windows) - 1
     idx, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
     for row, window in enumerate(windows):
@@ -124,103 +150,104 @@ def batch_of(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     return idx, targets
 
 
-@torch.inference_mode()
-def losses_of(model: GPT, machine: Machine, windows: Sequence[Window], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields the number of each window and the losses of its scored tokens, (n_scored,) float64, in nats. Long windows come
-    first: those of a batch are about as long, and if memory does not suffice, it shows at once."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
-    with progress(sum(len(window.ids) - 1 for window in windows), "tok") as bar:
-        for first in range(0, len(order), batch_size):
-            numbers = order[first:first + batch_size]
-            idx, targets = batch_of([windows[i] for i in numbers])
-            with machine.autocast():
-                losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
-            for i, row in zip(numbers, losses.cpu().double()):
-                n = len(windows[i].ids) - 1
-                yield i, row[n - windows[i].n_scored:n]
-                bar.update(n)
-
-
 # -- text -------------------------------------------------------------------------------------------------------------
 
 def read_texts(config: EvaluateConfig) -> list[str]:
-    """Documents, the last of which reaches --max_bytes. Raises BadInput."""
+    """Documents, up to the one that reaches --max_bytes. Raises BadInput."""
     source = open_source(SourceConfig(config.dataset, dataset_config=config.dataset_config,
                                       text_column=config.text_column))
     documents = itertools.islice(source.documents(), config.limit)
     if not (texts := list(take_text(documents, config.max_bytes))):
-        raise BadInput(f"--dataset={config.dataset}: no text in it")
+        raise BadInput(f"--dataset={config.dataset}: holds no text")
     return texts
 
 
-def windows_of(ids: np.ndarray, block_size: int) -> Iterator[Window]:
-    """Every token of `ids` but the first is scored once, in windows of `block_size` inputs, each half a block after the one
-    before. The first scores all its tokens, the others those that are new: so a token sees at least the half block
-    before it, or all there is. Known as strided evaluation."""
-    n, scored = len(ids) - 1, 0
-    for start in range(0, n, max(1, block_size // 2)):
-        stop = min(start + block_size, n)
-        yield Window(ids[start:stop + 1], stop - scored)
-        scored = stop
-        if stop == n:
-            return
+def score_text(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: list[str],
+               config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+    """Bits per byte and nats per token over all documents."""
+    documents = document_losses(model, tokenizer, machine, texts, config.batch_size)
+    rows = [{"document": i, "nats": sums.nats, "bytes": sums.text_bytes, "tokens": sums.tokens}
+            for i, sums in enumerate(documents, 1)]
+    nats, n_bytes, n_tokens = (sum(row[name] for row in rows) for name in ("nats", "bytes", "tokens"))
+    return {"bits per byte": bits_per_byte(documents), "nats per token": Score(nats / n_tokens, better="lower"),
+            "tokens": count(n_tokens), "bytes": count(n_bytes)}, rows
 
 
 def document_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: Sequence[str],
                     batch_size: int) -> list[LossSums]:
-    """Of each text, a document of its own after the separator, in `windows_of` it."""
+    """The summed losses of each text, as a document after the separator, in `sliding_windows`."""
     ids, offsets = tokenizer.encode_batch(texts)
-    windows, owners = [], []
+    windows, document_index = [], []
     for i, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
-        led = np.concatenate([[tokenizer.separator_id], ids[start:stop]])
-        windows += windows_of(led, model.config.block_size)
-        owners += [i] * (len(windows) - len(owners))
+        document = np.concatenate([[tokenizer.separator_id], ids[start:stop]])
+        windows += sliding_windows(document, model.config.block_size)
+        document_index += [i] * (len(windows) - len(document_index))
     sums, token_bytes = [LossSums() for _ in texts], torch.from_numpy(tokenizer.token_bytes())
-    for i, losses in losses_of(model, machine, windows, batch_size):
+    for i, losses in token_losses(model, machine, windows, batch_size):
         targets = torch.from_numpy(windows[i].ids[-windows[i].n_scored:].astype(np.int64))
-        sums[owners[i]].add(losses, targets, token_bytes)
+        sums[document_index[i]].add(losses, targets, token_bytes)
     return sums
 
 
-def bits_per_byte(documents: Sequence[LossSums]) -> Measured:
-    """Of all together. Documents differ in length, so the error is that of a ratio, linearised. Source: Cochran 1977,
-    Sampling Techniques, equation 2.46."""
-    bits, n_bytes = [one.text_nats / math.log(2) for one in documents], [one.text_bytes for one in documents]
+def sliding_windows(ids: np.ndarray, block_size: int) -> Iterator[Window]:
+    """Windows of `block_size` inputs at a stride of half a block, which score every token of `ids` but the first once.
+
+    The first window scores all its tokens, the others those that are new. So a token is predicted from at least half a
+    block, or from all there is before it. Source: strided evaluation, as in Hugging Face's "Perplexity of fixed-length
+    models".
+    """
+    n, n_done = len(ids) - 1, 0
+    for start in range(0, n, max(1, block_size // 2)):
+        stop = min(start + block_size, n)
+        yield Window(ids[start:stop + 1], stop - n_done)
+        n_done = stop
+        if stop == n:
+            return
+
+
+def bits_per_byte(documents: Sequence[LossSums]) -> Score:
+    """Over all documents together. These differ in length, so the standard error is that of a ratio, linearised. Source:
+    Cochran 1977, Sampling Techniques, equation 2.46."""
+    bits, n_bytes = [sums.text_nats / math.log(2) for sums in documents], [sums.text_bytes for sums in documents]
     n, total, ratio = len(documents), sum(n_bytes), sum(bits) / sum(n_bytes)
     squares = sum((b - ratio * size) ** 2 for b, size in zip(bits, n_bytes))
-    return Measured(ratio, math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan)
+    return Score(ratio, math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan, "lower")
 
 
-def score_text(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: list[str],
-               config: EvaluateConfig) -> tuple[dict[str, Measured], list[dict]]:
-    documents = document_losses(model, tokenizer, machine, texts, config.batch_size)
-    rows = [{"document": i, "nats": one.nats, "bytes": one.text_bytes, "tokens": one.tokens}
-            for i, one in enumerate(documents, 1)]
-    nats, n_bytes, n_tokens = (sum(row[name] for row in rows) for name in ("nats", "bytes", "tokens"))
-    return {"bits per byte": bits_per_byte(documents), "nats per token": Measured(nats / n_tokens),
-            "tokens": Measured(n_tokens, form=","), "bytes": Measured(n_bytes, form=",")}, rows
+# -- multiple choice --------------------------------------------------------------------------------------------------
+
+def read_choice_rows(config: EvaluateConfig) -> list[Choice]:
+    return read_choices(config.dataset, config.dataset_config, config.split, config.question_column, config.answer_column,
+                        config.limit)
 
 
-def read_choices(config: EvaluateConfig) -> list[Choice]:
-    rows = itertools.islice(read_dataset(config.dataset, config.dataset_config, config.split), config.limit)
-    choices = []
-    for where, row in rows:
-        try:
-            choices.append(choice_of(row, where, config.question_column, config.answer_column))
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
-    if not choices:
-        raise BadInput(f"--dataset={config.dataset}: holds no rows")
-    return choices
+def score_choices(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: list[Choice],
+                  config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+    """An ending's score is the log-probability of its tokens; acc picks the largest, acc_norm the largest per character of
+    the ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
+    windows = [window for choice in choices for window in ending_windows(choice, tokenizer, model.config.block_size)]
+    logprobs = [0.0] * len(windows)
+    for i, losses in token_losses(model, machine, windows, config.batch_size):
+        logprobs[i] = -losses.sum().item()
+    rows, remaining = [], iter(logprobs)
+    for choice in choices:
+        scores = list(itertools.islice(remaining, len(choice.endings)))
+        per_character = [score / len(ending) for score, ending in zip(scores, choice.endings)]
+        rows.append({"question": choice.context, "scores": scores, "chosen": scores.index(max(scores)),
+                     "chosen_norm": per_character.index(max(per_character)), "label": choice.label})
+    chance = sum(1 / len(choice.endings) for choice in choices) / len(choices)
+    return {"acc": proportion([row["chosen"] == row["label"] for row in rows]),
+            "acc_norm": proportion([row["chosen_norm"] == row["label"] for row in rows]),
+            "chance": Score(chance, format=".1%")}, rows
 
 
-def endings_of(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterator[Window]:
-    """One for each ending, after the separator and the context; of what is too long for the model, the beginning is cut.
-    Raises BadInput where not even the ending fits."""
-    context = choice.context.rstrip()  # a word's token begins with the space before it
+def ending_windows(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterator[Window]:
+    """A window for each ending, after the separator and the context, which is truncated at its beginning where it is too
+    long for the model. Raises BadInput where not even the ending fits."""
+    context = choice.context.rstrip()  # the space belongs to the ending: a word's token starts with it
     n_context = len(tokenizer.encode(context))
     for ending in choice.endings:
-        # together, and then cut: as tokens would come in a text; lm-eval does it like this
+        # encode both as one text, then split, as lm-eval does: a token may span the boundary
         ids = [tokenizer.separator_id, *tokenizer.encode(f"{context} {ending}")]
         n_ending = max(1, len(ids) - 1 - n_context)
         if n_ending > block_size:
@@ -229,31 +256,41 @@ def endings_of(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterato
         yield Window(np.array(ids[-block_size - 1:]), n_ending)
 
 
-def score_choice(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: list[Choice],
-                 config: EvaluateConfig) -> tuple[dict[str, Measured], list[dict]]:
-    """An ending's score is the log-probability of its tokens; acc takes the largest, acc_norm the largest per character of
-    the ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
-    windows = [window for choice in choices for window in endings_of(choice, tokenizer, model.config.block_size)]
-    sums = [0.0] * len(windows)
-    for i, losses in losses_of(model, machine, windows, config.batch_size):
-        sums[i] = -losses.sum().item()
-    rows, rest = [], iter(sums)
-    for choice in choices:
-        scores = list(itertools.islice(rest, len(choice.endings)))
-        per_character = [score / len(ending) for score, ending in zip(scores, choice.endings)]
-        rows.append({"question": choice.context, "scores": scores, "chosen": scores.index(max(scores)),
-                     "chosen_norm": per_character.index(max(per_character)), "label": choice.label})
-    chance = sum(1 / len(choice.endings) for choice in choices) / len(choices)
-    return {"acc": share([row["chosen"] == row["label"] for row in rows]),
-            "acc_norm": share([row["chosen_norm"] == row["label"] for row in rows]),
-            "by chance": Measured(chance, form=".1%")}, rows
-
-
 # -- questions --------------------------------------------------------------------------------------------------------
+
+def read_questions(config: EvaluateConfig) -> list[Conversation]:
+    """All conversations of a dataset, which nothing is trained on here; of the built-in ones those that finetune.py holds
+    out. Raises BadInput."""
+    source = ConversationConfig(config.dataset, config.dataset_config, config.split, config.question_column,
+                                config.answer_column)
+    if config.dataset == "builtin":
+        return builtin_held_out(config.limit or source.val_conversations)
+    return list(itertools.islice(read_all(source), config.limit))
+
+
+def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversations: list[Conversation],
+                  config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+    """As finetune.py validates: exact match of the last answer of each conversation, and bits per byte of everything that
+    the assistant says."""
+    block_size, answers = model.config.block_size, []
+    batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
+    prompts = eval_prompts(conversations, tokenizer, block_size)
+    with machine.autocast(), progress_bar(len(prompts), "question") as bar:
+        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+            answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_PER_BATCH], config.answer_tokens)
+            bar.update(len(answers) - bar.n)
+    scores = {"exact match": proportion([row["correct"] for row in answers])} if answers else {}
+    by_task = group_by_task(answers)
+    if len(by_task) > 1:
+        scores |= {f"- {task}": proportion([row["correct"] for row in rows]) for task, rows in by_task.items()}
+    bpb = answer_losses(model, tokenizer, machine, batches)["val_bpb"]
+    return scores | {"questions that fit into the context": count(len(answers)),
+                     "bits per byte of the answers": Score(bpb, better="lower")}, answers
+
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """The ids of a conversation up to a question, and the answer that is right. kind, task: see Conversation."""
+    """The ids of a conversation up to the assistant's turn, and the right answer. kind, task: see Conversation."""
     ids: list[int]
     question: str
     answer: str
@@ -264,53 +301,65 @@ class EvalPrompt:
 def eval_prompts(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[EvalPrompt]:
     """The last question of each conversation, where it fits into the context together with its answer."""
     prompts = []
-    for one in conversations:
-        last = max((i for i, message in enumerate(one.messages) if message["role"] == "assistant"), default=0)
+    for conversation in conversations:
+        messages = conversation.messages
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last:
-            ids, _ = tokenizer.encode_chat(one.messages[:last], answer=True)
-            question, answer = one.messages[last - 1]["content"], one.messages[last]["content"]
+            ids, _ = tokenizer.encode_chat(messages[:last], add_generation_prompt=True)
+            question, answer = messages[last - 1]["content"], messages[last]["content"]
             if len(ids) + len(tokenizer.encode(answer)) <= block_size:
-                prompts.append(EvalPrompt(ids, question, answer, one.kind, one.task))
+                prompts.append(EvalPrompt(ids, question, answer, conversation.kind, conversation.task))
     return prompts
 
 
 def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list[dict]:
-    """A row for each prompt with the model's greedy answer: kind, task, question, answer, said, right."""
+    """A row for each prompt with the model's greedy answer, `output`, of at most `answer_tokens` tokens."""
     longest = max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0) + 1
-    said = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens))
-    return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer, "said": text,
-             "right": exact_match(text, prompt.answer)} for prompt, text in zip(prompts, said)]
+    outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens))
+    return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
+             "output": output, "correct": exact_match(output, prompt.answer)} for prompt, output in zip(prompts, outputs)]
 
 
 def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    said = [""] * len(prompts)
-    for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-        for row, text in generate_texts(model, tokenizer, prompts[first:first + PROMPTS_AT_ONCE], max_new_tokens, GREEDY):
-            said[first + row] += text
-    return said
+    outputs = [""] * len(prompts)
+    for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+        batch = prompts[first:first + PROMPTS_PER_BATCH]
+        for row, text in generate_texts(model, tokenizer, batch, max_new_tokens, GREEDY):
+            outputs[first + row] += text
+    return outputs
 
 
-def exact_match(said: str, answer: str) -> bool:
+def exact_match(output: str, answer: str) -> bool:
     """Equal except for whitespace."""
-    return said.split() == answer.split()
+    return output.split() == answer.split()
 
 
 def accuracy(answers: list[dict]) -> float:
-    """Fraction of the rows that are right."""
-    return sum(answer["right"] for answer in answers) / len(answers)
+    """Fraction of the rows that are correct."""
+    return sum(row["correct"] for row in answers) / len(answers)
 
 
-def accuracy_by(answers: list[dict], field: str) -> dict[str, float]:
-    """Accuracy for each value of a field of the rows, "kind" or "task", where it is not empty."""
-    values = dict.fromkeys(answer[field] for answer in answers if answer[field])
-    return {value: accuracy([answer for answer in answers if answer[field] == value]) for value in values}
+def group_by_kind(answers: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each kind of question, without those of no kind."""
+    return {kind: [row for row in answers if row["kind"] == kind]
+            for kind in dict.fromkeys(row["kind"] for row in answers) if kind}
+
+
+def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each task, under a name for people; without those of no task."""
+    groups = {}
+    for row in answers:
+        kind, task = row["kind"], row["task"]
+        if task:
+            groups.setdefault(task if kind in ("", task) else f"{kind}: {task}", []).append(row)
+    return groups
 
 
 @torch.no_grad()
-def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, machine: Machine) -> dict:
-    """val_loss, nats/token, and val_bpb, bits per byte, of what the assistant says."""
+def answer_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: PackedBatches) -> dict:
+    """val_loss, nats/token, and val_bpb, bits per byte, of everything that the assistant says."""
     sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
-    for idx, targets, doc_starts in batches.in_turn():
+    for idx, targets, doc_starts in batches.sequential():
         with machine.autocast():
             losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
                                          doc_starts=doc_starts.to(machine.device))
@@ -318,92 +367,61 @@ def answer_losses(model: GPT, tokenizer: Tokenizer, batches: PackedBatches, mach
     return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
 
-def read_questions(config: EvaluateConfig) -> list[Conversation]:
-    """All conversations of a dataset, since none is trained on; of the built-in ones, those that finetune.py holds out."""
-    source = ConversationConfig(config.dataset, config.dataset_config, config.split, config.question_column,
-                                config.answer_column)
-    if config.dataset == "builtin":
-        return builtin_held_out(config.limit or source.val_conversations)
-    return list(itertools.islice(read_everything(source), config.limit))
-
-
-def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversations: list[Conversation],
-                  config: EvaluateConfig) -> tuple[dict[str, Measured], list[dict]]:
-    """As finetune.py does it: the last answer of each conversation, right if equal but for spaces; and bits per byte of
-    all that the assistant says."""
-    block_size, answers = model.config.block_size, []
-    batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
-    prompts = eval_prompts(conversations, tokenizer, block_size)
-    with machine.autocast(), progress(len(prompts), "question") as bar:
-        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_AT_ONCE], config.answer_tokens)
-            bar.update(len(answers) - bar.n)
-    measured = {"answered right": share([row["right"] for row in answers])} if answers else {}
-    tasks = dict.fromkeys((row["kind"], row["task"]) for row in answers if row["task"])
-    if len(tasks) > 1:
-        for kind, task in tasks:
-            hits = [row["right"] for row in answers if (row["kind"], row["task"]) == (kind, task)]
-            measured[f"- {task}" if kind in ("", task) else f"- {kind}: {task}"] = share(hits)
-    bpb = answer_losses(model, tokenizer, batches, machine)["val_bpb"]
-    return measured | {"questions that fit into the context": Measured(len(answers), form=","),
-                       "bits per byte of the answers": Measured(bpb)}, answers
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
-TASKS = {"text": (read_texts, score_text, "documents"), "choice": (read_choices, score_choice, "questions"),
+# task -> read(config) -> examples; score(model, tokenizer, machine, examples, config) -> (scores, rows of --out_path); what
+# an example is called
+TASKS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
          "answers": (read_questions, score_answers, "conversations")}
 
 
-def require_checkpoints(paths: Sequence[Path], task: str):
-    """Raises BadInput before anything is measured, rather than after the first of them."""
-    for path in paths:
-        blob = load_checkpoint(path)
+def check_checkpoints(config: EvaluateConfig):
+    """Raises BadInput if any of them cannot be used, before the first is scored."""
+    for path in config.checkpoint_path:
+        checkpoint = load_checkpoint(path)
         with reading(path):
-            tokenizer = Tokenizer.from_json(blob["tokenizer"])
+            tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
             _ = tokenizer.separator_id
-            if task == "answers":
-                tokenizer.chat_ids()
+            if config.task == "answers":
+                tokenizer.chat_token_ids()
 
 
-def require_place(config: EvaluateConfig):
+def check_out_path(config: EvaluateConfig):
     if config.out_path:
         check_writable(config.out_path, f"--out_path={config.out_path}")
         if config.out_path.exists() and not config.overwrite:
             raise BadInput(f"--out_path={config.out_path}: exists: replace it by --overwrite, or choose another path")
 
 
-def side_by_side(measured: dict[str, dict[str, Measured]]) -> Table:
-    """measured: checkpoint -> what is measured -> the number."""
-    names = dict.fromkeys(name for column in measured.values() for name in column)
-    return Table(("", *measured), [(name, *(str(column.get(name, "")) for column in measured.values())) for name in names])
+def score_table(scores: dict[str, dict[str, Score]]) -> Table:
+    """scores: checkpoint -> name -> score. A column for each checkpoint, and one that says which direction is good."""
+    better = {name: score.better for column in scores.values() for name, score in column.items()}
+    return Table(("metric", "better", *scores), [
+        (name, direction, *(str(column.get(name, "")) for column in scores.values())) for name, direction in better.items()])
 
 
 @command
 def main(argv=None):
-    """Measures models on text, on multiple choice, or on questions."""
+    """Scores models on text, on multiple choice, or on questions."""
     config, device_config = parse_flags(main.__doc__, argv, EvaluateConfig, DeviceConfig)
-    require_place(config)
-    require_checkpoints(config.checkpoint_path, config.task)
+    check_out_path(config)
+    check_checkpoints(config)
     read, score, unit = TASKS[config.task]
     examples, machine = read(config), open_machine(device_config)
-    start, measured, rows = time.perf_counter(), {}, []
+    start, scores, rows = time.perf_counter(), {}, []
     with explain_failures(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
             model, tokenizer = load_model(path, machine)
-            measured[str(path)], found = score(model, tokenizer, machine, examples, config)
-            rows += [{"checkpoint": str(path)} | row for row in found]
-            del model  # or two would be in memory while the next is read
-    print(markdown(side_by_side(measured)))
-    where = f", {config.split}" if config.dataset != "builtin" and not local_path(config.dataset) else ""
-    print(f"\n{config.dataset}{where}: {len(examples):,} {unit}; value ± standard error; "
+            scores[str(path)], new_rows = score(model, tokenizer, machine, examples, config)
+            rows += [{"checkpoint": str(path)} | row for row in new_rows]
+            del model  # or the next would be loaded beside it
+    print(markdown(score_table(scores)))
+    split = f", {config.split}" if config.dataset != "builtin" and not local_path(config.dataset) else ""
+    print(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
           f"{time.perf_counter() - start:.1f} s on {machine}")
     if config.out_path:
         with atomic_write(config.out_path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-# -- what it has learnt -----------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Models out to Hugging Face's format and in from it.
+"""Models to and from Hugging Face's format.
 
     python export.py --checkpoint_path=checkpoints/gpt.pt --out_path=exported_gpt       a folder for AutoModelForCausalLM
     python export.py --import_path=openai-community/gpt2 --checkpoint_path=checkpoints/gpt2.pt
 
-A model whose parts are those of Llama or GPT-2 (train.py's presets of these names) becomes one of theirs, which any engine
-runs. Every other takes our own layers along, as code that `trust_remote_code` loads.
+A model trained with train.py's presets `llama` or `gpt2` becomes transformers' LlamaForCausalLM or GPT2LMHeadModel, which
+other engines run. Every other model is exported with its own code, which `trust_remote_code` loads.
 """
 import os
 import shutil
@@ -12,42 +12,77 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
+
 from convert.gguf import require_gguf, write_gguf
-from convert.hf_in import fetched, import_model
+from convert.hf_in import import_model
 from convert.hf_mapping import hf_architecture
-from convert.hf_out import export
+from convert.hf_out import export_model
 from model import GPT
 from runtime.checkpoint import load_checkpoint, reading, save_checkpoint
 from runtime.cli import command, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
+from text.hub import brief, hub_error, is_network_error
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What becomes what."""
-    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model; with --import_path, the file to write")
-    out_path: Path = flag(None, "folder to write it into, in Hugging Face's format")
+    """Export and import."""
+    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to export; with --import_path, the file to write")
+    out_path: Path = flag(None, "folder to write in Hugging Face's format")
     weights: str = flag("fp32", "dtype of the weights in it", choices=tuple(DTYPES))
-    gguf: bool = flag(False, "put model.gguf for llama.cpp beside them; of models of Llama's shape whose vocabulary has the "
-                             "pattern\ngpt4 or gpt2, the two that llama.cpp has too")
-    import_path: str = flag(None, "the other way: a folder, or a model of the hub by its id, of GPT-2's or Llama's shape, "
-                                  "or one that was\nexported here")
-    chat_tokens: bool = flag(True, "with --import_path: add tokens for conversations, so that it can be finetuned on them")
-    overwrite: bool = flag(False, "replace what is there")
+    gguf: bool = flag(False, "also write model.gguf, for llama.cpp; only for models trained with --preset=llama on a "
+                             "vocabulary with --pattern=gpt4 or gpt2")
+    import_path: str = flag(None, "import instead: a folder, or a model of the hub by its id, with Llama's or GPT-2's "
+                                  "architecture, or one that was exported here")
+    chat_tokens: bool = flag(True, "with --import_path: add the special tokens of conversations, so that the model can be "
+                                   "finetuned on them")
+    overwrite: bool = flag(False, "replace an existing folder or checkpoint")
 
     def __post_init__(self):
         check_flags(self)
         if (self.out_path is None) == (self.import_path is None):
-            raise BadInput("give --out_path, a folder to write to, or --import_path, a model to read")
+            raise BadInput("give either --out_path, a folder to write to, or --import_path, a model to read")
+
+
+@command
+def main(argv=None):
+    """Writes a model in Hugging Face's format, or reads one into a checkpoint."""
+    config, = parse_flags(main.__doc__, argv, ExportConfig)
+    if config.import_path is None:
+        export_checkpoint(config)
+    else:
+        import_checkpoint(config)
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+def export_checkpoint(config: ExportConfig):
+    """--checkpoint_path -> --out_path. Raises BadInput, OSError."""
+    checkpoint = load_checkpoint(config.checkpoint_path)
+    with reading(config.checkpoint_path):
+        model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+        _ = tokenizer.separator_id  # which every exported tokenizer leads a text with
+    del checkpoint
+    if config.gguf:
+        require_gguf(model, tokenizer)
+    with atomic_folder(config.out_path, config.overwrite) as folder:
+        export_model(model, tokenizer, folder, config.weights)
+        if config.gguf:
+            write_gguf(model, tokenizer, folder / "model.gguf", config.weights)
+    loads_as = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", None: "our own code, needs trust_remote_code=True"}
+    size = sum(file.stat().st_size for file in config.out_path.iterdir())
+    print(f"{config.out_path}: {loads_as[hf_architecture(model.config)]}, {model.n_parameters() / 1e6:.1f} M parameters, "
+          f"{size / 1e6:.1f} MB")
 
 
 @contextmanager
 def atomic_folder(folder: Path, overwrite: bool):
-    """A folder that takes its name only when the block ends well. Raises BadInput when there is one that may not be
-    replaced."""
+    """A new folder that gets the name `folder` only if the block succeeds. Raises BadInput if `folder` exists and may not be
+    replaced, OSError naming it if it cannot be written."""
     if folder.exists() and not overwrite:
         raise BadInput(f"--out_path={folder}: exists: choose another folder, or add --overwrite")
     if folder.exists() and not (folder / "config.json").exists():
@@ -66,39 +101,38 @@ def atomic_folder(folder: Path, overwrite: bool):
         shutil.rmtree(part, ignore_errors=True)
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- import -----------------------------------------------------------------------------------------------------------
 
-@command
-def main(argv=None):
-    """Writes a model in Hugging Face's format, or reads one into a checkpoint."""
-    config, = parse_flags(main.__doc__, argv, ExportConfig)
+def import_checkpoint(config: ExportConfig):
+    """--import_path -> --checkpoint_path. Raises BadInput, OSError."""
     path = config.checkpoint_path
-    if config.import_path is not None:
-        if path.exists() and not config.overwrite:
-            raise BadInput(f"--checkpoint_path={path}: exists: choose another path, or add --overwrite")
-        check_writable(path, f"--checkpoint_path={path}")
-        model, tokenizer = import_model(fetched(config.import_path), config.chat_tokens)
-        save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
-        shape = model.config
-        print(f"{path}: {shape.n_layer} layers x {shape.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, context "
-              f"{shape.block_size:,}, vocabulary {shape.vocab_size:,}; `python generate.py --checkpoint_path={path}` "
-              f"samples from it, `python finetune.py --checkpoint_path={path}` finetunes it")
-        return
-    blob = load_checkpoint(path)
-    with reading(path):
-        model, tokenizer = GPT.from_checkpoint(blob), Tokenizer.from_json(blob["tokenizer"])
-        _ = tokenizer.separator_id
-    del blob
-    if config.gguf:
-        require_gguf(model, tokenizer)
-    with atomic_folder(config.out_path, config.overwrite) as folder:
-        export(model, tokenizer, folder, config.weights)
-        if config.gguf:
-            write_gguf(model, tokenizer, folder / "model.gguf", config.weights)
-    kind = {"llama": "a Llama", "gpt2": "a GPT-2", None: "our own code, to be loaded with trust_remote_code"}[
-        hf_architecture(model.config)]
-    size = sum(file.stat().st_size for file in config.out_path.iterdir())
-    print(f"{config.out_path}: {kind}, {model.n_parameters() / 1e6:.1f} M parameters, {size / 1e6:.1f} MB")
+    if path.exists() and not config.overwrite:
+        raise BadInput(f"--checkpoint_path={path}: exists: choose another path, or add --overwrite")
+    check_writable(path, f"--checkpoint_path={path}")
+    model, tokenizer = import_model(download(config.import_path), config.chat_tokens)
+    save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
+    print(f"{path}: {model.config.n_layer} layers x {model.config.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, "
+          f"context {model.config.block_size:,}, vocabulary {model.config.vocab_size:,}; "
+          f"`python generate.py --checkpoint_path={path}` samples from it, "
+          f"`python finetune.py --checkpoint_path={path}` finetunes it")
+
+
+def download(source: str) -> Path:
+    """The folder `source`, or where the hub's library keeps the model of that id. Raises BadInput if there is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not regex.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", source):  # what an id looks like
+        raise BadInput(f"--import_path={source}: no such folder")
+    import huggingface_hub
+    huggingface_hub.utils.logging.set_verbosity_error()
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "merges.txt", "*.safetensors"]))
+    except Exception as error:
+        if is_network_error(error):
+            raise BadInput(f"--import_path={source}: no such folder, and the hub cannot be reached "
+                           f"({brief(error)})") from None
+        raise hub_error(error, f"--import_path={source}") from None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python finetune.py --checkpoint_path=checkpoints/gpt.pt --dataset=builtin     writes checkpoints/gpt_finetuned.pt
     python chat.py --checkpoint_path=checkpoints/gpt_finetuned.pt                 talks with it
 
-The loop is trainer.py's. What differs from pretraining: rows packed with whole conversations, none of which attends to
-another, and a loss on the assistant's messages alone. The held-out questions are asked before the first step and at every validation.
-Beside the checkpoint a folder of its name holds metrics.jsonl, answers.jsonl, and at the end finetuning.html.
+The loop is trainer.py's. What differs from pretraining: rows are packed with whole conversations, none of which attends to
+another, and only the assistant's messages carry a loss. The model answers the held-out questions before the first step and
+at every validation. The folder named after the checkpoint holds metrics.jsonl, answers.jsonl and, at the end,
+finetuning.html.
 """
 import dataclasses
 import json
@@ -19,11 +20,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dataloader import PackedBatches, TrainLoader
-from evaluate import EvalPrompt, accuracy, accuracy_by, answer_losses, answer_prompts, eval_prompts
-from experiments.plots import draw_lines
+from evaluate import EvalPrompt, accuracy, answer_losses, answer_prompts, eval_prompts, group_by_kind, group_by_task
+from experiments.plots import draw_mean_curves
 from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
-from optimizer import OptimizerConfig
+from optimizer import OPTIMIZERS, OptimizerConfig
 from runtime.checkpoint import load_checkpoint, reading, run_folder
 from runtime.cli import command, explain_failures
 from runtime.config import check_flags, flag
@@ -45,60 +46,61 @@ from trainer import (
     train,
 )
 
-LR_RATIO = 0.5  # of pretraining's learning rate: what the model knows is to be redirected, not learnt anew
+LR_RATIO = 0.5  # of pretraining's learning rate: finetuning should redirect what the model knows, not overwrite it
+ANSWER_FIELDS = {"step", "kind", "task", "question", "answer", "output", "correct"}  # of a row of answers.jsonl
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """The run."""
-    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to start from")
-    out_path: Path = flag(None, "file to write; metrics go into the folder of its name (default: that of --checkpoint_path "
-                                "with _finetuned in its name)", on_resume="unsaved", scope="run")
-    resume_checkpoint: str = flag(None, "continue --out_path, or the file given here; flags not given keep their value, and "
-                                        "the run goes on exactly as if never stopped", bare="1", on_resume="unsaved",
-                                  scope="run")
+    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to finetune")
+    out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: --checkpoint_path "
+                                "with _finetuned added to its name)", on_resume="unsaved", scope="run")
+    resume_checkpoint: str = flag(None, "continue --out_path, or the checkpoint given here; flags that are not given keep "
+                                        "their value, and the result equals an uninterrupted run", bare="1",
+                                  on_resume="unsaved", scope="run")
     overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
                            scope="run")
-    epochs: float = flag(3.0, "passes over the conversations, if no other end is given", above=0, scope="run")
-    batch_size: int = flag(16, "rows in a batch, each of as many conversations as fit into the model's context",
+    epochs: float = flag(3.0, "passes over the conversations, unless --max_iter, --max_tokens or --max_seconds is given",
+                         above=0, scope="run")
+    batch_size: int = flag(16, "rows in a batch; a row holds as many conversations as fit into the model's context",
                            at_least=1, at_most=1_000_000, on_resume="warn")
-    answer_tokens: int = flag(64, "longest answer, in tokens, to a held-out question", at_least=1, on_resume="warn")
+    answer_tokens: int = flag(64, "most tokens of an answer to a held-out question", at_least=1, on_resume="warn")
     compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
                                auto=True, on_resume="warn")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
                                         on_resume="free")
-    seed: int = flag(1337, "of the order of the conversations", at_least=0, at_most=2**63 - 1, scope="run")
+    seed: int = flag(1337, "random seed of the order of the conversations", at_least=0, at_most=2**63 - 1, scope="run")
     __post_init__ = check_flags
 
 
 @dataclass(frozen=True)
 class FinetuneOptimizer(OptimizerConfig):
     """The optimizer."""
-    optimizer: str = flag("auto", "see train.py; auto: the one that trained the model here, adamw for an imported model",
-                          choices=("auto", "muon", "adamw", "gpt2"))
-    learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {LR_RATIO} of its", above=0, auto=True,
-                                on_resume="warn")
+    optimizer: str = flag("auto", "see train.py; auto: the one that the model was trained with here, adamw for an imported "
+                                  "model", choices=("auto", *OPTIMIZERS))
+    learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {LR_RATIO} of its auto", above=0,
+                                auto=True, on_resume="warn")
     weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0, on_resume="warn")
 
     def peak_lr(self, step_tokens: int) -> float:
         return super().peak_lr(step_tokens) * (LR_RATIO if self.learning_rate == "auto" else 1.0)
 
-    def for_model(self, trained_with: dict) -> "FinetuneOptimizer":
-        """With the optimizer that trained the model: Muon would undo what AdamW has made. trained_with: the flags of its
-        run."""
-        chosen = trained_with.get("optimizer", "adamw") if self.optimizer == "auto" else self.optimizer
-        return dataclasses.replace(self, optimizer=chosen)
+    def for_model(self, pretraining_flags: dict) -> "FinetuneOptimizer":
+        """With "auto" resolved to the optimizer of pretraining: Muon would undo what AdamW has made."""
+        name = pretraining_flags.get("optimizer", "adamw") if self.optimizer == "auto" else self.optimizer
+        return dataclasses.replace(self, optimizer=name)
 
 
 @dataclass(frozen=True)
 class FinetuneLoop(LoopConfig):
-    """How long to train and how often to look."""
-    max_iter: int = flag(None, "optimizer steps; of several ends the first to come counts (default: --epochs)", at_least=1,
-                         on_resume="warn", scope="run")
+    """How long to train and how often to validate."""
+    max_iter: int = flag(None, "optimizer steps; of several limits the first to be reached ends the run (default: --epochs)",
+                         at_least=1, on_resume="warn", scope="run")
     num_batch_accum: int = flag(1, "batches whose gradients are averaged in a step", at_least=1, on_resume="warn")
-    val_intervals: int = flag(250, "steps between validations, each of which asks the held-out questions and writes the "
+    val_intervals: int = flag(250, "steps between validations, each of which answers the held-out questions and writes the "
                                    "checkpoint", at_least=1, on_resume="warn", scope="shared")
-    __post_init__ = check_flags
+    __post_init__ = check_flags  # unlike LoopConfig's, leaves max_iter unset, for --epochs to decide
 
 
 class FinetuneConfigs(NamedTuple):
@@ -113,76 +115,56 @@ class FinetuneConfigs(NamedTuple):
 FINETUNING = TrainingCommand("finetune.py", "Finetunes a model on conversations.", FinetuneConfigs, "out_path")
 
 
+# -- loss and validation ----------------------------------------------------------------------------------------------
+
 def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
-    """Mean loss in nats/token over what the assistant says. batch: inputs, targets and document starts, each (B, T)."""
+    """Mean loss in nats/token over the assistant's messages. batch: inputs, targets and document starts, each (B, T)."""
     idx, targets, doc_starts = batch
     return model(idx, targets, doc_starts=doc_starts)
 
 
-def dry_run_step(state: TrainState, machine: Machine, batch_size: int):
-    """Forward and backward pass of a batch, to see whether they work here. Leaves no gradient."""
-    batch = [part.expand(batch_size, -1) for part in machine.to_device(state.loader.batches.read(range(1)))]
-    try:
-        with machine.autocast():
-            loss = answer_loss(state.model, batch)
-        loss.backward()
-    finally:
-        state.model.zero_grad(set_to_none=True)
+@dataclass(frozen=True)
+class HeldOut:
+    """The conversations that are not trained on: their batches, and the questions that the model answers."""
+    batches: PackedBatches
+    prompts: list[EvalPrompt]
 
 
-def validate(state: TrainState, setup: TrainSetup, held_out: PackedBatches, prompts: list[EvalPrompt],
-             answer_tokens: int) -> dict:
-    """Loss and bits per byte of held-out answers, and the accuracy of the model's own, which go into answers.jsonl."""
-    row = answer_losses(state.model, setup.tokenizer, held_out, setup.machine)
+def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int) -> dict:
+    """val_loss and val_bpb of the right answers; exact_match, the accuracy of the model's own, which go into answers.jsonl,
+    overall and for each kind of question."""
+    row = answer_losses(state.model, setup.tokenizer, setup.machine, held_out.batches)
     with setup.machine.autocast():
-        answers = answer_prompts(state.model, setup.tokenizer, prompts, answer_tokens)
+        answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens)
     write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
-    by_kind = {f"exact_match/{kind}": value for kind, value in accuracy_by(answers, "kind").items()}
-    return row | ({"exact_match": accuracy(answers)} if answers else {}) | (by_kind if len(by_kind) > 1 else {})
+    if answers:
+        row["exact_match"] = accuracy(answers)
+    if len(by_kind := group_by_kind(answers)) > 1:
+        row |= {f"exact_match/{kind}": accuracy(rows) for kind, rows in by_kind.items()}
+    return row
 
 
 def write_answers(path: Path, step: int, answers: list[dict]):
-    kept = [row for row in read_answers(path) if row["step"] < step] if step else []
+    """Adds the answers of a step to answers.jsonl, in place of any of later steps, which a resumed run repeats."""
+    earlier = [row for row in read_answers(path) if row["step"] < step] if step else []
     with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept + [{"step": step} | answer for answer in answers])
+        file.writelines(json.dumps(row) + "\n" for row in earlier + [{"step": step} | row for row in answers])
 
 
 def read_answers(path: Path) -> list[dict]:
-    """Rows of an answers.jsonl; lines that a crash cut off, and a missing file, are left out."""
+    """The rows of an answers.jsonl; [] if the file does not exist. Lines that a crash cut off, and rows that another version
+    wrote, are ignored."""
     rows = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and row.keys() >= ANSWER_FIELDS:
+                    rows.append(row)
     return rows
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
-
-def compare_answers(rows: list[dict], answers: list[dict]) -> tuple[Table, Table, Table]:
-    """Before and after: the metrics, the accuracy by task, and sample answers."""
-    first, last = rows[0], [row for row in rows if "val_loss" in row][-1]
-    names = {"val_loss": "loss of held-out answers, nats/token (lower is better)", "val_bpb": "their bits per byte (lower)",
-             "exact_match": "held-out questions answered exactly (higher)"}
-    show = lambda name, value: f"{value:.1%}" if name == "exact_match" else f"{value:.4f}"
-    metrics = Table(("metric", "before", "after"), [(text, show(name, first[name]), show(name, last[name]))
-                                                    for name, text in names.items() if name in first and name in last])
-    before, after = ([row for row in answers if row["step"] == step] for step in (first["step"], last["step"]))
-    was, now = accuracy_by(before, "task"), accuracy_by(after, "task")
-    tasks = Table(("task", "before", "after"), [(task, f"{value:.1%}", f"{now[task]:.1%}")
-                                                for task, value in was.items() if task in now])
-    samples, seen = [], set()
-    for old, new in zip(before, after):  # two of each task
-        if sum(task == old["task"] for task, _ in seen) < (2 if old["task"] else 12):
-            seen.add((old["task"], old["question"]))
-            samples.append(tuple(truncate(text) for text in (old["question"], old["answer"], old["said"], new["said"])))
-    return metrics, tasks, Table(("question", "right answer", "before", "after"), samples)
-
-
-def truncate(text: str, n: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= n else text[:n - 1] + "…"
-
 
 def report(state: TrainState, setup: TrainSetup):
     """Prints what has changed, and writes finetuning.html."""
@@ -198,41 +180,69 @@ def report(state: TrainState, setup: TrainSetup):
         ("p", f"{state.step:,} steps of {setup.step_tokens:,} tokens, {state.seconds:,.0f} s on {setup.machine}; learning "
               f"rate {setup.peak_lr():.3g}. Metrics: metrics.jsonl; answers: answers.jsonl."),
         ("h2", "Before and after"), metrics, *([tasks] if tasks.rows else []), ("h2", "Loss of held-out answers"),
-        Figure(draw_lines({path.name: [rows]}), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
+        Figure(draw_mean_curves({path.name: [rows]}), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
     print(f"\nsaved {path} and {page}; `python chat.py --checkpoint_path={path}` talks with it")
+
+
+def compare_answers(rows: list[dict], answers: list[dict]) -> tuple[Table, Table, Table]:
+    """Before and after: the metrics, the accuracy by task, and sample answers. rows: of metrics.jsonl; answers: of
+    answers.jsonl."""
+    first, last = rows[0], [row for row in rows if "val_loss" in row][-1]
+    metrics = Table(("metric", "better", "before", "after"), [
+        (label, better, form.format(first[name]), form.format(last[name])) for name, label, better, form in (
+            ("val_loss", "loss of held-out answers, nats/token", "lower", "{:.4f}"),
+            ("val_bpb", "bits per byte of held-out answers", "lower", "{:.4f}"),
+            ("exact_match", "exact match of held-out answers", "higher", "{:.1%}")) if name in first and name in last])
+    before, after = ([row for row in answers if row["step"] == step] for step in (first["step"], last["step"]))
+    tasks_before, tasks_after = group_by_task(before), group_by_task(after)
+    tasks = Table(("exact match by task", "better", "before", "after"), [
+        (task, "higher", f"{accuracy(tasks_before[task]):.1%}", f"{accuracy(tasks_after[task]):.1%}")
+        for task in tasks_before if task in tasks_after])
+    return metrics, tasks, sample_answers(before, after)
+
+
+def sample_answers(before: list[dict], after: list[dict]) -> Table:
+    """Answers to the same questions: the first two of each task, or the first twelve of questions without one.
+
+    before, after: rows of answers.jsonl in the same order.
+    """
+    samples, n_shown = [], {}
+    for old, new in zip(before, after):
+        task = old["kind"], old["task"]
+        n_shown[task] = n_shown.get(task, 0) + 1
+        if n_shown[task] <= (2 if old["task"] else 12):
+            samples.append(tuple(truncate(text) for text in (old["question"], old["answer"], old["output"], new["output"])))
+    return Table(("question", "right answer", "before", "after"), samples)
+
+
+def truncate(text: str, n: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= n else text[:n - 1] + "…"
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-@dataclass
-class HeldOut:
-    """The conversations that are not trained on: their batches, and the questions among them."""
-    batches: PackedBatches
-    prompts: list[EvalPrompt]
-
-
 def load_base(path: Path) -> tuple[GPT, Tokenizer, dict]:
-    """The model to start from, its tokenizer, and the flags of its own training, if it was trained here."""
+    """The model to finetune, its tokenizer, and the flags of its own training, {} if it was imported. Raises BadInput."""
     checkpoint = load_checkpoint(path)
     with reading(path):
         tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-        tokenizer.chat_ids()
+        tokenizer.chat_token_ids()  # fails here, with the file's name, if it has none
         return GPT.from_checkpoint(checkpoint), tokenizer, checkpoint.get("training", {}).get("settings", {})
 
 
 def open_run(configs: FinetuneConfigs, checkpoint: dict | None) -> tuple[TrainState, TrainSetup, HeldOut, FinetuneConfigs]:
-    """Everything a run needs, new or as `checkpoint` left it, and the flags with what --epochs and the model decide. Raises
-    BadInput before any file is written."""
-    run, loop, device = configs.run, configs.loop, configs.device
+    """Everything a run needs, new or from `checkpoint`, and the flags with --epochs and "auto" resolved. Raises BadInput
+    before any file is written."""
+    run, loop, schedule = configs.run, configs.loop, configs.optimizer
     path, resumed = run.out_path, Path(run.resume_checkpoint) if run.resume_checkpoint else None
-    writer, machine = open_output(FINETUNING, path, resumed, run.overwrite, device, checkpoint)
-    schedule = configs.optimizer
+    writer, machine = open_output(FINETUNING, path, resumed, run.overwrite, configs.device, checkpoint)
     if checkpoint:
         with reading(resumed):
             model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
     else:
-        model, tokenizer, trained_with = load_base(run.checkpoint_path)
-        schedule = schedule.for_model(trained_with)
+        model, tokenizer, pretraining_flags = load_base(run.checkpoint_path)
+        schedule = schedule.for_model(pretraining_flags)
     conversations, held_out = read_conversations(configs.source)
     block_size = model.config.block_size
     seed_everything(run.seed)
@@ -252,20 +262,31 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None) -> tuple[TrainSt
     return state, setup, val, configs
 
 
-def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: FinetuneConfigs):
-    """The lines that a run starts with."""
+def print_run(state: TrainState, setup: TrainSetup, val: HeldOut, configs: FinetuneConfigs):
+    """The lines that a run starts with: model, data and machine."""
     batches, run = state.loader.batches, configs.run
-    n_targets = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.texts)
-    n_tokens = sum(len(ids) - 1 for ids, _ in batches.texts)
+    n_targets = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.conversations)
+    n_tokens = sum(len(ids) - 1 for ids, _ in batches.conversations)
     print(f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
           f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}")
-    print(f"data     {configs.source.dataset}: {len(batches.texts):,} conversations in {batches.n_blocks:,} rows, "
+    print(f"data     {configs.source.dataset}: {len(batches.conversations):,} conversations in {batches.n_blocks:,} rows, "
           f"{n_tokens / batches.n_blocks / batches.block_size:.0%} full; {n_targets / n_tokens:.0%} of the tokens are the "
-          f"assistant's; {len(val.batches.texts):,} held out, {len(val.prompts):,} of them asked")
+          f"assistant's; {len(val.batches.conversations):,} held out, with {len(val.prompts):,} questions")
     if batches.n_truncated:
         print(f"         {batches.n_truncated:,} are longer than the context and truncated")
     print(f"machine  {setup.machine}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows until "
           f"{configs.loop.horizon()}")
+
+
+def dry_run_step(state: TrainState, machine: Machine, batch_size: int):
+    """Forward and backward pass of a full batch, to see whether they work on this machine. Leaves no gradient."""
+    batch = [part.expand(batch_size, -1) for part in machine.to_device(state.loader.batches.read(range(1)))]
+    try:
+        with machine.autocast():
+            loss = answer_loss(state.model, batch)
+        loss.backward()
+    finally:
+        state.model.zero_grad(set_to_none=True)
 
 
 def default_out_path(path: Path) -> Path:
@@ -286,13 +307,13 @@ def main(argv=None):
             return
         setup = None
         with explain_failures(oom_advice(values), lambda: setup.checkpoint_status() if setup else ""):
-            state, setup, val, configs = open_run(configs, checkpoint)
+            state, setup, held_out, configs = open_run(configs, checkpoint)
             run = configs.run
             if configs.loop.verbose:
-                describe(state, setup, val, configs)
+                print_run(state, setup, held_out, configs)
                 report_start(FINETUNING, setup, checkpoint)
             del checkpoint
-            evaluate = Evaluation(lambda state: validate(state, setup, val.batches, val.prompts, run.answer_tokens))
+            evaluate = Evaluation(lambda state: validate(state, setup, held_out, run.answer_tokens))
             train(FINETUNING, state, setup, configs.loop, answer_loss, evaluate, run.compile_model,
                   dry_run=partial(dry_run_step, state, setup.machine, run.batch_size))
     if configs.loop.verbose:

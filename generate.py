@@ -1,73 +1,75 @@
-"""Text from a trained model: sampling with a cache, and a conversation in the terminal.
+"""Continues a prompt with text sampled from a trained model.
 
     python generate.py --checkpoint_path=checkpoints/gpt.pt --prompt="The history of"
-    python generate.py --checkpoint_path=checkpoints/gpt_finetuned.pt --chat
+    python generate.py --checkpoint_path=checkpoints/gpt_finetuned.pt --chat        the same as chat.py
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chat import Chat, talk
-from runtime.checkpoint import reading
+from chat import ChatConfig, start_chat
 from runtime.cli import command, explain_failures, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, open_machine
-from sampling import SamplingConfig, document_start, generate_texts, load_model
+from sampling import SamplingConfig, check_stop, encode_prompt, generate_texts, load_model
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """The text to make."""
+    """Generation."""
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to sample from")
-    prompt: str = flag("", "text to go on from, without a space at its end (default: the start of a document); with --chat, "
-                           "the first\nmessage")
-    max_new_tokens: int = flag(200, "tokens to make, of an answer with --chat", at_least=1)
-    num_samples: int = flag(1, "texts to make from the prompt, all at once", at_least=1, at_most=10_000)
-    stop: tuple[str, ...] = flag((), "texts, with spaces between, at which it ends")
-    chat: bool = flag(False, "talk with a model that finetune.py made")
-    system: str = flag("", "with --chat, what the model is told before the conversation")
-    seed: int = flag(0, "of the sampling", at_least=0, at_most=2**63 - 1)
+    prompt: str = flag("", "text to continue, without a trailing space (default: the start of a document); with --chat, the "
+                           "first message")
+    max_new_tokens: int = flag(200, "most tokens to generate for each sample; with --chat, for each answer", at_least=1)
+    num_samples: int = flag(1, "continuations of the prompt, generated as one batch", at_least=1, at_most=10_000)
+    stop: tuple[str, ...] = flag((), "strings that end a sample, with spaces between; they are not printed")
+    chat: bool = flag(False, "talk with a model that finetune.py trained, as chat.py does")
+    system: str = flag("", "with --chat, the system message that the conversation starts with")
+    seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
 
     def __post_init__(self):
         check_flags(self)
-        if "" in self.stop:
-            raise BadInput("--stop: one of its texts is empty: it would end before it begins")
+        check_stop(self.stop)
         if self.chat and self.num_samples > 1:
-            raise BadInput(f"--num_samples={self.num_samples}: a conversation, --chat, has one answer at a time")
+            raise BadInput(f"--num_samples={self.num_samples}: --chat has one answer at a time: drop one of the two flags")
         if self.system and not self.chat:
-            raise BadInput("--system: belongs to a conversation: add --chat")
+            raise BadInput("--system: is only used in a conversation: add --chat")
+
+    def chat_config(self) -> ChatConfig:
+        return ChatConfig(self.checkpoint_path, self.prompt, self.max_new_tokens, self.system, self.stop, self.seed)
 
 
 def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
-    """The texts one below the other: the first as it is made, the others when those before are complete."""
-    waiting, current = [[] for _ in range(n)], 0
-    begin = lambda row: print(f"--- {row + 1} of {n} ---\n{prompt}" if n > 1 else prompt, end="", flush=True)
-    begin(0)
+    """Prints `n` samples one below the other: the first as it is generated, each other one when those before it are
+    complete. pieces: see generate_texts."""
+    def print_start(row: int):
+        print(f"--- {row + 1} of {n} ---\n{prompt}" if n > 1 else prompt, end="", flush=True)
+
+    texts: list[list[str]] = [[] for _ in range(n)]
+    print_start(0)
     for row, text in pieces:
-        if row == current:
+        if row == 0:
             print(text, end="", flush=True)
         else:
-            waiting[row].append(text)
+            texts[row].append(text)
     for row in range(1, n):
         print()
-        begin(row)
-        print("".join(waiting[row]), end="", flush=True)
+        print_start(row)
+        print("".join(texts[row]), end="", flush=True)
     print()
 
 
 @command
 def main(argv=None):
-    """Continues a prompt with text from a trained model, or talks with it."""
+    """Continues a prompt with text sampled from a trained model."""
     config, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, SamplingConfig, DeviceConfig)
     machine = open_machine(device_config)
     with explain_failures("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
-        model, tokenizer = load_model(config.checkpoint_path, machine)
         if config.chat:
-            with reading(config.checkpoint_path):
-                chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
-            talk(chat, config.prompt)
+            start_chat(config.chat_config(), sampling, machine)
             return
-        prompts = [document_start(model, tokenizer, config.prompt)] * config.num_samples
+        model, tokenizer = load_model(config.checkpoint_path, machine)
+        prompts = [encode_prompt(model, tokenizer, config.prompt)] * config.num_samples
         pieces = generate_texts(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, config.seed)
         print_samples(pieces, config.num_samples, config.prompt)
 

@@ -1,7 +1,7 @@
 """The network: GPTConfig, GPT, its loss, its cache and its FLOPs.
 
-A decoder-only transformer: token embedding, blocks of mixer and MLP on a residual stream, a linear head. Which mixer,
-MLP and norm is a choice by name from layers/.
+A decoder-only transformer: token embedding, blocks of a mixer and an MLP on a residual stream, a linear head. Mixer, MLP,
+linear layer and norm are chosen by name from the dicts in layers/.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=128, vocab_size=4096))
     loss = model(idx, targets)
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
@@ -21,8 +21,8 @@ from layers.norm import rms_norm
 from layers.shift import ShiftCache, TokenShift
 from runtime.config import BadInput, check_flags, flag
 
-LETTERS = {mixer.letter: mixer for mixer in MIXERS.values()}
-EMBED_LOGITS = 0.1  # standard deviation of a tied model's first logits: nearly a uniform guess
+MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
+INITIAL_LOGIT_STD = 0.1  # of a tied model's first logits: nearly a uniform prediction
 
 
 @dataclass(frozen=True)
@@ -30,61 +30,65 @@ class GPTConfig:
     """The model."""
     n_layer: int = flag(12, "blocks", at_least=1, at_most=10_000)
     n_head: int = flag(12, "attention heads; the width is n_head * head_size", at_least=1, at_most=10_000)
-    head_size: int = flag(64, "channels of a head, an even number", at_least=2, at_most=10_000)
-    n_kv_head: int = flag(None, "heads of keys and values, which groups of attention heads share (default: as many)",
-                          at_least=1, at_most=10_000)
-    block_size: int = flag(1024, "tokens of context", at_least=1, at_most=10_000_000)
-    vocab_size: int = flag(None, "tokens the vocabulary must have (default: what the data's tokenizer has)", at_least=1,
+    head_size: int = flag(64, "channels per head, an even number", at_least=2, at_most=10_000)
+    n_kv_head: int = flag(None, "heads of keys and values, each shared by a group of attention heads (default: as many as "
+                                "--n_head)", at_least=1, at_most=10_000)
+    block_size: int = flag(1024, "context length in tokens", at_least=1, at_most=10_000_000)
+    vocab_size: int = flag(None, "tokens that the vocabulary must have (default: those of the data's tokenizer)", at_least=1,
                            scope="run")
     mlp: str = flag("auto", "feed-forward layer; auto: gelu, or the kind of --linear if that is not linear",
                     choices=("auto", *MLPS))
-    n_hidden: int = flag(None, "width of the hidden layer in it (default: such that it has about 8 * width² parameters)",
+    n_hidden: int = flag(None, "hidden width of the feed-forward layer (default: for about 8 * width² parameters)",
                          at_least=1, at_most=10_000_000)
     mixer: str = flag("attention", "layer that mixes positions: attention, gated_delta, or a pattern of their letters A and "
-                                   "D, a letter a\nlayer, which is repeated: DDDA")
-    linear: str = flag("linear", "every linear layer in the blocks, those of attention too", choices=tuple(LINEARS))
-    norm: str = flag("rms", "normalisation: without parameters and of the embedding too, Llama's, or GPT-2's",
-                     choices=tuple(NORMS))
-    norm_eps: float = flag(None, "added to the mean square there (default: 1e-5; with --norm=rms 1e-7)", above=0, at_most=1)
-    positions: str = flag("rotary", "how attention knows the order", choices=("rotary", "learned"))
-    rotary_base: float = flag(10_000.0, "of the angles, of which the slowest turns once in about 6 times so many tokens",
-                              above=1)
+                                   "D, one letter per layer, repeated: DDDA")
+    linear: str = flag("linear", "kind of every linear layer in the blocks, including those of attention",
+                       choices=tuple(LINEARS))
+    norm: str = flag("rms", "normalisation: rms has no parameters and also normalises the embedding; scaled_rms is Llama's, "
+                            "layer GPT-2's", choices=tuple(NORMS))
+    norm_eps: float = flag(None, "added to the mean square in the norms (default: 1e-5; 1e-7 with --norm=rms)", above=0,
+                           at_most=1)
+    positions: str = flag("rotary", "position embeddings", choices=("rotary", "learned"))
+    rotary_base: float = flag(10_000.0, "base of the rotary angles; the slowest one completes a turn in about 6 times as "
+                                        "many tokens", above=1)
     qk_norm: bool = flag(True, "normalise queries and keys")
-    value_residual: bool = flag(True, "mix the first layer's values into the later layers'")
+    value_residual: bool = flag(True, "mix the first layer's values into those of later layers")
     x0_residual: bool = flag(True, "mix the embedding into the input of each block")
-    token_shift: bool = flag(True, "add a learned share of the token before to the input of mixers and feed-forward layers")
-    softcap: float = flag(15.0, "keeps logits within this distance of 0; 0 does not", at_least=0)
-    tied: bool = flag(True, "embedding and head are one matrix")
-    bias: bool = flag(False, "of linear layers and LayerNorm")
-    init: str = flag("zero", "of matrices that write into the residual stream: zero, or GPT-2's for all weights",
-                     choices=("zero", "gpt2"))
+    token_shift: bool = flag(True, "add a learned per-channel multiple of the previous token to the input of mixers and "
+                                   "feed-forward layers")
+    softcap: float = flag(15.0, "bounds logits smoothly to ± this value; 0 is no bound", at_least=0)
+    tied: bool = flag(True, "share one matrix between embedding and head")
+    bias: bool = flag(False, "biases in linear layers and LayerNorm")
+    init: str = flag("zero", "initialisation: zero for the matrices that write into the residual stream, or GPT-2's for all "
+                             "weights", choices=("zero", "gpt2"))
 
     def __post_init__(self):
         check_flags(self)
         if self.mlp == "auto":
             object.__setattr__(self, "mlp", "gelu" if self.linear == "linear" else self.linear)
-        if self.mixer not in MIXERS and not (0 < len(self.mixer) <= self.n_layer and set(self.mixer) <= LETTERS.keys()):
-            raise BadInput(f"--mixer={self.mixer}: give one of {', '.join(MIXERS)}, or a pattern of the letters "
-                           f"{', '.join(LETTERS)}, of at most the {self.n_layer} of --n_layer")
+        is_pattern = 0 < len(self.mixer) <= self.n_layer and set(self.mixer) <= MIXERS_BY_LETTER.keys()
+        if self.mixer not in MIXERS and not is_pattern:
+            raise BadInput(f"--mixer={self.mixer}: choose one of {', '.join(MIXERS)}, or a pattern of the letters "
+                           f"{', '.join(MIXERS_BY_LETTER)}, at most --n_layer={self.n_layer} of them")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
         if self.n_kv_head not in (None, self.n_head) and any(
                 self.mixer_class(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
-            raise BadInput(f"--n_kv_head={self.n_kv_head}: only attention has such heads, not --mixer={self.mixer}")
+            raise BadInput(f"--n_kv_head={self.n_kv_head}: needs attention in every layer, not --mixer={self.mixer}")
         if self.head_size % 2:
-            raise BadInput(f"--head_size={self.head_size}: must be even, rotary positions turn pairs of channels")
+            raise BadInput(f"--head_size={self.head_size}: must be even, because rotary embeddings rotate pairs of channels")
 
     @property
     def n_embd(self) -> int:
         return self.n_head * self.head_size
 
     def mixer_class(self, layer: int) -> type:
-        return MIXERS.get(self.mixer) or LETTERS[self.mixer[layer % len(self.mixer)]]
+        return MIXERS.get(self.mixer) or MIXERS_BY_LETTER[self.mixer[layer % len(self.mixer)]]
 
 
 @dataclass
 class BlockCache:
-    """What a block keeps of the positions it has seen."""
+    """The state of one block after the positions seen so far."""
     mixer: object
     shifts: list[ShiftCache]
 
@@ -95,22 +99,23 @@ class BlockCache:
 
 @dataclass
 class Cache:
-    """What a model keeps of the texts it has seen, one a row, with room for `max_len` positions. They all end at slot
-    `length`; where they differ in length, a row has left its first `skipped` slots, (B,), empty."""
+    """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
+    slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
     left_pad: Tensor | None = None
 
     def copy_rows_from(self, rows: list[int], other: "Cache", other_rows: list[int]):
-        """The texts of the rows `others` of another cache, all of one length, become those of these rows."""
+        """Copies rows `other_rows` of another cache, which has no left padding, to rows `rows` of this one, where they end
+        at slot `length`."""
         for block, source in zip(self.blocks, other.blocks):
             block.copy_rows_from(rows, source, other_rows, self.length, other.length)
 
 
 class Block(nn.Module):
-    """x + mixer(shift(norm(x))), then x + mlp(shift(norm(x))), where a shift adds a share of the token before; with the
-    shortcut, x is at first a learned mix of x and the embedding."""
+    """x + mixer(shift(norm(x))), then x + mlp(shift(norm(x))). With x0_residual, x is first replaced by a learned mix of x
+    and the embedding x0."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -120,23 +125,23 @@ class Block(nn.Module):
         self.mixer = config.mixer_class(layer)(config, layer)
         self.mlp = MLPS[config.mlp](config)
 
-    def init_cache(self, batch_size: int, n_tokens: int, device: torch.device, dtype: torch.dtype) -> BlockCache:
-        return BlockCache(self.mixer.init_cache(batch_size, n_tokens, device, dtype),
+    def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> BlockCache:
+        return BlockCache(self.mixer.init_cache(batch_size, max_len, device, dtype),
                           [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
 
-    def forward(self, x: Tensor, embedded: Tensor, first_layer_v: Tensor | None, metadata: AttentionMetadata,
+    def forward(self, x: Tensor, x0: Tensor, first_layer_v: Tensor | None, metadata: AttentionMetadata,
                 cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
-        """x, embedded: (B, T, C). Returns the new x, and the mixer's value."""
+        """x, x0: (B, T, C). Returns the new x, (B, T, C), and the mixer's values."""
         if self.x0_mix is not None:
-            x = self.x0_mix[0] * x + self.x0_mix[1] * embedded
+            x = self.x0_mix[0] * x + self.x0_mix[1] * x0
         mixer_input = self.sublayer_input(0, self.mixer_norm, x, metadata, cache)
-        y, value = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
+        y, v = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
         x = x + y
-        return x + self.mlp(self.sublayer_input(1, self.mlp_norm, x, metadata, cache)), value
+        return x + self.mlp(self.sublayer_input(1, self.mlp_norm, x, metadata, cache)), v
 
     def sublayer_input(self, i: int, norm: nn.Module, x: Tensor, metadata: AttentionMetadata,
                        cache: BlockCache | None) -> Tensor:
-        """What the block's i-th layer sees of the residual stream."""
+        """What the mixer (i = 0) or the MLP (i = 1) reads of the residual stream."""
         return norm(x) if self.shifts is None else self.shifts[i](norm(x), metadata, cache and cache.shifts[i])
 
 
@@ -146,7 +151,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # how it is trained, not what it is: no part of the config
+        self.gradient_checkpointing = False  # not in the config: it changes how the model trains, not what it computes
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         is_rotary = config.positions == "rotary"
@@ -160,18 +165,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """zero: matrices that keep the variance (1/√fan_in, if linear), but what writes into the residual stream, and a
-        head of its own, starts at zero: at first every block is the identity and (nearly, if tied) every token equally
-        likely. gpt2: as in section 2.3 of Radford et al. 2019, and nanoGPT."""
+        """zero: matrices preserve the variance (std 1/√fan_in if linear), but those that write into the residual stream, and
+        an untied head, start at zero: at first every block is the identity, and the prediction is uniform (nearly, if tied).
+        gpt2: section 2.3 of Radford et al. 2019, as in nanoGPT."""
         gpt2, n_layer = self.config.init == "gpt2", self.config.n_layer
         unit_std = {f"{name}.weight": layer.unit_std for name, layer in self.named_modules() if hasattr(layer, "unit_std")}
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or not name.endswith("weight"):
                 continue  # biases, norms and coefficients: their layers have set them
             if name == "embed.weight" and self.config.norm == "rms" and not self.config.tied:
-                std = 1.0  # its norm takes the scale away, so the scale only sets how fast it turns
+                std = 1.0  # its norm removes the scale, so the scale only sets how fast its direction changes
             elif weight is self.embed.weight:
-                std = 0.02 if gpt2 else EMBED_LOGITS / self.config.n_embd ** 0.5
+                std = 0.02 if gpt2 else INITIAL_LOGIT_STD / self.config.n_embd ** 0.5
             elif name.endswith("proj.weight"):
                 std = 0.02 / (2 * n_layer) ** 0.5 if gpt2 else 0.0
             elif name == "head.weight":
@@ -183,16 +188,18 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(bias)
 
+    # -- forward pass -------------------------------------------------------------------------------------------------
+
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, reduction: str = "mean",
                 doc_starts: Tensor | None = None, logits_to_keep: int | None = None) -> Tensor:
-        """idx: (B, T) int64. Returns logits (B, T, V) in fp32; with targets (B, T), the loss in nats/token: a scalar,
-        or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Under autocast the logits have its
-        precision; softmax and sums are fp32 all the same.
+        """idx: (B, T) int64. Returns logits, (B, T, V) in fp32; with targets, (B, T) int64, the loss in nats/token: a
+        scalar, or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Autocast sets the precision of the
+        logits; softmax and sums are always fp32.
 
         The loss path never holds (B, T, V): head, softcap and cross-entropy run in chunks, see layers/loss.py.
-        cache: what `init_cache` made; idx then continues what it holds, and it takes idx in.
-        doc_starts: (B, T) bool, where a text doc_starts, if rows hold several: none sees another, whatever the mixer.
-        logits_to_keep: logits of so many last positions alone.
+        cache: from `init_cache`; idx continues the texts in it and is added to it.
+        doc_starts: (B, T) bool, True at the first token of each document packed into a row; documents do not see each other.
+        logits_to_keep: return the logits of this many last positions only.
         """
         assert reduction in ("mean", "none"), reduction
         assert doc_starts is None or cache is None
@@ -203,14 +210,13 @@ class GPT(nn.Module):
             x = x + self.positions.weight[positions]
         if self.config.norm == "rms":
             x = rms_norm(x)
-        embedded, first_layer_v = x, None
+        x0, first_layer_v = x, None
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, value = checkpoint(block, x, embedded, first_layer_v, metadata, use_reentrant=False,
-                                      preserve_rng_state=False)
+                x, v = run_checkpointed(block, x, x0, first_layer_v, metadata, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, value = block(x, embedded, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
-            first_layer_v = value if first_layer_v is None else first_layer_v
+                x, v = block(x, x0, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
+            first_layer_v = v if first_layer_v is None else first_layer_v
         if cache is not None:
             cache.length += idx.size(1)
         x = self.norm(x if logits_to_keep is None else x[:, -logits_to_keep:])
@@ -219,12 +225,12 @@ class GPT(nn.Module):
         return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
 
     def eager_forward(self, *args, **kwargs) -> Tensor:
-        """`forward` without the compiled graph, which would be compiled again for every new shape and without gradients."""
+        """`forward` without torch.compile, which would recompile for every new shape and when gradients are turned off."""
         return self.forward(*args, **kwargs)
 
     def attention_metadata(self, idx: Tensor, cache: Cache | None,
                            doc_starts: Tensor | None) -> tuple[AttentionMetadata, slice | Tensor]:
-        """Where `idx` stands, and the position of each token in its text, a slice or (B, T)."""
+        """The metadata of idx, (B, T), and the position of each token in its document: a slice, or (B, T) int64."""
         T, start = idx.size(1), 0 if cache is None else cache.length
         positions = slice(start, start + T)
         if doc_starts is not None:
@@ -237,70 +243,77 @@ class GPT(nn.Module):
                 T, start, cache and cache.left_pad, idx.device)
         return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts), positions
 
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
-        """With room for `max_len` positions in each row; `forward` fills it in place."""
+        """An empty cache with room for `max_len` positions per row; `forward` fills it in place."""
         weight = self.embed.weight
         return Cache([block.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
                       for block in self.blocks], max_len)
 
-    def prefill(self, texts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
-        """Takes in texts, each (T,) int64 and T >= 1, of any lengths up to max_len. Returns the logits after the last token
-        of each, (B, V), and the cache, which further tokens of all rows continue."""
-        by_length = {}  # n -> the different texts of n tokens, each with its rows
-        for row, text in enumerate(texts):
-            by_length.setdefault(len(text), {}).setdefault(tuple(text.tolist()), []).append(row)
+    def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
+        """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of
+        each, (B, V), and a cache from which decoding continues for all rows at once."""
+        by_length = {}  # T -> the distinct prompts of T tokens, each with its rows
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), {}).setdefault(tuple(prompt.tolist()), []).append(row)
         longest, first = max(by_length), next(iter(by_length.values()))
-        if len(by_length) == 1 and len(first) == len(texts):
-            cache = self.init_cache(len(texts), max_len, dtype)
-            return self.eager_forward(torch.stack(texts), cache=cache, logits_to_keep=1)[:, 0], cache
-        cache = self.init_cache(len(texts), max_len, dtype)
+        if len(by_length) == 1 and len(first) == len(prompts):
+            cache = self.init_cache(len(prompts), max_len, dtype)
+            return self.eager_forward(torch.stack(prompts), cache=cache, logits_to_keep=1)[:, 0], cache
+        cache = self.init_cache(len(prompts), max_len, dtype)
         cache.length = longest
         if len(by_length) > 1:
-            cache.left_pad = torch.tensor([longest - len(text) for text in texts], device=texts[0].device)
-        logits = [None] * len(texts)
-        for n, same in by_length.items():  # no padding is computed, and no text twice
-            part = self.init_cache(len(same), n, dtype)
-            distinct = torch.stack([texts[rows[0]] for rows in same.values()])
-            found = self.eager_forward(distinct, cache=part, logits_to_keep=1)[:, 0]
-            pairs = [(row, i) for i, rows in enumerate(same.values()) for row in rows]
+            cache.left_pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=prompts[0].device)
+        logits = [None] * len(prompts)
+        for n, rows_of_prompt in by_length.items():  # computes no padding, and no prompt twice
+            part = self.init_cache(len(rows_of_prompt), n, dtype)
+            distinct = torch.stack([prompts[rows[0]] for rows in rows_of_prompt.values()])
+            part_logits = self.eager_forward(distinct, cache=part, logits_to_keep=1)[:, 0]
+            pairs = [(row, i) for i, rows in enumerate(rows_of_prompt.values()) for row in rows]
             for row, i in pairs:
-                logits[row] = found[i]
+                logits[row] = part_logits[i]
             cache.copy_rows_from([row for row, _ in pairs], part, [i for _, i in pairs])
         return torch.stack(logits), cache
 
     def cast_matrices(self, dtype: torch.dtype):
-        """For inference under autocast to `dtype`, which would convert every matrix again at every token. The rest stays."""
+        """For inference under autocast to `dtype`, which would otherwise convert every matrix again for every token. All
+        other parameters stay in fp32."""
         for layer in (self.embed, self.head, *linear_layers(self)):
             layer.weight.requires_grad_(False)
             layer.weight.data = layer.weight.data.to(dtype)
 
+    # -- cost ---------------------------------------------------------------------------------------------------------
+
     def flops_per_token(self) -> int:
-        """Floating-point operations of the matrix products of one training token: forward, and twice that backward.
-        What is computed a second time to save memory does not count."""
+        """FLOPs of the matrix products for one training token: the forward pass, and twice that for the backward pass. What
+        is recomputed to save memory does not count."""
         return 3 * 2 * self.head.weight.numel() + sum(
             layer.flops_per_token(self.config.block_size) for block in self.blocks for layer in (block.mixer, block.mlp))
 
     def elementwise_flops_per_token(self) -> int:
-        """The same of what is no matrix product and differs between architectures: activations and the bases of KAN layers,
-        where an addition, a multiplication, a division or an exponential counts one. Norms, softmax and what else all share
-        is left out."""
+        """FLOPs of one training token in what is not a matrix product and differs between architectures: activations and the
+        bases of KAN layers. An addition, multiplication, division or exponential counts 1. What all architectures share,
+        such as norms and softmax, does not count."""
         return sum(layer.elementwise_flops_per_token(self.config.block_size)
                    for block in self.blocks for layer in (block.mixer, block.mlp))
 
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
     def to_checkpoint(self) -> dict:
-        """Shape and weights, as a checkpoint holds them."""
+        """Config and weights, as a checkpoint holds them."""
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     @classmethod
-    def from_checkpoint(cls, blob: dict) -> "GPT":
-        """The inverse of `to_checkpoint`."""
-        model = cls(GPTConfig(**blob["config"]))
+    def from_checkpoint(cls, checkpoint: dict) -> "GPT":
+        """The inverse of `to_checkpoint`. Raises BadInput when the weights do not fit the config."""
+        model = cls(GPTConfig(**checkpoint["config"]))
         try:
-            model.load_state_dict(blob["model"])
+            model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
-            raise BadInput(f"the checkpoint's weights are not those of its shape {blob['config']} ({reason})") from None
+            raise BadInput(f"the checkpoint's weights do not fit its config {checkpoint['config']} ({reason})") from None
         return model

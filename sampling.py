@@ -1,4 +1,10 @@
-"""Text from a model: sampling and decoding with a cache."""
+"""Sampling and decoding with a cache: prompts of token ids in, tokens or text out.
+
+    for text in generate_text(model, tokenizer, "The history of", max_new_tokens=50, sampling=SamplingConfig()):
+        print(text, end="")
+
+`generate.py` and `chat.py` are the commands.
+"""
 import codecs
 import math
 from collections.abc import Iterator, Sequence
@@ -17,13 +23,15 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is chosen."""
-    temperature: float = flag(0.8, "below 1 prefers likely tokens, 0 always takes the likeliest", at_least=0, at_most=100)
-    top_k: int = flag(50, "choose among so many likeliest tokens; 0 is all", at_least=0)
-    top_p: float = flag(1.0, "choose among the likeliest tokens that together have this probability", above=0, at_most=1)
-    min_p: float = flag(0.0, "choose among tokens that have this share of the likeliest one's probability", at_least=0,
-                        at_most=1)
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were there before less likely", above=0, at_most=100)
+    """Sampling."""
+    temperature: float = flag(0.8, "below 1 favours likely tokens; 0 always takes the likeliest", at_least=0, at_most=100)
+    top_k: int = flag(50, "sample from this many of the likeliest tokens; 0 for all", at_least=0)
+    top_p: float = flag(1.0, "sample from the smallest set of likeliest tokens with at least this total probability",
+                        above=0, at_most=1)
+    min_p: float = flag(0.0, "sample from tokens with at least this fraction of the likeliest token's probability",
+                        at_least=0, at_most=1)
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that have already occurred less likely", above=0,
+                                     at_most=100)
     __post_init__ = check_flags
 
 
@@ -35,55 +43,42 @@ GREEDY = SamplingConfig(temperature=0.0)
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(),
              generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Yields the next token of each row, (B,), `max_new_tokens` times. prompts: (T,) int64 each, T >= 1, of any lengths.
+    """Yields the next token of each row, (B,) int64, `max_new_tokens` times. prompts: (T,) int64 each, T >= 1, of any
+    lengths.
 
-    The cache holds block_size positions. When it is full, it starts again from the last half of each text, so that a new
-    token costs one forward step of one position, and every half block one of half a block.
+    The cache holds block_size positions. When it is full, it is rebuilt from the last half block of every row. So a new
+    token costs a forward pass over one position, plus one over half a block every half block.
     """
     block_size = model.config.block_size
-    texts = [prompt[-block_size:] for prompt in prompts]
-    max_len = min(block_size, max(map(len, texts)) + max_new_tokens - 1)
-    logits, cache = model.prefill(texts, max_len, cache_dtype(model))
-    seen = seen_in(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    made = []
+    contexts = [prompt[-block_size:] for prompt in prompts]
+    max_len = min(block_size, max(map(len, contexts)) + max_new_tokens - 1)
+    logits, cache = model.prefill(contexts, max_len, cache_dtype(model))
+    seen = token_mask(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+    generated = []  # since the last prefill
     for i in range(max_new_tokens):
         new = sample(logits, sampling, generator, seen)
         yield new
         if i == max_new_tokens - 1:
             return
-        made.append(new)
+        generated.append(new)
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
         if cache.length < max_len:
-            # forward, not a call: a compiled model would compile again for every new shape
+            # eager: a compiled model would recompile for every new shape
             logits = model.eager_forward(new[:, None], cache=cache, logits_to_keep=1)[:, 0]
         else:
-            rows = torch.stack(made, dim=1)
-            texts, made = [torch.cat((text, row))[-max(1, block_size // 2):] for text, row in zip(texts, rows)], []
-            logits, cache = model.prefill(texts, max_len, cache_dtype(model))
-
-
-def cache_dtype(model: GPT) -> torch.dtype:
-    """Of the keys and values kept: autocast's on a GPU; fp32 on a CPU, whose attention of one token to many is
-    slower in bf16."""
-    kind = model.embed.weight.device.type
-    return torch.get_autocast_dtype(kind) if kind != "cpu" and torch.is_autocast_enabled(kind) else torch.float32
-
-
-def seen_in(prompts: Sequence[Tensor], vocab_size: int) -> Tensor:
-    """(B, V) bool: the tokens of each prompt."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
-    for row, prompt in zip(seen, prompts):
-        row[prompt] = True
-    return seen
+            keep, rows = max(1, block_size // 2), torch.stack(generated, dim=1)
+            contexts, generated = [torch.cat((context, row))[-keep:] for context, row in zip(contexts, rows)], []
+            logits, cache = model.prefill(contexts, max_len, cache_dtype(model))
 
 
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None,
            seen: Tensor | None = None) -> Tensor:
-    """(B, V) logits -> (B,) ids. seen: (B, V) bool, the tokens that the repetition penalty is for.
+    """(B, V) logits -> (B,) ids. seen: (B, V) bool, the tokens that the repetition penalty applies to.
 
-    Sources: repetition penalty, Keskar et al. 2019, section 4.1, arXiv:1909.05858; top-k, Fan et al. 2018, arXiv:1805.04833;
-    top-p, Holtzman et al. 2019, arXiv:1904.09751; min-p, Nguyen et al. 2024, arXiv:2407.01082.
+    The filters apply in transformers' order: penalty, temperature, top-k, top-p, min-p. Sources: repetition penalty, Keskar
+    et al. 2019, section 4.1, arXiv:1909.05858; top-k, Fan et al. 2018, arXiv:1805.04833; top-p, Holtzman et al. 2019,
+    arXiv:1904.09751; min-p, Nguyen et al. 2024, arXiv:2407.01082.
     """
     if seen is not None:
         penalty = sampling.repetition_penalty
@@ -92,57 +87,54 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
         return logits.argmax(dim=-1)
     logits, ids = logits / sampling.temperature, None
     if 0 < sampling.top_k < logits.size(-1):
-        logits, ids = logits.topk(sampling.top_k, dim=-1)  # what follows works on few numbers, sorted
+        logits, ids = logits.topk(sampling.top_k, dim=-1)  # everything below then works on k sorted numbers
     elif sampling.top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    probabilities = logits.softmax(dim=-1)
-    kept = torch.ones_like(probabilities, dtype=torch.bool)
+    probs = logits.softmax(dim=-1)
+    keep = torch.ones_like(probs, dtype=torch.bool)
     if sampling.top_p < 1:
-        # what comes before falls short of it; whole numbers, whose sums are the same in any order, which a GPU's are in
-        shares = (probabilities * 2**40).long()
-        kept &= shares.cumsum(dim=-1) - shares < math.ceil(sampling.top_p * 2**40)
+        # Keep a token while those before it sum to less than top_p. In integers, whose sum does not depend on its order:
+        # on a GPU that of a cumsum varies.
+        scaled = (probs * 2**40).long()
+        keep &= scaled.cumsum(dim=-1) - scaled < math.ceil(sampling.top_p * 2**40)
     if sampling.min_p > 0:
-        kept &= probabilities >= sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-    chosen = torch.multinomial(probabilities * kept, 1, generator=generator)
-    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
+        keep &= probs >= sampling.min_p * probs.amax(dim=-1, keepdim=True)
+    drawn = torch.multinomial(probs * keep, 1, generator=generator)
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
+
+
+def token_mask(prompts: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """(B, V) bool: the tokens that occur in each prompt."""
+    mask = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts[0].device)
+    for row, prompt in zip(mask, prompts):
+        row[prompt] = True
+    return mask
+
+
+def cache_dtype(model: GPT) -> torch.dtype:
+    """The dtype of cached keys and values: autocast's on a GPU; fp32 on a CPU, whose attention of one query to many keys is
+    slower in bf16."""
+    device_type = model.embed.weight.device.type
+    if device_type != "cpu" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.float32
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
 
-class TextStream:
-    """Makes text of one row's tokens as they come: whole characters, and nothing that may become a stop text or stands
-    behind one; of several the first to be complete counts. Special tokens end it."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop, self.ends = tokenizer, stop, set(tokenizer.special_tokens.values())
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held, self.is_done = "", False
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain now, with this token."""
-        if token_id in self.ends:
-            return self.finish()
-        return self.add(self.decoder.decode(self.tokenizer.decode_bytes([token_id])))
-
-    def finish(self) -> str:
-        """What was held back, at the end."""
-        text = self.add(self.decoder.decode(b"", final=True)) + self.held
-        self.held, self.is_done = "", True
-        return text
-
-    def add(self, text: str) -> str:
-        self.held += text
-        if found := [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]:
-            text, self.held, self.is_done = self.held[:min(found)[1]], "", True
-            return text
-        n = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        text, self.held = self.held[:len(self.held) - n], self.held[len(self.held) - n:]
-        return text
+def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingConfig,
+                  stop: Sequence[str] = (), seed: int = 0) -> Iterator[str]:
+    """Yields the continuation of `prompt`, which starts a document, piece by piece. Raises BadInput when the prompt does not
+    fit into the context."""
+    ids = encode_prompt(model, tokenizer, prompt)
+    for _, text in generate_texts(model, tokenizer, [ids], max_new_tokens, sampling, stop, seed):
+        yield text
 
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
                    sampling: SamplingConfig, stop: Sequence[str] = (), seed: int = 0) -> Iterator[tuple[int, str]]:
-    """Yields (row, text) as it is made, until all rows have ended. prompts: ids."""
+    """Yields (row, piece of text) as tokens are generated, until every row has ended at a special token, a stop string or
+    `max_new_tokens`. prompts: ids."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     streams = [TextStream(tokenizer, stop) for _ in prompts]
@@ -158,17 +150,43 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]
             yield row, text
 
 
-def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingConfig,
-                  stop: Sequence[str] = (), seed: int = 0) -> Iterator[str]:
-    """Yields text as it is made, after the start of a document and `prompt`. Raises BadInput when that is longer than the
-    context."""
-    ids = document_start(model, tokenizer, prompt)
-    for _, text in generate_texts(model, tokenizer, [ids], max_new_tokens, sampling, stop, seed):
-        yield text
+class TextStream:
+    """Turns the tokens of one row into text as they arrive. Holds back incomplete characters and anything that may become a
+    stop string. Ends at the stop string that is complete first, which it drops, or at a special token."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop, self.end_ids = tokenizer, stop, set(tokenizer.special_tokens.values())
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.pending, self.is_done = "", False
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text that is final now."""
+        if token_id in self.end_ids:
+            return self.finish()
+        return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token_id])))
+
+    def finish(self) -> str:
+        """Ends the stream; returns the text that was held back."""
+        text = self.release(self.decoder.decode(b"", final=True)) + self.pending
+        self.pending, self.is_done = "", True
+        return text
+
+    def release(self, new_text: str) -> str:
+        """Appends to `pending`, and takes from it what cannot be part of a stop string."""
+        self.pending += new_text
+        matches = [(start + len(stop), start) for stop in self.stop if (start := self.pending.find(stop)) >= 0]
+        if matches:
+            _, start = min(matches)  # the one whose last character comes first
+            text, self.pending, self.is_done = self.pending[:start], "", True
+            return text
+        n_held = max((n for stop in self.stop for n in range(1, len(stop)) if self.pending.endswith(stop[:n])), default=0)
+        n_final = len(self.pending) - n_held
+        text, self.pending = self.pending[:n_final], self.pending[n_final:]
+        return text
 
 
-def document_start(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids. Raises BadInput when they are more than the context holds."""
+def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of the separator and `prompt`. Raises BadInput when they do not fit into the model's context."""
     ids = [tokenizer.separator_id] + tokenizer.encode(prompt)
     if len(ids) > model.config.block_size:
         raise BadInput(f"--prompt={prompt[:20]}…: has {len(ids) - 1:,} tokens, the model's context holds "
@@ -176,12 +194,19 @@ def document_start(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- for the commands -------------------------------------------------------------------------------------------------
 
 def load_model(path: Path, machine: Machine) -> tuple[GPT, Tokenizer]:
-    """A checkpoint's model, on the device, and its tokenizer. Raises BadInput."""
-    blob = load_checkpoint(path)
+    """The model of a checkpoint, on the device with its matrices in the machine's dtype, and its tokenizer. Raises BadInput
+    when the file cannot be read."""
+    checkpoint = load_checkpoint(path)
     with reading(path):
-        model, tokenizer = GPT.from_checkpoint(blob), Tokenizer.from_json(blob["tokenizer"])
+        model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
     model.cast_matrices(DTYPES[machine.dtype])
     return model.to(machine.device), tokenizer
+
+
+def check_stop(stop: Sequence[str]):
+    """Raises BadInput for an empty stop string, which every text contains."""
+    if "" in stop:
+        raise BadInput("--stop: one of its strings is empty: drop it, or no text would be generated")

@@ -1,13 +1,13 @@
-"""Byte-level BPE from scratch: learn a vocabulary, turn text into ids and back.
+"""Byte-level BPE from scratch: train a vocabulary, encode text, decode ids.
 
-Owns the split patterns, the special tokens and the `tokenizer.json` format.
+Owns the split patterns, the special tokens, the chat roles and their rendering, and the `tokenizer.json` format.
 
-    python tokenizer.py --vocab_size=32768 --dataset=builtin        trains one and writes tokenizer.json
+    python tokenizer.py --vocab_size=8192 --dataset=builtin        trains a tokenizer and writes tokenizer.json
 
-A text is split into words by a regular expression, each word is UTF-8 bytes, and inside a word the adjacent pair of
-tokens with the lowest rank is merged until none is left. Training makes the ranks: it merges the most frequent pair of
-the whole text, again and again. Source: Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2 (Radford 2019).
-The loops over bytes are compiled: `kernels/bpe.py`.
+A regular expression splits text into words; within a word, a sequence of UTF-8 bytes, the adjacent pair of tokens with the
+lowest rank is merged until no pair has a rank. Training determines the ranks: it merges the most frequent pair of the whole
+text, again and again. Source: Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2 (Radford et al. 2019). The loops
+over bytes are compiled, in `kernels/bpe.py`; their slow, obvious twins stand in tests/test_bpe.py.
 """
 import functools
 import hashlib
@@ -28,42 +28,42 @@ from runtime.cli import command, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable
 from runtime.threads import available_cores, map_in_threads
-from tasks.conversations import ROLES
-from text.documents import PackedDocuments, from_strings, utf8
+from text.documents import PackedDocuments, to_utf8
 from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
-SEPARATOR = "<|endoftext|>"  # leads every document
-# Reserved from day one, so that finetuning on conversations never resizes an embedding.
+SEPARATOR = "<|endoftext|>"  # precedes every document
+# Every new vocabulary has the tokens of a chat, so that finetuning on conversations never resizes an embedding.
+ROLES = "system", "user", "assistant"
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
-END = "<|end|>"        # of a message
-SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END)
-# What `encode_chat` does, for programs that take a template of Jinja.
+END_OF_MESSAGE = "<|end|>"
+SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END_OF_MESSAGE)
+# What `encode_chat` does, as a Jinja template for other programs.
 CHAT_TEMPLATE = (
     "{{ '" + SEPARATOR + "' }}{% for message in messages %}{% if message['role'] not in ['" + "', '".join(ROLES) + "'] %}"
     "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END_OF_MESSAGE + "' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + ROLE_TOKENS["assistant"] + "' }}{% endif %}")
 PATTERNS = {
-    # GPT-4's with at most two digits a word: at 32k ids, nanochat measured 0.965 bits per byte against 0.972 with three
+    # GPT-4's, but with at most two digits in a word: at 32k ids, nanochat measured 0.965 bits per byte, 0.972 with three
     "default": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
                r"|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
             r"|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
 }
-TRAINING_BYTES = 100_000_000  # of text are plenty for 32k merges; --tokenizer_bytes changes it
+TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 10_000_000
-PIECE_BYTES = 1 << 24         # of a text are encoded at once
-CHUNK_CHARACTERS = 1 << 20    # texts of so many together are encoded or counted in one call
+PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
+BATCH_CHARACTERS = 1 << 20    # texts of so many characters together are encoded or counted in one call
 
 
 class Tokenizer:
     """A byte-level BPE vocabulary.
 
-    ranks: token bytes -> id, all 256 single bytes among them; a lower id merges first.
+    ranks: token bytes -> id, including all 256 single bytes; the lower id is merged first.
     pattern: a name in PATTERNS or any regular expression; text between its matches is a word too, so nothing is lost.
-    special_tokens: name -> id. They never come out of `encode`, whatever the text holds.
+    special_tokens: name -> id. `encode` never returns them, whatever the text contains.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int]):
@@ -73,15 +73,15 @@ class Tokenizer:
         by_id = {token_id: token for token, token_id in self.ranks.items()}
         by_id |= {token_id: name.encode() for name, token_id in self.special_tokens.items()}
         if len(by_id) < len(self.ranks) + len(self.special_tokens):
-            raise BadInput("two tokens share an id: give every rank and special token its own")
+            raise BadInput("two tokens share an id: give every rank and every special token its own")
         if min(by_id, default=0) < 0 or max(by_id, default=0) >= MAX_VOCAB_SIZE:
             raise BadInput(f"token ids must lie between 0 and {MAX_VOCAB_SIZE - 1:,}")
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
             raise BadInput(f"no token for byte {missing[0]} alone: a byte-level vocabulary has all 256")
-        # the bytes of each id, special tokens by name; ids that an adopted vocabulary leaves out are empty
+        # id -> bytes, the name for special tokens; empty for ids that a foreign vocabulary does not use
         self.tokens = [by_id.get(token_id, b"") for token_id in range(max(by_id) + 1)]
         self.splitter = find_splitter(self.pattern)
-        self.caches: list[bpe.Cache] = []  # those that no thread is using
+        self.caches: list[bpe.Cache] = []  # of word -> ids, not in use by a thread
 
     @property
     def vocab_size(self) -> int:
@@ -89,20 +89,20 @@ class Tokenizer:
 
     @property
     def separator_id(self) -> int:
-        """The id that leads every document. Raises BadInput if this vocabulary has none."""
+        """The id that precedes every document. Raises BadInput if this vocabulary has none."""
         if SEPARATOR not in self.special_tokens:
             raise BadInput(f"the tokenizer has no {SEPARATOR} token to separate documents with")
         return self.special_tokens[SEPARATOR]
 
-    # -- making one -----------------------------------------------------------------------------------------------
+    # -- creating and storing -----------------------------------------------------------------------------------------
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "default",
               special_tokens: Sequence[str] = SPECIAL_TOKENS, progress: bool = False) -> "Tokenizer":
         """Learns `vocab_size` tokens: 256 bytes, then merges, then the special tokens with the highest ids.
 
-        The most frequent pair merges first; among equals the one with the smallest left id, then right id.
-        Raises BadInput when the text holds too few different pairs for that many merges.
+        The most frequent pair is merged first; among equals the one with the smallest left id, then right id. Raises
+        BadInput when the text has too few different pairs for so many merges.
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
@@ -121,38 +121,38 @@ class Tokenizer:
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int], pattern: str,
                    special_tokens: Sequence[str] | Mapping[str, int] = SPECIAL_TOKENS) -> "Tokenizer":
-        """Takes over an existing byte-level vocabulary, as `tiktoken.Encoding._mergeable_ranks` holds it.
+        """Wraps an existing byte-level vocabulary, in the form of `tiktoken.Encoding._mergeable_ranks`.
 
         special_tokens: names, which get the ids after the highest rank, or a mapping name -> id.
         """
         if not isinstance(special_tokens, Mapping):
             if len(set(special_tokens)) < len(special_tokens):
-                raise BadInput(f"a special token stands twice in {', '.join(special_tokens)}")
+                raise BadInput(f"a special token occurs twice in {', '.join(special_tokens)}")
             first = max(ranks.values(), default=-1) + 1
             special_tokens = {name: first + i for i, name in enumerate(special_tokens)}
         return cls(ranks, pattern, special_tokens)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads what `save` wrote. Raises BadInput naming the file when it is missing or something else."""
+        """Reads what `save` wrote. Raises BadInput naming the file when it is missing or is something else."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise BadInput(f"{path}: no tokenizer to read ({error.strerror}): "
-                           f"make one with `python tokenizer.py --tokenizer_path={path}`") from None
+                           f"train one with `python tokenizer.py --tokenizer_path={path}`") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}: not a tokenizer of ours ({error}): "
-                           f"make one with `python tokenizer.py`") from None
+            raise BadInput(f"{path}: not a tokenizer.json of this program ({error}): "
+                           f"train one with `python tokenizer.py`") from None
 
     def save(self, path: str | Path):
-        """Writes `tokenizer.json`, whole or not at all."""
+        """Writes `tokenizer.json`, atomically."""
         with atomic_write(Path(path), "w") as file:
             file.write(self.to_json())
 
     def to_json(self) -> str:
-        """One JSON object; in `tokens`, place is id and each character one byte (Latin-1); null where an id is unused."""
-        in_order = {token_id: token.decode("latin-1") for token, token_id in self.ranks.items()}
-        tokens = [in_order.get(token_id) for token_id in range(max(in_order) + 1)]
+        """One JSON object. `tokens` lists the tokens by id, each character one byte (Latin-1), null for an unused id."""
+        by_id = {token_id: token.decode("latin-1") for token, token_id in self.ranks.items()}
+        tokens = [by_id.get(token_id) for token_id in range(max(by_id) + 1)]
         return json.dumps({"format": FORMAT, "pattern": self.pattern, "special_tokens": self.special_tokens,
                            "tokens": tokens}, indent=0)
 
@@ -160,116 +160,129 @@ class Tokenizer:
     def from_json(cls, text: str) -> "Tokenizer":
         """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError on anything else."""
         try:
-            blob = json.loads(text)
+            values = json.loads(text)
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
-        if blob.get("format") != FORMAT:
-            raise ValueError(f"its format is {blob.get('format')!r}, expected {FORMAT!r}")
-        in_order = {token_id: token for token_id, token in enumerate(blob["tokens"]) if token is not None}
-        ranks = {token.encode("latin-1"): token_id for token_id, token in in_order.items()}
-        if len(ranks) < len(in_order) or b"" in ranks:
-            raise ValueError("a token is empty or stands twice")
-        if not all(type(token_id) is int for token_id in blob["special_tokens"].values()):
-            raise ValueError("an id is not a whole number")
-        return cls(ranks, blob["pattern"], blob["special_tokens"])
+        if values.get("format") != FORMAT:
+            raise ValueError(f"its format is {values.get('format')!r}, expected {FORMAT!r}")
+        by_id = {token_id: token for token_id, token in enumerate(values["tokens"]) if token is not None}
+        ranks = {token.encode("latin-1"): token_id for token_id, token in by_id.items()}
+        if len(ranks) < len(by_id) or b"" in ranks:
+            raise ValueError("a token is empty or occurs twice")
+        if not all(type(token_id) is int for token_id in values["special_tokens"].values()):
+            raise ValueError("an id is not an integer")
+        return cls(ranks, values["pattern"], values["special_tokens"])
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, id, special token or the pattern."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
-    # -- using it -------------------------------------------------------------------------------------------------
+    # -- encoding -----------------------------------------------------------------------------------------------------
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of `text`; special tokens written in it are ordinary text, and what is not valid Unicode becomes U+FFFD."""
-        return self.encode_texts(from_strings([text]))[0].tolist() if text else []
+        """Ids of `text`. Special tokens written in it are ordinary text; what is not valid Unicode becomes U+FFFD."""
+        return self.encode_documents(PackedDocuments.from_strings([text]))[0].tolist() if text else []
 
-    def encode_chat(self, messages: list[dict], answer: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, [{"role": …, "content": …}, …], and which of them the assistant has to say: the content of
-        its messages, and the end of each. answer: it ends where the assistant's next message begins.
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, [{"role": …, "content": …}, …], and the assistant mask: which of them the assistant
+        generates, that is the content of its messages and the token that ends each.
 
-        [separator], then for each message [role] content [end]. Raises BadInput when this vocabulary has no such tokens.
+        The separator, then for each message its role's token, the content and the end token. add_generation_prompt: ends
+        with the assistant's role token, where its next message starts. Raises BadInput naming the message that is malformed,
+        or if this vocabulary has no chat tokens.
         """
-        role_ids, end_id = self.chat_ids()
+        role_ids, end_id = self.chat_token_ids()
         ids, assistant_mask = [self.separator_id], [False]
-        for message in messages:
+        for number, message in enumerate(messages, 1):
+            check_message(message, number)
             content = self.encode(message["content"])
             ids += [role_ids[message["role"]], *content, end_id]
             assistant_mask += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
-        if answer:
+        if add_generation_prompt:
             ids.append(role_ids["assistant"])
             assistant_mask.append(False)
         return ids, assistant_mask
 
-    def chat_ids(self) -> tuple[dict[str, int], int]:
-        """The token of each role, and the end of a message. Raises BadInput if this vocabulary has none."""
-        if missing := [name for name in (*ROLE_TOKENS.values(), END) if name not in self.special_tokens]:
+    def chat_token_ids(self) -> tuple[dict[str, int], int]:
+        """role -> id of its token, and the id of the token that ends a message. Raises BadInput if this vocabulary has no
+        chat tokens."""
+        if missing := [name for name in (*ROLE_TOKENS.values(), END_OF_MESSAGE) if name not in self.special_tokens]:
             raise BadInput(f"the tokenizer has no {missing[0]} token, so its model cannot hold conversations")
-        return {role: self.special_tokens[name] for role, name in ROLE_TOKENS.items()}, self.special_tokens[END]
+        return {role: self.special_tokens[name] for role, name in ROLE_TOKENS.items()}, self.special_tokens[END_OF_MESSAGE]
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64.
 
-        Text i owns ids[offsets[i]:offsets[i + 1]]; nothing merges across texts and no separator is added. threads: how
-        many encode side by side (default: one a core); their number changes nothing else. `texts` is read as it is needed.
+        Text i is ids[offsets[i]:offsets[i + 1]]; no pair is merged across texts, and no separator is added. threads: how
+        many encode in parallel (default: one per core), with equal results. `texts` is consumed lazily.
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: must be at least 1")
-        _ = self.vocabulary  # before several threads each make one
-        encode = lambda chunk: self.encode_texts(from_strings(chunk))
-        encoded = list(map_in_threads(encode, chunks(texts), threads or available_cores()))
+        _ = self.vocabulary  # built here, or else by every thread
+        encode = lambda batch: self.encode_documents(PackedDocuments.from_strings(batch))
+        encoded = list(map_in_threads(encode, batch_texts(texts), threads or available_cores()))
         ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
         return ids, np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)], dtype=np.int64).cumsum()
 
-    def encode_texts(self, texts: PackedDocuments, separated: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of `texts` end to end, (n,) uint16 or uint32, and offsets, (texts + 1,) int64, by the calling thread alone;
-        several may call it. separated: each text is led by the separator."""
-        pieces, begins = cut(texts) if self.splitter is not None else (texts, np.ones(len(texts), bool))
-        runs = [0, *np.flatnonzero(np.diff(pieces.offsets[:-1] // PIECE_BYTES)) + 1, len(pieces)]  # of PIECE_BYTES or so
-        encoded = [self.encode_pieces(pieces.part(start, stop), begins[start:stop] & separated)
-                   for start, stop in itertools.pairwise(runs)]
+    def encode_documents(self, documents: PackedDocuments, add_separators: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `documents` end to end, (n,) uint16 or uint32, and offsets, (documents + 1,) int64. Runs in the calling
+        thread; several threads may call it. add_separators: the separator precedes each document."""
+        if self.splitter is not None:
+            pieces, is_start = split_long_documents(documents)
+        else:
+            pieces, is_start = documents, np.ones(len(documents), bool)
+        # encode runs of pieces of about PIECE_BYTES together
+        bounds = [0, *np.flatnonzero(np.diff(pieces.offsets[:-1] // PIECE_BYTES)) + 1, len(pieces)]
+        encoded = [self.encode_pieces(pieces.slice(start, stop), is_start[start:stop] & add_separators)
+                   for start, stop in itertools.pairwise(bounds)]
         ids = encoded[0][0] if len(encoded) == 1 else np.concatenate([ids for ids, _ in encoded])
         ends = np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)]).cumsum()
-        return ids, ends[np.flatnonzero(np.append(begins, True))]
+        return ids, ends[np.flatnonzero(np.append(is_start, True))]
 
-    def encode_pieces(self, pieces: PackedDocuments, led: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode_texts`, of texts that together fit into memory several times. led, (pieces,) bool: by the separator."""
-        text, offsets = bpe.padded([pieces.utf8]), pieces.offsets
+    def encode_pieces(self, pieces: PackedDocuments, add_separator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_documents`, for pieces that together fit into memory several times over. add_separator, (pieces,) bool:
+        the pieces that the separator precedes."""
+        text, offsets = bpe.pad_text([pieces.utf8]), pieces.offsets
         ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
-        leads = np.where(led, self.separator_id if led.any() else 0, bpe.NONE)
-        cache = self.take_cache()
+        prefixes = np.where(add_separator, self.separator_id if add_separator.any() else 0, bpe.NONE)
+        cache = self.acquire_cache()
         if self.splitter is not None:
-            bpe.encode_documents(text, offsets, leads, self.splitter, self.vocabulary, cache, ids, id_offsets)
+            bpe.encode_documents(text, offsets, prefixes, self.splitter, self.vocabulary, cache, ids, id_offsets)
         else:
-            for i, ends in enumerate(split_documents(self.split_regex, text, offsets)):
+            for i, ends in enumerate(find_word_ends(self.split_regex, text, offsets)):
                 at = id_offsets[i]
-                ids[at] = leads[i]
-                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids, at + led[i])
+                ids[at] = prefixes[i]
+                id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids,
+                                                     at + add_separator[i])
         self.caches.append(cache)
         return ids[:id_offsets[-1]].astype(self.dtype), id_offsets
 
     @functools.cached_property
     def vocabulary(self) -> bpe.Vocabulary:
-        """The tables that encoding needs; made when they first are, as decoding does without."""
+        """The tables for encoding; built at the first use, as decoding does not need them."""
         tokens = [b""] * self.vocab_size
         for token, token_id in self.ranks.items():
             tokens[token_id] = token
         return bpe.make_vocabulary(tokens)
 
-    def take_cache(self) -> bpe.Cache:
+    def acquire_cache(self) -> bpe.Cache:
+        """A cache for one thread, which puts it back into `caches`; emptied if it is full."""
         try:
             cache = self.caches.pop()
         except IndexError:
             return bpe.make_cache(self.vocabulary)
         if cache.room[0] == 0:
-            bpe.forget_words(cache, self.vocabulary)
+            bpe.reset_cache(cache, self.vocabulary)
         return cache
 
     @property
     def dtype(self) -> np.dtype:
-        """uint16 halves the shards and holds ids up to 65,535."""
+        """Of encoded ids: uint16, which halves the shards, up to 65,536 ids; else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    # -- decoding and measuring ---------------------------------------------------------------------------------------
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, special tokens by name. Raises ValueError on an id outside the vocabulary."""
@@ -284,50 +297,62 @@ class Tokenizer:
             raise ValueError(f"id {bad} is not in the vocabulary of {len(tokens)}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
+        """Text of `ids`; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def one_token_words(self, ids: np.ndarray) -> float:
-        """The share of the words in whole documents, `ids` with separators or without, that are a single token."""
+    def single_token_words(self, ids: np.ndarray) -> float:
+        """The fraction of words that are a single token, in whole documents. ids: (n,), with or without separators."""
         lengths = self.token_bytes()[ids]
         token_ends = lengths.cumsum()
-        words = one_token = 0
+        n_words = n_single = 0
         offsets = np.unique([0, *token_ends[lengths == 0], token_ends[-1] if len(ids) else 0])
         text = np.frombuffer(self.decode_bytes(ids[lengths > 0]), np.uint8)
-        for ends in split_documents(self.split_regex, text, offsets):
+        for ends in find_word_ends(self.split_regex, text, offsets):
             tokens_before = np.searchsorted(token_ends[lengths > 0], ends, side="right")
-            words += len(ends) - 1
-            one_token += int((np.diff(tokens_before) == 1).sum())
-        return one_token / max(words, 1)
+            n_words += len(ends) - 1
+            n_single += int((np.diff(tokens_before) == 1).sum())
+        return n_single / max(n_words, 1)
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: bytes of text per id, 0 for special tokens. What bits per byte divides by."""
+        """(vocab_size,) int64: bytes of text of each id, 0 for special tokens; the denominator of bits per byte."""
         lengths = np.array([len(token) for token in self.tokens], dtype=np.int64)
         lengths[list(self.special_tokens.values())] = 0
         return lengths
 
     def mergeable_ranks(self) -> dict[bytes, int]:
-        """token bytes -> id without the special tokens: what tiktoken.Encoding takes."""
+        """token bytes -> id without the special tokens, as tiktoken.Encoding takes them."""
         return dict(self.ranks)
 
 
+def check_message(message: dict, number: int):
+    """Raises BadInput unless `message`, the number-th of a conversation, has a known role and a content of text."""
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise BadInput(f"message {number} has no role and content: give it both")
+    if message["role"] not in ROLES:
+        raise BadInput(f"message {number} has the unknown role {str(message['role'])[:40]!r}: give {', '.join(ROLES)}")
+    if not isinstance(message["content"], str):
+        raise BadInput(f"message {number} has a content of type {type(message['content']).__name__}: give text")
+
+
+# -- splitting text into words ----------------------------------------------------------------------------------------
+
 def compile_pattern(pattern: str) -> regex.Pattern:
-    """Raises BadInput for what is not a regular expression that can split text."""
-    given = f"--pattern={pattern[:100]}: neither one of {', '.join(PATTERNS)} nor a regular expression to split text with"
+    """Raises BadInput unless it is a regular expression that can split text."""
+    refusal = f"--pattern={pattern[:100]}: neither one of {', '.join(PATTERNS)} nor a regular expression to split text with"
     if regex.fullmatch(r"[\w-]*", pattern):
-        raise BadInput(given)  # a misspelt name would be a pattern that hardly ever matches
+        raise BadInput(refusal)  # a misspelt name would be a pattern that hardly ever matches
     try:
         compiled = regex.compile(pattern)
     except (regex.error, ValueError, RecursionError) as error:
-        raise BadInput(f"{given} ({error})") from None
+        raise BadInput(f"{refusal} ({error})") from None
     if compiled.flags & regex.REVERSE:
-        raise BadInput(f"{given}: it matches from the end")
+        raise BadInput(f"{refusal}: it matches from the end")
     return compiled
 
 
 @functools.cache
 def character_classes() -> np.ndarray:
-    """(0x110000,) uint8: the class of every code point in Unicode 16. (`regex` knows a later version with every release.)"""
+    """(0x110000,) uint8: the class of every code point in Unicode 16, whatever version the installed `regex` knows."""
     classes = np.full(0x110000, bpe.OTHER, np.uint8)
     kinds = {"L": bpe.LETTER, "N": bpe.NUMBER, "s": bpe.SPACE}
     for line in Path(bpe.__file__).with_name("unicode16.txt").read_text(encoding="utf-8").splitlines():
@@ -340,26 +365,26 @@ def character_classes() -> np.ndarray:
 
 
 def find_splitter(pattern: str) -> bpe.Splitter | None:
-    """The compiled equal of a pattern in PATTERNS; None for others, whose words `regex` has to find."""
+    """The compiled equivalent of a pattern in PATTERNS; None for others, which `regex` has to match."""
     for name, max_digits in (("default", 2), ("gpt4", 3)):
         if pattern == PATTERNS[name]:
             return bpe.gpt4_splitter(character_classes(), max_digits)
     return bpe.gpt2_splitter(character_classes()) if pattern == PATTERNS["gpt2"] else None
 
 
-def split_documents(pattern: regex.Pattern, text: np.ndarray, offsets: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields where each document's words end: word i of it is text[ends[i]:ends[i + 1]]."""
+def find_word_ends(pattern: regex.Pattern, text: np.ndarray, offsets: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields, for each document text[offsets[i]:offsets[i + 1]], the array `ends`: word i is text[ends[i]:ends[i + 1]]."""
     for start, stop in itertools.pairwise(offsets):
-        words = split(pattern, text[start:stop].tobytes().decode())
+        words = split_words(pattern, text[start:stop].tobytes().decode())
         yield np.array([start, *(len(word.encode()) for word in words)]).cumsum()
 
 
-def split(pattern: regex.Pattern, text: str) -> list[str]:
-    """Words of `text`; joined they are the text, also where `pattern` matches nothing."""
+def split_words(pattern: regex.Pattern, text: str) -> list[str]:
+    """The words of `text`, which join to `text`: what lies between matches of `pattern` is a word too."""
     if not pattern.groups:  # with groups, findall would return those instead of the match
         words = pattern.findall(text)
         if sum(map(len, words)) == len(text):
-            return [word for word in words if word]  # an expression may match nothing between others
+            return [word for word in words if word]  # a pattern may match the empty string between others
     words, at = [], 0
     for match in pattern.finditer(text):
         if match.group():
@@ -369,54 +394,56 @@ def split(pattern: regex.Pattern, text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def cut(texts: PackedDocuments) -> tuple[PackedDocuments, np.ndarray]:
-    """Cuts long texts between words, so that no piece takes much memory. Returns the pieces, and which of them begin a text,
-    (pieces,) bool.
+def split_long_documents(documents: PackedDocuments) -> tuple[PackedDocuments, np.ndarray]:
+    """Cuts long documents between words, so that no piece takes much memory. Returns the pieces, and which of them start a
+    document, (pieces,) bool.
 
-    Only between an ASCII letter and a space: there a word ends under every pattern in PATTERNS, whatever follows, and the
-    next begins, whatever came before. Where such are too rare, pieces are longer.
+    Cuts only between an ASCII letter and a space: there a word ends under every pattern in PATTERNS, whatever follows, and
+    the next one starts, whatever precedes. Where these are too rare, pieces are longer.
     """
-    begins = np.ones(len(texts), bool)
-    long = np.flatnonzero(np.diff(texts.offsets) > PIECE_BYTES)
+    is_start = np.ones(len(documents), bool)
+    long = np.flatnonzero(np.diff(documents.offsets) > PIECE_BYTES)
     if not len(long):
-        return texts, begins
+        return documents, is_start
     cuts = []
-    for start, stop in zip(texts.offsets[long].tolist(), texts.offsets[long + 1].tolist()):
+    for start, stop in zip(documents.offsets[long].tolist(), documents.offsets[long + 1].tolist()):
         while stop - start > PIECE_BYTES:
-            window = texts.utf8[start + PIECE_BYTES // 2:start + PIECE_BYTES]
-            letters = (window[:-1] | 32) - np.uint8(ord("a")) < 26
-            found = np.flatnonzero(letters & (window[1:] == ord(" ")))
+            window = documents.utf8[start + PIECE_BYTES // 2:start + PIECE_BYTES]
+            is_letter = (window[:-1] | 32) - np.uint8(ord("a")) < 26
+            found = np.flatnonzero(is_letter & (window[1:] == ord(" ")))
             start += PIECE_BYTES // 2 + int(found[-1]) + 1 if len(found) else PIECE_BYTES // 2
             if len(found):
                 cuts.append(start)
-    offsets = np.sort(np.concatenate([texts.offsets, np.array(cuts, np.int64)]))
-    return PackedDocuments(texts.utf8, offsets), ~np.isin(offsets[:-1], cuts)
+    offsets = np.sort(np.concatenate([documents.offsets, np.array(cuts, np.int64)]))
+    return PackedDocuments(documents.utf8, offsets), ~np.isin(offsets[:-1], cuts)
 
 
-def chunks(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
-    """`texts` in lists of about CHUNK_CHARACTERS together."""
-    chunk, n = [], 0
+# -- training ---------------------------------------------------------------------------------------------------------
+
+def batch_texts(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
+    """`texts` in lists of about BATCH_CHARACTERS each."""
+    batch, n_characters = [], 0
     for text in texts:
-        chunk.append(text)
-        n += len(text)
-        if n >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, n = [], 0
-    if chunk:
-        yield chunk
+        batch.append(text)
+        n_characters += len(text)
+        if n_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
 
 
 def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> bpe.Words:
-    """How often each word occurs in `texts`, of which only a few are held at a time."""
-    words, split_regex, splitter = bpe.no_words(), compile_pattern(pattern), find_splitter(pattern)
+    """How often each word occurs in `texts`, which are consumed a batch at a time."""
+    words, split_regex, splitter = bpe.empty_words(), compile_pattern(pattern), find_splitter(pattern)
     with tqdm(desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
-        for chunk in chunks(texts):
-            packed = from_strings(chunk)
-            text, offsets = bpe.padded([packed.utf8]), packed.offsets
+        for batch in batch_texts(texts):
+            documents = PackedDocuments.from_strings(batch)
+            text, offsets = bpe.pad_text([documents.utf8]), documents.offsets
             if splitter is not None:
                 words = bpe.add_documents(words, text, offsets, splitter)
             else:
-                for ends in split_documents(split_regex, text, offsets):
+                for ends in find_word_ends(split_regex, text, offsets):
                     for i in range(0, len(ends) - 1, bpe.BLOCK):
                         words = bpe.add_words(words, text, ends[i:i + bpe.BLOCK + 1])
             bar.update(int(offsets[-1]))
@@ -425,22 +452,24 @@ def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> b
 
 def learn_merges(words: bpe.Words, n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
     """Yields up to `n_merges` pairs of ids, the i-th of which becomes id 256 + i; fewer when no pair is left."""
-    learnt = bpe.learn(words, n_merges)
-    del words  # which `learn` lets go once it has spelled them
+    batches = bpe.learn(words, n_merges)
+    del words  # `learn` frees them once it has spelled them
     with tqdm(total=n_merges, desc="merging", unit="merge", disable=not progress) as bar:
-        for merges in learnt:
+        for merges in batches:
             yield from merges.tolist()
             bar.update(len(merges))
 
 
+# -- the command ------------------------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The vocabulary."""
+    """The tokenizer."""
     tokenizer_path: Path = flag(Path("tokenizer.json"), "file to write")
-    vocab_size: int = flag(32_768, "tokens in all: 256 bytes, merges and special tokens", at_least=256,
+    vocab_size: int = flag(32_768, "size of the vocabulary: 256 bytes, merges and special tokens", at_least=256,
                            at_most=MAX_VOCAB_SIZE)
     pattern: str = flag("default", f"how text is split into words: {', '.join(PATTERNS)}, or any regular expression")
-    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text, from the head of the stream, to learn from", at_least=1)
+    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text to train on, from the start of the stream", at_least=1)
     overwrite: bool = flag(False, "replace an existing file")
     __post_init__ = check_flags
 
@@ -451,11 +480,11 @@ def main(argv=None):
     config, source_config = parse_flags(main.__doc__, argv, TokenizerConfig, SourceConfig)
     check_writable(config.tokenizer_path, f"--tokenizer_path={config.tokenizer_path}")
     if config.tokenizer_path.exists() and not config.overwrite:
-        raise BadInput(f"--tokenizer_path={config.tokenizer_path}: exists: choose another path or add --overwrite")
+        raise BadInput(f"--tokenizer_path={config.tokenizer_path}: exists already: choose another path or add --overwrite")
     start = time.perf_counter()
     documents = open_source(source_config).documents()
     sample = list(take_text(documents, min(config.tokenizer_bytes, 1_000_000)))
-    n_bytes = sum(len(utf8(text)) for text in sample)
+    n_bytes = sum(len(to_utf8(text)) for text in sample)
     texts = itertools.chain(sample, take_text(documents, config.tokenizer_bytes - n_bytes))
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.pattern, progress=True)
     tokenizer.save(config.tokenizer_path)

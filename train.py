@@ -21,13 +21,13 @@ from optimizer import OptimizerConfig
 from runtime.checkpoint import reading, run_folder
 from runtime.cli import command, explain_failures
 from runtime.config import BadInput, check_flags, flag
-from runtime.device import DeviceConfig, Machine, faster_dtype, known_dtype, seed_everything
+from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
 from runtime.files import folder_lock
 from runtime.memory import largest_batch
 from runtime.metrics import LossSums, read_rows
 from runtime.run import TrainingCommand, is_finished, override_horizon
 from sampling import SamplingConfig, generate_text
-from shards import Data, open_data, require_a_block
+from shards import Data, open_data, require_block
 from trainer import (
     Evaluation,
     LoopConfig,
@@ -42,13 +42,17 @@ from trainer import (
 )
 
 PRESETS = {
+    # README's quick start: a few minutes on two CPU cores
+    "quickstart": {"checkpoint_path": Path("checkpoints/quickstart.pt"), "overwrite": True, "n_layer": 4, "n_head": 4,
+                   "head_size": 32, "block_size": 128, "batch_size": 16, "num_batch_accum": 1, "max_iter": 500,
+                   "val_intervals": 100, "val_iter": 50},
     # nanoGPT's model and recipe: https://github.com/karpathy/nanoGPT, train.py and config/train_gpt2.py
     "gpt2": {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "mlp": "gelu", "norm": "layer",
              "positions": "learned", "qk_norm": False, "value_residual": False, "x0_residual": False,
              "token_shift": False, "softcap": 0.0, "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2",
              "learning_rate": 6e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0,
              "max_iter": 600_000, "batch_size": 12, "num_batch_accum": 40, "val_intervals": 1000},
-    # Llama's model with our recipe: stock engines run what is exported of it
+    # Llama's model with our recipe: its exports run in stock engines
     "llama": {"mlp": "swiglu", "norm": "scaled_rms", "qk_norm": False, "value_residual": False, "x0_residual": False,
               "token_shift": False, "softcap": 0.0},
     "6gb": {"batch_size": 8, "num_batch_accum": 8},
@@ -65,14 +69,14 @@ class RunConfig:
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "file to write; metrics go into the folder of its name",
                                  on_resume="unsaved", scope="run")
     resume_checkpoint: str = flag(None, "continue --checkpoint_path, or the file given here; flags not given keep their "
-                                        "value, and the run goes on exactly as if never stopped", bare="1", on_resume="unsaved",
-                                  scope="run")
+                                        "value, and the run goes on exactly as if never stopped", bare="1",
+                                  on_resume="unsaved", scope="run")
     overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
                            scope="run")
     plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or metrics files given "
                            "here, separated by commas, into curves.png beside the metrics of the first", bare="1",
                      on_resume="unsaved", scope="run")
-    preset: str = flag(None, "values for flags that are not given, see docs/train.md", choices=tuple(PRESETS))
+    preset: str = flag(None, "values for flags that are not given (docs/train.md)", choices=tuple(PRESETS))
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
                               "so that a step sees the same tokens", at_least=1, at_most=1_000_000, auto=True,
                            on_resume="warn")
@@ -136,7 +140,7 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None) -> tuple[TrainState
     writer, machine = open_output(PRETRAINING, path, resumed, run.overwrite, device, checkpoint)
     data = open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
     for split in ("train", "val"):
-        require_a_block(data, split, configs.model.block_size)
+        require_block(data, split, configs.model.block_size)
     seed_everything(run.seed)
     if checkpoint:
         with reading(resumed):
@@ -145,8 +149,8 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None) -> tuple[TrainState
         model = GPT(dataclasses.replace(configs.model, vocab_size=data.manifest.vocab_size))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    if device.dtype == "auto" and machine.device.type == "cuda" and not known_dtype(machine.device) and not checkpoint:
-        machine = faster_dtype(partial(dry_run_step, model), machine)
+    if device.dtype == "auto" and machine.device.type == "cuda" and not preferred_dtype(machine.device) and not checkpoint:
+        machine = with_faster_dtype(machine, partial(dry_run_step, model))
     configs = configs._replace(model=model.config)
     if run.batch_size == "auto":
         configs = find_batch_size(configs, model, machine)
@@ -193,7 +197,7 @@ def describe(state: TrainState, setup: TrainSetup, data: Data, configs: TrainCon
     print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {setup.step_tokens:,} "
           f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.horizon()}"
           + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
-    peak, known = setup.machine.peak_flops(), setup.machine.known_peak()
+    peak, known = setup.machine.peak_flops(), setup.machine.datasheet_flops()
     print(f"machine  {setup.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (
         f"; resuming at step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
 
@@ -228,14 +232,13 @@ def plot(named: str, path: Path):
 @command
 def main(argv=None):
     given, defaults = PRETRAINING.flags_given(argv), PRETRAINING.defaults()
-    path, resumed = PRETRAINING.paths(given, defaults["checkpoint_path"])
+    preset = PRESETS.get(given.get("preset"), {})
+    path, resumed = PRETRAINING.paths(given, (defaults | preset)["checkpoint_path"])
     if "plot" in given:
         plot(given["plot"], path)
         return
     with folder_lock(run_folder(path), f"--checkpoint_path={path}"):
-        start, checkpoint = PRESETS.get(given.get("preset"), {}), None
-        if resumed:
-            start, checkpoint = PRETRAINING.read_checkpoint(resumed, given)
+        start, checkpoint = PRETRAINING.read_checkpoint(resumed, given) if resumed else (preset, None)
         values = resolve_flags(defaults | start, given) | {
             "checkpoint_path": path, "resume_checkpoint": str(resumed) if resumed else None}
         configs = PRETRAINING.read_configs(values)

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from model import GPT
-from optimizer import MuonAdamW, OptimizerConfig, make_optimizer, set_rates
+from optimizer import CombinedOptimizer, OptimizerConfig, make_optimizer, set_rates
 from runtime.checkpoint import CheckpointWriter, reading, run_folder
 from runtime.cli import log_line
 from runtime.config import check_flags, flag
@@ -74,12 +74,18 @@ class Loader(Protocol):
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
         """The first tensor is (B, T) int64. model: for loaders that make their data with it (rollouts)."""
 
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict): ...
+
+    def close(self): ...
+
 
 @dataclass
 class TrainState:
     """What moves while training. With the weights and the random generators, it is what a checkpoint holds."""
     model: GPT
-    optimizer: MuonAdamW
+    optimizer: CombinedOptimizer
     scaler: torch.amp.GradScaler
     loader: Loader
     guard: NonFiniteGuard
@@ -168,14 +174,11 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     """
     with StopSignals() as signals, without_garbage_collection(), progress_bar(state, loop) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
-            row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0} | evaluate.run(state)
-            state.best = finite_metric(state, setup, evaluate, row)
-            save(state, setup, is_best=True)  # before its row: rows without a checkpoint would block the same command
-            write_row(setup, row)
+            row = start_run(state, evaluate, setup)
             show(bar, evaluate, row, 0.0)
             if stop_when(state, row):
                 return None
-        stopped, clock, clock_tokens = None, time.perf_counter(), state.tokens
+        stopped, last_row = None, (time.perf_counter(), state.tokens)
         progress = loop.progress(state.step, state.tokens, state.seconds)
         while progress < 1 and not stopped:
             set_rates(state.optimizer, state.step, progress, setup.schedule)
@@ -185,24 +188,14 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             with suppress(OSError):  # a terminal that is gone: its SIGHUP saves
                 bar.update()
             stopped = signals.signal
-            progress = loop.progress(state.step, state.tokens, state.seconds + time.perf_counter() - clock)
+            progress = loop.progress(state.step, state.tokens, state.seconds + time.perf_counter() - last_row[0])
             is_val = state.step % loop.val_intervals == 0 or progress >= 1
             is_log = is_val or state.step % loop.log_intervals == 0
             if not (is_log or stopped):
                 continue
-            train_loss, counts = loss.item(), state.guard.read()  # waits for the device, so not at every step
-            seconds = time.perf_counter() - clock
-            state.seconds += seconds
-            report_skipped(state, setup, counts)
-            row = measure(state, setup, train_loss, (state.tokens - clock_tokens) / seconds, counts)
-            is_best = is_solved = False
-            if is_val:
-                row |= evaluate.run(state)
-                value = finite_metric(state, setup, evaluate, row)
-                if is_best := evaluate.is_better(value, state.best):
-                    state.best = value
-                is_solved = stop_when(state, row)
-                gc.collect()
+            row = measure(state, setup, loss, *last_row)
+            is_best = is_val and evaluate_into(row, state, evaluate, setup)
+            is_solved = is_val and stop_when(state, row)
             if is_log:
                 write_row(setup, row)
                 state.guard.start_row()
@@ -214,8 +207,29 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
                 show(bar, evaluate, row, progress)  # last: a closed pipe ends the run here
             if is_solved:
                 return None
-            clock, clock_tokens = time.perf_counter(), state.tokens
+            last_row = time.perf_counter(), state.tokens
         return stopped if progress < 1 else None
+
+
+def start_run(state: TrainState, evaluate: Evaluation, setup: TrainSetup) -> dict:
+    """Evaluates and saves the untrained model; returns the row of step 0."""
+    row = {"step": 0, "tokens": 0, "seconds": 0.0, "flops": 0}
+    evaluate_into(row, state, evaluate, setup)
+    save(state, setup, is_best=True)  # before its row: rows without a checkpoint would block the same command
+    write_row(setup, row)
+    return row
+
+
+def evaluate_into(row: dict, state: TrainState, evaluate: Evaluation, setup: TrainSetup) -> bool:
+    """Adds the evaluation to `row`; returns whether it is the best so far. Raises FloatingPointError when its metric is not
+    finite."""
+    row |= evaluate.run(state)
+    gc.collect()
+    if not math.isfinite(value := row[evaluate.metric]):
+        raise diverged(state, setup, f"{evaluate.metric} is {value}")
+    if is_best := evaluate.is_better(value, state.best):
+        state.best = value
+    return is_best
 
 
 def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: Machine) -> tuple[Tensor, int]:
@@ -247,31 +261,31 @@ def next_token_loss(model: GPT, batch: list[Tensor]) -> Tensor:
 
 
 def diverged(state: TrainState, setup: TrainSetup, what: str, step: int | None = None) -> FloatingPointError:
-    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, which is {setup.peak_lr():.3g}, "
-                              f"or --grad_clip=1; {setup.checkpoint_status()}")
-
-
-def finite_metric(state: TrainState, setup: TrainSetup, evaluate: Evaluation, row: dict) -> float:
-    """The row's value of the evaluation's metric. Raises FloatingPointError."""
-    if not math.isfinite(value := row[evaluate.metric]):
-        raise diverged(state, setup, f"{evaluate.metric} is {value}")
-    return value
+    return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, now {setup.peak_lr():.3g}, or "
+                              f"try --grad_clip=1; {setup.checkpoint_status()}")
 
 
 def report_skipped(state: TrainState, setup: TrainSetup, counts: dict):
     """Reports steps that were skipped. Raises FloatingPointError when there were too many in a row."""
     if counts["failed_at"]:
-        raise diverged(state, setup, f"loss or gradient not finite {state.guard.limit} times in a row,", counts["failed_at"])
+        raise diverged(state, setup, f"loss or gradient not finite {state.guard.limit} times in a row", counts["failed_at"])
     if counts["skipped"] > state.reported_skips and not state.scaler.is_enabled():
         n = counts["skipped"] - state.reported_skips
-        log_line(f"up to step {state.step:,}: skipped {n} with a loss or gradient that is not finite; {state.guard.limit} "
-                 f"in a row end the run")
+        log_line(f"up to step {state.step:,}: skipped {n} step{'s' * (n > 1)} whose loss or gradient was not finite; "
+                 f"{state.guard.limit} in a row end the run")
     state.reported_skips = counts["skipped"]
 
 
-def measure(state: TrainState, setup: TrainSetup, train_loss: float, tok_per_sec: float, counts: dict) -> dict:
-    """A row of metrics.jsonl, without validation."""
-    flops_per_token, machine = state.model.flops_per_token(), setup.machine
+def measure(state: TrainState, setup: TrainSetup, loss: Tensor, clock: float, tokens: int) -> dict:
+    """A row of metrics.jsonl, without evaluation, of what was trained since `clock` and `tokens`; counts the seconds.
+
+    Waits for the device. Raises FloatingPointError when too many steps in a row were not finite.
+    """
+    train_loss, counts, machine = loss.item(), state.guard.read(), setup.machine
+    seconds = time.perf_counter() - clock
+    state.seconds += seconds
+    report_skipped(state, setup, counts)
+    flops_per_token, tok_per_sec = state.model.flops_per_token(), (state.tokens - tokens) / seconds
     return {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3),
             "flops": state.tokens * flops_per_token, "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss, "largest_loss": counts["largest_loss"], "grad_norm": counts["largest_norm"],

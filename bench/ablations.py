@@ -1,10 +1,10 @@
-"""What each ingredient of the default recipe is worth: each one taken out, or replaced, with the same seeds.
+"""What does each ingredient of the default recipe contribute? Removes or replaces one at a time, with the same seeds.
 
     python download_data.py --dataset=builtin --data_path=data/builtin --vocab_size=4096 --val_tokens=100_000
     python bench/ablations.py --data_path=data/builtin --out runs/ablations
 
-Writes studies/ablations.md and studies/ablations.png: validation loss (mean over seeds), its difference to the default's
-(paired by seed, with its standard error), parameters, tokens, seconds.
+Writes studies/ablations.md and studies/ablations.png: validation loss (mean over seeds, lower is better), its difference
+from the default's (paired by seed, with its standard error; positive: the ingredient helps), bits per byte, tokens, seconds.
 """
 import argparse
 import statistics
@@ -24,9 +24,9 @@ ARMS = {
     "no softcap": ["--softcap=0"],
     "softcap at 30": ["--softcap=30"],
     "no value residual": ["--value_residual=0"],
-    "no embedding shortcut": ["--x0_residual=0"],
+    "no x0 residual": ["--x0_residual=0"],
     "no token shift": ["--token_shift=0"],
-    "head of its own, not tied": ["--tied=0"],
+    "untied head": ["--tied=0"],
     "biases": ["--bias"],
     "cosine schedule": ["--schedule=cosine"],
     "Muon's momentum in fp32, not bf16": ["--momentum_dtype=fp32"],
@@ -35,7 +35,7 @@ ARMS = {
 }
 
 
-def name_of(arm: str, seed: int) -> str:
+def run_name(arm: str, seed: int) -> str:
     return "_".join([flag.strip("-").replace("=", "_") for flag in ARMS[arm]] or ["default"]) + f"_seed{seed}"
 
 
@@ -50,10 +50,11 @@ def main():
               "--batch_size=16", "--num_batch_accum=1", "--learning_rate=0.03",
               f"--val_intervals={args.max_iter}", "--val_iter=48"]
     seeds = range(1, args.seeds + 1)
-    runs = {name_of(arm, seed): [*common, *flags, f"--seed={seed}"] for seed in seeds for arm, flags in ARMS.items()}
+    runs = {run_name(arm, seed): [*common, *flags, f"--seed={seed}"] for seed in seeds for arm, flags in ARMS.items()}
     rows = train_runs(runs, args.out, dict.fromkeys(runs, args.max_iter))
-    last = {arm: [rows[name_of(arm, seed)][-1] for seed in seeds] for arm in ARMS}
-    lines = ["| default, but | nats/token | worse than the default by | bits/byte | tokens | seconds |",
+    last = {arm: [rows[run_name(arm, seed)][-1] for seed in seeds] for arm in ARMS}
+    lines = ["| default, but | nats/token (lower is better) | worse than the default by | bits/byte (lower is better) | "
+             "tokens | seconds |",
              "|---|---|---|---|---|---|"]
     worse = {}
     for arm, ends in last.items():
@@ -66,11 +67,11 @@ def main():
                      f"{statistics.mean(row['seconds'] for row in ends):.0f} |")
     spread = statistics.stdev(row["val_loss"] for row in last["default"])
     text = "\n".join([
-        "# Each ingredient taken out", "", *lines, "",
-        f"4 layers x 128, blocks of 128, 4,096 ids, the built-in text, {args.max_iter} steps of 2,048 tokens at "
+        "# Ablations of the default recipe", "", *lines, "",
+        f"4 layers x 128, blocks of 128, vocabulary 4,096, built-in text, {args.max_iter} steps of 2,048 tokens at "
         f"learning rate 0.03; means of {len(seeds)} seeds, differences paired by seed ± their standard error; the "
-        f"default's own spread over seeds is {spread:.3f}. One thread a run, {machine()}: `python bench/ablations.py`. A "
-        f"model so small, and so briefly trained, says nothing certain about a larger one.", ""])
+        f"default's standard deviation over seeds is {spread:.3f}. One thread per run, {machine()}: "
+        f"`python bench/ablations.py`. Results of a model so small, trained so briefly, may not hold for a larger one.", ""])
     (REPO / "studies" / "ablations.md").write_text(text, encoding="utf-8")
     draw(worse)
     print(text)

@@ -1,11 +1,10 @@
-"""Local parquet to token shards, against the way build-nanogpt does it: tiktoken in a pool of processes, one a core.
+"""Local parquet to token shards: download_data.py against tiktoken in a pool of processes, one a core, as in build-nanogpt.
 
     python bench/data.py --text docs_train.parquet
 
-Installs tiktoken from bench/requirements.txt. Both sides have the same vocabulary and write the same tokens, which is
-checked. Every measurement is a process of its own, the sides take turns, and medians are compared; what is done once
-(imports, starting the pool, loading kernels, the copy that `datasets` makes of the parquet file) is outside the time. The
-table goes into README.md, between the lines that name this file.
+Installs tiktoken from bench/requirements.txt. Both sides have the same vocabulary and must write the same tokens. Each
+measurement is a process of its own; the sides take turns. What happens once is not timed: imports, starting the pool,
+loading kernels, and the copy that `datasets` makes of the parquet file. Writes its table into docs/benchmarks.md.
 """
 import argparse
 import json
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from side_by_side import REPO, install_peers, machine, peak_memory, run, table, take_turns, write_into_readme
+from side_by_side import REPO, install_peers, machine, peak_memory, run, table, take_turns, write_into_docs
 
-sys.path[0] = str(REPO)
+sys.path[0] = str(REPO)  # instead of bench/, where tokenizer.py is another file
 
 import download_data  # noqa: E402
 from runtime.threads import available_cores  # noqa: E402
@@ -31,10 +30,14 @@ from tokenizer import PATTERNS, Tokenizer  # noqa: E402
 SHARD_TOKENS = 10_000_000
 
 
-# -- what is measured: each runs in a process of its own and returns what it measured ---------------------------------
+def read_documents(path: str | Path) -> list[str]:
+    return list(open_source(SourceConfig(dataset=str(path))).documents())
+
+
+# -- measurements: each runs in a process of its own ------------------------------------------------------------------
 
 def prepare(args, shard_tokens: int = SHARD_TOKENS) -> float:
-    """Seconds of download_data.py's work, without its start."""
+    """Seconds that download_data.py takes, without its start."""
     source = SourceConfig(dataset=args.text)
     config = download_data.PrepareConfig(
         data_path=Path(args.out) / "ours", tokenizer_path=Path(args.tokenizer), shard_size_threshold=shard_tokens)
@@ -44,15 +47,15 @@ def prepare(args, shard_tokens: int = SHARD_TOKENS) -> float:
     return time.perf_counter() - start
 
 
-def prepare_in_a_pool(args) -> float:
-    """Seconds of the same work as build-nanogpt's fineweb.py goes about it."""
+def prepare_in_pool(args) -> float:
+    """Seconds that the same work takes in the manner of build-nanogpt's fineweb.py."""
     import datasets
     import tiktoken
     datasets.disable_progress_bars()
     ours = Tokenizer.load(args.tokenizer)
-    global pool_encode  # inherited by the processes
+    global encode_row  # so that the processes inherit it
 
-    def pool_encode(row):
+    def encode_row(row):
         ids = np.array([ours.separator_id, *peer.encode_ordinary(row["text"])])
         assert (ids >= 0).all() and (ids < 2**16).all()
         return ids.astype(np.uint16)
@@ -61,10 +64,10 @@ def prepare_in_a_pool(args) -> float:
     folder = Path(args.out) / "pool"
     folder.mkdir()
     with multiprocessing.get_context("fork").Pool(available_cores()) as pool:
-        pool.map(pool_encode, [{"text": "starts the processes"}] * 8)
+        pool.map(encode_row, [{"text": "starts the processes"}] * 8)
         start = time.perf_counter()
         shard, n, number = np.empty(SHARD_TOKENS, np.uint16), 0, 0
-        for ids in pool.imap(pool_encode, rows, chunksize=16):
+        for ids in pool.imap(encode_row, rows, chunksize=16):
             while n + len(ids) >= SHARD_TOKENS:
                 shard[n:] = ids[:SHARD_TOKENS - n]
                 np.save(folder / f"{number:06}.npy", shard)
@@ -76,9 +79,8 @@ def prepare_in_a_pool(args) -> float:
 
 
 def encode_batch(args) -> float:
-    """Seconds of `Tokenizer.encode_batch` on all cores, of texts in memory."""
-    tokenizer = Tokenizer.load(args.tokenizer)
-    texts = list(open_source(SourceConfig(dataset=args.text)).documents())
+    """Seconds that `Tokenizer.encode_batch` takes on all cores for the same texts in memory."""
+    tokenizer, texts = Tokenizer.load(args.tokenizer), read_documents(args.text)
     tokenizer.encode_batch(["loads the kernels"])
     start = time.perf_counter()
     tokenizer.encode_batch(texts)
@@ -86,17 +88,18 @@ def encode_batch(args) -> float:
 
 
 def memory(args) -> float:
-    """MB at most of a whole preparation, in shards of the default size."""
+    """Peak MB of a process that prepares the text in shards of the default size."""
     prepare(args, download_data.PrepareConfig().shard_size_threshold)
     return peak_memory()
 
 
-ARMS = {arm.__name__: arm for arm in (prepare, prepare_in_a_pool, encode_batch, memory)}
+ARMS = {arm.__name__: arm for arm in (prepare, prepare_in_pool, encode_batch, memory)}
 
 
 # -- running and comparing --------------------------------------------------------------------------------------------
 
 def measure(arm: str, args, text: Path, keep: Path | None = None):
+    """The result of an arm in a process of its own. keep: the folder for its output, which is otherwise deleted."""
     with tempfile.TemporaryDirectory() as folder:
         return run(__file__, arm, [f"--text={text}", f"--tokenizer={args.tokenizer}", f"--out={keep or folder}"])
 
@@ -108,12 +111,26 @@ def check_equal(folder: Path):
     assert np.array_equal(ours, np.concatenate([np.load(path) for path in sorted((folder / "pool").glob("*.npy"))]))
 
 
+def write_variants(texts: list[str], folder: Path) -> dict[str, Path]:
+    """Parquet files of the same text in other shapes: name -> path."""
+    joined = "".join(texts)
+    shapes = {"four_times": (texts * 4, 1000), "one_row_group": (texts * 12, 10**9), "long_documents": ([joined] * 4, 1),
+              "repeated": ([joined[:400_000]] * 4000, 10**9)}
+    paths = {}
+    for name, (rows, row_group_size) in shapes.items():
+        paths[name] = folder / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string())}), paths[name],
+                                    row_group_size=row_group_size)
+    return paths
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", required=True, help="a parquet file with a column `text`, of 100 MB or so")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--text", required=True, help="a parquet file with a column `text`, of about 100 MB")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
+    parser.add_argument("--vocab_size", type=int, default=32_768)
     for name in ("arm", "tokenizer", "out"):
-        parser.add_argument(f"--{name}", help="used by the measurements among themselves")
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of one measurement, printed as JSON
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(ARMS[args.arm](args)))
@@ -122,38 +139,39 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder, text = Path(folder), Path(args.text)
         args.tokenizer = folder / "tokenizer.json"
-        texts = list(open_source(SourceConfig(dataset=args.text)).documents())
-        Tokenizer.train(texts, 32_768).save(args.tokenizer)
+        texts = read_documents(text)
+        Tokenizer.train(texts, args.vocab_size).save(args.tokenizer)
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        for name, rows, size in (("four", texts * 4, 1000), ("one_group", texts * 12, 10**9),
-                                 ("long", ["".join(texts)] * 4, 1), ("repeated", ["".join(texts)[:400_000]] * 4000, 10**9)):
-            pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string())}),
-                                        folder / f"{name}.parquet", row_group_size=size)
-        del texts, rows
+        repeated_megabytes = 4000 * len("".join(texts)[:400_000].encode()) / 1e6
+        paths = {"once": text, **write_variants(texts, folder)}
+        del texts
         (folder / "kept").mkdir()
-        for arm in ("prepare", "prepare_in_a_pool"):
+        for arm in ("prepare", "prepare_in_pool"):
             measure(arm, args, text, folder / "kept")
         check_equal(folder / "kept")
         ours, pool, encode = take_turns(lambda arm: measure(arm, args, text),
-                                        ["prepare", "prepare_in_a_pool", "encode_batch"], args.rounds)
-        four, = take_turns(lambda arm: measure(arm, args, folder / "four.parquet"), ["prepare"], args.rounds)
-        held = {name: measure("memory", args, path) for name, path in (
-            ("it", text), *((name, folder / f"{name}.parquet") for name in ("one_group", "long", "repeated")))}
+                                        ["prepare", "prepare_in_pool", "encode_batch"], args.rounds)
+        four_times, = take_turns(lambda arm: measure(arm, args, paths["four_times"]), ["prepare"], args.rounds)
+        peaks = {name: measure("memory", args, path) for name, path in paths.items() if name != "four_times"}
     speed = lambda seconds, n=1: f"{n * megabytes / seconds:.0f} MB/s"
-    rows = [(f"{megabytes:.0f} MB of text in parquet to shards, against tiktoken in a pool of processes: times as fast",
-             f"**{pool / ours:.2f}×**", speed(ours), speed(pool)),
-            ("the same, against `encode_batch` alone, of texts in memory", f"**{encode / ours:.2f}×**", speed(ours),
-             speed(encode)),
-            ("the same text four times over: speed against that of once", f"**{4 * ours / four:.2f}×**", speed(four, 4),
-             speed(ours)),
-            (f"peak memory of a preparation of {megabytes:.0f} MB", "", f"{held['it']:.0f} MB", ""),
-            (f"of {12 * megabytes:.0f} MB that stand in one row group", "", f"{held['one_group']:.0f} MB", ""),
-            (f"of four documents of {megabytes:.0f} MB", "", f"{held['long']:.0f} MB", ""),
-            ("of 1600 MB that take 20 KB of parquet, a document 4,000 times", "", f"{held['repeated']:.0f} MB", "")]
-    found = (f"{table(rows)}\n\nMedians of {args.rounds} runs, wall time on all cores, vocabulary 32,768, {machine()}: "
-             f"`python bench/data.py --text {Path(args.text).name}`. In the same run, all tokens were equal to tiktoken's.")
-    print(found)
-    write_into_readme("bench/data.py", found)
+    rows = [(f"speed, {megabytes:.0f} MB of text in parquet to shards: ours / tiktoken in a pool of processes",
+             f"{pool / ours:.2f}", "higher", speed(ours), speed(pool)),
+            ("speed: parquet to shards / `encode_batch` of the same texts in memory", f"{encode / ours:.2f}", "higher",
+             speed(ours), speed(encode)),
+            ("speed: four times that text / that text", f"{4 * ours / four_times:.2f}", "higher", speed(four_times, 4),
+             speed(ours))]
+    rows += [(f"peak memory, {what}", f"{peaks[name] / peaks['once']:.2f}" if name != "once" else "", "lower",
+              f"{peaks[name]:.0f} MB", f"{peaks['once']:.0f} MB" if name != "once" else "") for name, what in (
+                  ("once", f"{megabytes:.0f} MB of text"),
+                  ("one_row_group", f"{12 * megabytes:.0f} MB in one row group / {megabytes:.0f} MB"),
+                  ("long_documents", f"four documents of {megabytes:.0f} MB / {megabytes:.0f} MB"),
+                  ("repeated", f"one document 4,000 times, {repeated_megabytes:.0f} MB in 20 KB of parquet / "
+                               f"{megabytes:.0f} MB"))]
+    text = (f"{table(rows)}\n\nMedians of {args.rounds} runs, wall time on all cores, vocabulary {args.vocab_size:,}, "
+            f"{machine()}: `python bench/data.py --text {Path(args.text).name}`. In the same run, all tokens were equal to "
+            f"tiktoken's.")
+    print(text)
+    write_into_docs("bench/data.py", text)
 
 
 if __name__ == "__main__":

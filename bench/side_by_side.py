@@ -1,4 +1,4 @@
-"""What the benches share: each measurement in a process of its own, sides that take turns, a table in README.md."""
+"""What the benches share: each measurement in a process of its own, sides that take turns, a table in docs/benchmarks.md."""
 import json
 import os
 import statistics
@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
-from experiments.runner import Run, Runner  # noqa: E402
-from runtime.device import hardware  # noqa: E402
+from experiments.runner import JobResult, Runner, TrainingJob  # noqa: E402
+from runtime.config import BadInput  # noqa: E402
+from runtime.device import describe_hardware  # noqa: E402
 from runtime.memory import process_peak  # noqa: E402
 from runtime.signals import StopSignals  # noqa: E402
-from trainer import DIVERGED  # noqa: E402
 
 
 def install_peers():
@@ -42,22 +43,27 @@ def take_turns(measure: Callable[[str], float], arms: list[str], rounds: int) ->
 
 
 def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int], jobs: int = 2) -> dict[str, list[dict]]:
-    """The rows of `train.py` with the flags of each run, `jobs` at a time, which share the cores. Metrics stay in `folder`:
-    a run that is finished there is not run again, and one that was cut short goes on."""
-    own = {name: Run(REPO / "train.py", folder / f"{name}_{max_iter[name]}.pt",
-                     ("--dataloader_num_workers=0", f"--max_iter={max_iter[name]}", *flags)) for name, flags in runs.items()}
-    names = list(own)
+    """The metrics rows of `train.py` with the flags of each run, `jobs` at a time, which share the cores.
 
-    def told(i: int, ended: tuple[str, str]) -> str:
-        if ended[0] != "finished":
-            return f"  {names[i]}: {ended[0]}: {ended[1]}"
-        last = own[names[i]].rows()[-1]
-        return f"  {names[i]}: {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte, {last['seconds']:.0f} s"
+    Metrics stay in `folder`: a run that has finished there is not run again, and an interrupted one is resumed.
+    """
+    training = {name: TrainingJob(REPO / "train.py", folder / f"{name}_{max_iter[name]}.pt",
+                                  ("--dataloader_num_workers=0", f"--max_iter={max_iter[name]}", *flags))
+                for name, flags in runs.items()}
+    names = list(training)
+
+    def print_result(i: int, result: JobResult):
+        if result.status != "finished":
+            tqdm.write(f"  {names[i]}: {result.status}: {result.reason}")
+            return
+        last = training[names[i]].rows()[-1]
+        tqdm.write(f"  {names[i]}: {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte, "
+                   f"{last['seconds']:.0f} s")
     with StopSignals() as stop:
-        ended = Runner(jobs, stop, DIVERGED).run(list(own.values()), [1.0] * len(own), "runs", told)
-    if stop.signal or any(status != "finished" for status, _ in ended):
-        raise SystemExit("not all runs were finished: the same command goes on")
-    return {name: run.rows() for name, run in own.items()}
+        results = Runner(jobs, stop).run(list(training.values()), "runs", print_result)
+    if any(result.status != "finished" for result in results):
+        raise SystemExit("not all runs have finished: the same command continues them")
+    return {name: job.rows() for name, job in training.items()}
 
 
 def peak_memory() -> float:
@@ -66,18 +72,26 @@ def peak_memory() -> float:
 
 
 def machine() -> str:
-    return hardware(torch.device("cpu"))
+    return describe_hardware(torch.device("cpu"))
 
 
 def table(rows: list[tuple]) -> str:
-    """rows: what, ratio, ours, peer, and more that is not shown."""
-    return "\n".join(["| what | ratio | ours | peer |", "|---|---|---|---|",
-                      *(f"| {what} | {ratio} | {ours} | {peer} |" for what, ratio, ours, peer, *_ in rows)])
+    """A Markdown table. rows: what is measured and of what the ratio is, the ratio, its better direction, our figure, the
+    peer's."""
+    return "\n".join(["| measurement | ratio | better | ours | peer |", "|---|---|---|---|---|",
+                      *(f"| {what} | {ratio and f'**{ratio}**'} | {better} | {ours} | {peer} |"
+                        for what, ratio, better, ours, peer in rows)])
 
 
-def write_into_readme(script: str, text: str):
-    """Between the lines that name `script`, such as bench/data.py."""
-    readme = REPO / "README.md"
-    before, after = f"<!-- {script} -->\n", f"<!-- end of {script} -->"
-    head, rest = readme.read_text(encoding="utf-8").split(before)
-    readme.write_text(head + before + text + "\n" + after + rest.split(after)[1], encoding="utf-8")
+def write_into_docs(script: str, text: str):
+    """Replaces the text between the markers `<!-- script -->` and `<!-- end of script -->` in docs/benchmarks.md.
+
+    script: such as bench/data.py. Raises BadInput when the markers are not there.
+    """
+    page = REPO / "docs" / "benchmarks.md"
+    start, end = f"<!-- {script} -->\n", f"<!-- end of {script} -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    if start not in old or end not in old:
+        raise BadInput(f"{page}: has no lines {start.strip()} and {end}: add them where the table should go")
+    before, rest = old.split(start)
+    page.write_text(before + start + text + "\n" + end + rest.split(end)[1], encoding="utf-8")

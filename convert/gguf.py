@@ -1,42 +1,54 @@
-"""Models for llama.cpp."""
+"""Models of Llama's architecture to a GGUF file, which llama.cpp runs.
+
+llama.cpp's own converter recognises vocabularies by a list, which a vocabulary trained here is not on. Source: GGUF's
+specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and that converter.
+"""
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from convert.hf_mapping import hf_architecture, n_hidden
-from convert.hf_out import can_chat
-from convert.hf_tokenizer import as_characters, merges_of
-from model import GPT
+from convert.hf_mapping import hf_architecture, intermediate_size
+from convert.hf_out import to_hf_state_dict
+from convert.hf_tokenizer import has_chat_tokens, recover_merges, to_byte_level
+from model import GPT, GPTConfig
 from runtime.config import BadInput
 from runtime.device import DTYPES
-from tokenizer import CHAT_TEMPLATE, END, PATTERNS, Tokenizer
+from tokenizer import CHAT_TEMPLATE, END_OF_MESSAGE, PATTERNS, Tokenizer
 
-# What llama.cpp calls those of its splitters that are ours.
-GGUF_SPLITTERS = {PATTERNS["gpt4"]: "llama-bpe", PATTERNS["gpt2"]: "gpt-2"}
-GGUF_NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output", "mixer_norm": "attn_norm",
-              "mlp_norm": "ffn_norm", "mixer.proj": "attn_output", "mlp.gate": "ffn_gate", "mlp.fc": "ffn_up",
-              "mlp.proj": "ffn_down"}
+# Our patterns that llama.cpp can split by -> its names for them
+GGUF_PATTERNS = {PATTERNS["gpt4"]: "llama-bpe", PATTERNS["gpt2"]: "gpt-2"}
 
 
 def require_gguf(model: GPT, tokenizer: Tokenizer):
-    """Raises BadInput for what llama.cpp would run otherwise than it is."""
+    """Raises BadInput if llama.cpp would compute something else than this model, or split text in another way."""
     if hf_architecture(model.config) != "llama":
-        raise BadInput("--gguf: llama.cpp runs models of --preset=llama, which this is not")
-    if tokenizer.pattern not in GGUF_SPLITTERS:
-        raise BadInput("--gguf: llama.cpp does not split text as this vocabulary does: train one with --pattern=gpt4 or "
-                       "gpt2")
+        raise BadInput("--gguf: llama.cpp runs models trained with --preset=llama, which this one was not")
+    if tokenizer.pattern not in GGUF_PATTERNS:
+        raise BadInput("--gguf: llama.cpp cannot split text as this vocabulary does: train one with --pattern=gpt4 or gpt2")
 
 
 def write_gguf(model: GPT, tokenizer: Tokenizer, path: Path, dtype: str):
-    """One file with weights, shape and vocabulary. Norms and biases are fp32. Source: GGUF's specification and llama.cpp's
-    converter, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
+    """One file with config, vocabulary and weights. dtype: of the matrices; norms and biases are fp32."""
     import gguf
-    config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama")
+    add_config(writer, model.config, dtype)
+    add_tokenizer(writer, tokenizer)
+    for name, weight in to_gguf_state_dict(model).items():
+        add_weight(writer, name, weight, dtype if weight.dim() > 1 else "fp32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_config(writer, config: GPTConfig, dtype: str):
+    """writer: a gguf.GGUFWriter."""
+    import gguf
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(n_hidden(config))
+    writer.add_feed_forward_length(intermediate_size(config))
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head or config.n_head)
     writer.add_rope_dimension_count(config.head_size)
@@ -45,48 +57,54 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, path: Path, dtype: str):
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type({"fp32": gguf.LlamaFileType.ALL_F32, "fp16": gguf.LlamaFileType.MOSTLY_F16,
                           "bf16": gguf.LlamaFileType.MOSTLY_BF16}[dtype])
+
+
+def add_tokenizer(writer, tokenizer: Tokenizer):
+    import gguf
     special = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    names, types = [], []
+    for token_id, token in enumerate(tokenizer.tokens):
+        if token_id in special:
+            names.append(special[token_id])
+            types.append(gguf.TokenType.CONTROL)
+        elif token:
+            names.append(to_byte_level(token))
+            types.append(gguf.TokenType.NORMAL)
+        else:  # an id that the vocabulary leaves out
+            names.append(f"<|unused {token_id}|>")
+            types.append(gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre(GGUF_SPLITTERS[tokenizer.pattern])
-    writer.add_token_list([special.get(i) or as_characters(token) or f"<|unused {i}|>"
-                           for i, token in enumerate(tokenizer.tokens)])
-    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if token
-                            else gguf.TokenType.UNUSED for i, token in enumerate(tokenizer.tokens)])
-    writer.add_token_merges([" ".join(map(as_characters, pair)) for pair in merges_of(tokenizer.ranks)])
+    writer.add_tokenizer_pre(GGUF_PATTERNS[tokenizer.pattern])
+    writer.add_token_list(names)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(map(to_byte_level, pair)) for pair in recover_merges(tokenizer.ranks)])
     writer.add_bos_token_id(tokenizer.separator_id)
-    writer.add_eos_token_id(tokenizer.special_tokens.get(END, tokenizer.separator_id))
+    writer.add_eos_token_id(tokenizer.special_tokens.get(END_OF_MESSAGE, tokenizer.separator_id))
     writer.add_add_bos_token(True)
-    if can_chat(tokenizer):
+    if has_chat_tokens(tokenizer):
         writer.add_chat_template(CHAT_TEMPLATE)
-    for name, weight in gguf_weights(model).items():
-        as_it_is = weight.dim() < 2 or dtype == "fp32"
-        if dtype == "bf16" and not as_it_is:  # which numpy does not have
-            raw = weight.to(torch.bfloat16).view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(name, (weight if as_it_is else weight.to(DTYPES[dtype])).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
-def gguf_weights(model: GPT) -> dict[str, Tensor]:
-    """By their names there. llama.cpp turns channels that are neighbours where ours are half a head apart."""
-    config, found = model.config, {}
-    n_kv_head = config.n_kv_head or config.n_head
-    for name, weight in model.state_dict().items():
-        *place, kind = name.split(".")
-        block = f"blk.{place[1]}." if place[0] == "blocks" else ""
-        part = ".".join(place[2:] if block else place)
-        if name == "head.weight" and config.tied:
-            continue
-        if part != "mixer.qkv":
-            found[f"{block}{GGUF_NAMES[part]}.{kind}"] = weight.contiguous()
-            continue
-        heads = config.n_head, n_kv_head, n_kv_head
-        for which, n, rows in zip("qkv", heads, weight.split([n * config.head_size for n in heads])):
-            if which != "v":
-                rows = rows.unflatten(0, (n, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2)
-            found[f"{block}attn_{which}.{kind}"] = rows.contiguous()
-    return found
+def add_weight(writer, name: str, weight: Tensor, dtype: str):
+    import gguf
+    if dtype == "bf16":  # which numpy lacks
+        raw = weight.to(torch.bfloat16).view(torch.uint8).numpy()
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    else:
+        writer.add_tensor(name, weight.to(DTYPES[dtype]).numpy())
+
+
+def to_gguf_state_dict(model: GPT) -> dict[str, Tensor]:
+    """The weights under llama.cpp's names. Its rotary positions turn pairs of neighbouring channels, ours and Hugging
+    Face's channels half a head apart, so the rows of queries and keys are permuted."""
+    import gguf
+    config = model.config
+    n_rotary_heads = {gguf.MODEL_TENSOR.ATTN_Q: config.n_head, gguf.MODEL_TENSOR.ATTN_K: config.n_kv_head or config.n_head}
+    tensor_names, weights = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layer), {}
+    for hf_name, weight in to_hf_state_dict(model, "llama").items():
+        tensor, name = tensor_names.get_type_and_name(hf_name, (".weight", ".bias"))
+        if tensor in n_rotary_heads:
+            n_head = n_rotary_heads[tensor]
+            weight = weight.unflatten(0, (n_head, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2)
+        weights[name] = weight.contiguous()
+    return weights

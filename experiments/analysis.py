@@ -1,45 +1,53 @@
-"""What a comparison has found: runs of arms, the statistics on them, the verdicts, and the page that says it."""
+"""Statistics of a comparison: the arms' runs, which learning rate to try next, differences paired by seed, verdicts.
+
+compare.py fills an ArmResults for each arm while its cells run; `table_rows` and `add_significance` make the rows of
+comparison.csv from them. Numbers and sentences only: experiments/comparison.py writes the report.
+"""
 import itertools
 import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from experiments.runner import Run
+from experiments.runner import TrainingJob
 from experiments.stats import Estimate, holm, p_value, power_law
 
-SPEED_WARMUP = 5  # steps of a run that measures a speed which do not count
+SPEED_WARMUP = 5      # steps at the start of a speed run that are not timed
+SIGNIFICANCE = 0.05   # of corrected p-values
 
+
+# -- arms, their runs, and what these ended with ----------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """An architecture at a size, and what a token costs it."""
+    """An architecture or recipe at one size."""
     name: str
     size: str
-    values: dict          # the flags of train.py that make it
+    flags: dict                       # flag name -> value, of train.py or finetune.py
     seeds: tuple[int, ...]
-    step_tokens: int
-    batch: tuple[int, int]  # blocks, and tokens in each, of a batch: of training and of validation
-    rate: float           # that the grid's multiples are of
+    step_tokens: int                  # tokens that an optimizer step sees
+    batch_shape: tuple[int, int]      # batch_size, block_size
+    base_lr: float                    # the learning rate that the grid's multiples refer to
     n_parameters: int
-    flops: int            # of matrix products, for a training token
-    elementwise_flops: int
+    flops_per_token: int              # matrix products, forward and backward
+    elementwise_flops_per_token: int  # activations and the bases of KAN layers
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of train.py."""
+    """One run of an arm: in stage "rate" on `budget_frac` of the budget, to choose the learning rate; in stage "run" on the
+    whole budget; in stage "speed" a few steps, which are timed."""
     arm: Arm
-    what: str             # "rate", "run" or "speed"
-    multiple: float       # of the learning rate
-    seed: int             # or the round in which a speed is measured
-    share: float          # of the budget
-    run: Run
+    stage: str
+    lr_multiple: float
+    seed: int             # in stage "speed" the round
+    budget_frac: float
+    job: TrainingJob
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a cell ended: finished, diverged, failed or stopped, with the line that says why."""
+class CellResult:
+    """How a cell ended (status and reason as in runner.JobResult), and its metrics."""
     cell: Cell
     status: str
     reason: str
@@ -47,189 +55,218 @@ class Result:
 
     @property
     def bpb(self) -> float:
+        """Bits per byte at the end; infinite unless the cell finished."""
         return self.rows[-1]["val_bpb"] if self.status == "finished" else math.inf
 
     def speed(self) -> float:
-        """Tokens per second of a usual step, where a row is logged every step."""
+        """Tokens per second of a typical step; the rows are those of single steps."""
         return statistics.median(row["tok_per_sec"] for row in self.rows if row["step"] > SPEED_WARMUP)
 
+    def describe(self) -> str:
+        cell = self.cell
+        if self.status != "finished":
+            end = f"{self.status}: {self.reason}"
+        elif cell.stage == "speed":
+            end = f"{self.speed():,.0f} tok/s"
+        else:
+            end = f"{self.bpb:.4f} bits/byte, {self.rows[-1]['seconds']:.0f} s"
+        which = {"rate": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
+                 "run": f"learning rate x {cell.lr_multiple:g}, seed {cell.seed}",
+                 "speed": f"speed, round {cell.seed}"}[cell.stage]
+        return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
 
-def told(result: Result) -> str:
-    cell = result.cell
-    if result.status != "finished":
-        end = f"{result.status}: {result.reason}"
-    elif cell.what == "speed":
-        end = f"{result.speed():,.0f} tok/s"
-    else:
-        end = f"{result.bpb:.4f} bits/byte, {result.rows[-1]['seconds']:.0f} s"
-    which = {"rate": f"rate x {cell.multiple:g} on {cell.share:.0%}", "speed": f"speed, round {cell.seed}",
-             "run": f"rate x {cell.multiple:g}, seed {cell.seed}"}[cell.what]
-    return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
 
-
-def best_of(results: list[Result]) -> Result | None:
-    """None as long as one of them has yet to be tried again."""
-    finished = [result for result in results if result.status == "finished"]
+def best_result(results: list[CellResult]) -> CellResult | None:
+    """The finished one with the fewest bits per byte. None while any has to be run again: it might be the best."""
     if any(result.status not in ("finished", "diverged") for result in results):
         return None
-    return min(finished, key=lambda result: result.bpb, default=None)
+    return min((result for result in results if result.status == "finished"), key=lambda result: result.bpb, default=None)
 
 
 @dataclass(eq=False)
 class ArmResults:
-    """All runs of an arm."""
+    """All results of an arm."""
     arm: Arm
-    rates: list[Result] = field(default_factory=list)   # on a part of the budget, at the rates of the grid
-    runs: list[Result] = field(default_factory=list)    # at the best rate, a seed each
-    speeds: list[Result] = field(default_factory=list)
-    full_budget_lr_runs: list[Result] = field(default_factory=list)  # on the whole budget with the first seed, rates falling
+    timed_budget: bool = False  # the budget is in seconds
+    grid: list[CellResult] = field(default_factory=list)                 # a part of the budget, every learning rate
+    full_budget_lr_runs: list[CellResult] = field(default_factory=list)  # the whole budget, first seed, falling rates
+    runs: list[CellResult] = field(default_factory=list)                 # the whole budget, best rate, every seed
+    speeds: list[CellResult] = field(default_factory=list)
 
-    def best(self) -> Result | None:
-        """At the best rate, on the whole budget if that was tried."""
-        return best_of(self.full_budget_lr_runs or self.rates)
+    def best(self) -> CellResult | None:
+        """At the best learning rate: on the whole budget where that was tried, else on the part of it."""
+        return best_result(self.full_budget_lr_runs or self.grid)
 
-    def candidate(self) -> float | None:
-        """The multiple to try next on the whole budget: the best on a part of it, and as long as it gets better, the next
-        lower. Longer training wants a lower rate (Bjorck et al., arXiv:2409.19913), so what is best on a part may be too
-        high. None when there is no more to try, or a run has yet to be tried again."""
-        start, best = best_of(self.rates), best_of(self.full_budget_lr_runs)
-        if start is None or not self.full_budget_lr_runs:
-            return start and start.cell.multiple
-        lowest = self.full_budget_lr_runs[-1]
-        lower = [result.cell.multiple for result in self.rates if result.cell.multiple < lowest.cell.multiple]
-        goes_on = lowest.status == "diverged" or best is lowest
-        return max(lower, default=None) if goes_on and start.cell.share < 1 else None
+    def next_lr_multiple(self) -> float | None:
+        """The learning rate to try next on the whole budget; None when the search is over or a run has to be repeated.
 
-    def finished(self) -> list[Result]:
+        First the grid's best, then the next lower one for as long as bits per byte fall: longer training wants a lower rate
+        (Bjorck et al., arXiv:2409.19913), so the best one for a part of the budget may be too high for all of it.
+        """
+        grid_best, best = best_result(self.grid), best_result(self.full_budget_lr_runs)
+        if grid_best is None or not self.full_budget_lr_runs:
+            return grid_best and grid_best.cell.lr_multiple
+        latest = self.full_budget_lr_runs[-1]
+        lower = [result.cell.lr_multiple for result in self.grid if result.cell.lr_multiple < latest.cell.lr_multiple]
+        improves = latest.status == "diverged" or best is latest
+        return max(lower, default=None) if improves and grid_best.cell.budget_frac < 1 else None
+
+    def finished(self) -> list[CellResult]:
         return [run for run in self.runs if run.status == "finished"]
 
-    def last(self, name: str) -> float:
-        """The mean of what the runs ended with."""
+    def mean_final(self, name: str) -> float:
+        """The mean over finished runs of a metric's last value."""
         return statistics.mean(run.rows[-1][name] for run in self.finished())
 
     def speed(self) -> float:
-        """Tokens per second: measured apart, or of the runs themselves where seconds were the budget. NaN if not known."""
-        if any(text.startswith("--max_seconds=") for text in self.finished()[0].cell.run.flags):
-            return self.last("tokens") / self.last("seconds")
-        measured = [run.speed() for run in self.speeds if run.status == "finished"]
-        return statistics.median(measured) if measured else math.nan
+        """Tokens per second: of the speed runs, or of the runs themselves where seconds are the budget. NaN if unknown."""
+        if self.timed_budget:
+            return self.mean_final("tokens") / self.mean_final("seconds")
+        speeds = [run.speed() for run in self.speeds if run.status == "finished"]
+        return statistics.median(speeds) if speeds else math.nan
 
-    def rows(self) -> list[list[dict]]:
-        """Of each run, with seconds at the speed that was measured."""
+    def curves(self) -> list[list[dict]]:
+        """The rows of each finished run, with seconds at the measured speed."""
         speed = self.speed()
         return [[row | {"seconds": row["tokens"] / speed} for row in run.rows] for run in self.finished()]
 
     def slope(self) -> tuple[float, float]:
-        """Bits per byte that a run of e times the tokens is better by, and how many times e there are between the grid's
-        best run and the whole one of the same seed, each at the rate that is best for it and with its full cooldown: an
-        intermediate loss would not do. NaN where the larger was not the better one."""
-        best = best_of(self.rates)
-        whole = next((run for run in self.finished() if run.cell.seed == best.cell.seed), None)
-        if whole is None or whole.rows[-1]["tokens"] <= best.rows[-1]["tokens"] or whole.bpb >= best.bpb:
-            return math.nan, math.nan
-        between = math.log(whole.rows[-1]["tokens"] / best.rows[-1]["tokens"])
-        return (best.bpb - whole.bpb) / between, between
+        """(bits per byte gained by training on e times the tokens, ln of the token ratio it was measured over).
 
-    def edge(self) -> str:
-        """Whether a rate beyond the grid might have been better."""
-        multiples, best = [run.cell.multiple for run in self.rates], self.best()
-        if best is None or best.cell.multiple not in (min(multiples), max(multiples)):
+        Between the grid's best run and the whole-budget run of the same seed: each is at its own best learning rate and has
+        its full cooldown, which an intermediate loss has not. (NaN, NaN) unless the longer run is better.
+        """
+        short = best_result(self.grid)
+        whole = next((run for run in self.finished() if run.cell.seed == short.cell.seed), None)
+        if whole is None or whole.rows[-1]["tokens"] <= short.rows[-1]["tokens"] or whole.bpb >= short.bpb:
+            return math.nan, math.nan
+        log_ratio = math.log(whole.rows[-1]["tokens"] / short.rows[-1]["tokens"])
+        return (short.bpb - whole.bpb) / log_ratio, log_ratio
+
+    def lr_grid_edge(self) -> str:
+        """"edge" if the best learning rate is the grid's lowest or highest, beyond which there may be a better one; "only
+        one tried"; else ""."""
+        multiples, best = [run.cell.lr_multiple for run in self.grid], self.best()
+        if best is None or best.cell.lr_multiple not in (min(multiples), max(multiples)):
             return ""
         return "edge" if len(multiples) > 1 else "only one tried"
 
-    def results(self) -> Iterator[Result]:
-        return itertools.chain(self.rates, self.full_budget_lr_runs, self.runs, self.speeds)
+    def results(self) -> Iterator[CellResult]:
+        return itertools.chain(self.grid, self.full_budget_lr_runs, self.runs, self.speeds)
 
     def problems(self) -> Iterator[str]:
-        yield from dict.fromkeys(told(run) for run in self.results() if run.status != "finished")
+        yield from dict.fromkeys(result.describe() for result in self.results() if result.status != "finished")
 
 
-def table_rows(outcomes: list[ArmResults]) -> list[dict]:
-    """A row for each arm, the first of which the others of its size are compared with. Arms without a finished run lack what
-    others have. `corrected` has yet to see all rows that are reported together."""
-    first, rows = outcomes[0], []
-    reference = {i: run.bpb for i, run in enumerate(first.runs) if run.status == "finished"}
-    slope, between = first.slope() if first.finished() else (math.nan, math.nan)
-    for outcome in outcomes:
-        arm, finished = outcome.arm, outcome.finished()
-        row = {"size": arm.size, "arm": arm.name, "runs": len(finished), "runs_wanted": len(arm.seeds),
-               "parameters": arm.n_parameters, "flops_per_token": arm.flops,
-               "elementwise_flops_per_token": arm.elementwise_flops, "n_hidden": arm.values.get("n_hidden"),
-               "edge": outcome.edge()}
+# -- the table --------------------------------------------------------------------------------------------------------
+
+def table_rows(results: list[ArmResults]) -> list[dict]:
+    """A row per arm of one size; the first is the reference. Arms without a finished run lack most columns.
+    `add_significance` completes the rows of all sizes together."""
+    reference, rows = results[0], []
+    slope = reference.slope() if reference.finished() else (math.nan, math.nan)
+    for one in results:
+        arm = one.arm
+        row = {"size": arm.size, "arm": arm.name, "runs": len(one.finished()), "runs_wanted": len(arm.seeds),
+               "parameters": arm.n_parameters, "flops_per_token": arm.flops_per_token,
+               "elementwise_flops_per_token": arm.elementwise_flops_per_token, "n_hidden": arm.flags.get("n_hidden"),
+               "edge": one.lr_grid_edge()}
         rows.append(row)
-        if not finished:
+        if not one.finished():
             continue
-        bpb = Estimate.of([run.bpb for run in finished])
-        row |= {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": outcome.last("val_loss"),
-                "learning_rate": arm.rate * outcome.best().cell.multiple, "tokens": outcome.last("tokens"),
-                "seconds": outcome.last("tokens") / outcome.speed(), "tok_per_sec": outcome.speed(),
-                "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
-        if outcome is first:
-            row["bpb_equal_seconds"] = bpb.mean
+        row |= outcome_columns(one)
+        if one is reference:
+            row["bpb_equal_seconds"] = row["bpb"]
             continue
-        pairs = [run.bpb - reference[i] for i, run in enumerate(outcome.runs) if run.status == "finished" and i in reference]
-        if pairs:
-            difference = Estimate.of(pairs)
-            row |= {"difference": difference.mean, "difference_margin": difference.margin, "pairs": len(pairs),
-                    "p": p_value(pairs)}
-            for name, value in (("worth", difference.mean), ("worth_low", difference.high), ("worth_high", difference.low)):
-                if abs(value) < math.inf and slope > 0:  # no further than was measured
-                    row[name] = math.exp(min(max(-value / slope, -between), between)) - 1
-        if first.finished():
-            own_slope, own_between = outcome.slope()
+        row |= difference_columns(one, reference, *slope)
+        if reference.finished():
+            own_slope, log_ratio = one.slope()
             longer = math.log(row["seconds"] / rows[0]["seconds"])
-            if abs(longer) <= own_between:
-                row["bpb_equal_seconds"] = bpb.mean + own_slope * longer
+            if abs(longer) <= log_ratio:  # no further than was measured
+                row["bpb_equal_seconds"] = row["bpb"] + own_slope * longer
     return rows
 
 
-def corrected(rows: list[dict]) -> list[dict]:
-    """The same rows, with p-values corrected for the number of comparisons, and whether these leave a difference."""
+def outcome_columns(one: ArmResults) -> dict:
+    """What an arm's finished runs ended with."""
+    bpb = Estimate.from_values([run.bpb for run in one.finished()])
+    return {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": one.mean_final("val_loss"),
+            "learning_rate": one.arm.base_lr * one.best().cell.lr_multiple, "tokens": one.mean_final("tokens"),
+            "seconds": one.mean_final("tokens") / one.speed(), "tok_per_sec": one.speed(),
+            "peak_memory": max(row.get("peak_memory", 0) for run in one.finished() for row in run.rows)}
+
+
+def difference_columns(one: ArmResults, reference: ArmResults, slope: float, log_ratio: float) -> dict:
+    """The difference in bits per byte to the reference, paired by seed, and how many steps more or fewer the reference would
+    need to match it. slope, log_ratio: the reference's, see ArmResults.slope."""
+    reference_bpb = {i: run.bpb for i, run in enumerate(reference.runs) if run.status == "finished"}
+    pairs = [run.bpb - reference_bpb[i] for i, run in enumerate(one.runs) if run.status == "finished" and i in reference_bpb]
+    if not pairs:
+        return {}
+    difference = Estimate.from_values(pairs)
+    row = {"difference": difference.mean, "difference_margin": difference.margin, "pairs": len(pairs), "p": p_value(pairs)}
+    for name, value in (("", difference.mean), ("_low", difference.high), ("_high", difference.low)):
+        if abs(value) < math.inf and slope > 0:
+            log_steps = min(max(-value / slope, -log_ratio), log_ratio)  # no further than was measured
+            row[f"steps_equivalent{name}"] = math.exp(log_steps) - 1
+    return row
+
+
+def add_significance(rows: list[dict]) -> list[dict]:
+    """The same rows, with p-values corrected for the number of comparisons, and whether each difference is significant:
+    yes, no, or "only by itself", which means without the correction."""
     compared = [row for row in rows if "p" in row]
     for row, p in zip(compared, holm([row["p"] for row in compared])):
         excludes_0 = abs(row["difference"]) > row["difference_margin"]
         row |= {"p_holm": p, "comparisons": len(compared),
-                "significant": "yes" if p < 0.05 and excludes_0 else "only by itself" if excludes_0 else "no"}
+                "significant": "yes" if p < SIGNIFICANCE and excludes_0 else "only by itself" if excludes_0 else "no"}
     return rows
 
 
-def verdict(row: dict, first: dict) -> str:
-    """One sentence on an arm, which says no more than its interval does."""
-    name, base = row["arm"], first["arm"]
-    missing = "".join(f" {other['arm']} finished only {other['runs']} of {other['runs_wanted']} runs, and what the others "
-                      f"would have been is not known." for other in (row, first) if 0 < other["runs"] < other["runs_wanted"])
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+def verdict(row: dict, reference: dict) -> str:
+    """One sentence about an arm that claims no more than its interval supports."""
+    name, base = row["arm"], reference["arm"]
+    missing = "".join(f" {other['arm']} finished only {other['runs']} of {other['runs_wanted']} runs; how the others would "
+                      f"have ended is unknown."
+                      for other in (row, reference) if 0 < other["runs"] < other["runs_wanted"])
     if "difference" not in row:
-        return f"{name}: no run that could be compared was finished."
+        return f"{name}: no comparable run finished."
     if math.isinf(row["difference_margin"]):
-        return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, of which nothing follows.{missing}"
+        return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, which shows nothing.{missing}"
     interval = (f"95 % interval {row['difference'] - row['difference_margin']:+.4f} to "
                 f"{row['difference'] + row['difference_margin']:+.4f}, {row['pairs']} seeds")
     if row["significant"] == "no":
-        return f"{name}: no difference to {base} is shown ({interval}).{missing}"
+        return f"{name}: no significant difference from {base} ({interval}).{missing}"
     if row["significant"] == "only by itself":
-        return (f"{name}: a difference to {base} would be shown if it were the only comparison ({interval}; "
-                f"p = {row['p']:.3f}), but not as one of {row['comparisons']} (p = {row['p_holm']:.3f}).{missing}")
-    how = "better" if row["difference"] < 0 else "worse"
-    worth = f"; in steps of {base} that is {worth_of(row)}" if "worth" in row else ""
-    edges = "".join(f" The best rate of {other['arm']} was the grid's first or last." for other in (row, first)
-                    if other["edge"] == "edge")
-    return f"{name}: {how} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){worth}.{missing}{edges}"
+        return (f"{name}: the difference from {base} would be significant if it were the only comparison ({interval}; "
+                f"p = {row['p']:.3f}), but is not as one of {row['comparisons']} (p = {row['p_holm']:.3f}).{missing}")
+    direction = "better" if row["difference"] < 0 else "worse"
+    steps = f"; equivalent to {format_steps_equivalent(row)} steps of {base}" if "steps_equivalent" in row else ""
+    edges = "".join(f" The best learning rate of {other['arm']} was the lowest or highest tried."
+                    for other in (row, reference) if other["edge"] == "edge")
+    return (f"{name}: {direction} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){steps}."
+            f"{missing}{edges}")
 
 
-def worth_of(row: dict) -> str:
-    """ "+19% (+4% to +41%)"."""
-    return f"{row['worth']:+.0%} ({row['worth_low']:+.0%} to {row['worth_high']:+.0%})" if "worth_low" in row else \
-        f"{row['worth']:+.0%}"
+def format_steps_equivalent(row: dict) -> str:
+    """ "+19% (+4% to +41%)": the estimate and its interval."""
+    text = f"{row['steps_equivalent']:+.0%}"
+    if "steps_equivalent_low" in row:
+        text += f" ({row['steps_equivalent_low']:+.0%} to {row['steps_equivalent_high']:+.0%})"
+    return text
 
 
-def scaling(by_size: list[list[ArmResults]]) -> dict:
-    """name -> ((FLOPs of a run, bits per byte) at each size, a, b), for arms that finished at two sizes or more whose FLOPs
-    differ by half at least."""
+# -- several sizes ----------------------------------------------------------------------------------------------------
+
+def fit_scaling(by_size: list[list[ArmResults]]) -> dict[str, tuple[list[tuple[float, float]], float, float]]:
+    """name -> (points, a, b): the (FLOPs of a run, bits per byte) at each size, and the power law bpb = a FLOPs^-b through
+    them. Only arms that finished at two or more sizes whose FLOPs differ by at least half."""
     points = {}
-    for outcome in itertools.chain(*by_size):
-        if outcome.finished():
-            points.setdefault(outcome.arm.name, []).append(
-                (outcome.last("tokens") * (outcome.arm.flops + outcome.arm.elementwise_flops),
-                 statistics.mean(run.bpb for run in outcome.finished())))
+    for one in itertools.chain(*by_size):
+        if one.finished():
+            flops = one.mean_final("tokens") * (one.arm.flops_per_token + one.arm.elementwise_flops_per_token)
+            points.setdefault(one.arm.name, []).append((flops, statistics.mean(run.bpb for run in one.finished())))
     return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items()
             if max(found)[0] > 1.5 * min(found)[0]}

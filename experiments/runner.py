@@ -1,5 +1,11 @@
-"""Runs of a command that checkpoints, each a process of its own and some at a time: what is finished is not run again, what
-was stopped goes on, and how each ended is remembered beside its metrics."""
+"""Runs many jobs, each a process, a few at a time.
+
+A job that finished before is not run again. The first Ctrl-C lets running jobs save and exit, so that the same command
+continues; after a second one nothing keeps running. How a job ended is read from its exit code (runtime/cli.py).
+
+    with StopSignals() as stop:
+        results = Runner(n_parallel=2, stop=stop).run(jobs, "runs", on_end=lambda i, result: print(jobs[i], result.status))
+"""
 import json
 import os
 import shutil
@@ -12,23 +18,134 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
 from runtime.checkpoint import run_folder
+from runtime.cli import BAD_INPUT, DIVERGED
 from runtime.files import atomic_write
 from runtime.metrics import read_rows
 from runtime.signals import StopSignals
 from runtime.threads import available_cores
 
-REMEMBERED = "finished", "diverged"  # what failed or was killed is tried again when the command is given again
-GRACE = 30  # seconds that a process has to save and end
+FINAL = "finished", "diverged"  # a job that failed or was killed runs again when the command is given again
+GRACE = 30  # seconds that a process has to save and exit
 
 
 @dataclass(frozen=True)
-class Run:
-    """A process of `script`, which writes `checkpoint`, its rows into the folder of that name, and takes --overwrite and
-    --resume_checkpoint. out: the flag that names the checkpoint."""
+class JobResult:
+    """How a job ended: finished, diverged, bad input, failed, killed or stopped. reason: a line for people."""
+    status: str
+    reason: str = ""
+
+
+class Job(Protocol):
+    """A process of `script`, and what its exit means."""
+    script: Path
+
+    def previous_result(self) -> JobResult | None:
+        """How it ended in an earlier run of the command; None when it has to be run."""
+
+    def command(self) -> list[str]:
+        """Its command line."""
+
+    def complete(self, result: JobResult) -> JobResult:
+        """Called when the process has exited; keeps what has to be kept, and returns the final result."""
+
+
+class Runner:
+    """Runs `n_parallel` jobs at a time, which share the cores: each gets OMP_NUM_THREADS accordingly."""
+
+    def __init__(self, n_parallel: int, stop: StopSignals):
+        self.n_parallel, self.stop = n_parallel, stop
+        self.processes: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.is_over = False
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // n_parallel))}
+
+    def run(self, jobs: list[Job], desc: str, on_end: Callable[[int, JobResult], None],
+            weights: list[float] | None = None) -> list[JobResult]:
+        """The results of `jobs`, in their order; those that a signal stopped, or that have not started then, are "stopped".
+
+        on_end(i, result): called when jobs[i] has ended, unless it was stopped. weights: how long each job takes relative
+        to the others, for the progress bar.
+        """
+        weights = weights or [1.0] * len(jobs)
+        with ThreadPoolExecutor(self.n_parallel) as pool, tqdm(
+                total=sum(weights), desc=desc, unit="run", dynamic_ncols=True, smoothing=0,
+                mininterval=0.2 if sys.stderr.isatty() else 30) as bar:  # in a log file, a line every half minute is enough
+            futures = {pool.submit(self.run_job, job): i for i, job in enumerate(jobs)}
+            running, forwarded = set(futures), None
+            try:
+                while running:
+                    ended, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        if future.result().status != "stopped":
+                            bar.update(weights[futures[future]])
+                            on_end(futures[future], future.result())
+                    if self.stop.signal != forwarded:
+                        forwarded = self.stop.signal
+                        self.send_signal(signal.SIGTERM)
+            finally:  # also after an error or a second Ctrl-C: no process outlives this one
+                self.is_over = True
+                self.end_all(running)
+        return [future.result() for future in futures]
+
+    def end_all(self, running: set):
+        if running:
+            self.send_signal(signal.SIGTERM)
+            try:
+                _, running = wait(running, timeout=GRACE)
+            finally:
+                if running and os.name == "posix":
+                    self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int):
+        """To every running process. On Windows a console's Ctrl-C has reached them already, and no other signal would let
+        them save."""
+        with self.lock:
+            for process in self.processes if os.name == "posix" or self.is_over else ():
+                process.send_signal(number)
+
+    def run_job(self, job: Job) -> JobResult:
+        if result := job.previous_result():
+            return result
+        with self.lock:
+            if self.stop.signal or self.is_over:
+                return JobResult("stopped")
+            process = subprocess.Popen(
+                job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment,
+                start_new_session=True)  # a terminal's Ctrl-C reaches this process alone, which forwards it
+            self.processes.add(process)
+        _, stderr = process.communicate()
+        with self.lock:
+            self.processes.discard(process)
+        if process.returncode and (self.stop.signal or self.is_over):
+            return JobResult("stopped")
+        return job.complete(interpret_exit(process.returncode, error_line(stderr, job.script)))
+
+
+def interpret_exit(code: int, reason: str) -> JobResult:
+    """What the exit code of one of our commands means, see runtime/cli.py."""
+    if code == 0:
+        return JobResult("finished")
+    if code < 0:
+        return JobResult("killed", f"by {signal.Signals(-code).name}")
+    return JobResult({DIVERGED: "diverged", BAD_INPUT: "bad input"}.get(code, "failed"), reason)
+
+
+def error_line(stderr: str, script: Path) -> str:
+    """The line that a command of ours ends with; warnings of the interpreter's shutdown may follow it."""
+    lines, prefix = [line for line in stderr.splitlines() if line.strip()], f"{script.name}: "
+    own = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+    return " ".join((own or lines or ["printed nothing on stderr"])[-1].split())
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run of train.py or finetune.py: it writes `checkpoint`, and its metrics into the folder of that name. out: the flag
+    that names the checkpoint."""
     script: Path
     checkpoint: Path
     flags: tuple[str, ...]
@@ -41,113 +158,43 @@ class Run:
     def rows(self) -> list[dict]:
         return read_rows(self.folder / "metrics.jsonl")
 
-    def is_whole(self) -> bool:
-        """Whether its last row is that of its end: metrics may be lost in a power cut that the checkpoint survives."""
+    def command(self) -> list[str]:
+        flags = ["--resume_checkpoint"] if self.checkpoint.exists() else [*self.flags, "--overwrite"]
+        return [sys.executable, str(self.script), f"--{self.out}={self.checkpoint}", *flags, "--verbose=0"]
+
+    def previous_result(self) -> JobResult | None:
+        with suppress(OSError, ValueError, KeyError):  # missing, or truncated by a crash
+            saved = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            result = JobResult(saved["status"], saved["reason"])
+            if result.status in FINAL and (result.status != "finished" or self.has_final_row()):
+                return result
+            self.delete()
+        return None
+
+    def complete(self, result: JobResult) -> JobResult:
+        if result.status == "bad input":  # a checkpoint that cannot be read would fail forever
+            self.delete()
+            return JobResult("failed", result.reason)
+        if result.status == "finished" and not self.has_final_row():
+            self.delete()
+            return JobResult("failed", "its last metrics are missing")
+        if result.status in FINAL:
+            self.save_result(result)
+        return result
+
+    def has_final_row(self) -> bool:
+        """Whether the metrics are complete: a power cut may lose rows that the checkpoint survives."""
         rows = self.rows()
         return bool(rows) and "val_bpb" in rows[-1] and "tok_per_sec" in rows[-1]
 
-    def forget(self):
-        """So that it begins anew."""
-        self.checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def ended_before(self) -> tuple[str, str] | None:
-        """How it ended and why, if that is remembered."""
-        with suppress(OSError, ValueError, KeyError):  # not there, or cut off
-            ended = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-            if ended["status"] in REMEMBERED and (ended["status"] != "finished" or self.is_whole()):
-                return ended["status"], ended["reason"]
-            self.forget()
-        return None
-
-    def remember(self, status: str, reason: str):
-        """And removes the checkpoints, which nothing needs any more."""
+    def save_result(self, result: JobResult):
+        """Writes result.json, and deletes the checkpoints, which nothing needs any more."""
         with atomic_write(self.folder / "result.json", "w") as file:
-            json.dump({"status": status, "reason": reason, "flags": self.flags}, file, indent=1)
+            json.dump({"status": result.status, "reason": result.reason, "flags": self.flags}, file, indent=1)
         for path in (self.checkpoint, *self.folder.glob("*.pt"), *self.folder.glob("events.*")):
             path.unlink(missing_ok=True)
 
-
-class Runner:
-    """Runs some at a time, whose threads are their share of the cores."""
-
-    def __init__(self, jobs: int, stop: StopSignals, diverged: str):
-        """diverged: words by which the last line of a run says that it did."""
-        self.jobs, self.stop, self.diverged = jobs, stop, diverged
-        self.processes: set[subprocess.Popen] = set()
-        self.lock = threading.Lock()
-        self.is_over = False
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // jobs))}
-
-    def run(self, runs: list[Run], sizes: list[float], what: str, tell: Callable) -> list[tuple[str, str]]:
-        """How each ended, and why: finished, diverged, failed or stopped. When a signal comes, all under way save and stop.
-        sizes: of the runs, for the bar. tell(i, ended) -> a line to print when it has."""
-        with ThreadPoolExecutor(self.jobs) as pool, tqdm(
-                total=sum(sizes), desc=what, unit="run", dynamic_ncols=True, smoothing=0,
-                mininterval=0.2 if sys.stderr.isatty() else 30) as bar:
-            futures = {pool.submit(self.run_one, run): i for i, run in enumerate(runs)}
-            waiting, passed_on = set(futures), None
-            try:
-                while waiting:
-                    ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        bar.update(sizes[futures[future]])
-                        if future.result()[0] != "stopped":
-                            tqdm.write(tell(futures[future], future.result()))
-                    if self.stop.signal != passed_on:
-                        passed_on = self.stop.signal
-                        self.end(signal.SIGTERM)
-            finally:  # a full disk, or a second Ctrl-C: nothing goes on unseen
-                self.is_over = True
-                if waiting:
-                    self.end(signal.SIGTERM)
-                    _, waiting = wait(waiting, timeout=GRACE)
-                    if waiting and os.name == "posix":
-                        self.end(signal.SIGKILL)
-        return [future.result() for future in futures]
-
-    def end(self, number: int):
-        """Sends a signal to every process under way. On Windows a console's Ctrl-C has reached them already, and nothing
-        else lets them save."""
-        with self.lock:
-            for process in self.processes if os.name == "posix" or self.is_over else ():
-                process.send_signal(number)
-
-    def run_one(self, run: Run) -> tuple[str, str]:
-        if ended := run.ended_before():
-            return ended
-        resumes = run.checkpoint.exists()
-        flags = ["--resume_checkpoint"] if resumes else [*run.flags, "--overwrite"]
-        with self.lock:
-            if self.stop.signal or self.is_over:
-                return "stopped", ""
-            process = subprocess.Popen(
-                [sys.executable, str(run.script), f"--{run.out}={run.checkpoint}", *flags, "--verbose=0"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment,
-                start_new_session=True)  # a terminal's Ctrl-C comes to this process alone, which passes it on
-            self.processes.add(process)
-        _, error = process.communicate()
-        with self.lock:
-            self.processes.discard(process)
-        reason = reason_of(error, run.script.name)
-        if process.returncode == 0:
-            if not run.is_whole():
-                run.forget()
-                return "failed", "its last rows were lost"
-            run.remember("finished", "")
-            return "finished", ""
-        if self.stop.signal or self.is_over:
-            return "stopped", reason
-        if self.diverged in reason:
-            run.remember("diverged", reason)
-            return "diverged", reason
-        if process.returncode == 2 and resumes:  # what cannot be read would fail for ever
-            run.forget()
-        return "failed", f"killed by signal {-process.returncode}" if process.returncode < 0 else reason
-
-
-def reason_of(error: str, script: str) -> str:
-    """The line that a command of ours ends with; warnings of what is taken down may come after it."""
-    lines = [line for line in error.strip().splitlines() if line.strip()]
-    said = [line.removeprefix(f"{script}: ") for line in lines if line.startswith(f"{script}: ")]
-    return " ".join((said or lines or ["it said nothing"])[-1].split())
+    def delete(self):
+        """Deletes its files: the next run starts from step 0."""
+        self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,10 @@
-"""What a few measurements allow to be said: Student's t for few degrees of freedom, intervals, paired differences."""
+"""Statistics of a few measurements: confidence intervals, paired tests, Holm's correction, power laws.
+
+    Estimate.from_values([1.612, 1.608, 1.615])     the mean and its 95 % interval
+    p_value([a - b for a, b in pairs])              the paired t-test
+
+Distributions are scipy's, which is imported at the first use: it takes most of a second.
+"""
 import math
 import statistics
 from dataclasses import dataclass
@@ -6,34 +12,9 @@ from dataclasses import dataclass
 CONFIDENCE = 0.95
 
 
-def t_cdf(t: float, df: int) -> float:
-    """P(T <= t) for Student's t with `df` degrees of freedom, a whole number: a sum of as many terms as df / 2. Source:
-    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(df))
-    cosine = math.cos(angle)
-    # cos θ + 2/3 cos³ θ + 2·4/(3·5) cos⁵ θ … for odd df, 1 + 1/2 cos² θ + 1·3/(2·4) cos⁴ θ … for even
-    term, total, first = (cosine, 0.0, 2) if df % 2 else (1.0, 0.0, 1)
-    for k in range(df // 2):
-        total += term
-        term *= (first + 2 * k) / (first + 2 * k + 1) * cosine**2
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if df % 2 else math.sin(angle) * total
-    return 0.5 + inside / 2
-
-
-def t_quantile(p: float, df: int) -> float:
-    """The t below which a share p, above one half, of the distribution lies; by bisection."""
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < p:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return high
-
-
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and how far from it the true one may be, with 95 % confidence; infinitely far where there is one value."""
+    """A mean with its confidence interval, mean ± margin; the margin of a single value is infinite."""
     mean: float
     margin: float
     n: int
@@ -47,30 +28,34 @@ class Estimate:
         return self.mean + self.margin
 
     @classmethod
-    def of(cls, values: list[float]) -> "Estimate":
-        """values: independent, about normal. Raises ValueError when there are none."""
+    def from_values(cls, values: list[float]) -> "Estimate":
+        """Student's t interval of independent, roughly normal values. Raises ValueError when there are none."""
         if not values:
-            raise ValueError("nothing was measured")
+            raise ValueError("an estimate needs at least one value")
         if len(values) == 1:
             return cls(values[0], math.inf, 1)
+        from scipy.stats import t
         n = len(values)
-        error = statistics.stdev(values) / math.sqrt(n)
-        return cls(statistics.mean(values), t_quantile(0.5 + CONFIDENCE / 2, n - 1) * error, n)
+        standard_error = statistics.stdev(values) / math.sqrt(n)
+        return cls(statistics.mean(values), float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * standard_error, n)
 
 
 def p_value(values: list[float]) -> float:
-    """Two-sided, of the mean being 0: how often as large a mean would come about by chance. 1 where it cannot be told."""
+    """Two-sided one-sample t-test of the mean being 0; of paired differences, the paired t-test. 1 for fewer than two."""
     if len(values) < 2:
         return 1.0
-    mean, spread = statistics.mean(values), statistics.stdev(values)
-    if spread == 0:
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    if deviation == 0:  # t is not defined
         return 1.0 if mean == 0 else 0.0
-    return 2 * (1 - t_cdf(abs(mean) / spread * math.sqrt(len(values)), len(values) - 1))
+    from scipy.stats import t
+    return float(2 * t.sf(abs(mean) / deviation * math.sqrt(len(values)), len(values) - 1))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for there being several: the chance that any one of the comparisons would look as good by accident.
-    Source: Holm 1979, Scandinavian Journal of Statistics 6."""
+    """p-values corrected for multiple comparisons (family-wise error rate), in the order given.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -80,7 +65,6 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def power_law(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """(a, b) of y = a x^-b, by least squares of the logarithms; exact for two points."""
-    log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    slope, start = statistics.linear_regression(log_x, log_y)
-    return math.exp(start), -slope
+    """(a, b) of y = a x^-b, by least squares on the logarithms; exact for two points."""
+    slope, intercept = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys])
+    return math.exp(intercept), -slope

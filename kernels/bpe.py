@@ -1,11 +1,15 @@
 """Compiled loops of byte-level BPE: split text into words, count them, learn merges, encode.
 
-A text is one buffer of UTF-8 bytes with `PADDING` zeros after it, so that 8 bytes may be read anywhere; documents lie in
-it end to end. Tables are arrays in a namedtuple. What looks odd has a reason: numba takes uint64 and int64 together for a
-float, a signed index costs a check for < 0, a slice that is assigned to costs a second of compilation, and each look at an
-attribute of a namedtuple two atomic operations on a counter, so that inner loops take arrays.
+    text = pad_text([b"hello hello"])
+    words = add_documents(empty_words(), text, np.array([0, 11]), splitter)
 
-numba compiles a kernel when it is first called, some seconds each, and keeps the machine code in `__pycache__`.
+A text is one buffer of UTF-8 bytes followed by `PADDING` zeros, so that 8 bytes may be read anywhere; documents lie in it
+end to end. Tables are arrays in a namedtuple. What looks odd has a reason: in numba uint64 with int64 gives a float, a
+signed index costs a check for < 0, assigning to a slice costs a second of compilation, and each access to an attribute of a
+namedtuple costs two atomic operations on a reference count, so inner loops take arrays.
+
+numba compiles a kernel at its first call, some seconds each, and caches the machine code in `__pycache__`. A slow, obvious
+twin of each loop stands in tests/test_bpe.py.
 """
 from collections import namedtuple
 
@@ -16,19 +20,19 @@ compiled = njit(nogil=True)
 
 
 def kernel(function):
-    """What Python calls: without the GIL, so that threads encode side by side, and compiled once on a machine."""
+    """For functions that Python calls: without the GIL, so that threads encode in parallel; compiled once per machine."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder to keep the machine code in: every process compiles its own
+    except RuntimeError:  # no folder to cache the machine code in: every process compiles its own
         return compiled(function)
 
 
 PADDING = 16
-BLOCK = 256  # words are scanned so many at a time, so that the memory accesses of their look-ups overlap
+BLOCK = 256  # words scanned at a time, so that the memory accesses of their look-ups overlap
 
 
-def padded(parts: list[bytes | np.ndarray]) -> np.ndarray:
-    """`parts` end to end as a text."""
+def pad_text(parts: list[bytes | np.ndarray]) -> np.ndarray:
+    """`parts` end to end, followed by PADDING zeros. (bytes + PADDING,) uint8."""
     return np.frombuffer(bytearray().join([*parts, bytes(PADDING)]), np.uint8)
 
 
@@ -37,7 +41,7 @@ def padded(parts: list[bytes | np.ndarray]) -> np.ndarray:
 
 @compiled
 def load8(text, at):
-    """8 bytes as one little-endian number. LLVM makes a single load of it; unsigned indices need no check for < 0."""
+    """8 bytes as a little-endian number. LLVM turns it into a single load; unsigned indices need no check for < 0."""
     i = uint64(at)
     return (uint64(text[i]) | uint64(text[i + uint64(1)]) << uint64(8) | uint64(text[i + uint64(2)]) << uint64(16)
             | uint64(text[i + uint64(3)]) << uint64(24) | uint64(text[i + uint64(4)]) << uint64(32)
@@ -47,7 +51,7 @@ def load8(text, at):
 
 @compiled
 def load(text, at, n):
-    """The first n (1 to 8) bytes as a number."""
+    """The first n (1 to 8) bytes as a little-endian number."""
     return load8(text, at) & (~uint64(0) >> uint64(64 - 8 * n))
 
 
@@ -82,72 +86,72 @@ def same_bytes(a, at_a, b, at_b, n):
 
 # -- scanning: where words end ----------------------------------------------------------------------------------------
 
-# Classes of characters; a table (0x110000,) uint8 holds that of every code point.
+# Classes of characters; a table (0x110000,) uint8 maps every code point to its class.
 OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE, APOSTROPHE = range(7)  # BLANK is " ", NEWLINE \r or \n, SPACE the rest of \s
 N_CLASSES = 8
 
-# States of the scanner: what the word under way is so far.
+# States of the scanner: what the current word consists of so far.
 START, LETTERS, ONE_OTHER, OTHERS, LINE_END, ONE_BLANK, ONE_SPACE, DIGITS = range(8)  # DIGITS + i: i + 1 of at most 3
-AT_APOSTROPHE, AT_SPACES = 10, 11  # where a word ends is decided by more than the next character
+AT_APOSTROPHE, AT_SPACES = 10, 11  # the end of the word depends on more than the next character
 N_STATES = 12
-ENDS = 0x80  # set in a transition before which the word under way ends
+ENDS = 0x80  # set in a transition if the current word ends before this character
 
-# How a text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes as above; whether contractions
-# may be upper case; whether whitespace splits after a line break.
+# How text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes: as above; any_case: whether
+# contractions may be upper case; newline_splits: whether whitespace splits after a line break.
 Splitter = namedtuple("Splitter", "transitions classes any_case newline_splits")
 
 
 def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
-    r"""GPT-4's pattern with up to `max_digits` (1 to 3) digits a word.
+    r"""GPT-4's pattern with up to `max_digits` (1 to 3) digits in a word.
 
     '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,max_digits}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+ | whitespace
     """
-    table = first_of_a_word({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: AT_SPACES,
+    table = word_start_table({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: AT_SPACES,
                              APOSTROPHE: AT_APOSTROPHE, OTHER: ONE_OTHER})
     spaces = {BLANK: AT_SPACES, SPACE: AT_SPACES, NEWLINE: AT_SPACES}
     others = {OTHER: OTHERS, APOSTROPHE: OTHERS, NEWLINE: LINE_END}
-    goes_on(table, LETTERS, {LETTER: LETTERS})
-    goes_on(table, ONE_OTHER, others | {LETTER: LETTERS})
-    goes_on(table, OTHERS, others)
-    goes_on(table, LINE_END, {NEWLINE: LINE_END})
-    goes_on(table, ONE_BLANK, spaces | {LETTER: LETTERS, OTHER: OTHERS, APOSTROPHE: OTHERS})
-    goes_on(table, ONE_SPACE, spaces | {LETTER: LETTERS})
+    continue_word(table, LETTERS, {LETTER: LETTERS})
+    continue_word(table, ONE_OTHER, others | {LETTER: LETTERS})
+    continue_word(table, OTHERS, others)
+    continue_word(table, LINE_END, {NEWLINE: LINE_END})
+    continue_word(table, ONE_BLANK, spaces | {LETTER: LETTERS, OTHER: OTHERS, APOSTROPHE: OTHERS})
+    continue_word(table, ONE_SPACE, spaces | {LETTER: LETTERS})
     for n in range(1, max_digits):
-        goes_on(table, DIGITS + n - 1, {NUMBER: DIGITS + n})
+        continue_word(table, DIGITS + n - 1, {NUMBER: DIGITS + n})
     return Splitter(table.reshape(-1), classes, True, True)
 
 
 def gpt2_splitter(classes: np.ndarray) -> Splitter:
-    r"""GPT-2's: '(?:[sdmt]|ll|ve|re) | ?\p{L}++ | ?\p{N}++ | ?[^\s\p{L}\p{N}]++ | whitespace"""
-    table = first_of_a_word({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: ONE_SPACE,
+    r"""GPT-2's pattern: '(?:[sdmt]|ll|ve|re) | ?\p{L}++ | ?\p{N}++ | ?[^\s\p{L}\p{N}]++ | whitespace"""
+    table = word_start_table({LETTER: LETTERS, NUMBER: DIGITS, BLANK: ONE_BLANK, SPACE: ONE_SPACE, NEWLINE: ONE_SPACE,
                              APOSTROPHE: AT_APOSTROPHE, OTHER: OTHERS})
     spaces = {BLANK: AT_SPACES, SPACE: AT_SPACES, NEWLINE: AT_SPACES}
-    goes_on(table, LETTERS, {LETTER: LETTERS})
-    goes_on(table, DIGITS, {NUMBER: DIGITS})
-    goes_on(table, OTHERS, {OTHER: OTHERS, APOSTROPHE: OTHERS})
-    goes_on(table, ONE_OTHER, {OTHER: OTHERS, APOSTROPHE: OTHERS})
-    goes_on(table, ONE_BLANK, spaces | {LETTER: LETTERS, NUMBER: DIGITS, OTHER: OTHERS, APOSTROPHE: OTHERS})
-    goes_on(table, ONE_SPACE, spaces)
+    continue_word(table, LETTERS, {LETTER: LETTERS})
+    continue_word(table, DIGITS, {NUMBER: DIGITS})
+    continue_word(table, OTHERS, {OTHER: OTHERS, APOSTROPHE: OTHERS})
+    continue_word(table, ONE_OTHER, {OTHER: OTHERS, APOSTROPHE: OTHERS})
+    continue_word(table, ONE_BLANK, spaces | {LETTER: LETTERS, NUMBER: DIGITS, OTHER: OTHERS, APOSTROPHE: OTHERS})
+    continue_word(table, ONE_SPACE, spaces)
     return Splitter(table.reshape(-1), classes, False, False)
 
 
-def first_of_a_word(states: dict[int, int]) -> np.ndarray:
-    """A table in which every character ends the word before it. states: class of a word's first character -> state."""
+def word_start_table(states: dict[int, int]) -> np.ndarray:
+    """Transitions in which every character ends the previous word. states: class of a word's first character -> state."""
     table = np.zeros((N_STATES, N_CLASSES), np.uint8)
     for kind, state in states.items():
         table[START, kind], table[START + 1:, kind] = state, state | ENDS
     return table
 
 
-def goes_on(table: np.ndarray, state: int, states: dict[int, int]):
-    """Classes of characters that do not end a word in `state`."""
-    for kind, after in states.items():
-        table[state, kind] = after
+def continue_word(table: np.ndarray, state: int, next_states: dict[int, int]):
+    """Adds transitions from `state` that do not end the word. next_states: class of the character -> state."""
+    for kind, next_state in next_states.items():
+        table[state, kind] = next_state
 
 
 @compiled
 def character(text, at, classes):
-    """Class of the character that starts at `at`, and where the next one starts. The text is valid UTF-8."""
+    """The class of the character at `at`, and where the next one starts. The text is valid UTF-8."""
     byte = int64(text[at])
     if byte < 0x80:
         return classes[byte], at + 1
@@ -162,9 +166,10 @@ def character(text, at, classes):
 
 @kernel
 def scan(text, stop, splitter, ends):
-    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns how many; at most len(ends) - 1.
+    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number, at most
+    len(ends) - 1.
 
-    One step a character and no branch that depends on where words end: a processor foresees it all in ordinary text.
+    One step per character, and no branch depends on where words end: in ordinary text the processor predicts them all.
     """
     transitions, classes, any_case, newline_splits = splitter
     state, n, at, full = START, 0, ends[0], len(ends) - 1
@@ -196,7 +201,7 @@ def scan(text, stop, splitter, ends):
 def spaces_end(text, at, stop, classes, newline_splits):
     r"""`\s*[\r\n]|\s+(?!\S)|\s+`, without the first if not `newline_splits`.
 
-    Whitespace ends after its last line break, else before its last character, which goes with the next word.
+    Whitespace ends after its last line break, else before its last character, which belongs to the next word.
     """
     end = last = at
     after_newline = -1
@@ -235,21 +240,22 @@ def contraction_end(text, at, stop, any_case):
 SHORT = 15  # bytes of a word that fit into its key
 LONG = uint64(0xFF << 56)
 
-# A hash table of words. slots (n, 3) uint64: a key of two numbers and how often the word occurs, 0 where none is. A short
-# word is its own key: its bytes and, in the topmost byte, its length. The key of a longer one is its hash and LONG + its
-# place among the long words, whose bytes lie end to end. long_ends (n + 1,) int64 into long_bytes. used: words, long words.
+# A hash table of words. slots (n, 3) uint64: a key of two numbers, and how often the word occurs, 0 where the slot is free.
+# A short word is its own key: its bytes and, in the topmost byte, its length. The key of a longer one is its hash and
+# LONG + its index among the long words, whose bytes lie end to end. long_ends (n + 1,) int64 into long_bytes. used: words,
+# long words.
 Words = namedtuple("Words", "slots long_bytes long_ends used")
 
 
-def no_words() -> Words:
-    """An empty table, to count into."""
+def empty_words() -> Words:
+    """An empty table to count into."""
     return Words(np.zeros((1 << 12, 3), np.uint64), np.zeros(1 << 12, np.uint8), np.zeros(1 << 8, np.int64),
                  np.zeros(2, np.int64))
 
 
 @compiled
 def short_key(text, at, n):
-    """Bytes and length of a word of up to SHORT bytes."""
+    """The key of a word of up to SHORT bytes: its bytes and its length."""
     if n <= 8:
         return load(text, at, n), uint64(n) << uint64(56)
     return load8(text, at), load(text, at + 8, n - 8) | uint64(n) << uint64(56)
@@ -257,7 +263,7 @@ def short_key(text, at, n):
 
 @compiled
 def word_slot(slots, low, high):
-    """The row of the word with this key, or the free one where it belongs."""
+    """The row of the word with this key, or the free row where it belongs."""
     mask = len(slots) - 1
     slot = int64(mix(low, high)) & mask
     while slots[slot, 1] and (slots[slot, 0] != low or slots[slot, 1] != high):
@@ -266,8 +272,8 @@ def word_slot(slots, low, high):
 
 
 @compiled
-def with_room(array, n):
-    """`array`, or a larger copy if it has fewer than n entries."""
+def grow(array, n):
+    """`array`, or a copy of 2 n entries if it has fewer than n."""
     if n <= len(array):
         return array
     larger = np.zeros(2 * n, array.dtype)
@@ -277,7 +283,7 @@ def with_room(array, n):
 
 
 @compiled
-def with_more_slots(slots):
+def grow_slots(slots):
     """The same words in a table of twice the size."""
     larger = np.zeros((2 * len(slots), 3), np.uint64)
     mask = len(larger) - 1
@@ -293,35 +299,35 @@ def with_more_slots(slots):
 
 @compiled
 def add_long_word(words, text, at, n):
-    """Adds one to the count of a word that is longer than SHORT. Returns the words, whose arrays may have grown."""
+    """Counts a word longer than SHORT. Returns the words, whose arrays may have been replaced by larger ones."""
     slots, long_bytes, long_ends, used = words
     hashed = hash_bytes(text, at, n)
     mask = len(slots) - 1
     slot = int64(mix(hashed, uint64(0))) & mask
     while slots[slot, 2]:
         if slots[slot, 0] == hashed and slots[slot, 1] >= LONG:
-            place = int64(slots[slot, 1] - LONG)
-            start = long_ends[place]
-            if long_ends[place + 1] - start == n and same_bytes(long_bytes, start, text, at, n):
+            index = int64(slots[slot, 1] - LONG)
+            start = long_ends[index]
+            if long_ends[index + 1] - start == n and same_bytes(long_bytes, start, text, at, n):
                 slots[slot, 2] += uint64(1)
                 return words
         slot = (slot + 1) & mask
-    place = used[1]
-    start = long_ends[place]
-    long_bytes, long_ends = with_room(long_bytes, start + n + PADDING), with_room(long_ends, place + 2)
+    index = used[1]
+    start = long_ends[index]
+    long_bytes, long_ends = grow(long_bytes, start + n + PADDING), grow(long_ends, index + 2)
     for i in range(n):
         long_bytes[start + i] = text[at + i]
-    long_ends[place + 1] = start + n
-    slots[slot, 0], slots[slot, 1], slots[slot, 2] = hashed, LONG + uint64(place), uint64(1)
+    long_ends[index + 1] = start + n
+    slots[slot, 0], slots[slot, 1], slots[slot, 2] = hashed, LONG + uint64(index), uint64(1)
     used += 1
     return Words(slots, long_bytes, long_ends, used)
 
 
 @kernel
 def add_words(words, text, ends):
-    """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have grown."""
+    """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have been replaced by larger ones."""
     while 2 * (words.used[0] + len(ends)) > len(words.slots):
-        words = Words(with_more_slots(words.slots), words.long_bytes, words.long_ends, words.used)
+        words = Words(grow_slots(words.slots), words.long_bytes, words.long_ends, words.used)
     slots = words.slots
     for i in range(len(ends) - 1):
         at = ends[i]
@@ -340,7 +346,7 @@ def add_words(words, text, ends):
 
 @kernel
 def add_documents(words, text, offsets, splitter):
-    """Counts the words of the documents text[offsets[i]:offsets[i + 1]]."""
+    """Counts the words of the documents text[offsets[i]:offsets[i + 1]]. Returns the words, as `add_words`."""
     ends = np.empty(BLOCK + 1, np.int64)
     for i in range(len(offsets) - 1):
         n, ends[0] = 0, offsets[i]
@@ -353,7 +359,8 @@ def add_documents(words, text, offsets, splitter):
 
 # -- a heap -----------------------------------------------------------------------------------------------------------
 
-# heap (room, 2) uint64, of which the first `size` rows are in use; row 0 is the smallest, second numbers break ties.
+# A binary heap of pairs of numbers: heap (capacity, 2) uint64, of which the first `size` rows are in use. Row 0 is the
+# smallest; the second number breaks ties.
 
 
 @compiled
@@ -370,7 +377,7 @@ def heap_push(heap, size, first, second):
 
 @compiled
 def heap_pop(heap, size):
-    """Removes row 0; `size` is that before."""
+    """Removes row 0. size: before the removal."""
     first, second = heap[size - 1, 0], heap[size - 1, 1]
     at = 0
     while 2 * at + 1 < size - 1:
@@ -387,27 +394,27 @@ def heap_pop(heap, size):
 
 # -- learning merges --------------------------------------------------------------------------------------------------
 
-# The different words, as parts that merge. parts (n, 2) int32 holds, at the first and at the last byte of a part, its id,
-# so that the next part starts at i + lengths[id] and the one before ends at i - 1: no linked list is needed. Where a part
-# started that is now the right half of another stands INSIDE, or the id of that other: positions in `Pairs` may be stale,
-# and no id is met again where it no longer starts. NOTHING stands between words. The second column is the word's place in
-# `counts`.
+# The distinct words, as parts that merge. parts (n, 2) int32 holds, at the first and at the last byte of a part, its id,
+# so that the next part starts at i + lengths[id] and the previous one ends at i - 1: no linked list is needed. Where a
+# part started that is now the right half of another, it holds INSIDE or the id of that other: positions in `Pairs` may be
+# stale, but an id never occurs where its part no longer starts. NOTHING separates words. The second column is the word's
+# index in `counts`.
 Corpus = namedtuple("Corpus", "parts counts lengths")
 NOTHING, INSIDE = -1, -2
 
 # Pairs of adjacent parts. slots (power of 2, 2) uint64: left << 32 | right, and 1 + its row in `rows`. rows (n, 3) int64:
-# how often the pair occurs, and where its positions lie in `positions`: from, how many. A pair can only arise together
-# with the later of its two tokens, so its positions are written once, and are skipped when found stale. heap: of
-# (-count, left << 32 | right), with counts that may be too high, as they only ever fall. used: rows, positions, heap.
+# the pair's count, and where its positions lie in `positions`: start and number. A pair can only arise together with the
+# later of its two tokens, so its positions are written once, and skipped where they are stale. heap: of
+# (-count, left << 32 | right); its counts may be too high, as counts only ever fall. used: rows, positions, heap.
 Pairs = namedtuple("Pairs", "slots rows positions heap used")
 
-# What stands on one side of a merge: an array (vocabulary + 1, 3) int64. Columns: how often, and at how many positions, the
-# token of this row was there; and, from the top, the tokens that were, their number in the last row.
+# The neighbours on one side of a merge, an array (vocabulary + 1, 3) int64. Columns COUNT, POSITIONS: how often, and at how
+# many positions, the token of this row is a neighbour. Column TOKEN: a list of these tokens, its length in the last row.
 COUNT, POSITIONS, TOKEN = range(3)
 
 
 def learn(words: Words, n_merges: int, per_call: int = 256):
-    """Yields arrays (up to per_call, 2) of pairs of ids, the i-th of all becoming id 256 + i; ends when no pair is left.
+    """Yields arrays (up to per_call, 2) of pairs of ids; the i-th of all becomes id 256 + i. Ends when no pair is left.
 
     The most frequent pair is next; among equals the one with the smallest left id, then right id.
     """
@@ -415,9 +422,9 @@ def learn(words: Words, n_merges: int, per_call: int = 256):
     words = words._replace(slots=slots[np.argsort(slots[:, 0].byteswap())])  # similar words share cache lines
     n_words, n_parts = corpus_size(words)
     corpus = Corpus(np.zeros((n_parts, 2), np.int32), np.zeros(n_words, np.int64), np.ones(256 + n_merges, np.int64))
-    spell(words, corpus)
+    spell_words(words, corpus)
     del words, slots
-    # every merge takes one part away and adds at most two positions
+    # every merge removes one part and adds at most two positions
     positions = np.empty(3 * n_parts, np.int32 if n_parts < MANY_PARTS else np.int64)
     pairs = Pairs(np.zeros((PAIR_SLOTS, 2), np.uint64), np.zeros((PAIR_SLOTS * 3 // 5, 3), np.int64), positions,
                   np.zeros((PAIR_SLOTS * 3 // 5, 2), np.uint64), np.zeros(3, np.int64))
@@ -429,17 +436,17 @@ def learn(words: Words, n_merges: int, per_call: int = 256):
         n = merge_until(corpus, pairs, before, after, merges, known, min(known + per_call, n_merges))
         yield merges[known:n]
         if pairs.used[2] and n < min(known + per_call, n_merges):
-            pairs = with_more_pairs(pairs)
+            pairs = grow_pairs(pairs)
 
 
-PAIR_SLOTS = 1 << 17  # at first; all pairs of bytes fit
-MANY_PARTS = 1 << 31  # need positions of 64 bits
+PAIR_SLOTS = 1 << 17  # initially; all pairs of bytes fit
+MANY_PARTS = 1 << 31  # so many need positions of 64 bits
 
 
-def with_more_pairs(pairs: Pairs) -> Pairs:
-    """The same pairs with twice the room."""
+def grow_pairs(pairs: Pairs) -> Pairs:
+    """The same pairs with twice the capacity."""
     slots = np.zeros((2 * len(pairs.slots), 2), np.uint64)
-    move_pairs(pairs.slots, slots)
+    rehash_pairs(pairs.slots, slots)
     for array in (pairs.rows, pairs.heap):
         array.resize((2 * len(array), array.shape[1]), refcheck=False)  # in place, as memory is scarcest here
     return pairs._replace(slots=slots)
@@ -447,7 +454,7 @@ def with_more_pairs(pairs: Pairs) -> Pairs:
 
 @kernel
 def corpus_size(words):
-    """Words of more than one byte; and their bytes, with a NOTHING before and after each word."""
+    """The number of words of more than one byte, and of parts: their bytes, with a NOTHING before and after each word."""
     n, size = 0, 1
     for i in range(len(words.slots)):
         length = word_length(words, i)
@@ -462,12 +469,12 @@ def word_length(words, slot):
     high = words.slots[slot, 1]
     if high < LONG:
         return int64(high >> uint64(56))
-    place = int64(high - LONG)
-    return words.long_ends[place + 1] - words.long_ends[place]
+    index = int64(high - LONG)
+    return words.long_ends[index + 1] - words.long_ends[index]
 
 
 @kernel
-def spell(words, corpus):
+def spell_words(words, corpus):
     """Writes the bytes of the words into `corpus`."""
     at, word = 0, 0
     corpus.parts[0, 0] = NOTHING
@@ -488,13 +495,13 @@ def spell(words, corpus):
 
 
 @compiled
-def as_pair(left, right):
+def pack_pair(left, right):
     return uint64(left) << uint64(32) | uint64(right)
 
 
 @compiled
 def pair_slot(slots, pair):
-    """The row of `pair`, or the free one where it belongs."""
+    """The row of `pair`, or the free row where it belongs."""
     mask = len(slots) - 1
     slot = int64(mix(pair, uint64(0))) & mask
     while slots[slot, 1] and slots[slot, 0] != pair:
@@ -503,7 +510,7 @@ def pair_slot(slots, pair):
 
 
 @kernel
-def move_pairs(slots, larger):
+def rehash_pairs(slots, larger):
     for i in range(len(slots)):
         if slots[i, 1]:
             slot = pair_slot(larger, slots[i, 0])
@@ -511,27 +518,27 @@ def move_pairs(slots, larger):
 
 
 @compiled
-def queue(heap, used, pair, count):
+def push_pair(heap, used, pair, count):
     heap_push(heap, used[2], uint64(-count), pair)
     used[2] += 1
 
 
 @compiled
 def add_pair(slots, rows, heap, used, pair, count, n):
-    """A new pair that stands at n positions. Returns from where on in `positions` these are to be written."""
+    """Adds a pair that occurs at n positions. Returns where in `positions` the caller has to write them."""
     row, start = used[0], used[1]
     slot = pair_slot(slots, pair)
     slots[slot, 0], slots[slot, 1] = pair, uint64(row + 1)
     rows[row, 0], rows[row, 1], rows[row, 2] = count, start, n
     used[0] += 1
     used[1] += n
-    queue(heap, used, pair, count)
+    push_pair(heap, used, pair, count)
     return start
 
 
 @kernel
 def find_byte_pairs(corpus, pairs):
-    """Fills `pairs` with those of bytes: first how many there are of each, then where."""
+    """Fills `pairs` with all pairs of bytes: counts them in a first pass, writes their positions in a second."""
     parts, word_counts, _ = corpus
     slots, rows, positions, heap, used = pairs
     counts, n = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
@@ -542,7 +549,7 @@ def find_byte_pairs(corpus, pairs):
             n[pair] += 1
     for pair in range(1 << 16):
         if n[pair]:
-            n[pair] = add_pair(slots, rows, heap, used, as_pair(pair >> 8, pair & 0xFF), counts[pair], n[pair])
+            n[pair] = add_pair(slots, rows, heap, used, pack_pair(pair >> 8, pair & 0xFF), counts[pair], n[pair])
     for i in range(1, len(parts) - 1):
         if parts[i, 0] >= 0 and parts[i + 1, 0] >= 0:
             pair = parts[i, 0] << 8 | parts[i + 1, 0]
@@ -552,8 +559,8 @@ def find_byte_pairs(corpus, pairs):
 
 @kernel
 def merge_until(corpus, pairs, before, after, merges, done, stop):
-    """Goes on from `done` merges to `stop`. Returns how many are done; fewer when no pair is left, or when `pairs` has
-    no room for what the next merge may add."""
+    """Continues from `done` merges to `stop`. Returns how many are done; fewer when no pair is left, or when `pairs` lacks
+    the capacity for what the next merge may add."""
     slots, rows, positions, heap, used = pairs
     while done < stop:
         row, pair = pop_most_frequent(slots, rows, heap, used)
@@ -562,29 +569,29 @@ def merge_until(corpus, pairs, before, after, merges, done, stop):
         new = 256 + done
         start, n = rows[row, 1], rows[row, 2]
         if max(used[0], used[2]) + 2 * min(n, new + 1) + 1 > len(rows):
-            queue(heap, used, pair, rows[row, 0])
+            push_pair(heap, used, pair, rows[row, 0])
             break
         left, right = int64(pair >> uint64(32)), int64(pair & uint64(0xFFFFFFFF))
         merges[done, 0], merges[done, 1] = left, right
         corpus.lengths[new] = corpus.lengths[left] + corpus.lengths[right]
         n = merge_pair(corpus, positions[start:start + n], left, right, new, before, after)
         for i in range(before[-1, TOKEN]):
-            lower(slots, rows, as_pair(before[i, TOKEN], left), before[before[i, TOKEN], COUNT])
+            decrease_count(slots, rows, pack_pair(before[i, TOKEN], left), before[before[i, TOKEN], COUNT])
         for i in range(after[-1, TOKEN]):
-            lower(slots, rows, as_pair(right, after[i, TOKEN]), after[after[i, TOKEN], COUNT])
+            decrease_count(slots, rows, pack_pair(right, after[i, TOKEN]), after[after[i, TOKEN], COUNT])
         rows[row, 0] = 0
-        forget(before)
-        forget(after)
+        clear_neighbours(before)
+        clear_neighbours(after)
         add_pairs_with(corpus, pairs, start, n, new, before, after)
-        forget(before)
-        forget(after)
+        clear_neighbours(before)
+        clear_neighbours(after)
         done += 1
     return done
 
 
 @compiled
 def pop_most_frequent(slots, rows, heap, used):
-    """The row of the pair that occurs most often, and the pair; row -1 when none is left."""
+    """The row of the most frequent pair, and the pair; row -1 when none is left."""
     while used[2]:
         count, pair = -int64(heap[0, 0]), heap[0, 1]
         heap_pop(heap, used[2])
@@ -594,15 +601,16 @@ def pop_most_frequent(slots, rows, heap, used):
         if count == current:
             return row, pair
         if current:
-            queue(heap, used, pair, current)
+            push_pair(heap, used, pair, current)
     return -1, uint64(0)
 
 
 @compiled
 def merge_pair(corpus, positions, left, right, new, before, after):
-    """Replaces the pair by `new` at those of its positions where it still is; returns how many, now the first of them.
+    """Replaces the pair by `new` at those of its positions that are not stale; moves these to the front and returns their
+    number.
 
-    Positions ascend, so of "aaa" the first two merge. Notes what stood beside it.
+    Positions ascend, so that of "aaa" the first two merge. Records the neighbours that the pair had.
     """
     parts, counts, lengths = corpus
     merged = 0
@@ -611,7 +619,7 @@ def merge_pair(corpus, positions, left, right, new, before, after):
         middle, last = at + lengths[left], at + lengths[new] - 1
         if parts[at, 0] != left or parts[middle, 0] != right:
             continue
-        note_neighbours(parts, counts, at, last + 1, new, before, after)
+        record_neighbours(parts, counts, at, last + 1, new, before, after)
         parts[middle, 0] = INSIDE
         parts[at, 0] = parts[last, 0] = new
         positions[merged] = at
@@ -620,54 +628,54 @@ def merge_pair(corpus, positions, left, right, new, before, after):
 
 
 @compiled
-def note_neighbours(parts, counts, at, end, token, before, after):
-    """Notes the parts on both sides of the `token` that is, or is about to be, from `at` to `end`."""
+def record_neighbours(parts, counts, at, end, token, before, after):
+    """Records the parts on both sides of the `token` that is, or is about to be, from `at` to `end`."""
     left, right = int64(parts[at - 1, 0]), int64(parts[end, 0])
     count = counts[parts[at, 1]]
-    if left >= 0 and left != token:  # of two equal ones, the left one notes the right one
-        note(before, left, count)
+    if left >= 0 and left != token:  # of two equal tokens, the left one records the right one
+        record_neighbour(before, left, count)
     if right >= 0:
-        note(after, right, count)
+        record_neighbour(after, right, count)
 
 
 @compiled
-def note(beside, token, count):
-    if beside[token, POSITIONS] == 0:
-        beside[beside[-1, TOKEN], TOKEN] = token
-        beside[-1, TOKEN] += 1
-    beside[token, COUNT] += count
-    beside[token, POSITIONS] += 1
+def record_neighbour(neighbours, token, count):
+    if neighbours[token, POSITIONS] == 0:
+        neighbours[neighbours[-1, TOKEN], TOKEN] = token
+        neighbours[-1, TOKEN] += 1
+    neighbours[token, COUNT] += count
+    neighbours[token, POSITIONS] += 1
 
 
 @compiled
-def forget(beside):
-    for i in range(beside[-1, TOKEN]):
-        beside[beside[i, TOKEN], COUNT] = beside[beside[i, TOKEN], POSITIONS] = 0
-    beside[-1, TOKEN] = 0
+def clear_neighbours(neighbours):
+    for i in range(neighbours[-1, TOKEN]):
+        neighbours[neighbours[i, TOKEN], COUNT] = neighbours[neighbours[i, TOKEN], POSITIONS] = 0
+    neighbours[-1, TOKEN] = 0
 
 
 @compiled
-def lower(slots, rows, pair, count):
+def decrease_count(slots, rows, pair, count):
     rows[int64(slots[pair_slot(slots, pair), 1]) - 1, 0] -= count
 
 
 @compiled
 def add_pairs_with(corpus, pairs, start, n, new, before, after):
-    """Adds the pairs that `new` is in, and their positions, which ascend as those of `new` do."""
+    """Adds the pairs that contain `new`, and their positions, which ascend as those of `new` do."""
     parts, counts, lengths = corpus
     slots, rows, positions, heap, used = pairs
     for i in range(start, start + n):
         at = int64(positions[i])
-        note_neighbours(parts, counts, at, at + lengths[new], new, before, after)
+        record_neighbours(parts, counts, at, at + lengths[new], new, before, after)
     for i in range(before[-1, TOKEN]):
         token = before[i, TOKEN]
         count, n_positions = before[token, COUNT], before[token, POSITIONS]
-        before[token, POSITIONS] = add_pair(slots, rows, heap, used, as_pair(token, new), count, n_positions)
+        before[token, POSITIONS] = add_pair(slots, rows, heap, used, pack_pair(token, new), count, n_positions)
     for i in range(after[-1, TOKEN]):
         token = after[i, TOKEN]
         count, n_positions = after[token, COUNT], after[token, POSITIONS]
-        after[token, POSITIONS] = add_pair(slots, rows, heap, used, as_pair(new, token), count, n_positions)
-    # now POSITIONS is where in `positions` the next one goes
+        after[token, POSITIONS] = add_pair(slots, rows, heap, used, pack_pair(new, token), count, n_positions)
+    # from here on POSITIONS is where in `positions` the next one is written
     for i in range(start, start + n):
         at = int64(positions[i])
         left, right = int64(parts[at - 1, 0]), int64(parts[at + lengths[new], 0])
@@ -681,39 +689,39 @@ def add_pairs_with(corpus, pairs, start, n, new, before, after):
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
-NONE = 0xFFFFFFFF  # no such id; above all ids
-END = 1 << 32      # stands after the last part of a word that is being merged
+NONE = 0xFFFFFFFF  # no id; above all ids
+END = 1 << 32      # follows the last part of a word that is being merged
 
-# A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the
-# bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: id + 1, by a hash of
-# the bytes, 0 where free; pairs (power of 2, 2) uint64: left << 32 | right, and 1 + the id of both together. known (power
-# of 2, 4) uint64: a row for each short word that is one token, as in a cache.
+# A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the bytes
+# of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: a hash table by the bytes
+# of id + 1, 0 where free; pairs (power of 2, 2) uint64: left << 32 | right, and 1 + the id of the merged token. known (power
+# of 2, 4) uint64: a row, as in a cache, for each short word that is a single token.
 Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
 
-# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, its first two ids, its third id and how many it
-# has. room (1,) int64: how many more words go in. Every thread has a cache of its own.
+# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, its first two ids, its third id and how many
+# it has. room (1,) int64: how many more words fit. Every thread has a cache of its own.
 Cache = namedtuple("Cache", "rows room")
 CACHED_IDS = 3
-CACHED_WORDS = 1 << 16  # besides those that are one token; in English text of 5 MB there are 50,000
-SCANNED = 64  # bytes of the longest word that is merged without a heap
+CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
+MAX_SCANNED_BYTES = 64  # of a word that is merged without a heap
 
 
 def power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
-    """tokens: by id; all 256 single bytes among them, and b"" for an id that does not come out of text."""
+    """tokens: bytes by id, including all 256 single bytes; b"" for an id that text never encodes to."""
     starts = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum([len(token) for token in tokens], out=starts[1:])
     n_tokens = sum(map(bool, tokens))
     vocabulary = Vocabulary(
-        np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), padded(tokens), starts,
+        np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), pad_text(tokens), starts,
         np.zeros(power_of_two(2 * n_tokens), np.uint32), np.zeros((1, 2), np.uint64),
         np.zeros((power_of_two((n_tokens + CACHED_WORDS) * 4 // 3), 4), np.uint64))
     add_tokens(vocabulary)
-    n_pairs, room = n_tokens * 9 // 4, 0  # as many as a vocabulary of English has
+    n_pairs, room = n_tokens * 9 // 4, 0  # an English vocabulary has about as many
     while n_pairs > room:
         room = n_pairs
         vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(room * 5 // 3), 2), np.uint64))
@@ -725,8 +733,8 @@ def make_cache(vocabulary: Vocabulary) -> Cache:
     return Cache(vocabulary.known.copy(), np.full(1, CACHED_WORDS))
 
 
-def forget_words(cache: Cache, vocabulary: Vocabulary):
-    """Leaves in the cache only the words that are one token."""
+def reset_cache(cache: Cache, vocabulary: Vocabulary):
+    """Removes all words but the single tokens."""
     cache.rows[:], cache.room[:] = vocabulary.known, CACHED_WORDS
 
 
@@ -770,15 +778,15 @@ def add_tokens(vocabulary):
 
 @kernel
 def add_pairs(vocabulary, room):
-    """Fills `pairs` with up to `room` ways to put two tokens together into a third; returns how many there are.
+    """Fills `pairs` with up to `room` ways to join two tokens into a third; returns how many there are.
 
-    Not only those by which it was learnt: as in tiktoken, any two parts merge whose bytes together are a token.
+    Not only the merges that training chose: as in tiktoken, any two parts merge whose bytes together are a token.
     """
     _, _, token_bytes, starts, tokens, pairs, _ = vocabulary
     longest = 0
     for token in range(len(starts) - 1):
         longest = max(longest, starts[token + 1] - starts[token])
-    occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, as not to look for others in a token of a million bytes
+    occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, so as not to search one of a million bytes
     for token in range(len(starts) - 1):
         occurs[starts[token + 1] - starts[token]] = 1
     n = 0
@@ -794,7 +802,7 @@ def add_pairs(vocabulary, room):
             if right != NONE:
                 n += 1
                 if n <= room:
-                    pair = as_pair(left, right)
+                    pair = pack_pair(left, right)
                     slot = pair_slot(pairs, pair)
                     pairs[slot, 0], pairs[slot, 1] = pair, uint64(token + 1)
     return n
@@ -802,17 +810,17 @@ def add_pairs(vocabulary, room):
 
 @compiled
 def find_pair(pairs, left, right):
-    """The id of two tokens together, or NONE."""
-    found = int64(pairs[pair_slot(pairs, as_pair(left, right)), 1])
+    """The id of the merged pair, or NONE."""
+    found = int64(pairs[pair_slot(pairs, pack_pair(left, right)), 1])
     return found - 1 if found else NONE
 
 
 @compiled
 def merge_word(text, at, n, byte_ids, byte_pairs, pairs, parts, ranks):
-    """Writes the ids of the word text[at:at + n] into `parts`; returns how many. Both arrays have room for n + 1.
+    """Writes the ids of the word text[at:at + n] into `parts`; returns their number. Both arrays have room for n + 1.
 
-    The adjacent pair of lowest rank merges, the leftmost of equals, until none is left. Looks at all pairs each time. Loops
-    end at END rather than after n steps, for LLVM would make vector loops of those, which are slower for so few.
+    Merges the adjacent pair of lowest rank, the leftmost of equals, until none is left; scans all pairs each time. Loops
+    end at END rather than after n steps, which LLVM would vectorize: slower for so few.
     """
     for i in range(n):
         parts[i] = byte_ids[text[at + i]]
@@ -840,9 +848,9 @@ def merge_word(text, at, n, byte_ids, byte_pairs, pairs, parts, ranks):
 
 @compiled
 def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ranks):
-    """As `merge_word`, with a heap that keeps it O(n log n): a "word" may have 300,000 letters. Both arrays have room for n.
+    """As `merge_word`, in O(n log n) with a heap: a "word" may have 300,000 letters. Both arrays have room for n.
 
-    As in `Corpus`, a part's id stands at its first and its last byte. Holds 64 bytes for a byte of the word.
+    As in `Corpus`, a part's id is stored at its first and its last byte. Takes 64 bytes of memory per byte of the word.
     """
     heap, size = np.empty((3 * n, 2), np.uint64), 0
     for i in range(n):
@@ -856,7 +864,7 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
         heap_pop(heap, size)
         size -= 1
         if ranks[left] != rank:
-            continue  # one of the two was merged away since
+            continue  # stale: one of the two has been merged since
         right = left + starts[parts[left] + 1] - starts[parts[left]]
         end = right + starts[parts[right] + 1] - starts[parts[right]]
         before = left - (starts[parts[left - 1] + 1] - starts[parts[left - 1]]) if left else -1
@@ -882,10 +890,10 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
 
 @kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
-    """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns where they end."""
+    """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns the index after them."""
     byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     rows, room = cache
-    parts, ranks = np.empty(SCANNED + 1, np.int64), np.empty(SCANNED + 1, np.int64)
+    parts, ranks = np.empty(MAX_SCANNED_BYTES + 1, np.int64), np.empty(MAX_SCANNED_BYTES + 1, np.int64)
     for i in range(n_words):
         at = ends[i]
         length = ends[i + 1] - at
@@ -899,19 +907,19 @@ def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
                     continue
                 room[0] -= 1
                 rows[slot, 0], rows[slot, 1] = low, high
-                # beyond m these are left-overs; the third must not reach into the number
+                # entries beyond m are left-overs; the third must not overflow into the number of ids
                 rows[slot, 2] = uint64(parts[0]) | uint64(parts[1]) << uint64(32)
                 rows[slot, 3] = uint64(uint32(parts[2])) | uint64(m) << uint64(32)
             two, third = rows[slot, 2], rows[slot, 3]
-            # all three are written, which is faster than asking how many there are
+            # writing all three is faster than a branch on how many there are
             ids[n], ids[n + 1], ids[n + 2] = uint32(two), uint32(two >> uint64(32)), uint32(third)
             n += int64(third >> uint64(32))
             continue
         token = find_token(tokens, starts, token_bytes, text, at, length)
-        if token != NONE:  # as tiktoken: also where merging would not lead there
+        if token != NONE:  # as in tiktoken, even where merges would not lead there
             ids[n] = token
             n += 1
-        elif length <= SCANNED:
+        elif length <= MAX_SCANNED_BYTES:
             m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
             n = append(ids, n, parts, m)
         else:
@@ -923,22 +931,22 @@ def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
 
 @compiled
 def append(ids, n, parts, m):
-    """Writes the first m of `parts` from ids[n] on; returns where they end."""
+    """Writes the first m of `parts` from ids[n] on; returns the index after them."""
     for i in range(m):
         ids[n + i] = parts[i]
     return n + m
 
 
 @kernel
-def encode_documents(text, offsets, leads, splitter, vocabulary, cache, ids, id_offsets):
-    """Ids of the documents text[offsets[i]:offsets[i + 1]], each led by leads[i] unless that is NONE, into
-    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for `PADDING` more than there are leads and bytes."""
+def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, id_offsets):
+    """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is NONE, into
+    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
     ends = np.empty(BLOCK + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
         at = id_offsets[i]
-        if leads[i] != NONE:
-            ids[at] = leads[i]
+        if prefixes[i] != NONE:
+            ids[at] = prefixes[i]
             at += 1
         n, ends[0] = 0, offsets[i]
         while ends[n] < offsets[i + 1]:

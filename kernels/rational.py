@@ -1,15 +1,18 @@
-"""A rational function of each number, whose coefficients a group of channels shares: one pass forward, one backward.
+"""An elementwise rational function whose coefficients are shared by groups of channels: one pass forward, one backward.
 
-    f(x) = (t0 + t1 x + … + t5 x^5) / (1 + t6 |x| + t7 |x|² + t8 |x|³ + t9 |x|⁴)        t6 … t9 >= 0: it has no poles
+    f(x) = (c0 + c1 x + … + c5 x^5) / (1 + c6 |x| + c7 |x|² + c8 |x|³ + c9 |x|⁴)        c6 … c9 >= 0, so it has no poles
 
-The backward pass computes f(x) again rather than have it kept, and sums the gradients of the coefficients tile by tile,
-without an atomic addition an element (Yang and Wang 2024, section 4.1, arXiv:2409.10594, is what that costs). Numba on a
-CPU, Triton on a GPU of NVIDIA, plain torch elsewhere; torch.compile takes both operations as they are. The arithmetic is
-fp32 whatever comes in: x^5 overflows fp16 from 10 on.
+The backward pass recomputes f(x), and sums the gradients of the coefficients tile by tile, without an atomic addition per
+element (Yang and Wang 2024, section 4.1, arXiv:2409.10594, measured what those cost). numba on a CPU, Triton on an NVIDIA
+GPU (kernels/rational_triton.py), plain torch elsewhere; torch.compile treats both operations as opaque. The arithmetic is
+fp32 whatever the dtype of the input: in fp16, x^5 overflows from x = 10 on.
+
+The readable twins of both kernels, and the oracles of tests/test_rational.py, are `rational_torch` and
+`rational_backward_torch` at the end of this file.
 """
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -17,100 +20,119 @@ import numpy as np
 import torch
 from torch import Tensor, library
 
-# Of torch's operations. Each copy of this file, an exported model has one, has a name of its own: a second registration
-# under one name destroys the first, and a call to it then reads freed memory.
+# The namespace of the torch operations. Every copy of this file has its own, and an exported model contains a copy: a second
+# registration under the same name destroys the first, and calling that one then reads freed memory.
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)
 N_NUMERATOR, N_DENOMINATOR = 6, 4
 N_COEFFICIENTS = N_NUMERATOR + N_DENOMINATOR
-ROWS = 256  # of a tile on a CPU. Sums of tiles are added in their order, so that threads do not change the result
+ROWS = 256  # per tile on a CPU. The sums of tiles are added in a fixed order, so that threads do not change the result
 
 
 def group_size(channels: int, groups: int) -> int:
-    """Channels of a group; the last one may have fewer."""
+    """Channels per group; the last group may have fewer."""
     return -(-channels // groups)
 
 
 @library.custom_op(f"{NAMESPACE}::rational", mutates_args=())
-def rational(x: Tensor, table: Tensor) -> Tensor:
-    """x: (rows, channels); table: (groups, 10) in fp32, t0 … t9 of each group. Returns f(x), of x's dtype."""
-    kind, x = x.device.type, x.contiguous()
-    if kind == "cuda" and (kernels := triton_kernels(x.device)):
-        return kernels.forward(x, table)
-    if kind != "cpu":
-        return rational_by_torch(x.float(), table).to(x.dtype)
-    y, coefficients = torch.empty_like(x), table.contiguous().numpy()
-    in_tiles(lambda tile, x, y: forward_tile(x, coefficients, y), [x], [y])
+def rational(x: Tensor, coefficients: Tensor) -> Tensor:
+    """x: (rows, channels); coefficients: (groups, 10) in fp32, c0 … c9 of each group. Returns f(x) in x's dtype."""
+    device, x = x.device.type, x.contiguous()
+    if device == "cuda" and (kernels := triton_kernels(x.device)):
+        return kernels.forward(x, coefficients)
+    if device != "cpu":
+        return rational_torch(x.float(), coefficients).to(x.dtype)
+    y, c = torch.empty_like(x), coefficients.contiguous().numpy()
+    run_tiles(lambda tile, x, y: forward_tile(x, c, y), [x], [y])
     return y
 
 
 @rational.register_fake
-def _(x: Tensor, table: Tensor) -> Tensor:
+def _(x: Tensor, coefficients: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @library.custom_op(f"{NAMESPACE}::rational_backward", mutates_args=())
-def rational_backward(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: of f(x), (rows, channels). Returns f(x) and the gradient of x, both of x's dtype, and that of the table."""
-    kind, x = x.device.type, x.contiguous()
-    if kind == "cuda" and (kernels := triton_kernels(x.device)):
-        return kernels.backward(grad.contiguous(), x, table)
-    if kind != "cpu":
-        return backward_by_torch(grad, x, table)
-    y, x_grad, coefficients = torch.empty_like(x), torch.empty_like(x), table.contiguous().numpy()
-    sums = torch.zeros(-(-len(x) // ROWS), *table.shape)
-    in_tiles(lambda tile, x, grad, y, x_grad: backward_tile(x, coefficients, y, grad, x_grad, sums[tile].numpy()),
-             [x, grad.contiguous()], [y, x_grad])
+def rational_backward(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: the gradient of f(x), (rows, channels). Returns f(x) and the gradient of x, both in x's dtype, and the gradient
+    of the coefficients in fp32."""
+    device, x = x.device.type, x.contiguous()
+    if device == "cuda" and (kernels := triton_kernels(x.device)):
+        return kernels.backward(grad.contiguous(), x, coefficients)
+    if device != "cpu":
+        return rational_backward_torch(grad, x, coefficients)
+    y, x_grad, c = torch.empty_like(x), torch.empty_like(x), coefficients.contiguous().numpy()
+    sums = torch.zeros(-(-len(x) // ROWS), *coefficients.shape)
+    run_tiles(lambda tile, x, grad, y, x_grad: backward_tile(x, c, y, grad, x_grad, sums[tile].numpy()),
+              [x, grad.contiguous()], [y, x_grad])
     return y, x_grad, sums.sum(dim=0, dtype=torch.float64).float()
 
 
 @rational_backward.register_fake
-def _(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    like_x = lambda: torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return like_x(), like_x(), torch.empty_like(table)
+def _(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    empty = lambda: torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty(), empty(), torch.empty_like(coefficients)
+
+
+# -- GPU --------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def triton_kernels(device: torch.device):
+    """The module kernels/rational_triton.py, or None where Triton does not support the card or, with a warning, fails."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return None
+    try:
+        from kernels import rational_triton
+        x, coefficients = torch.ones(1, 1, device=device), torch.ones(1, N_COEFFICIENTS, device=device)
+        rational_triton.backward(x, x, coefficients)
+        return rational_triton
+    except Exception as error:  # no Triton, no compiler for its launcher, another driver: each raises its own type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"rational functions run without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
+        return None
 
 
 # -- CPU --------------------------------------------------------------------------------------------------------------
 
-def in_tiles(kernel: Callable, inputs: list[Tensor], outputs: list[Tensor]):
-    """kernel(tile, *inputs, *outputs) with the rows of every tile, by as many threads as torch uses. What is not fp32 is so
-    for a tile at a time."""
-    infers = torch.is_inference_mode_enabled()  # a mode of the thread that calls, which those of the pool must share
+def run_tiles(kernel: Callable, inputs: list[Tensor], outputs: list[Tensor]):
+    """Calls kernel(tile, *inputs, *outputs) with the rows of every tile, in as many threads as torch uses. Tensors that are
+    not fp32 are converted a tile at a time."""
+    is_inference = torch.is_inference_mode_enabled()  # the calling thread's mode, which those of the pool must share
 
-    @torch.inference_mode(infers)
-    def work(tile: int):
+    @torch.inference_mode(is_inference)
+    def run_tile(tile: int):
         rows = slice(tile * ROWS, (tile + 1) * ROWS)
         ins, outs = [x[rows].float() for x in inputs], [y[rows] for y in outputs]
-        full = [y if y.dtype == torch.float32 else torch.empty(y.shape) for y in outs]
-        kernel(tile, *(x.numpy() for x in ins), *(y.numpy() for y in full))
-        for y, values in zip(outs, full):
+        fp32_outs = [y if y.dtype == torch.float32 else torch.empty(y.shape) for y in outs]
+        kernel(tile, *(x.numpy() for x in ins), *(y.numpy() for y in fp32_outs))
+        for y, values in zip(outs, fp32_outs):
             if y is not values:
                 y.copy_(values)
-    inputs = [x.detach() for x in inputs]  # gradients are off in the thread that calls, but not in those of the pool
+    inputs = [x.detach() for x in inputs]  # gradients are off in the calling thread, but not in those of the pool
     tiles, threads = range(-(-len(inputs[0]) // ROWS)), torch.get_num_threads()
     if threads == 1 or len(tiles) == 1:
         for tile in tiles:
-            work(tile)
+            run_tile(tile)
     else:
-        list(pool_of(threads).map(work, tiles))
+        list(thread_pool(threads).map(run_tile, tiles))
 
 
 @functools.cache
-def pool_of(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-# error_model="numpy": a check for division by zero, which cannot be, would keep the loops from using vector units
+# error_model="numpy": a check for division by zero, which cannot happen, would keep the loops from being vectorised
 compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"},
                              error_model="numpy")
 F = np.float32
 
 
 @compiled
-def forward_tile(x, table, y):
+def forward_tile(x, coefficients, y):
     rows, channels = x.shape
-    size = -(-channels // len(table))
-    for group in range(len(table)):
-        a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = table[group]
+    size = -(-channels // len(coefficients))
+    for group in range(len(coefficients)):
+        a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = coefficients[group]
         lo, hi = group * size, min((group + 1) * size, channels)
         for row in range(rows):
             xs, ys = x[row, lo:hi], y[row, lo:hi]
@@ -122,11 +144,11 @@ def forward_tile(x, table, y):
 
 
 @compiled
-def backward_tile(x, table, y, grad, x_grad, sums):
+def backward_tile(x, coefficients, y, grad, x_grad, sums):
     rows, channels = x.shape
-    size = -(-channels // len(table))
-    for group in range(len(table)):
-        a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = table[group]
+    size = -(-channels // len(coefficients))
+    for group in range(len(coefficients)):
+        a0, a1, a2, a3, a4, a5, b1, b2, b3, b4 = coefficients[group]
         lo, hi = group * size, min((group + 1) * size, channels)
         for row in range(rows):
             xs, ys, gs, x_gs = x[row, lo:hi], y[row, lo:hi], grad[row, lo:hi], x_grad[row, lo:hi]
@@ -172,46 +194,28 @@ def backward_tile(x, table, y, grad, x_grad, sums):
             out[9] += s9
 
 
-# -- plain torch ------------------------------------------------------------------------------------------------------
+# -- plain torch: the readable twins, and what other devices run -----------------------------------------------------
 
-def by_channel(table: Tensor, channels: int) -> list[Tensor]:
-    """t0 … t9, each (channels,)."""
-    return list(table.repeat_interleave(group_size(channels, len(table)), dim=0)[:channels].unbind(dim=1))
+def rational_torch(x: Tensor, coefficients: Tensor) -> Tensor:
+    """f(x), differentiable. x: (rows, channels); coefficients: (groups, 10)."""
+    channels = x.size(1)
+    by_channel = coefficients.repeat_interleave(group_size(channels, len(coefficients)), dim=0)[:channels]
+    c = by_channel.unbind(dim=1)  # c0 … c9, each (channels,)
+    return horner(c[:N_NUMERATOR], x) / (1 + x.abs() * horner(c[N_NUMERATOR:], x.abs()))
 
 
-def horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
+def rational_backward_torch(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rational_backward` by autograd."""
+    with torch.enable_grad():
+        values, coefficients = x.float().requires_grad_(), coefficients.detach().requires_grad_()
+        y = rational_torch(values, coefficients)
+    x_grad, coefficients_grad = torch.autograd.grad(y, (values, coefficients), grad.float())
+    return y.detach().to(x.dtype), x_grad.to(x.dtype), coefficients_grad
+
+
+def horner(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
     """c0 + c1 x + c2 x² …"""
     y = coefficients[-1]
     for c in coefficients[-2::-1]:
         y = torch.addcmul(c, y, x)
     return y
-
-
-def rational_by_torch(x: Tensor, table: Tensor) -> Tensor:
-    """x: (rows, channels). Differentiable."""
-    t = by_channel(table, x.size(1))
-    return horner(t[:N_NUMERATOR], x) / (1 + x.abs() * horner(t[N_NUMERATOR:], x.abs()))
-
-
-def backward_by_torch(grad: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        values, table = x.float().requires_grad_(), table.detach().requires_grad_()
-        y = rational_by_torch(values, table)
-    x_grad, table_grad = torch.autograd.grad(y, (values, table), grad.float())
-    return y.detach().to(x.dtype), x_grad.to(x.dtype), table_grad
-
-
-@functools.cache
-def triton_kernels(device: torch.device):
-    """The module of the GPU's kernels; None where Triton does not know the card, or does not work, of which it warns."""
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return None
-    try:
-        from kernels import rational_triton
-        x, table = torch.ones(1, 1, device=device), torch.ones(1, N_COEFFICIENTS, device=device)
-        rational_triton.backward(x, x, table)
-        return rational_triton
-    except Exception as error:  # no Triton, no compiler for its launcher, another driver: each its own type
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"rational functions go without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
-        return None

@@ -1,24 +1,33 @@
-"""Parts of a network. An architecture is one class here and one line in a dict below.
+"""Parts of the network: mathematics on tensors. An architecture is one class here and one line in a dict below.
 
-Every layer is made from the model's config, of which it reads what it needs (n_embd, n_head, head_size, block_size,
-bias …). An MLP works on each position by itself, (B, T, C) -> (B, T, C). A mixer moves information between positions and
-owns its part of the cache: `Mixer(config, layer)`, layer counting from 0, `init_cache(batch_size, n_tokens, device,
-dtype)`, whose result has `put` (see KVCache), and
+Every layer is constructed from the model's config, from which it reads what it needs: n_embd, n_head, head_size, bias …
+All linear layers inside it are `LINEARS[config.linear]`; the one that writes into the residual stream is named `proj`, and
+the model initialises its matrix to zero.
 
-    forward(x, metadata, cache=None, first=None) -> (y, value)     x, y: (B, T, C)
+MLP: `MLP(config)`, works on each position by itself.
 
-where `places` says where the tokens stand (layers/metadata.py), and `value` is what the later blocks get as `first` if it is
-the first block's: see Attention. Both have `flops_per_token(block_size)`, the floating-point operations that their matrix
-products cost a training token, forward and (as much again, twice) backward, and `elementwise_flops_per_token(block_size)`,
-those of activations and bases. Both make their linear layers by LINEARS[config.linear], and name those that write into the
-residual stream `proj`: the model starts their matrices at zero. A mixer has a `letter`, by which a pattern of several names
-it. Buffers that are not in checkpoints are made by `fill`, which export.py's model calls again.
+    forward(x) -> y                                             x, y: (B, T, C)
+
+Mixer: `Mixer(config, layer)`, layer counts from 0; moves information between positions. Its `letter` stands for it in a
+pattern such as --mixer=DDDA.
+
+    forward(x, metadata, cache=None, first_layer_v=None) -> (y, v)
+        metadata: layers/attention_metadata.py, shared by all layers. cache: holds the positions before x, and takes x in.
+        v: this layer's values, (B, n_head, T, head_size); every later block receives those of the first block as
+        first_layer_v (see Attention).
+    init_cache(batch_size, max_len, device, dtype) -> cache
+        with `copy_rows_from(rows, other, other_rows, stop, n)`, see KVCache
+
+MLPs and mixers both count their cost per training token, forward and backward (twice the forward pass):
+`flops_per_token(block_size)` for matrix products, `elementwise_flops_per_token(block_size)` for activations and bases.
+
+Any layer with buffers that are not saved in checkpoints makes them in `init_buffers()`: an exported model calls it again.
 """
 from functools import partial
 
 from layers.attention import Attention
 from layers.gated_delta import GatedDelta
-from layers.kan import LINEARS
+from layers.linear import LINEARS
 from layers.mlp import GELU, KAN, ReLU2, SwiGLU, TanhGELU
 from layers.norm import LayerNorm, RMSNorm, ScaledRMSNorm
 

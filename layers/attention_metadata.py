@@ -1,4 +1,4 @@
-"""Where the tokens of a forward pass stand and what they may see of each other, worked out once for all layers."""
+"""Positions and documents of the tokens in one forward pass, computed once for all layers."""
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """start: how many slots of the caches are filled. mask: (B or 1, 1, T, start + T) bool, what each token sees; None: all
-    that stand before it, and itself. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, where a
-    text begins that must see nothing of those before it in its row; None: nowhere but at the start."""
+    """start: filled slots of the cache. mask: (B or 1, 1, T, start + T) bool, True where a query may see a key; None: plain
+    causal attention. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, True at the first token
+    of each packed document, which sees nothing before it; None: every row is one document."""
     start: int = 0
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
@@ -17,29 +17,30 @@ class AttentionMetadata:
 
 
 def doc_ids(doc_starts: Tensor) -> Tensor:
-    """Which text of its row each token belongs to, counting from 0 or 1. (B, T) bool -> (B, T) int64."""
+    """The index of each token's document in its row, counting from 0 or 1. (B, T) bool -> (B, T) int64."""
     return doc_starts.cumsum(dim=1)
 
 
 def doc_position_ids(doc_starts: Tensor) -> Tensor:
-    """Each token's position in its own text. (B, T) bool -> (B, T) int64. [1 0 0 1 0] -> [0 1 2 0 1]"""
-    at = torch.arange(doc_starts.size(1), device=doc_starts.device).expand(doc_starts.shape)
-    return at - at.where(doc_starts, 0).cummax(dim=1).values
+    """Each token's position in its own document. (B, T) bool -> (B, T) int64. [1 0 0 1 0] -> [0 1 2 0 1]"""
+    index = torch.arange(doc_starts.size(1), device=doc_starts.device).expand(doc_starts.shape)
+    return index - index.where(doc_starts, 0).cummax(dim=1).values
 
 
 def document_causal_mask(doc_starts: Tensor) -> Tensor:
-    """(B, 1, T, T): a token sees what stands before it in its own text, and itself."""
-    text, T = doc_ids(doc_starts), doc_starts.size(1)
-    seen = torch.ones(T, T, dtype=torch.bool, device=doc_starts.device).tril()
-    return ((text.unsqueeze(2) == text.unsqueeze(1)) & seen).unsqueeze(1)
+    """(B, T) bool -> (B, 1, T, T) bool: a token sees itself and the tokens before it in its own document."""
+    ids, T = doc_ids(doc_starts), doc_starts.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=doc_starts.device).tril()
+    return ((ids.unsqueeze(2) == ids.unsqueeze(1)) & causal).unsqueeze(1)
 
 
 def cached_causal_mask(n_new: int, start: int, left_pad: Tensor | None, device: torch.device) -> Tensor | None:
-    """For `n_new` tokens after `start` filled slots, of which each row left the first `skipped`, (B,), empty."""
+    """The mask of `n_new` tokens after `start` cached ones, (B or 1, 1, n_new, start + n_new). left_pad: (B,), the number of
+    empty slots at the start of each row. None where attention needs no mask."""
     if left_pad is None and (start == 0 or n_new == 1):
         return None
-    seen = torch.ones(n_new, start + n_new, dtype=torch.bool, device=device).tril(diagonal=start)
+    causal = torch.ones(n_new, start + n_new, dtype=torch.bool, device=device).tril(diagonal=start)
     if left_pad is None:
-        return seen[None, None]
-    filled = torch.arange(start + n_new, device=device) >= left_pad[:, None]
-    return seen & filled[:, None, None, :]
+        return causal[None, None]
+    is_filled = torch.arange(start + n_new, device=device) >= left_pad[:, None]
+    return causal & is_filled[:, None, None, :]

@@ -1,18 +1,18 @@
-"""Feed-forward layers: one hidden layer applied to each position by itself, (B, T, C) -> (B, T, C)."""
+"""Feed-forward layers, (B, T, C) -> (B, T, C), each position by itself: the classes in the dict MLPS."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.kan import LINEARS
-from layers.linear import ActivatedLinear, Linear, elementwise_flops, matrix_flops
+from layers.activated_linear import ActivatedLinear
+from layers.linear import LINEARS, Linear, elementwise_flops, matrix_flops
 
 
 class MLP(nn.Module):
-    """Linear, `activation`, linear. The hidden layer is four times as wide as the model, if the config says nothing else."""
-    activation_flops = 0  # of one hidden unit
+    """Linear, `activation`, linear. The hidden layer is four times as wide as the model, unless --n_hidden is given."""
+    activation_flops = 0  # per hidden unit
 
     def __init__(self, config, n_hidden: int | None = None):
-        """n_hidden: what the hidden layer has if the config says nothing."""
+        """n_hidden: the default width of the hidden layer."""
         super().__init__()
         self.n_hidden, linear = config.n_hidden or n_hidden or 4 * config.n_embd, LINEARS[config.linear]
         self.fc = linear(config.n_embd, self.n_hidden, config.bias)
@@ -31,12 +31,13 @@ class MLP(nn.Module):
         return 3 * (self.activation_flops * self.n_hidden + elementwise_flops(self))
 
 
-class LeanMLP(MLP):
-    """An MLP that also knows its activation's derivative, and therefore keeps one hidden tensor where autograd keeps two."""
+class RecomputingMLP(MLP):
+    """An MLP that knows the derivative of its activation, and saves one hidden tensor for the backward pass where autograd
+    saves two."""
 
     @staticmethod
     def activation_backward(grad: Tensor, x: Tensor) -> Tensor:
-        """grad: of activation(x), which may be overwritten. Returns that of x."""
+        """grad: the gradient of activation(x), may be overwritten. Returns the gradient of x."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class LeanMLP(MLP):
         return y if self.proj.bias is None else y + self.proj.bias
 
 
-class ReLU2(LeanMLP):
+class ReLU2(RecomputingMLP):
     """relu(x)². Source: So et al. 2021 (Primer), arXiv:2109.08668."""
     activation_flops = 2
 
@@ -59,7 +60,7 @@ class ReLU2(LeanMLP):
         return grad.mul_(F.relu(x)).mul_(2)
 
 
-class GELU(LeanMLP):
+class GELU(RecomputingMLP):
     """Source: Hendrycks and Gimpel 2016, arXiv:1606.08415."""
     activation_flops = 5
 
@@ -72,8 +73,8 @@ class GELU(LeanMLP):
         return torch.ops.aten.gelu_backward(grad, x)
 
 
-class TanhGELU(LeanMLP):
-    """GELU's approximation by tanh, which OpenAI's GPT-2 has."""
+class TanhGELU(RecomputingMLP):
+    """GELU's tanh approximation, as in OpenAI's GPT-2."""
     activation_flops = 8
 
     @staticmethod
@@ -86,8 +87,8 @@ class TanhGELU(LeanMLP):
 
 
 class SwiGLU(MLP):
-    """silu(gate(x)) * fc(x), then linear; three matrices, so the hidden layer is 8/3 times as wide as the model to
-    have the parameters of the others. Source: Shazeer 2020, arXiv:2002.05202."""
+    """proj(silu(gate(x)) * fc(x)). It has three matrices, so its hidden layer is 8/3 times as wide as the model, for the
+    parameters of the others. Source: Shazeer 2020, arXiv:2002.05202."""
     activation_flops = 5
 
     def __init__(self, config):
@@ -99,14 +100,14 @@ class SwiGLU(MLP):
 
 
 class KAN(nn.Module):
-    """KAN layers, which need no activation between. Two, with a hidden layer four times as wide as the model, if their
-    functions are shared; one, of as many parameters, if every edge has its own, unless the config says how wide a hidden
-    layer is to be."""
+    """KAN layers in sequence; their functions are the nonlinearity. Where edges share functions: two layers with a hidden
+    layer four times as wide as the model. Where every edge has its own: one layer, which has as many parameters; two if
+    --n_hidden is given."""
 
     def __init__(self, config, kind: str):
         super().__init__()
         layer, width = LINEARS[kind], config.n_embd
-        n_hidden = config.n_hidden or (4 * width if layer.terms == 1 else None)
+        n_hidden = config.n_hidden or (4 * width if layer.n_basis == 1 else None)
         self.fc = layer(width, n_hidden, config.bias) if n_hidden else nn.Identity()
         self.proj = layer(n_hidden or width, width, config.bias, is_hidden=True)
 

@@ -1,39 +1,12 @@
-"""Normalisation of the residual stream, (B, T, C) -> (B, T, C)."""
+"""Normalisation layers, (B, T, C) -> (B, T, C): the classes in the dict NORMS, and the function `rms_norm`."""
 import torch
 from torch import Tensor, nn
 
 EPS = torch.finfo(torch.float32).eps
 
 
-class UnitRMS(torch.autograd.Function):
-    """Passes over the numbers a third as often as autograd would."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, save_input: bool, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(norm.square() / x.size(-1) + eps)
-        y = x * scale
-        ctx.save_for_backward(x if save_input else y, scale)
-        ctx.save_input, ctx.x_dtype = save_input, x.dtype
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        kept, scale = ctx.saved_tensors
-        y = kept * scale if ctx.save_input else kept
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)
-        return torch.addcmul(grad, y, along).mul_(scale).to(ctx.x_dtype), None, None
-
-
-def rms_norm(x: Tensor, save_input: bool = False, eps: float = EPS) -> Tensor:
-    """x scaled to mean square 1 over its last dimension, in fp32. save_input: for the backward pass, rather than the result;
-    one of them costs no memory where another layer keeps it too. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
-    return UnitRMS.apply(x, save_input, eps)
-
-
 class RMSNorm(nn.Module):
-    """Without parameters: what would scale its output is in the matrices that read it."""
+    """RMSNorm without parameters: the matrices that read its output learn the scale."""
 
     def __init__(self, config):
         super().__init__()
@@ -44,7 +17,7 @@ class RMSNorm(nn.Module):
 
 
 class ScaledRMSNorm(RMSNorm):
-    """With a factor for each channel, as in Llama (Touvron et al. 2023, arXiv:2302.13971)."""
+    """RMSNorm with a learned factor per channel, as in Llama (Touvron et al. 2023, arXiv:2302.13971)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -60,3 +33,33 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config):
         super().__init__(config.n_embd, eps=config.norm_eps or 1e-5, bias=config.bias)
+
+
+def rms_norm(x: Tensor, save_input: bool = False, eps: float = EPS) -> Tensor:
+    """x / √(mean(x²) + eps) over the last dimension, in fp32. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    save_input: keep the input for the backward pass rather than the output. Choose the one that another layer saves
+    anyway, and it costs no memory.
+    """
+    return RMSNormFunction.apply(x, save_input, eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """A third of the passes over memory that autograd's version takes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, save_input: bool, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(norm.square() / x.size(-1) + eps)
+        y = x * scale
+        ctx.save_for_backward(x if save_input else y, scale)
+        ctx.save_input, ctx.x_dtype = save_input, x.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        saved, scale = ctx.saved_tensors
+        y = saved * scale if ctx.save_input else saved
+        radial = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)  # along y nothing changes the output
+        return torch.addcmul(grad, y, radial).mul_(scale).to(ctx.x_dtype), None, None

@@ -1,4 +1,4 @@
-"""Token shift: a learned share of the position before, channel by channel."""
+"""Token shift: adds a learned per-channel multiple of the previous token."""
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,31 @@ class ShiftCache:
         self.last[rows] = other.last[other_rows]
 
 
-class Shifted(torch.autograd.Function):
-    """x_t + coeff * x_{t-1}, in as few passes over the numbers as there can be."""
+class TokenShift(nn.Module):
+    """x_t + coeff * x_{t-1}. A head would otherwise have to learn to fetch the previous token; here it is available from
+    the first step on. Source: Peng et al. 2023 (RWKV), section 3.1, arXiv:2305.13048."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shift_coeff = nn.Parameter(torch.zeros(config.n_embd))
+
+    def init_cache(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> ShiftCache:
+        return ShiftCache(torch.zeros(batch_size, 1, self.shift_coeff.numel(), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: ShiftCache | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C). cache: holds the position before x, and takes in the last of x."""
+        coeff = self.shift_coeff.to(x.dtype)
+        if metadata.doc_starts is not None:
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(metadata.doc_starts.unsqueeze(-1), 0.0)
+            return torch.addcmul(x, coeff, previous)
+        if cache is None:
+            return TokenShiftFunction.apply(x, coeff)
+        previous, cache.last = cache.last.to(x.dtype), x[:, -1:].to(cache.last.dtype)
+        return torch.addcmul(x, coeff, torch.cat((previous, x[:, :-1]), dim=1))
+
+
+class TokenShiftFunction(torch.autograd.Function):
+    """x_t + coeff * x_{t-1}, with as few passes over memory as possible."""
 
     @staticmethod
     def forward(ctx, x: Tensor, coeff: Tensor) -> Tensor:
@@ -36,26 +59,3 @@ class Shifted(torch.autograd.Function):
         x_grad = grad.clone()
         x_grad[:, :-1].addcmul_(grad[:, 1:], coeff)
         return x_grad, (grad[:, 1:] * x[:, :-1]).sum(dim=(0, 1))
-
-
-class TokenShift(nn.Module):
-    """x_t + coeff * x_{t-1}. What a head must otherwise learn to fetch, the token before, is there from the first step on.
-    Source: Peng et al. 2023 (RWKV), section 3.1, arXiv:2305.13048."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.shift_coeff = nn.Parameter(torch.zeros(config.n_embd))
-
-    def init_cache(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> ShiftCache:
-        return ShiftCache(torch.zeros(batch_size, 1, self.shift_coeff.numel(), device=device, dtype=dtype))
-
-    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: ShiftCache | None = None) -> Tensor:
-        """x: (B, T, C), which stand after what `cache` holds; it takes the last of them in. Returns (B, T, C)."""
-        coeff = self.shift_coeff.to(x.dtype)
-        if metadata.doc_starts is not None:
-            before = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(metadata.doc_starts.unsqueeze(-1), 0.0)
-            return torch.addcmul(x, coeff, before)
-        if cache is None:
-            return Shifted.apply(x, coeff)
-        before, cache.last = cache.last.to(x.dtype), x[:, -1:].to(cache.last.dtype)
-        return torch.addcmul(x, coeff, torch.cat((before, x[:, :-1]), dim=1))

@@ -43,7 +43,7 @@ class CheckpointWriter:
         """resumed: the checkpoint that the run continues, and whether that was its best."""
         self.path, self.previous, self.best = path, folder / "previous.pt", folder / "best.pt"
         self.resumes_in_place = resumed is not None and path.exists() and path.samefile(resumed)
-        self.same_run = resumed is not None and run_folder(resumed) == folder  # also from its best.pt or previous.pt
+        self.same_run = resumed is not None and run_folder(resumed).resolve() == folder.resolve()  # best.pt too
         self.is_best = is_best  # the checkpoint at `path`, when the run resumes in place
         self.saved_step = -1    # of the checkpoint at `path`; -1 before this run has written it
         self.thread: threading.Thread | None = None

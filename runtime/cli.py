@@ -97,7 +97,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that reports errors in one line, and suggests the flag that was meant."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        super().__init__(description=description, usage="%(prog)s [--flag=value ...]", allow_abbrev=False,
+                         formatter_class=HelpFormatter)
 
     def error(self, message: str):
         raise BadInput(message.removeprefix("argument ").replace(": expected one argument", ": give it a value"))

@@ -1,8 +1,11 @@
-"""What a run measures: bits per byte, and rows of numbers on disk that plots and tables read.
+"""What a run measures: bits per byte, non-finite steps, and metrics.jsonl, which plots and tables read.
 
-A run's rows are `metrics.jsonl`, one JSON object per log or evaluation (step, tokens, seconds, flops, lr, train_loss,
-val_loss, val_bpb, tok_per_sec, mfu, peak_memory; largest_loss and grad_norm, the largest since the row before; skipped,
-steps left out so far), and the same numbers as TensorBoard events beside it.
+A run's `metrics.jsonl` holds one JSON object per log or evaluation: step, tokens, seconds, flops, lr, train_loss, val_loss,
+val_bpb, tok_per_sec, mfu, peak_memory; largest_loss and grad_norm, the maximum since the previous row; skipped, the number
+of skipped steps so far. TensorBoard events beside it hold the same numbers.
+
+    for row in read_rows(Path("checkpoints/gpt/metrics.jsonl")):
+        print(row["step"], row.get("val_loss"))
 """
 import json
 import math
@@ -19,10 +22,10 @@ from runtime.files import atomic_write
 
 @dataclass
 class LossSums:
-    """Loss summed over tokens, and over those that are text, whose bytes are known.
+    """Summed loss, from which nats per token and bits per byte follow.
 
-    Bits per byte lets vocabularies of different sizes be compared. Special tokens are no text: they count in neither
-    its nats nor its bytes. Sums are Python floats, which are float64.
+    Bits per byte = summed nats / (ln 2 * bytes of the predicted text), which compares vocabularies of different sizes.
+    Special tokens are not text: they count in neither its nats nor its bytes. Python floats are float64.
     """
     nats: float = 0.0
     tokens: int = 0
@@ -30,7 +33,7 @@ class LossSums:
     text_bytes: int = 0
 
     def add(self, losses: Tensor, targets: Tensor, token_bytes: Tensor):
-        """losses: (B, T) nats; targets: (B, T), negative ones left out; token_bytes: (V,), 0 for special tokens."""
+        """losses: (B, T) nats; targets: (B, T) ids, negative ones ignored; token_bytes: (V,), 0 for special tokens."""
         losses, targets = losses.cpu().double().flatten(), targets.cpu().flatten()
         losses, targets = losses[targets >= 0], targets[targets >= 0]
         n_bytes = token_bytes[targets]
@@ -50,19 +53,20 @@ class LossSums:
 
 
 class NonFiniteGuard:
-    """What happens in the steps, counted on the device: the host looks when a row is due, and need not wait before.
+    """Decides which steps to skip because their loss or gradient is not finite. Counts on the device, without a host sync.
 
-    A step whose loss or gradient is not finite changes nothing. The first of them may be an accident; at `limit` in a
-    row the run has diverged. Under fp16 they are usual: that is how the loss scale is found.
+    A single skipped step may be an accident; after `limit` in a row the run has diverged. Under fp16 they are normal: the
+    loss scale is found that way.
     """
 
     def __init__(self, device: torch.device, limit: int):
         self.limit = limit
-        # skipped in a row, skipped in all, step at which `limit` was reached, largest loss and gradient since the last row
+        # skipped in a row; skipped in total; step at which `limit` was reached, or 0; largest loss and largest gradient norm
+        # since the last row. A checkpoint holds them.
         self.counts = torch.zeros(5, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
 
     def update(self, loss: Tensor, norm: Tensor, step: int) -> Tensor:
-        """Returns whether the step must be skipped, a bool on the device."""
+        """Counts optimizer step number `step`. loss, norm: scalars. Returns a bool scalar: whether to skip the step."""
         in_row, total, failed_at, largest_loss, largest_norm = self.counts.unbind()
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
         in_row.copy_((in_row + 1) * skip)
@@ -73,19 +77,20 @@ class NonFiniteGuard:
         return skip
 
     def read(self) -> dict:
-        """Waits for the device."""
+        """The counts as numbers. Waits for the device."""
         _, skipped, failed_at, loss, norm = self.counts.tolist()
         return {"skipped": int(skipped), "failed_at": int(failed_at), "largest_loss": loss, "largest_norm": norm}
 
     def start_row(self):
+        """Restarts the maxima, after a row with them has been written."""
         self.counts[3:] = 0
 
 
 class MetricsLog:
-    """Appends rows to `<folder>/metrics.jsonl` and, where TensorBoard is installed, to its events in `folder`.
+    """Appends rows to `<folder>/metrics.jsonl` and, where TensorBoard is installed, to event files in `folder`.
 
-    rows: what came before, when a run goes on; they replace the files of an earlier run, but not before the first row or
-    checkpoint of this one is written.
+    rows: the rows so far of a resumed run, [] for a new one. Files of an earlier run are replaced only when `open` or
+    `write` is called, so a run that fails before its first row or checkpoint leaves them as they are.
     """
 
     def __init__(self, folder: Path, rows: list[dict]):
@@ -93,7 +98,7 @@ class MetricsLog:
         self.events, self.is_open = None, False
 
     def open(self):
-        """Makes the files hold `rows`. Does nothing the second time. Raises OSError naming the file."""
+        """Rewrites the files so that they hold `rows`. Does nothing the second time. Raises OSError naming the file."""
         if self.is_open:
             return
         with atomic_write(self.folder / "metrics.jsonl", "w") as file:
@@ -102,16 +107,16 @@ class MetricsLog:
             old.unlink()
         self.is_open = True
         try:
-            from torch.utils.tensorboard import SummaryWriter  # 0.2 s that other commands need not wait
+            from torch.utils.tensorboard import SummaryWriter  # 0.2 s to import
         except ImportError:
-            log_line(f"TensorBoard is not installed: the numbers go to {self.folder / 'metrics.jsonl'} alone")
+            log_line(f"TensorBoard is not installed: metrics go only to {self.folder / 'metrics.jsonl'}")
             return
         self.events = SummaryWriter(self.folder)
         for row in self.rows:
-            self._write_events(row)
+            self.write_events(row)
 
     def write(self, row: dict):
-        """Numbers that are not finite, which JSON does not have, are left out."""
+        """Appends a row, without values that are not finite: JSON has none. Raises OSError naming the file."""
         self.open()
         row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         path = self.folder / "metrics.jsonl"
@@ -119,25 +124,27 @@ class MetricsLog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if self.events is not None:
-                self._write_events(row)
+                self.write_events(row)
                 self.events.flush()
         except OSError as error:
             raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
 
-    def _write_events(self, row: dict):
+    def write_events(self, row: dict):
         for name, value in row.items():
             if name != "step" and value is not None:
                 self.events.add_scalar(name, value, row["step"])
 
     def close(self):
         if self.events is not None:
-            with suppress(OSError):  # of a full disk, which `write` has told of
+            with suppress(OSError):  # a full disk, which `write` has reported
                 self.events.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl in order of step; of several rows of a step the last. A line that a crash cut off, or that
-    is no row, is left out, and a file that is not there has no rows."""
+    """The rows of a metrics.jsonl, sorted by step; the last one where a step has several. [] if the file does not exist.
+
+    Lines that a crash cut off, or that are not rows, are ignored.
+    """
     rows = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

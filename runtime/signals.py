@@ -1,4 +1,9 @@
-"""What must not come in the middle of a step: signals, and Python's garbage collection."""
+"""What must not interrupt a training step: signals, and Python's garbage collection.
+
+    with StopSignals() as signals, without_garbage_collection():
+        while not signals.signal:
+            train_step()
+"""
 import gc
 import signal
 import threading
@@ -7,37 +12,40 @@ from contextlib import contextmanager
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and a terminal that closes (SIGHUP, unless nohup has it ignored) let the step under way finish;
-    `signal` then says which came. A second one stops at once, unless it comes within half a second: a terminal and a parent
-    process may both pass on the same Ctrl-C."""
-    AT_ONCE = 0.5
-    NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    """Lets the current step finish on Ctrl-C, SIGTERM or SIGHUP: `signal` is then the number of the first one received.
+
+    SIGHUP, sent when a terminal closes, stays ignored under nohup. A second signal raises KeyboardInterrupt, unless it
+    comes within DEBOUNCE_SECONDS: a terminal and a parent process may both deliver the same Ctrl-C.
+    """
+    DEBOUNCE_SECONDS = 0.5
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def __init__(self):
         self.signal: int | None = None
-        self.came = 0.0  # when
+        self.received_at = 0.0
 
     def __enter__(self):
-        self.before = {}
+        self.old_handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
-            wanted = [n for n in self.NUMBERS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
-            self.before = {number: signal.signal(number, self.request) for number in wanted}
+            handled = [n for n in self.SIGNALS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+            self.old_handlers = {number: signal.signal(number, self.handle) for number in handled}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
-    def request(self, number: int, frame):
+    def handle(self, number: int, frame):
         if not self.signal:
-            self.signal, self.came = number, time.monotonic()
-        elif time.monotonic() - self.came >= self.AT_ONCE:
+            self.signal, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at >= self.DEBOUNCE_SECONDS:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def without_garbage_collection():
-    """The loop makes no cycles, and a collection in mid-step is a pause; validations collect."""
+    """Training steps make no reference cycles, and a collection in the middle of one is a pause: `fit` collects after each
+    evaluation instead."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -48,21 +56,21 @@ def without_garbage_collection():
 
 
 @contextmanager
-def no_interrupt():
-    """Processes started meanwhile ignore Ctrl-C from their first moment on. One that comes meanwhile waits; none is lost."""
+def sigint_blocked():
+    """Processes started in the block ignore Ctrl-C from their first moment on; this process receives it afterwards."""
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python does not allow handlers
         yield
         return
     has_masks = hasattr(signal, "pthread_sigmask")  # not on Windows
     if has_masks:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    came = has_masks and signal.SIGINT in signal.sigpending()  # to ignore a signal forgets those that wait
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    was_pending = has_masks and signal.SIGINT in signal.sigpending()  # setting SIG_IGN discards pending signals
+    old_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, old_handler)
         if has_masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if came:
+        if was_pending:
             signal.raise_signal(signal.SIGINT)

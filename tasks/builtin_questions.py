@@ -1,8 +1,11 @@
-"""Questions with one right answer, made from a seed, without a network: arithmetic, strings, and look-ups in the built-in
+"""Questions with one right answer, made from a seed without a network: arithmetic, strings, and look-ups in the built-in
 text.
 
-Which questions are held out is a property of the question, so no seed mixes the two. A question about a text is held out
-with the document it is from.
+    for question in make_questions(240, seed=0, held_out=True):
+        print(question.text, question.answer)
+
+Whether a question is held out follows from a hash of its text, and for a question about a passage from a hash of the
+document. So no seed puts the same question into both parts.
 """
 import functools
 import hashlib
@@ -14,7 +17,7 @@ import numpy as np
 
 from text.builtin import builtin_texts
 
-HELD_OUT = 8  # one question of so many
+HELD_OUT_RATIO = 8  # 1 question in 8 is held out
 WORDS = re.findall(r"\w+", """
     apple bird black blue boat book bread child city cloud cold cow day dog door earth fire fish five food four garden girl
     gold grass green hand head hill horse house king lake leaf light man milk moon mother mountain music night one paper
@@ -25,7 +28,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Question:
-    kind: str      # arithmetic, strings or look-ups
+    """kind: arithmetic, strings or look-ups; task: one of that kind in MAKERS."""
+    kind: str
     task: str
     text: str
     answer: str
@@ -34,8 +38,42 @@ class Question:
         return [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]
 
 
-def some(rng: np.random.Generator, items, low: int, high: int) -> list[str]:
-    """low to high of `items`, no two alike."""
+def make_questions(n: int, seed: int, held_out: bool) -> Iterator[Question]:
+    """`n` different questions, spread evenly over the tasks; fewer where a task runs out of different ones."""
+    tasks = [(kind, task, make) for kind, makers in MAKERS.items() for task, make in makers.items()]
+    for i, (kind, task, make) in enumerate(tasks):
+        rng, seen, tries = np.random.default_rng([seed, i, held_out]), set(), 0
+        wanted = n * (i + 1) // len(tasks) - n * i // len(tasks)
+        texts = passages(held_out) if kind == "look-ups" else None
+        while len(seen) < wanted and tries < 100 * wanted + 1000:
+            tries += 1
+            text, answer = make(rng) if texts is None else make(rng, texts[rng.integers(len(texts))])
+            if text not in seen and (texts is not None or is_held_out(text) == held_out):
+                seen.add(text)
+                yield Question(kind, task, text, answer)
+
+
+def is_held_out(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_RATIO == 0
+
+
+@functools.cache
+def passages(held_out: bool) -> list[list[str]]:
+    """Runs of 5 to 9 different lower-case words in the built-in documents of that part."""
+    found = []
+    for text in builtin_texts():
+        if is_held_out(text) == held_out:
+            for run in re.findall(r"(?<![\w`'.-])[a-z]+(?: [a-z]+){4,8}(?![\w`'(])", text):
+                words = run.split()
+                if len(set(words)) == len(words):
+                    found.append(words)
+    return found
+
+
+# -- tasks: make(rng) -> question, answer; look-ups also get a passage ------------------------------------------------
+
+def draw(rng: np.random.Generator, items, low: int, high: int) -> list[str]:
+    """`low` to `high` different items."""
     return [items[i] for i in rng.permutation(len(items))[:rng.integers(low, high + 1)]]
 
 
@@ -60,44 +98,44 @@ def make_count(rng):
 
 
 def make_backwards(rng):
-    words = some(rng, WORDS, 2, 5)
+    words = draw(rng, WORDS, 2, 5)
     return f"Write backwards: {' '.join(words)}", " ".join(reversed(words))
 
 
 def make_last(rng):
-    words = some(rng, WORDS, 3, 6)
+    words = draw(rng, WORDS, 3, 6)
     return f"What is the last word of: {' '.join(words)}", words[-1]
 
 
 def make_second(rng):
-    words = some(rng, WORDS, 3, 6)
+    words = draw(rng, WORDS, 3, 6)
     return f"What is the second word of: {' '.join(words)}", words[1]
 
 
 def make_repeat(rng):
-    word, n = some(rng, WORDS, 1, 2), rng.integers(2, 5)
+    words, n = draw(rng, WORDS, 1, 2), rng.integers(2, 5)
     times = {2: "twice", 3: "three times", 4: "four times"}[int(n)]
-    return f"Say {' '.join(word)} {times}.", " ".join(word * n)
+    return f"Say {' '.join(words)} {times}.", " ".join(words * n)
 
 
 def make_sorted(rng):
-    letters = some(rng, LETTERS, 3, 5)
+    letters = draw(rng, LETTERS, 3, 5)
     return f"Put in order: {' '.join(letters)}", " ".join(sorted(letters))
 
 
 def make_length(rng):
-    words = some(rng, WORDS, 1, 7)
+    words = draw(rng, WORDS, 1, 7)
     return f"How many words are there: {' '.join(words)}", str(len(words))
 
 
-def make_after(rng, words: list[str]):
-    i = rng.integers(len(words) - 1)
-    return f"Which word comes after {words[i]} in: {' '.join(words)}", words[i + 1]
+def make_after(rng, passage: list[str]):
+    i = rng.integers(len(passage) - 1)
+    return f"Which word comes after {passage[i]} in: {' '.join(passage)}", passage[i + 1]
 
 
-def make_before(rng, words: list[str]):
-    i = rng.integers(1, len(words))
-    return f"Which word comes before {words[i]} in: {' '.join(words)}", words[i - 1]
+def make_before(rng, passage: list[str]):
+    i = rng.integers(1, len(passage))
+    return f"Which word comes before {passage[i]} in: {' '.join(passage)}", passage[i - 1]
 
 
 MAKERS: dict[str, dict[str, Callable]] = {
@@ -106,35 +144,3 @@ MAKERS: dict[str, dict[str, Callable]] = {
                 "sorted": make_sorted, "length": make_length},
     "look-ups": {"after": make_after, "before": make_before},
 }
-
-
-def is_held_out(text: str) -> bool:
-    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT == 0
-
-
-@functools.cache
-def passages(held_out: bool) -> list[list[str]]:
-    """Runs of 5 to 9 different words of the built-in text."""
-    found = []
-    for text in builtin_texts():
-        if is_held_out(text) == held_out:
-            for run in re.findall(r"(?<![\w`'.-])[a-z]+(?: [a-z]+){4,8}(?![\w`'(])", text):
-                words = run.split()
-                if len(set(words)) == len(words):
-                    found.append(words)
-    return found
-
-
-def make_questions(n: int, seed: int, held_out: bool) -> Iterator[Question]:
-    """`n` different questions, as many of each task; fewer where a task has no more."""
-    tasks = [(kind, task, make) for kind, makers in MAKERS.items() for task, make in makers.items()]
-    for i, (kind, task, make) in enumerate(tasks):
-        rng, seen, tries = np.random.default_rng([seed, i, held_out]), set(), 0
-        wanted = n * (i + 1) // len(tasks) - n * i // len(tasks)
-        texts = passages(held_out) if kind == "look-ups" else None
-        while len(seen) < wanted and tries < 100 * wanted + 1000:
-            tries += 1
-            text, answer = make(rng) if texts is None else make(rng, texts[rng.integers(len(texts))])
-            if text not in seen and (texts is not None or is_held_out(text) == held_out):
-                seen.add(text)
-                yield Question(kind, task, text, answer)

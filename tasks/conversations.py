@@ -1,4 +1,7 @@
-"""Conversations to learn from and to be asked from: the hub's, local files', or the built-in questions."""
+"""Conversations to finetune on and to evaluate with: from the hub, local files, or the built-in questions.
+
+Rows are {"messages": [{"role": "user", "content": …}, …]}, or a question and an answer: see `parse_messages`.
+"""
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +13,17 @@ from tasks.builtin_questions import make_questions
 from tasks.rows import read_dataset
 
 DOLLY = "databricks/databricks-dolly-15k"
-BUILTIN_QUESTIONS, MOST_TURNS = 60_000, 4
-# Columns of well-known sets, of which the first that are all there count.
+N_BUILTIN_QUESTIONS, MAX_TURNS = 60_000, 4
+# (question, answer) columns of well-known datasets; the first pair that a row has is used.
 COLUMNS = ("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("prompt", "response"), \
     ("prompt", "completion"), ("prompt", "answer"), ("problem", "solution"), ("input", "output")
-CONTEXT_COLUMNS = "context", "input"  # that belong to the question, where there are such
-ROLES = "system", "user", "assistant"
-SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+CONTEXT_COLUMNS = "context", "input"  # appended to the question, where a row has them
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class ConversationConfig:
-    """Where conversations come from."""
+    """Conversations."""
     dataset: str = flag(DOLLY, "a dataset on the Hugging Face hub by its id, a local file or folder (jsonl, parquet), or "
                                "`builtin`: questions about numbers, words and built-in text, no network. Rows have "
                                "messages, [{\"role\": …, \"content\": …}, …], or a question and an answer", scope="shared")
@@ -29,8 +31,9 @@ class ConversationConfig:
     split: str = flag("train", "split of a hub dataset", scope="shared")
     question_column: str = flag(None, "column with questions (default: the first of question, instruction, prompt …)",
                                 scope="shared")
-    answer_column: str = flag(None, "column with answers (default: the one that goes with it)", scope="shared")
-    val_conversations: int = flag(240, "conversations that are held out, always the same ones", at_least=1, scope="shared")
+    answer_column: str = flag(None, "column with answers (default: the one that belongs to the question's)", scope="shared")
+    val_conversations: int = flag(240, "conversations held out for validation, always the same ones", at_least=1,
+                                  scope="shared")
 
     def __post_init__(self):
         check_flags(self)
@@ -40,8 +43,8 @@ class ConversationConfig:
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: [{"role": …, "content": …}, …]. where: file and row, for error messages. kind, task: which kind of question
-    it is, and which task of that kind; "" where that is not known."""
+    """messages: [{"role": …, "content": …}, …]; tokenizer.encode_chat knows the roles. where: file and row, for error
+    messages. kind, task: the kind of question and the task within it, which scores are grouped by; "" if unknown."""
     messages: list[dict]
     where: str
     kind: str = ""
@@ -49,84 +52,95 @@ class Conversation:
 
 
 def read_conversations(config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to train on, and those that are held out: none of these begins as one of the others. Raises BadInput."""
+    """Those to train on, and those held out. Conversations that start with the same user's message stay together.
+
+    The split goes by a hash of that message, so it does not depend on the order of the rows. Raises BadInput.
+    """
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     if config.dataset == "builtin":
         return builtin_conversations(), builtin_held_out(config.val_conversations)
-    everything = list(read_everything(config))
-    rank = lambda one: hashlib.sha256(opening(one).encode("utf-8", "replace")).digest()
-    ranks = sorted({rank(one) for one in everything})
-    if len(ranks) < 2:
-        raise BadInput(f"--dataset={config.dataset}: has {len(everything)} conversations, which is too few to hold some out")
-    last = ranks[min(config.val_conversations, len(ranks) // 2) - 1]
-    return [one for one in everything if rank(one) > last], [one for one in everything if rank(one) <= last]
+    conversations = list(read_all(config))
+    digests = [hashlib.sha256(first_message(one).encode("utf-8", "replace")).digest() for one in conversations]
+    ranked = sorted(set(digests))
+    if len(ranked) < 2:
+        raise BadInput(f"--dataset={config.dataset}: has only {len(ranked)} different first messages, too few to hold some "
+                       f"out: give more conversations")
+    last = ranked[min(config.val_conversations, len(ranked) // 2) - 1]
+    train = [one for one, digest in zip(conversations, digests) if digest > last]
+    return train, [one for one, digest in zip(conversations, digests) if digest <= last]
 
 
-def builtin_held_out(n: int) -> list[Conversation]:
-    return [Conversation(question.messages(), "a built-in question", question.kind, question.task)
-            for question in make_questions(n, 0, held_out=True)]
+def first_message(conversation: Conversation) -> str:
+    """The first message of the user, "" without one."""
+    return next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
 
 
-def builtin_conversations() -> list[Conversation]:
-    """Of one to MOST_TURNS questions each, so that what was said before is not taken for the question."""
-    rng, questions = np.random.default_rng(0), list(make_questions(BUILTIN_QUESTIONS, 0, held_out=False))
-    order, made = rng.permutation(len(questions)).tolist(), []
-    while order:
-        turns = [questions[order.pop()] for _ in range(min(len(order), rng.integers(1, MOST_TURNS + 1)))]
-        made.append(Conversation([message for turn in turns for message in turn.messages()], "a built-in conversation"))
-    return made
-
-
-def opening(one: Conversation) -> str:
-    return next((message["content"] for message in one.messages if message["role"] == "user"), "")
-
-
-def read_everything(config: ConversationConfig) -> Iterator[Conversation]:
+def read_all(config: ConversationConfig) -> Iterator[Conversation]:
+    """Every conversation of a dataset. Raises BadInput, which names the row."""
     n = 0
     for where, row in read_dataset(config.dataset, config.dataset_config, config.split):
         try:
-            messages = checked(messages_of(row, config))
+            messages = parse_messages(row, config)
+            check_messages(messages)
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         n += 1
         task = str(row.get("task") or row.get("category") or "")
         yield Conversation(messages, where, str(row.get("kind") or task), task)
     if not n:
-        raise BadInput(f"--dataset={config.dataset}: holds no conversation")
+        raise BadInput(f"--dataset={config.dataset}: holds no conversations")
 
 
-def messages_of(row: dict, config: ConversationConfig) -> list[dict]:
-    """Of a row with messages, or with a question and an answer. Raises BadInput."""
+def parse_messages(row: dict, config: ConversationConfig) -> list[dict]:
+    """The messages of a row: its `messages`, ShareGPT's `conversations`, or a question, with its context, and an answer.
+    Raises BadInput when it has none of them."""
     if config.question_column is None:
         if "messages" in row:
             return row["messages"]
-        if "conversations" in row:  # as ShareGPT has them
-            return [{"role": SHAREGPT.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        if "conversations" in row:
+            return [{"role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
                     if isinstance(turn, dict) and "from" in turn else turn for turn in row["conversations"] or []]
     pairs = [(config.question_column, config.answer_column)] if config.question_column else COLUMNS
     question, answer = next((pair for pair in pairs if set(pair) <= row.keys()), (None, None))
     if question is None:
         wanted = f"columns {' and '.join(pairs[0])}" if config.question_column else "messages, nor question and answer"
-        raise BadInput(f"has no {wanted}: its columns are {', '.join(row)}: name them by --question_column and "
+        raise BadInput(f"has no {wanted}: its columns are {', '.join(row)}: name them with --question_column and "
                        f"--answer_column")
-    contexts = [row[name] for name in CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]
-    asked = "\n\n".join(part for part in (row[question], *contexts) if isinstance(part, str))
-    return [{"role": "user", "content": asked if isinstance(row[question], str) else row[question]},
-            {"role": "assistant", "content": row[answer]}]
+    content = row[question]
+    if isinstance(content, str):
+        contexts = [row[name] for name in CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]
+        content = "\n\n".join([content, *(context for context in contexts if isinstance(context, str))])
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
 
 
-def checked(messages: list[dict]) -> list[dict]:
-    """`messages`, if they are a conversation. Raises BadInput."""
+def check_messages(messages):
+    """Raises BadInput unless `messages` is a list of {"role": …, "content": text}, not empty."""
     if not isinstance(messages, list):
         raise BadInput(f"messages are {type(messages).__name__}, not a list")
     if not messages:
-        raise BadInput("an empty conversation: give it messages, or remove it")
-    for i, message in enumerate(messages):
+        raise BadInput("has no messages in its conversation: add some, or remove the row")
+    for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadInput(f"message {i + 1} has no role and content")
-        if message["role"] not in ROLES:
-            raise BadInput(f"message {i + 1} has the unknown role {str(message['role'])[:40]!r}: give {', '.join(ROLES)}")
+            raise BadInput(f"message {i} has no role and content")
         if not isinstance(message["content"], str):
-            raise BadInput(f"message {i + 1} has content that is no text but {type(message['content']).__name__}")
-    return messages
+            raise BadInput(f"message {i} has content of type {type(message['content']).__name__}: give text")
+
+
+# -- built-in questions -----------------------------------------------------------------------------------------------
+
+def builtin_conversations() -> list[Conversation]:
+    """Of 1 to MAX_TURNS questions each, so that the model learns to answer the last one and not an earlier one."""
+    rng, questions = np.random.default_rng(0), list(make_questions(N_BUILTIN_QUESTIONS, 0, held_out=False))
+    order, conversations = rng.permutation(len(questions)).tolist(), []
+    while order:
+        turns = [questions[order.pop()] for _ in range(min(len(order), rng.integers(1, MAX_TURNS + 1)))]
+        messages = [message for turn in turns for message in turn.messages()]
+        conversations.append(Conversation(messages, "a built-in conversation"))
+    return conversations
+
+
+def builtin_held_out(n: int) -> list[Conversation]:
+    """`n` held-out questions, one a conversation."""
+    return [Conversation(question.messages(), "a built-in question", question.kind, question.task)
+            for question in make_questions(n, 0, held_out=True)]

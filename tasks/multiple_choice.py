@@ -1,45 +1,65 @@
-"""Multiple choice: a context, its endings, and which of them is right."""
+"""Multiple choice: a context, its possible endings, and which of them is right. Scored by `evaluate.py --task=choice`.
+
+Rows have HellaSwag's form, {"ctx": …, "endings": [...], "label": 0}, or ARC's and MMLU's: see `parse_choice`.
+"""
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.config import BadInput
+from tasks.rows import read_dataset
 
-# Columns of well-known sets of multiple choice, of which the first that is there counts.
-CONTEXTS, ENDINGS, LABELS = ("ctx", "query", "question"), ("endings", "choices"), ("label", "answerKey", "gold", "answer")
+# Column names of well-known datasets; the first that a row has is used.
+CONTEXT_COLUMNS = "ctx", "query", "question"
+ENDINGS_COLUMNS = "endings", "choices"
+LABEL_COLUMNS = "label", "answerKey", "gold", "answer"
 
-
-# -- multiple choice --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Choice:
-    """A context, its possible endings, and which of them is right. where: for messages about it."""
+    """label: the index of the right ending. where: file and row, for error messages."""
     context: str
     endings: list[str]
     label: int
     where: str
 
 
-def choice_of(row: dict, where: str, question_column: str | None = None, answer_column: str | None = None) -> Choice:
-    """Of a row in HellaSwag's form, or in ARC's: {"text": [endings], "label": [their names]}, where the label is one of the
-    names. Raises BadInput."""
-    context = value_of(row, (question_column,) if question_column else CONTEXTS, "--question_column")
-    endings, names = value_of(row, ENDINGS), None
-    label = value_of(row, (answer_column,) if answer_column else LABELS, "--answer_column")
+def read_choices(dataset: str, dataset_config: str | None, split: str, question_column: str | None = None,
+                 answer_column: str | None = None, limit: int | None = None) -> list[Choice]:
+    """The first `limit` rows of a dataset, see `read_dataset`. Raises BadInput, which names the row."""
+    choices = []
+    for where, row in itertools.islice(read_dataset(dataset, dataset_config, split), limit):
+        try:
+            choices.append(parse_choice(row, where, question_column, answer_column))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+    if not choices:
+        raise BadInput(f"--dataset={dataset}: has no rows")
+    return choices
+
+
+def parse_choice(row: dict, where: str, question_column: str | None = None, answer_column: str | None = None) -> Choice:
+    """The label is an index into a list of endings; or, where endings are {"text": [endings], "label": [names]} as in ARC,
+    one of the names. Raises BadInput."""
+    context = find_value(row, (question_column,) if question_column else CONTEXT_COLUMNS, "--question_column")
+    endings, names = find_value(row, ENDINGS_COLUMNS), None
+    label = find_value(row, (answer_column,) if answer_column else LABEL_COLUMNS, "--answer_column")
     if isinstance(endings, dict):
         endings, names = endings.get("text"), endings.get("label")
     if not isinstance(endings, list) or len(endings) < 2:
         raise BadInput(f"has {len(endings) if isinstance(endings, list) else 'no list of'} endings: give at least 2")
     if not isinstance(context, str) or not all(isinstance(ending, str) and ending for ending in endings):
-        raise BadInput("its context or an ending is no text, or an ending is empty")
+        raise BadInput("the context or an ending is not text, or an ending is empty")
     names = list(map(str, names if isinstance(names, list) else range(len(endings))))[:len(endings)]
     if str(label) not in names:
-        raise BadInput(f"its label is {str(label)[:40]!r}: must be one of {', '.join(names)}")
+        raise BadInput(f"the label is {str(label)[:40]!r}: must be one of {', '.join(names)}")
     return Choice(context, endings, names.index(str(label)), where)
 
 
-def value_of(row: dict, names: Sequence[str], given_by: str = ""):
-    """Of the first of these columns that is there. Raises BadInput, which tells of the flag that names another."""
-    if not (found := [name for name in names if name in row]):
-        raise BadInput(f"has no column {' or '.join(names)}: its columns are {', '.join(row)}"
-                       f"{given_by and f': name it by {given_by}'}")
-    return row[found[0]]
+def find_value(row: dict, columns: Sequence[str], flag_name: str = ""):
+    """The value of the first of `columns` that the row has. Raises BadInput, which suggests the flag that names another."""
+    for column in columns:
+        if column in row:
+            return row[column]
+    raise BadInput(f"has no column {' or '.join(columns)}: its columns are {', '.join(row)}"
+                   + (f": name it with {flag_name}" if flag_name else ""))

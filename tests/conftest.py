@@ -1,4 +1,4 @@
-"""Fixtures: a tiny prepared data folder, a run of train.py in this process, a stand-in for the hub on loopback."""
+"""Fixtures: a tiny prepared data folder, train.py run in this process, a stand-in for the Hugging Face hub on loopback."""
 import atexit
 import itertools
 import os
@@ -18,9 +18,9 @@ from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.metrics import read_rows
 from text.builtin import builtin_documents
 
-torch.set_num_threads(1)  # two threads on two busy cores are many times slower, and CI is busy
+torch.set_num_threads(1)  # with two threads on two busy cores the tests are many times slower
 REPO = Path(__file__).parent.parent
-# Libraries read these when they are imported, which is later: the hub of all tests is the stand-in.
+# datasets and huggingface_hub read these when they are imported, later: every test uses the stand-in.
 HUB_FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, HUB_FOLDER, ignore_errors=True)
 HUB = HubStandIn(HUB_FOLDER / "served")
@@ -31,12 +31,12 @@ TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
 
 def pytest_addoption(parser):
     parser.addoption("--rehearse", action="store_true",
-                     help="run one of each of the tests marked gpu on the CPU, to see that they run")
+                     help="run one case of each test marked gpu on the CPU, to see that it runs")
 
 
 @pytest.fixture(scope="session")
 def card(request) -> torch.device:
-    """The GPU; the CPU in a rehearsal."""
+    """The GPU, or with --rehearse the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if not request.config.getoption("--rehearse"):
@@ -45,11 +45,8 @@ def card(request) -> torch.device:
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--rehearse"):  # of each test one parametrisation, the last, where everything is switched on
-        of_test = {}
-        for item in items:
-            of_test.setdefault(item.originalname, []).append(item)
-        items[:] = [same[-1] for same in of_test.values()]
+    if config.getoption("--rehearse"):  # the last case of each parametrised test, where everything is switched on
+        items[:] = {item.originalname: item for item in items}.values()
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
@@ -72,43 +69,53 @@ def data_path(tmp_path_factory, english) -> Path:
     return folder / "data"
 
 
+def train_tiny(path: Path, data_path: Path, *flags: str) -> Path:
+    """Trains a tiny model quietly in this process; returns `path`, its checkpoint."""
+    defaults = [f"--data_path={data_path}", f"--checkpoint_path={path}", "--verbose=0", "--device=cpu"]
+    if not any(flag.startswith("--resume_checkpoint") for flag in flags):
+        defaults += [*TINY_MODEL, "--dtype=fp32", "--batch_size=4", "--num_batch_accum=2", "--val_intervals=3",
+                     "--log_intervals=1", "--val_iter=2", "--warmup_iter=2", "--dataloader_num_workers=0"]
+        if not any(flag.startswith("--max_") for flag in flags):
+            defaults.append("--max_iter=6")
+    train.main([*defaults, *flags])
+    return path
+
+
 @pytest.fixture
 def run_train(data_path, tmp_path):
-    """run_train("--max_iter=3", …) -> path of the checkpoint; tiny model, quiet, in this process."""
+    """run_train("--max_iter=3", …) -> path of the checkpoint, see train_tiny."""
     def run(*flags: str, checkpoint: str = "run/gpt.pt", data: Path = data_path) -> Path:
-        path = tmp_path / checkpoint
-        defaults = [f"--data_path={data}", f"--checkpoint_path={path}", "--verbose=0", "--device=cpu"]
-        if not any(flag.startswith("--resume_checkpoint") for flag in flags):
-            defaults += [*TINY_MODEL, "--dtype=fp32", "--batch_size=4", "--num_batch_accum=2", "--val_intervals=3",
-                         "--log_intervals=1", "--val_iter=2", "--warmup_iter=2", "--dataloader_num_workers=0"]
-            if not any(flag.startswith("--max_") for flag in flags):
-                defaults.append("--max_iter=6")
-        train.main([*defaults, *flags])
-        return path
+        return train_tiny(tmp_path / checkpoint, data, *flags)
     return run
 
 
-CLOCKS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # what differs from one run of the same steps to the next
+@pytest.fixture(scope="session")
+def trained(data_path, tmp_path_factory) -> Path:
+    """The checkpoint of a run of 3 steps, which tests share and must leave as it is."""
+    return train_tiny(tmp_path_factory.mktemp("trained") / "gpt.pt", data_path, "--max_iter=3")
 
 
-def rows_of(path, clocks=False):
-    """Of a checkpoint's run."""
+TIMINGS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # these differ between two runs of the same steps
+
+
+def run_rows(path, timings=False) -> list[dict]:
+    """The metrics rows of the run that wrote the checkpoint at `path`."""
     rows = read_rows(run_folder(path) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if clocks or name not in CLOCKS} for row in rows]
+    return [{name: value for name, value in row.items() if timings or name not in TIMINGS} for row in rows]
 
 
-def training_of(path):
-    """Weights and training state of a checkpoint, without what a clock or a flag says."""
-    blob = load_checkpoint(path)
-    training = blob["training"]
+def saved_training(path) -> tuple[dict, dict]:
+    """Weights and training state of a checkpoint, without its flags and its seconds."""
+    checkpoint = load_checkpoint(path)
+    training = checkpoint["training"]
     training.pop("seconds")
     training["settings"] = None
-    return blob["model"], training
+    return checkpoint["model"], training
 
 
 def assert_same(a, b, where="checkpoint"):
-    """Bit for bit, through nested dicts, lists and tensors."""
-    assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict), where  # ordered or not
+    """Asserts that nested dicts, lists and tensors are equal bit for bit."""
+    assert type(a) is type(b) or isinstance(a, dict) and isinstance(b, dict), where  # an OrderedDict equals a dict
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
@@ -123,37 +130,37 @@ def assert_same(a, b, where="checkpoint"):
         assert a == b, where
 
 
-def stop_in(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
-    """The run gets the signal while it computes that batch of its step-th step (of 2 batches each)."""
-    at_batch(monkeypatch, step * 2 + batch, lambda: [signal.raise_signal(number) for _ in range(times)])
+def signal_in_step(monkeypatch, step, batch=0, number=signal.SIGTERM, times=1):
+    """Sends the signal to this process while it computes that batch of its `step`-th step (of 2 batches each)."""
+    before_batch(monkeypatch, step * 2 + batch, lambda: [signal.raise_signal(number) for _ in range(times)])
 
 
-def at_batch(monkeypatch, batch, act):
-    """`act()` is called before the loss of that batch of the run is computed."""
+def before_batch(monkeypatch, batch, action):
+    """Calls `action()` before the loss of the run's `batch`-th batch is computed."""
     loss_fn, calls = trainer.next_token_loss, iter(range(10**6))
 
-    def watched(model, parts):
+    def watched(model, tensors):
         if next(calls) == batch:
-            act()
-        return loss_fn(model, parts)
+            action()
+        return loss_fn(model, tensors)
     monkeypatch.setattr(train, "next_token_loss", watched)
 
 
-def lines_in(error: str) -> list[str]:
-    """What was printed to stderr, without progress bars, which show times."""
+def stderr_lines(error: str) -> list[str]:
+    """The lines printed to stderr, without progress bars, which show times."""
     return [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "[00:" not in line]
 
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, flags, "words", …): the command ends with exit code 2 and one line that holds the words."""
+    """refused(main, flags, "words", …) asserts that the command exits with code 2 and one line that contains the words."""
     def check(main, argv: list[str], *words: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(argv)
         error = capsys.readouterr().err
         assert stop.value.code == 2, error
-        line, = lines_in(error)
+        (line,) = stderr_lines(error)
         for word in words:
             assert word in line, line
         return line
@@ -162,7 +169,7 @@ def refused(capsys):
 
 @pytest.fixture
 def hub():
-    """A hub on loopback, of which nothing is stored on this machine; afterwards it fails no more."""
+    """The stand-in for the hub, with an empty local cache and an empty log of requests. Faults end with the test."""
     shutil.rmtree(HUB_FOLDER / "home" / "hub", ignore_errors=True)
     HUB.requests.clear()
     yield HUB

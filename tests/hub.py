@@ -1,6 +1,6 @@
 """A stand-in for the Hugging Face hub: serves dataset repositories from a folder over HTTP on loopback.
 
-It answers what `datasets` asks: revision, tree, paths-info and files (with ranges); and it fails on request.
+It answers the requests of `datasets`: revision, tree, paths-info and files (with ranges); and it fails on request.
 """
 import json
 import socket
@@ -15,24 +15,24 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubStandIn:
-    """`url` answers like the hub; `add` makes a dataset repository; `requests` lists what was asked."""
+    """A server at `url`. `add` creates a dataset repository, `fail` makes requests fail, `requests` lists all requests."""
 
     def __init__(self, folder: Path):
         self.folder, self.requests = folder, []
         self.faults: list[list] = []
-        self.released = threading.Event()  # ends the waiting for answers that never come
+        self.released = threading.Event()  # ends requests that are never answered
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
-        self.server.handle_error = lambda *args: None  # connections that were reset
+        self.server.handle_error = lambda *args: None  # connections are reset on purpose
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def fail(self, how: str, where: str, times: int = 1, after: int = 0):
-        """Of the requests with `where` in their path, those after the first `after` fail, so many of them. how: a status;
-        "cut" in the middle of the answer; "away", without one; "silent", never."""
+        """Makes `times` requests with `where` in their path fail, after the first `after` ones. how: an HTTP status; "cut",
+        the connection is reset in the middle of the answer; "away", it is reset before; "silent", there is no answer."""
         self.faults.append([how, where, after, times])
 
     def fault(self, path: str) -> str | None:
-        """How this request fails, if it does."""
+        """How this request has to fail; None if it succeeds."""
         for fault in self.faults:
             how, where, after, times = fault
             if where in path:
@@ -45,7 +45,7 @@ class HubStandIn:
 
     def add(self, dataset: str, configs: dict[str, list[list[dict]]]):
         """configs: name -> parquet files, each a list of rows."""
-        import pyarrow.parquet  # here, as the tests that run on a GPU's machine do without
+        import pyarrow.parquet  # here, as the tests that run on a GPU machine do not need it
         lines = ["---", "configs:"]
         for name, files in configs.items():
             lines += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/*.parquet"]
@@ -60,8 +60,8 @@ class HubStandIn:
         (self.folder / dataset / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def damage_row_group(path: Path, group: int):
-    """Overwrites what a row group of a parquet file holds."""
+def damage_row_group(path: Path, group: int) -> Path:
+    """Overwrites the content of a row group of a parquet file; returns `path`."""
     import pyarrow.parquet
     metadata = pyarrow.parquet.read_metadata(path)
     column = metadata.row_group(group).column(metadata.schema.names.index("text"))
@@ -69,6 +69,7 @@ def damage_row_group(path: Path, group: int):
     data = bytearray(path.read_bytes())
     data[start:start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(data)
+    return path
 
 
 class Handler(BaseHTTPRequestHandler):

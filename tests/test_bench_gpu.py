@@ -1,4 +1,4 @@
-"""bench/gpu.py: the rehearsal of everything, and that no stage can take the others along."""
+"""bench/gpu.py: the rehearsal of every stage, and stages that fail, crash or hang without affecting the others."""
 import json
 import os
 import signal
@@ -9,41 +9,45 @@ import xml.etree.ElementTree as ET
 
 import gpu
 import pytest
-from gpu_stages import FORBIDDEN, Stage, curves_as_svg, line_of
+import side_by_side
+from gpu_stages import FORBIDDEN, Stage, draw_curves_svg, format_row
 
 from conftest import REPO
 from runtime.config import BadInput
 
-ROWS = {"right": 11, "speed": 4, "six": 1, "architectures": 3, "curves": 6, "decode": 2}  # at least
+ROWS = {"tests": 11, "speed": 4, "6gb": 1, "architectures": 3, "curves": 6, "decode": 2}  # at least
 
 
-def rows_in(folder) -> list[dict]:
+def read_results(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.integration
+@pytest.mark.timeout(1800)
 def test_the_rehearsal(tmp_path):
-    """Every stage runs on a CPU, without any package that a card's machine may lack, and says so in a few lines."""
-    done = subprocess.run([sys.executable, "bench/gpu.py", "--rehearse", f"--out_path={tmp_path}"], cwd=REPO,
-                          capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+    """Every stage runs on a CPU without the packages that the GPU's machine may lack; the summary has a line for each."""
+    done = subprocess.run([sys.executable, "bench/gpu.py", "--rehearse", "--minutes=30", f"--out_path={tmp_path}"],
+                          cwd=REPO, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     logs = {path.name: path.read_text() for path in tmp_path.glob("*.txt")}
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-2000:], logs)
-    rows, lines = rows_in(tmp_path), done.stdout.splitlines()
+    rows, lines = read_results(tmp_path), done.stdout.splitlines()
     assert rows[0]["rehearsal"] and [row["stage"] for row in rows if "status" in row] == list(gpu.STAGES) == list(ROWS)
     for stage, n in ROWS.items():
-        of_stage = [row for row in rows if row.get("stage") == stage]
-        assert len(of_stage) > n and of_stage[-1]["status"] == "passed", of_stage
-        assert not any("error" in row for row in of_stage)
-        summary, = (line for line in lines[-8:] if line.startswith(f"{stage} "))
+        stage_rows = [row for row in rows if row.get("stage") == stage]
+        assert len(stage_rows) > n and stage_rows[-1]["status"] == "passed", stage_rows
+        assert not any("error" in row for row in stage_rows)
+        (summary,) = (line for line in lines[-8:] if line.startswith(f"{stage} "))
         assert "passed" in summary and len(summary) < 80
     assert all(row["tok_per_sec"] > 0 and row["mfu"] > 0 for row in rows if row.get("stage") == "speed" and "name" in row
                and "figure" not in row)
-    assert "TensorBoard is not installed" in logs["curves.txt"]  # which it is here: no stage could import what is forbidden
+    assert "TensorBoard is not installed" in logs["curves.txt"]  # it is: stages cannot import it
     assert ET.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "curves.svg", *(f"{name}.txt" for name in ROWS)}
 
 
-def test_what_a_cards_machine_lacks_is_not_there_for_it():
-    """Also where it is installed, as here."""
+@pytest.mark.integration
+def test_forbidden_packages_cannot_be_imported():
+    """Although they are installed here."""
     program = """
 import sys; sys.path.insert(0, "bench")
 import gpu_stages; gpu_stages.forbid_imports()
@@ -55,7 +59,7 @@ for package in ("datasets", "matplotlib.pyplot", "torch.utils.tensorboard"):
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.split() == ["datasets", "matplotlib.pyplot", "torch.utils.tensorboard"], done.stderr
-    assert {"datasets", "gguf", "matplotlib", "tensorboard"} <= set(FORBIDDEN)
+    assert {"datasets", "gguf", "matplotlib", "scipy", "tenacity", "tensorboard"} <= set(FORBIDDEN)
 
 
 STAGE = """
@@ -71,55 +75,57 @@ if task["stage"] == "crashes":
 if task["stage"] == "hangs":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.fork() == 0:
-        time.sleep(600)  # and so does what it has started, which holds its output
+        time.sleep(600)  # and a child hangs too, which holds its output open
     time.sleep(600)
 if task["stage"] == "fails":
-    row(name="second", error="ValueError: of no use")
+    row(name="second", error="ValueError: a bug")
     sys.exit(1)
-if task["stage"] == "talks":
+if task["stage"] == "prints":
     for i in range(3000):
         print("line", i)
-row(name="in short", figure="all is well")
+row(name="summary", figure="all is well")
 """
 
 
 @pytest.fixture
 def stages(monkeypatch, tmp_path):
-    """bench/gpu.py with stages that misbehave, and little patience."""
+    """bench/gpu.py with stages that misbehave, and short time limits."""
     script = tmp_path / "stages.py"
     script.write_text(STAGE)
     monkeypatch.setattr(gpu, "SCRIPT", script)
     monkeypatch.setattr(gpu, "LEEWAY", 0.5)
     monkeypatch.setattr(gpu, "LEAST", 0.5)
-    names = "fails", "crashes", "hangs", "talks"
+    names = "fails", "crashes", "hangs", "prints"
     monkeypatch.setattr(gpu, "STAGES", {name: Stage(None, f"it {name}", 0.5 if name == "hangs" else 30) for name in names})
     return names
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_stage_that_fails_crashes_or_hangs_leaves_the_others_alone(stages, tmp_path, capsys):
+@pytest.mark.integration
+def test_a_stage_that_fails_crashes_or_hangs_does_not_affect_the_others(stages, tmp_path, capsys):
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--rehearse", f"--out_path={tmp_path / 'out'}"])
     assert stop.value.code == 1 and time.monotonic() - start < 20
-    rows = rows_in(tmp_path / "out")
+    rows = read_results(tmp_path / "out")
     ends = {row["stage"]: (row["status"], row["reason"]) for row in rows if "status" in row}
-    assert ends == {"fails": ("failed", "second: ValueError: of no use"),
+    assert ends == {"fails": ("failed", "second: ValueError: a bug"),
                     "crashes": ("failed", f"killed by signal {signal.SIGSEGV.value}: see crashes.txt"),
-                    "hangs": ("failed", "cut off after 1 s"), "talks": ("passed", "")}
+                    "hangs": ("failed", "killed after 1 s"), "prints": ("passed", "")}
     assert [row["stage"] for row in rows if row.get("name") == "first"] == list(stages)
     assert "about to crash" in (tmp_path / "out" / "crashes.txt").read_text()
-    assert (tmp_path / "out" / "talks.txt").read_text().splitlines() == [f"line {i}" for i in range(2900, 3000)]
+    assert (tmp_path / "out" / "prints.txt").read_text().splitlines() == [f"line {i}" for i in range(2900, 3000)]
     assert "all is well" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_an_interrupted_run_tells_what_it_has(stages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "STAGES", {name: Stage(None, f"it {name}", 30) for name in ("hangs", "talks")})
+@pytest.mark.integration
+def test_an_interrupted_run_prints_its_results(stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STAGES", {name: Stage(None, f"it {name}", 30) for name in ("hangs", "prints")})
     wait, interrupted = subprocess.Popen.wait, []
 
     def interrupt(process, timeout=None):
-        if not interrupted and any("name" in row for row in rows_in(tmp_path / "out")):
+        if not interrupted and any("name" in row for row in read_results(tmp_path / "out")):
             interrupted.append(True)
             signal.raise_signal(signal.SIGINT)
         return wait(process, timeout)
@@ -127,71 +133,85 @@ def test_an_interrupted_run_tells_what_it_has(stages, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--rehearse", f"--out_path={tmp_path / 'out'}"])
     assert stop.value.code == 128 + signal.SIGINT
-    ends = {row["stage"]: (row["status"], row["reason"]) for row in rows_in(tmp_path / "out") if "status" in row}
-    assert ends == {"hangs": ("failed", "interrupted"), "talks": ("left out", "interrupted")}
-    assert "left out" in capsys.readouterr().out
+    ends = {row["stage"]: (row["status"], row["reason"]) for row in read_results(tmp_path / "out") if "status" in row}
+    assert ends == {"hangs": ("failed", "interrupted"), "prints": ("skipped", "interrupted")}
+    assert "skipped" in capsys.readouterr().out
 
 
-def test_each_stage_leaves_the_next_ones_their_least():
-    """Of 8 minutes, all of which the stages before take."""
+def test_time_limits_leave_later_stages_their_minimum():
+    """Of 8 minutes, where every stage takes all the time it may."""
     left, seconds = 480.0, {}
     for i, name in enumerate(gpu.STAGES):
-        seconds[name] = gpu.seconds_for(name, left, list(gpu.STAGES)[i + 1:])
+        seconds[name] = gpu.time_limit(name, left, list(gpu.STAGES)[i + 1:])
         left -= seconds[name]
-    assert seconds == {"right": 90, "speed": 120, "six": 60, "architectures": 65, "curves": 120, "decode": 25}
-    assert gpu.seconds_for("curves", 400, ["decode"]) == 375
-    assert gpu.seconds_for("decode", 10, []) == 10
-    assert gpu.seconds_for("right", 1000, ["curves"], minutes=16) == 180
+    assert seconds == {"tests": 90, "speed": 120, "6gb": 60, "architectures": 65, "curves": 120, "decode": 25}
+    assert gpu.time_limit("curves", 400, ["decode"]) == 375
+    assert gpu.time_limit("decode", 10, []) == 10
+    assert gpu.time_limit("tests", 1000, ["curves"], minutes=16) == 180
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], ["no GPU", "--rehearse"]), (["--only", "speed", "sped"], ["--only=sped", "choose one of right"]),
+    ([], ["no GPU", "--rehearse"]), (["--only", "speed", "sped"], ["--only=sped", "choose one of tests"]),
     (["--text=nowhere.txt"], ["--text=nowhere.txt", "not found"]), (["--minutes=0"], ["--minutes=0"]),
     (["--rehearse", "--text=pyproject.toml"], ["--text=pyproject.toml", "give .parquet"]),
     (["--rehearse", "--data_path=tests"], ["--data_path=tests", "download_data.py"]),
     (["--text=LICENSE", "--data_path=tests"], ["--text=LICENSE", "one of them"]),
     (["--readme"], ["--readme", "results.jsonl", "no rows"])])
-def test_what_cannot_be_run(refused, monkeypatch, tmp_path, flags, words):
+def test_a_wrong_command_line_is_refused(refused, monkeypatch, tmp_path, flags, words):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(REPO)
     refused(gpu.main, [*flags, f"--out_path={tmp_path / 'out'}"], *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_readmes_table_by_hand(tmp_path):
-    """The newest row of each measurement on the card of the last run; no rehearsal."""
+def test_the_table_has_the_latest_row_of_each_measurement(tmp_path, monkeypatch):
+    """By hand: of the runs on the GPU of the last run, without rehearsals."""
     path = tmp_path / "results.jsonl"
     speed = {"stage": "speed", "name": "default", "card": "A Card (sm_90, 80 GiB)", "tok_per_sec": 1234.5, "mfu": 0.4321}
     card = {"card": speed["card"]}
     rows = [{"began": "on Monday", "rehearsal": False}, {**speed, "tok_per_sec": 1.0}, {**speed, "name": "old", **card},
-            {"stage": "six", "name": "other", "tok_per_sec": 9.0, "card": "Another"},
+            {"stage": "6gb", "name": "other", "tok_per_sec": 9.0, "card": "Another"},
             {"began": "on Tuesday", "rehearsal": False}, speed,
-            {"stage": "right", "name": "a_test", "outcome": "passed", **card},
+            {"stage": "tests", "name": "a_test", "outcome": "passed", **card},
             {"stage": "speed", "name": "gpt2", "skipped": "no | time", **card},
-            {"stage": "speed", "name": "in short", "figure": "fast", **card},
-            {"stage": "right", "status": "failed", "reason": "cut off", "figure": "", **card},
+            {"stage": "speed", "name": "summary", "figure": "fast", **card},
+            {"stage": "tests", "status": "failed", "reason": "killed", "figure": "", **card},
             {"stage": "speed", "status": "passed", "reason": "", "figure": "fast", **card},
-            {"stage": "six", "status": "left out", "reason": "not in --only", "figure": "", "card": ""},
+            {"stage": "6gb", "status": "skipped", "reason": "not in --only", "figure": "", "card": ""},
             {"began": "on Wednesday", "rehearsal": True}, {**speed, "tok_per_sec": 2.0, "card": "A CPU"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut o')
-    assert gpu.readme_text(gpu.proven(path)).splitlines() == [
-        "| stage | what | result |", "|---|---|---|", "| speed | old | 1,234 tok/s, MFU 43.2% |",
-        "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | left out: no \\| time |", "",
-        "A Card (sm_90, 80 GiB): `python bench/gpu.py`. right failed (cut off); speed passed (fast)."]
+    table = ["| stage | measurement | result |", "|---|---|---|", "| speed | old | 1,234 tok/s, MFU 43.2% |",
+             "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | skipped: no \\| time |", "",
+             "A Card (sm_90, 80 GiB): `python bench/gpu.py`. tests failed (killed); speed passed (fast)."]
+    assert gpu.markdown_table(gpu.latest_rows(path)).splitlines() == table
     with pytest.raises(BadInput, match="no rows of a run"):
-        gpu.proven(tmp_path / "none.jsonl")
+        gpu.latest_rows(tmp_path / "none.jsonl")
+    monkeypatch.setattr(side_by_side, "REPO", tmp_path)
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- bench/gpu.py -->\nold\n<!-- end of bench/gpu.py -->\nafter\n")
+    for _ in range(2):
+        gpu.main(["--readme", f"--out_path={tmp_path}"])
+        assert page.read_text().splitlines() == ["before", "<!-- bench/gpu.py -->", *table, "<!-- end of bench/gpu.py -->",
+                                                 "after"]
+
+
+def test_without_markers_in_the_page_the_table_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "REPO", tmp_path)
+    with pytest.raises(BadInput, match="benchmarks.md: has no lines <!-- bench/gpu.py -->"):
+        side_by_side.write_into_docs("bench/gpu.py", "a table")
 
 
 def test_curves_by_hand(tmp_path):
-    """The better side ends lower; of a run that has just begun there is a picture too."""
+    """A lower loss is drawn lower, more seconds or tokens further right; a run with one row is drawn too."""
     runs = {"a": [{"seconds": 0, "tokens": 0, "val_loss": 9.0}, {"seconds": 10, "tokens": 5, "val_loss": 3.0}],
             "b": [{"seconds": 0, "tokens": 0, "val_loss": 9.0}, {"seconds": 8, "tokens": 9, "val_loss": 6.0}]}
-    curves_as_svg(runs, tmp_path / "curves.svg", "A & B")
+    draw_curves_svg(runs, tmp_path / "curves.svg", "A & B")
     root = ET.parse(tmp_path / "curves.svg").getroot()
     lines = [line.get("points").split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
     ends = [[float(n) for n in line[-1].split(",")] for line in lines]
     assert ends[0][1] > ends[1][1] and ends[0][0] > ends[1][0]           # lower, and further right in seconds
     assert ends[2][1] > ends[3][1] and ends[2][0] < ends[3][0]           # with fewer tokens
     assert lines[0][0] == lines[1][0]
-    curves_as_svg({"a": runs["a"][:1], "b": []}, tmp_path / "curves.svg", "")
-    assert line_of({"val_loss": 3.0, "card": "A Card"}) == "val 3.0000 nats/token"
+    draw_curves_svg({"a": runs["a"][:1], "b": []}, tmp_path / "curves.svg", "")
+    assert format_row({"val_loss": 3.0, "card": "A Card"}) == "val 3.0000 nats/token"

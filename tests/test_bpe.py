@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import REPO
 from kernels import bpe
-from text.documents import from_strings
-from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, split
+from text.documents import PackedDocuments
+from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, split_words
 
 # what the patterns tell apart, often enough to meet; and any character
 TEXT = st.text(st.sampled_from("aA'lLvVeErRsSdmtT 1٢½\n\r\t\u00a0\u2028.!-\u0301éſ中🙂\0\x1c\x85")
@@ -26,8 +26,8 @@ TEXT = st.text(st.sampled_from("aA'lLvVeErRsSdmtT 1٢½\n\r\t\u00a0\u2028.!-\u03
 
 def scan_all(text: str, pattern: str, block: int = 400) -> list[str]:
     """Words of `text` as the compiled scanner finds them, `block` at a time."""
-    packed = from_strings([text])
-    buffer, offsets = bpe.padded([packed.utf8]), packed.offsets
+    packed = PackedDocuments.from_strings([text])
+    buffer, offsets = bpe.pad_text([packed.utf8]), packed.offsets
     words, at = [], 0
     while at < offsets[1]:
         ends = np.full(block + 1, -1)
@@ -63,14 +63,15 @@ def test_scanner_by_hand():
 
 
 def test_words_end_with_their_document():
-    """What follows in the buffer is another document, even where its letters would go on with the word."""
-    texts = from_strings(["ab", "cd", "'", "s", " ", " ", "中", "文", "", "1", "2"])
-    words = bpe.add_documents(bpe.no_words(), bpe.padded([texts.utf8]), texts.offsets, find_splitter(PATTERNS["default"]))
+    """Even if the next document in the buffer would continue the word."""
+    texts = PackedDocuments.from_strings(["ab", "cd", "'", "s", " ", " ", "中", "文", "", "1", "2"])
+    splitter = find_splitter(PATTERNS["default"])
+    words = bpe.add_documents(bpe.empty_words(), bpe.pad_text([texts.utf8]), texts.offsets, splitter)
     assert as_counter(words) == Counter(["ab", "cd", "'", "s", " ", " ", "中", "文", "1", "2"])
 
 
-def test_classes_are_those_of_regex():
-    """Of all characters that Python knows; `regex` may know younger ones. (All others are compared with tiktoken's.)"""
+def test_character_classes_equal_regex():
+    """For all characters that Python knows; `regex` may know newer ones, which are compared with tiktoken's."""
     classes = character_classes()
     characters = "".join(chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Cn"))
     classes = np.where([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)], bpe.OTHER, classes)
@@ -95,20 +96,20 @@ def as_counter(words: bpe.Words) -> Counter:
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"[^ ]+| ", r"(?s).*", r"\s*\S*"])
-def test_counts_equal_those_of_a_counter(pattern, english):
+def test_counts_equal_a_counter(pattern, english):
     rng = random.Random(2)
     # words of every length around those that a key holds, NUL bytes in them, and many words, so that the tables grow
     words = ["\0" * n for n in range(40)] + ["a" * n + "\0" * (20 - n) for n in range(20)]
     words += ["".join(rng.choices("abc\0", k=rng.randrange(1, 40))) for _ in range(9000)]
     texts = [*english[:10], " ".join(words), " ".join(rng.choices(words, k=9000)), "", "x" * 100_000, "x" * 100_000]
-    expected = Counter(word for text in texts for word in split(regex.compile(PATTERNS.get(pattern, pattern)), text))
+    expected = Counter(word for text in texts for word in split_words(regex.compile(PATTERNS.get(pattern, pattern)), text))
     assert as_counter(count_words(texts, PATTERNS.get(pattern, pattern), progress=False)) == expected
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
 
-def merges_by_counting_anew(words: dict[str, int], n_merges: int) -> list[list[int]]:
-    """The definition: count all pairs, merge the most frequent one, start again."""
+def merges_by_recounting(words: dict[str, int], n_merges: int) -> list[list[int]]:
+    """The definition: count all pairs, merge the most frequent one, repeat."""
     spelled, merges = [(list(word.encode()), count) for word, count in words.items()], []
     for new_id in range(256, 256 + n_merges):
         pairs = Counter()
@@ -137,24 +138,24 @@ def replace(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text("abcd", min_size=1, max_size=25), st.integers(1, 5), min_size=1, max_size=8), st.booleans())
-def test_incremental_merges_equal_counting_anew(words, one_at_a_time):
+def test_incremental_merges_equal_recounting(words, one_at_a_time):
     counted = count_words([word for word, count in words.items() for _ in range(count)], "[a-d]+", progress=False)
-    expected = merges_by_counting_anew(words, 30)
+    expected = merges_by_recounting(words, 30)
     learnt = bpe.learn(counted, 30, per_call=1 if one_at_a_time else 256)
     assert [pair for merges in learnt for pair in merges.tolist()] == expected
 
 
-def test_tables_of_pairs_grow(english, monkeypatch):
+def test_pair_tables_grow(english, monkeypatch):
     def learn():
         return list(learn_merges(count_words(english[:40], PATTERNS["gpt2"], progress=False), 700))
     expected = learn()
     grown = []
-    monkeypatch.setattr(bpe, "with_more_pairs", lambda pairs, grow=bpe.with_more_pairs: grown.append(1) or grow(pairs))
+    monkeypatch.setattr(bpe, "grow_pairs", lambda pairs, grow=bpe.grow_pairs: grown.append(1) or grow(pairs))
     monkeypatch.setattr(bpe, "PAIR_SLOTS", 1 << 12)  # room for the pairs of bytes, and few more
     assert learn() == expected and len(grown) > 1
 
 
-def test_positions_of_more_than_32_bits_are_the_same(english, monkeypatch):
+def test_64_bit_positions_give_the_same_merges(english, monkeypatch):
     def learn():
         return list(learn_merges(count_words(english[:5], PATTERNS["gpt2"], progress=False), 100))
     expected = learn()
@@ -181,7 +182,7 @@ def merge_slowly(word: bytes, ranks: dict[bytes, int]) -> list[int]:
 @given(st.lists(st.text("ab", min_size=2, max_size=20), unique=True, max_size=30),
        st.lists(st.text("abc", min_size=1, max_size=200), max_size=5), st.randoms(use_true_random=False))
 def test_merging_equals_the_definition(tokens, words, rng):
-    """With tokens that no training would make: some cannot be reached by merging, some in several ways."""
+    """With tokens that no training would produce: some cannot be reached by merges, some in several ways."""
     tokens = [bytes([byte]) for byte in range(256)] + [token.encode() for token in tokens]
     rng.shuffle(tokens)
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -191,19 +192,20 @@ def test_merging_equals_the_definition(tokens, words, rng):
         token_id for word in regex.findall(r"[^ ]+| +", text) for token_id in merge_slowly(word.encode(), ranks)]
 
 
-def test_every_way_to_put_two_tokens_together_fits(monkeypatch):
-    """A vocabulary of runs has more such ways than there is room for at first."""
+def test_the_table_of_merges_grows():
+    """A vocabulary of runs has more ways to join two tokens than the table holds initially."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"a" * n: 254 + n for n in range(2, 200)}
     text = "a" * 1000
     assert Tokenizer(ranks, "gpt2", {}).encode(text) == merge_slowly(text.encode(), ranks)
 
 
-def test_kernels_let_other_threads_run():
+def test_kernels_release_the_gil():
     kernels = [value for value in vars(bpe).values() if hasattr(value, "targetoptions")]
     assert len(kernels) > 30 and all(kernel.targetoptions["nogil"] for kernel in kernels)
 
 
-def test_works_where_no_machine_code_can_be_kept():
+@pytest.mark.integration
+def test_works_without_a_cache_of_machine_code():
     program = """
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
@@ -220,7 +222,7 @@ def test_a_full_cache_changes_nothing(english, monkeypatch):
     small = Tokenizer.from_ranks(tokenizer.ranks, "default")
     assert [small.encode(text) for text in english[:5]] == expected
     assert small.caches[0].room[0] == 0
-    assert small.encode("a") == [ord("a")] and small.caches[0].room[0] == 3  # begun anew, and "a" needs no room
+    assert small.encode("a") == [ord("a")] and small.caches[0].room[0] == 3  # emptied, and "a" needs no room
 
 
 def test_a_token_of_a_million_bytes_costs_little():
@@ -234,7 +236,7 @@ def test_a_token_of_a_million_bytes_costs_little():
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**64 - 1)) | st.none(), max_size=60))
 def test_heap_equals_heapq(commands):
-    """A pair is pushed, None pops."""
+    """commands: a pair is pushed, None pops."""
     heap, twin = np.zeros((60, 2), np.uint64), []
     for command in commands:
         if command is not None:

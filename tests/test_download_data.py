@@ -1,3 +1,5 @@
+"""Preparing shards: splits and thresholds, resuming after any interruption, nodes, --verify, --stats, what is refused."""
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -16,23 +18,22 @@ import pytest
 import download_data
 import shards
 import train
-from conftest import REPO, TINY_MODEL, lines_in
+from conftest import REPO, TINY_MODEL, stderr_lines
 from runtime.files import folder_lock
 from shards import Manifest, open_data
-from text import formats as readers
-from text import sources
+from text import formats, sources
 from tokenizer import Tokenizer
 
 
 @pytest.fixture
 def texts(english) -> list[str]:
-    """Documents short enough for several to stand in a shard."""
+    """Documents so short that a shard holds several."""
     return list(dict.fromkeys(document[:1500] for document in english))
 
 
 @pytest.fixture
 def text(tmp_path, texts):
-    """A folder of these documents, as a --dataset flag."""
+    """The --dataset flag of a folder with these documents."""
     folder = tmp_path / "text"
     folder.mkdir()
     with open(folder / "a.jsonl", "w", encoding="utf-8") as file:
@@ -50,7 +51,7 @@ def prepare(tmp_path, text, *flags, folder="data"):
 
 
 def documents_in(path, split) -> list[str]:
-    """The texts of a split, taken apart at the separator."""
+    """The decoded documents of a split."""
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     ids = np.concatenate([np.load(file) for file in sorted(path.glob(f"{split}_*.npy"))])
     assert ids[0] == tokenizer.separator_id
@@ -59,10 +60,11 @@ def documents_in(path, split) -> list[str]:
 
 
 def contents(path) -> dict:
+    """name -> bytes of the files in a folder."""
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_splits_hold_the_stream_once_in_order(tmp_path, text, texts):
+def test_the_splits_are_the_stream_in_order(tmp_path, text, texts):
     path = prepare(tmp_path, text)
     val, train = documents_in(path, "val"), documents_in(path, "train")
     assert val + train == texts[:len(val) + len(train)]
@@ -106,7 +108,7 @@ def test_shard_size_does_not_change_the_tokens(tmp_path, text):
     assert len(list(one.glob("train_*"))) == 1
 
 
-def test_a_given_tokenizer_is_used_and_copied(tmp_path, text):
+def test_tokenizer_path_is_used_and_copied(tmp_path, text):
     first = prepare(tmp_path, text, "--vocab_size=300")
     second = prepare(tmp_path, text, f"--tokenizer_path={first / 'tokenizer.json'}", folder="second")
     assert contents(first) == contents(second)
@@ -116,15 +118,15 @@ def test_a_second_run_does_nothing(tmp_path, text, capsys, monkeypatch):
     path = prepare(tmp_path, text)
     before = contents(path)
     capsys.readouterr()
-    monkeypatch.setattr(download_data, "open_source", None)  # not even read
+    monkeypatch.setattr(download_data, "open_source", None)  # the text is not even read
     prepare(tmp_path, text)
-    assert "finished before, nothing to do" in capsys.readouterr().out
+    assert "already complete, nothing to do" in capsys.readouterr().out
     assert contents(path) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
-def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, stop_after):
+def test_an_interrupted_preparation_resumes(tmp_path, text, monkeypatch, error, stop_after):
     expected = contents(prepare(tmp_path, text, folder="whole"))
     opened = 0
     open_shard = shards.ShardWriter._open
@@ -143,18 +145,19 @@ def test_an_interrupted_preparation_goes_on(tmp_path, text, monkeypatch, error, 
     assert exit.value.code == (130 if error is KeyboardInterrupt else 1)
     path = tmp_path / "data"
     assert len(list(path.glob("*.npy"))) == stop_after and not list(path.glob("*.tmp"))
-    assert stop_after or not path.exists()  # without a finished shard, nothing is left behind
+    assert stop_after or not path.exists()  # without a finished shard nothing stays
     prepare(tmp_path, text)
     assert contents(path) == expected
 
 
 def interrupt_at(event: int, functions: set[str] | None):
-    """A trace function that raises KeyboardInterrupt at that line executed in `functions` of the two files that write."""
+    """A trace function that raises KeyboardInterrupt at the event-th line executed in `functions` (None: all) of the modules
+    that write files."""
     left = event
 
     def trace(frame, what, arg):
         nonlocal left
-        if Path(frame.f_code.co_filename).name not in {"dataloader.py", "files.py"} or (
+        if Path(frame.f_code.co_filename).name not in {"shards.py", "files.py"} or (
                 functions and frame.f_code.co_name not in functions):
             return None
         if what == "line":
@@ -166,11 +169,15 @@ def interrupt_at(event: int, functions: set[str] | None):
     return trace
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("functions", [{"close"}, pytest.param(None, marks=pytest.mark.slow)])
-def test_interrupted_at_any_line_it_goes_on(tmp_path, text, texts, functions, monkeypatch):
-    """Ctrl-C in each line that closes a shard, or that writes anything at all; and once more when it goes on."""
-    if os.name == "posix":  # the lock of a folder ends with its process, and this one goes on
-        monkeypatch.setattr("fcntl.flock", lambda *args: None)
+def test_a_preparation_resumes_after_ctrl_c_at_any_line(tmp_path, text, texts, functions, monkeypatch):
+    """In each line that closes a shard, or that writes anything at all; and once more while resuming."""
+    @contextlib.contextmanager
+    def make_folder(folder, flag):
+        folder.mkdir(exist_ok=True)
+        yield
+    monkeypatch.setattr(download_data, "folder_lock", make_folder)  # a lock ends with its process, but this process stays
     tokenizer = f"--tokenizer_path={prepare(tmp_path, text, folder='first') / 'tokenizer.json'}"
     flags = [tokenizer, "--val_tokens=500", "--shard_size_threshold=1000"]
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4]))
@@ -194,10 +201,11 @@ def test_interrupted_at_any_line_it_goes_on(tmp_path, text, texts, functions, mo
     assert event > 20
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="POSIX resource limits")
 @pytest.mark.parametrize("limit", [500, 2_000, 5_000, 19_000])
-def test_a_disk_that_takes_no_more(tmp_path, text, limit):
-    """A file may grow to so many bytes: tokenizer, validation shard or a training shard cannot be written."""
+def test_a_full_disk(tmp_path, text, limit):
+    """Files may have at most `limit` bytes: the tokenizer, the validation shard or a training shard cannot be written."""
     expected = contents(prepare(tmp_path, text, folder="whole"))
 
     def limited():
@@ -217,11 +225,11 @@ def test_a_disk_that_takes_no_more(tmp_path, text, limit):
     assert contents(tmp_path / "data") == expected
 
 
-def test_a_bad_row_met_on_going_on_leaves_what_was_finished(tmp_path, text, monkeypatch, refused, capsys):
-    """The first time it is interrupted after the validation shard, the second time it comes to a line that is no JSON."""
+def test_a_bad_row_found_after_resuming_keeps_finished_shards(tmp_path, text, monkeypatch, refused, capsys):
+    """Interrupted after the validation shard, and then stopped by a line that is not JSON."""
     with open(tmp_path / "text" / "a.jsonl", "a") as file:
         file.write("{bad")
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)  # so that the bad line is not met before anything is written
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 10_000)  # so that the bad line is not read before anything is written
     close = shards.ShardWriter.close
 
     def stop(self):
@@ -233,13 +241,14 @@ def test_a_bad_row_met_on_going_on_leaves_what_was_finished(tmp_path, text, monk
     before = contents(tmp_path / "data")
     error = capsys.readouterr().err
     assert "val_000000.npy" in before
-    assert f"finished shards in {tmp_path / 'data'}: 1, go on after them with: python download_data.py" in error
+    assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with: python download_data.py" in error
     refused(download_data.main, [
         text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=1e9",
         "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "--shard_size_threshold")
     refused(download_data.main, [
         text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
-        "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "a.jsonl: line", "is not JSON", "--skip_errors=1", "go on")
+        "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "a.jsonl: line",
+        "cannot be parsed as JSON", "--skip_errors=1", "resume after them")
     assert before.items() - contents(tmp_path / "data").items() <= {("manifest.json", before["manifest.json"])}
 
 
@@ -252,47 +261,48 @@ def test_a_tokenizer_already_in_the_folder_is_used(tmp_path, text):
     assert contents(first) == contents(second)
 
 
-# -- killed -----------------------------------------------------------------------------------------------------------
+# -- killed processes -------------------------------------------------------------------------------------------------
 
 KILL = """
 import os, random, signal, sys, threading
-import dataloader, download_data, text.hub, text.formats
+import download_data, shards, text.hub, text.formats
 text.hub.CHUNK_BYTES = text.formats.CHUNK_BYTES = 20_000
 random.seed(int(sys.argv.pop(1)))
 open_shard, started = shards.ShardWriter._open, []
-def start(self):  # the clock runs from the first shard on
+def open_and_start_clock(self):  # the clock runs from the first shard on
     if not started:
         started.append(threading.Timer(random.uniform(0, 0.25), os.kill, (os.getpid(), signal.SIGKILL)))
         started[0].daemon = True
         started[0].start()
     open_shard(self)
-shards.ShardWriter._open = start
+shards.ShardWriter._open = open_and_start_clock
 download_data.main()
 """
 
 
-def killed_until_it_ends(flags: list[str], path: Path, kills: int):
-    """Runs the command in processes that are killed at random moments of their work, so often before it is done; then once
-    unharmed."""
-    seeds, found = itertools.count(), []
-    while len(found) < kills or (kills > 10 and len(set(found)) < 5):
+def prepare_with_kills(flags: list[str], path: Path, n_kills: int) -> list[int]:
+    """Runs the command in processes that are killed at random moments of their work, n_kills times or more; then once
+    unharmed. Returns the number of shards there were after each kill."""
+    seeds, n_shards = itertools.count(), []
+    while len(n_shards) < n_kills or (n_kills > 10 and len(set(n_shards)) < 5):
         done = subprocess.run([sys.executable, "-c", KILL, str(next(seeds)), *flags], cwd=REPO, capture_output=True,
                               text=True, timeout=60)
         assert done.returncode in (0, -9), done.stderr
-        if Manifest.load(path).complete:  # it was faster: begin again
+        if Manifest.load(path).complete:  # it was faster
             shutil.rmtree(path)
         else:
-            found.append(len(list(path.glob("*.npy"))))
+            n_shards.append(len(list(path.glob("*.npy"))))
     download_data.main(flags)
-    return found
+    return n_shards
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("origin, kills", [
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("origin, n_kills", [
     ("local", 3), ("streamed", 1), *(pytest.param(origin, 20, marks=pytest.mark.slow)
                                      for origin in ("local", "streamed", "mix", "downloaded"))])
-def test_killed_at_any_moment_the_folder_ends_the_same(tmp_path, text, texts, hub, origin, kills):
-    """Shards so small that most of the time goes into closing them."""
+def test_kills_do_not_change_the_folder(tmp_path, text, texts, hub, origin, n_kills):
+    """With shards so small that most of the time goes into closing them."""
     flags = [f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--tokenizer_bytes=30000", "--val_tokens=20000",
              "--shard_size_threshold=2000"]
     if origin == "local":
@@ -304,17 +314,17 @@ def test_killed_at_any_moment_the_folder_ends_the_same(tmp_path, text, texts, hu
         hub.add("some/texts", {"default": [[{"text": text} for text in texts[i::3]] for i in range(3)]})
         flags += ["--dataset=some/texts", f"--streaming={int(origin == 'streamed')}"]
     download_data.main([flag.replace("/data", "/whole") if flag.startswith("--data_path") else flag for flag in flags])
-    found = killed_until_it_ends(flags, tmp_path / "data", kills)
-    assert max(found) > 0, found  # shards there were when it was killed
+    n_shards = prepare_with_kills(flags, tmp_path / "data", n_kills)
+    assert max(n_shards) > 0, n_shards
     expected, found = contents(tmp_path / "whole"), contents(tmp_path / "data")
     assert found.keys() == expected.keys() and len(found) > 40
     assert found == expected
 
 
 @pytest.mark.parametrize("event", ["saved", "closed"])
-def test_what_is_left_out_is_counted_once(tmp_path, text, monkeypatch, event):
-    """Stopped before the last save, after the last shard with what is left out behind it, it goes on to the same count."""
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)
+def test_skipped_parts_are_counted_once(tmp_path, text, monkeypatch, event):
+    """Stopped before the last save, or after the last shard, with skipped lines behind it, it resumes to the same count."""
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 10_000)
     with open(tmp_path / "text" / "a.jsonl", "a") as file:
         file.write("{bad\n[1]\n")
     (tmp_path / "text" / "0.jsonl").write_text('nothing\n{"text": "one"}\n')
@@ -322,7 +332,7 @@ def test_what_is_left_out_is_counted_once(tmp_path, text, monkeypatch, event):
     expected = contents(prepare(tmp_path, text, *flags, folder="whole"))
     assert json.loads(expected["manifest.json"])["left_out"] == 3
     save, saved = Manifest.save, 0
-    n_saves = len(expected)  # one for each shard, at the beginning and at the end: files but tokenizer.json
+    n_saves = len(expected)  # at the start, for each shard and at the end: as many as files but tokenizer.json
 
     def stop(self, path):
         nonlocal saved
@@ -339,8 +349,9 @@ def test_what_is_left_out_is_counted_once(tmp_path, text, monkeypatch, event):
     assert contents(tmp_path / "data") == expected
 
 
-def test_a_summary_of_text_that_is_not_ascii(tmp_path, capsys):
-    """The sample of the validation split ends with a document, not within a character."""
+@pytest.mark.integration
+def test_the_summary_of_non_ascii_text(tmp_path, capsys):
+    """Its sample of the validation split ends with a document, not within a character."""
     for name, documents in (("one", 1), ("three", 3)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": "中文字" * 120_000}) + "\n"
                                                         for _ in range(documents)) + '{"text": "rest"}\n')
@@ -348,11 +359,12 @@ def test_a_summary_of_text_that_is_not_ascii(tmp_path, capsys):
         tokenizer.save(tmp_path / "tokenizer.json")
         download_data.main([f"--dataset={tmp_path / f'{name}.jsonl'}", f"--data_path={tmp_path / name}",
                             f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={documents * 1_000_000}"])
-        assert "words that are one token: 0.0%" in capsys.readouterr().out
+        assert "words that are a single token: 0.0%" in capsys.readouterr().out
 
 
-def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
-    """While one is at work, and even where it has not written anything yet."""
+@pytest.mark.integration
+def test_two_preparations_in_one_folder_are_refused(tmp_path, text, refused):
+    """While the first is running, even before it has written anything."""
     expected = contents(prepare(tmp_path, text, folder="whole"))
     flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
@@ -363,7 +375,7 @@ def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
             assert process.poll() is None
             time.sleep(0.05)
         refused(download_data.main, flags, "--data_path=", "another process is writing there")
-        process.kill()  # lets go of the folder
+        process.kill()  # releases the lock
     finally:
         process.kill()
         process.wait()
@@ -377,20 +389,20 @@ def test_a_second_preparation_in_a_folder_is_refused(tmp_path, text, refused):
 # -- thresholds by hand -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("val_tokens, shard_size, tokens, val, train", [
-    # of documents of 3, 4, 2, 9, 2, 2 tokens: how long those in each shard are
+    # documents of 3, 4, 2, 9, 2, 2 tokens; expected: the lengths of those in each shard
     (3, 7, 10**6, [[3]], [[4, 2, 9], [2, 2]]),
     (4, 8, 10**6, [[3, 4]], [[2, 9], [2, 2]]),
     (8, 4, 10**6, [[3, 4], [2]], [[9], [2, 2]]),
     (1, 1, 10**6, [[3]], [[4], [2], [9], [2], [2]]),
     (3, 100, 6, [[3]], [[4]]),
-    (3, 100, 7, [[3]], [[4, 2]]),  # it ends with more than so many, not with as many
+    (3, 100, 7, [[3]], [[4, 2]]),  # stops with more tokens than the threshold, not with as many
     (3, 4, 9, [[3]], [[4], [2, 9]]),
     (3, 100, 21, [[3]], [[4, 2, 9, 2, 2]]),
     (3, 100, 22, [[3]], [[4, 2, 9, 2, 2]])])  # the text ends first
 @pytest.mark.parametrize("chunk_bytes", [1, 20, 1 << 20])
 def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, tokens, val, train, chunk_bytes):
-    """A token a byte, and one for the separator. How much is read at once makes no difference."""
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk_bytes)
+    """One token per byte, and one for the separator. The size of chunks makes no difference."""
+    monkeypatch.setattr(formats, "CHUNK_BYTES", chunk_bytes)
     tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
     tokenizer.save(tmp_path / "tokenizer.json")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * (n - 1)}) + "\n" for n in (3, 4, 2, 9, 2, 2)))
@@ -402,10 +414,11 @@ def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, token
         assert [np.diff([*np.flatnonzero(ids == tokenizer.separator_id), len(ids)]).tolist() for ids in shards] == expected
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- several nodes ----------------------------------------------------------------------------------------------------
 
-def test_the_folders_of_nodes_side_by_side_train(tmp_path, text, texts, refused):
-    """They hold the stream once, though each begins its own validation split."""
+@pytest.mark.integration
+def test_folders_of_nodes_train_together(tmp_path, text, texts, refused):
+    """Side by side they hold the stream once, though each starts with its own validation split."""
     for node in (0, 1, 2):
         prepare(tmp_path, text, "--num_nodes=3", f"--node={node}", "--tokens_threshold=1e9", "--val_tokens=1000",
                 folder=f"data/{node}")
@@ -425,7 +438,7 @@ def test_the_folders_of_nodes_side_by_side_train(tmp_path, text, texts, refused)
     shutil.move(tmp_path / "data" / "1", tmp_path / "1")
     refused(train.main, train_flags, "--data_path=", "node 0, 2 of --num_nodes=3")
     prepare(tmp_path, text, "--num_nodes=3", "--node=1", "--vocab_size=401", folder="data/1")
-    refused(train.main, train_flags, "were prepared with other flags, text or tokenizer")
+    refused(train.main, train_flags, "were prepared with different flags, text or tokenizers")
     shutil.rmtree(tmp_path / "data" / "1")
     shutil.copytree(tmp_path / "data" / "0", tmp_path / "data" / "1")
     refused(train.main, train_flags, "node 0, 0, 2 of --num_nodes=3")
@@ -435,15 +448,15 @@ def test_the_folders_of_nodes_side_by_side_train(tmp_path, text, texts, refused)
     refused(train.main, train_flags, "--data_path=", "no shards to read")
 
 
-def test_folders_that_happen_to_lie_there_are_no_parts(tmp_path, text, refused):
+def test_other_folders_are_not_parts_of_nodes(tmp_path, text, refused):
     prepare(tmp_path, text, folder="data/mine")
     refused(train.main, [f"--data_path={tmp_path / 'data'}"], "--data_path=", "no shards to read")
 
 
-# -- looking at a folder ----------------------------------------------------------------------------------------------
+# -- --verify, --stats, the summary -----------------------------------------------------------------------------------
 
-def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch, refused):
-    monkeypatch.setattr("shards.LOOKED_AT", 1000)  # so that the stray id is further on
+def test_verify_names_every_difference(tmp_path, text, capsys, monkeypatch, refused):
+    monkeypatch.setattr("shards.CHECKED_TOKENS", 1000)  # so that the stray id is further on
     path = prepare(tmp_path, text)
     capsys.readouterr()
     download_data.main([f"--data_path={path}", "--verify"])
@@ -467,21 +480,22 @@ def test_verify_names_what_is_wrong(tmp_path, text, capsys, monkeypatch, refused
     manifest.save(path)
     with pytest.raises(SystemExit) as stop:
         download_data.main([f"--data_path={path}", "--verify"])
-    *told, last = lines_in(capsys.readouterr().err)
-    assert stop.value.code == 2 and last.startswith("download_data.py: --data_path=") and "not as its manifest" in last
+    *messages, last = stderr_lines(capsys.readouterr().err)
+    assert stop.value.code == 2 and last.startswith("download_data.py: --data_path=")
+    assert "does not match its manifest.json" in last
     for words in (["val_000000.npy", "missing"], ["train_000000.npy", "checksum"], ["train_000001.npy", "holds id 400"],
                   ["train_000001.npy", "checksum"], ["train_000002.npy", "documents, manifest.json says"],
                   ["train_000003.npy", "bytes of text, manifest.json says 7"], ["train_000077.npy", "not in manifest.json"]):
-        assert any(all(word in line for word in words) for line in told), (words, told)
-    assert not any("train_000003.npy" in line and "checksum" in line for line in told)
+        assert any(all(word in line for word in words) for line in messages), (words, messages)
+    assert not any("train_000003.npy" in line and "checksum" in line for line in messages)
 
 
-def test_verify_of_what_is_not_finished(tmp_path, text, capsys):
+def test_verify_an_unfinished_folder(tmp_path, text, capsys):
     path = prepare(tmp_path, text)
     manifest = Manifest.load(path)
     manifest.complete = False
     manifest.shards["train"].pop()
-    manifest.save(path)  # as if killed between a shard's last byte and its entry
+    manifest.save(path)  # as if killed between the last byte of a shard and its entry
     capsys.readouterr()
     download_data.main([f"--data_path={path}", "--verify"])
     assert "the preparation has not finished" in capsys.readouterr().out
@@ -490,7 +504,7 @@ def test_verify_of_what_is_not_finished(tmp_path, text, capsys):
 def test_stats_count_and_draw(tmp_path, text, capsys, refused):
     path = prepare(tmp_path, text)
     data = open_data(path)
-    lengths, counts = download_data.count(data)
+    lengths, counts = download_data.count_tokens(data)
     documents = documents_in(path, "val") + documents_in(path, "train")
     encoded = [data.tokenizer.encode(document) for document in documents]
     assert lengths.tolist() == [len(ids) for ids in encoded]
@@ -504,31 +518,31 @@ def test_stats_count_and_draw(tmp_path, text, capsys, refused):
     rows = list(csv.reader((path / "stats.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[0] == ["rank", "id", "occurrences", "token"] and len(rows) == 401
     assert int(rows[1][2]) == counts.max() and sum(int(row[2]) for row in rows[1:]) == counts.sum()
-    data.split("train")  # which the new files do not disturb
+    data.split("train")  # the new files are not taken for shards
     refused(download_data.main, [f"--data_path={tmp_path / 'none'}", "--stats"], "no shards to read")
 
 
-def test_stats_of_damage(tmp_path, text, monkeypatch, refused):
+def test_stats_of_a_damaged_folder(tmp_path, text, monkeypatch, refused):
     path = prepare(tmp_path, text)
     ids = np.load(path / "train_000001.npy")
     ids[-1] = 400
     np.save(path / "train_000001.npy", ids)
-    monkeypatch.setattr("shards.LOOKED_AT", 1000)
-    refused(download_data.main, [f"--data_path={path}", "--stats"], "holds id 400", "--verify tells where")
+    monkeypatch.setattr("shards.CHECKED_TOKENS", 1000)
+    refused(download_data.main, [f"--data_path={path}", "--stats"], "holds id 400", "--verify names the shard")
 
 
-def test_the_summary_tells_what_there_is(tmp_path, text, capsys):
+def test_the_summary_describes_the_folder(tmp_path, text, capsys):
     path = prepare(tmp_path, text)
     out = capsys.readouterr().out
     data = open_data(path)
     ids = data.split("val").read(0, len(data.split("val")))
-    assert f"words that are one token: {data.tokenizer.one_token_words(ids):.1%} of the validation split's" in out
-    tokens, n_bytes = (data.manifest.total("val", what) for what in ("tokens", "bytes"))
+    assert f"words that are a single token: {data.tokenizer.single_token_words(ids):.1%} of the validation split" in out
+    tokens, n_bytes = (data.manifest.total("val", quantity) for quantity in ("tokens", "bytes"))
     assert f"val  : {tokens:,} tokens" in out and "bytes per token" in out
     assert n_bytes == sum(len(document.encode()) for document in documents_in(path, "val"))
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     path = prepare(tmp_path, text)
@@ -543,7 +557,7 @@ def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     assert contents(path) == before
 
 
-def test_a_validation_split_that_takes_everything_is_taken_back(tmp_path, text, refused):
+def test_a_validation_split_that_takes_everything_is_deleted(tmp_path, text, refused):
     path = tmp_path / "data"
     flags = [text, f"--data_path={path}", "--vocab_size=400", "--shard_size_threshold=9000"]
     refused(download_data.main, flags, "--val_tokens=1000000", "takes all")
@@ -552,7 +566,7 @@ def test_a_validation_split_that_takes_everything_is_taken_back(tmp_path, text, 
     assert Manifest.load(path).complete
 
 
-def test_a_tokenizer_that_was_there_is_not_taken_back(tmp_path, text, refused):
+def test_a_tokenizer_already_in_the_folder_is_not_deleted(tmp_path, text, refused):
     first = prepare(tmp_path, text, "--vocab_size=300")
     second = tmp_path / "second"
     second.mkdir()
@@ -561,7 +575,7 @@ def test_a_tokenizer_that_was_there_is_not_taken_back(tmp_path, text, refused):
     assert contents(second) == {"tokenizer.json": (first / "tokenizer.json").read_bytes()}
 
 
-def test_a_damaged_folder_is_not_a_finished_one(tmp_path, text, refused):
+def test_a_damaged_folder_is_not_complete(tmp_path, text, refused):
     path = prepare(tmp_path, text)
     shard = path / "train_000001.npy"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -582,7 +596,7 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
     assert contents(path) == before
 
 
-def test_builtin_text_of_other_packages_is_not_gone_on_with(tmp_path, english, refused, monkeypatch):
+def test_builtin_text_of_other_packages_is_not_resumed(tmp_path, english, refused, monkeypatch):
     monkeypatch.setattr(sources, "builtin_texts", lambda: english)
     flags = ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=3000",
              "--tokenizer_bytes=30000"]
@@ -592,30 +606,78 @@ def test_builtin_text_of_other_packages_is_not_gone_on_with(tmp_path, english, r
     manifest.save(tmp_path / "data")
     before = contents(tmp_path / "data")
     monkeypatch.setattr(sources, "builtin_revision", lambda: "python 2.7")
-    refused(download_data.main, flags, "was begun with", "python 2.7", "choose another --data_path")
+    refused(download_data.main, flags, "was started with", "python 2.7", "choose another --data_path")
     assert contents(tmp_path / "data") == before
 
 
-def test_other_refusals(tmp_path, text, refused):
-    path = tmp_path / "data"
-    flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_tokens=3000"]
-    refused(download_data.main, [*flags, "--tokens_threshold=3000"], "--tokens_threshold=3000", "--val_tokens")
-    refused(download_data.main, [*flags, "--shard_size_threshold=0"], "--shard_size_threshold=0")
-    refused(download_data.main, [*flags, f"--tokenizer_path={tmp_path / 'none.json'}"], "none.json", "no tokenizer")
-    refused(download_data.main, [*flags, f"--tokenizer_path={tmp_path / 'text' / 'a.jsonl'}"], "not a tokenizer of ours")
-    refused(download_data.main, [*flags, "--vocab_size=30000"], "--vocab_size=30000", "merges for only")
-    refused(download_data.main, ["--streaming=maybe"], "--streaming", "'maybe'")
-    refused(download_data.main, ["--val_tokens=many"], "--val_tokens", "'many'")
-    refused(download_data.main, [*flags, "--val_tokens=1", "--tokens_threshold=2"], "--tokens_threshold=2", "--val_tokens=1")
-    refused(download_data.main, [*flags, "--tokens_threshold=1e19"], "--tokens_threshold", "too large")
-    assert not list(path.glob("*"))
-    other = Tokenizer.train(["aa bb"], 257, special_tokens=())
-    other.save(tmp_path / "other.json")
-    refused(download_data.main, [text, f"--data_path={path}", "--val_tokens=3000",
+FLAGS = ["--vocab_size=400", "--val_tokens=3000"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([*FLAGS, "--tokens_threshold=3000"], ["--tokens_threshold=3000", "--val_tokens"]),
+    ([*FLAGS, "--shard_size_threshold=0"], ["--shard_size_threshold=0"]),
+    ([*FLAGS, "--tokenizer_path=none.json"], ["none.json", "no tokenizer"]),
+    ([*FLAGS, "--tokenizer_path=text/a.jsonl"], ["not a tokenizer.json of this program"]),
+    ([*FLAGS, "--vocab_size=30000"], ["--vocab_size=30000", "merges for only"]),
+    (["--streaming=maybe"], ["--streaming", "'maybe'"]),
+    (["--val_tokens=many"], ["--val_tokens", "'many'"]),
+    ([*FLAGS, "--val_tokens=1", "--tokens_threshold=2"], ["--tokens_threshold=2", "--val_tokens=1"]),
+    ([*FLAGS, "--tokens_threshold=1e19"], ["--tokens_threshold", "too large"]),
+    (["--tokens_threshold=500_000"], ["--tokens_threshold=500000", "--val_tokens=1000000"]),
+    (["--num_nodes=2", "--node=2"], ["--node=2", "--num_nodes=2"]),
+    ([*FLAGS, "--data_path=text/a.jsonl/x"], ["--data_path=", "cannot be written"])], ids=str)
+def test_bad_flags_are_refused(tmp_path, text, monkeypatch, refused, flags, words):
+    monkeypatch.chdir(tmp_path)
+    refused(download_data.main, ["--dataset=text", "--data_path=data", *flags], *words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_tokenizer_without_a_separator_is_refused(tmp_path, text, refused):
+    Tokenizer.train(["aa bb"], 257, special_tokens=()).save(tmp_path / "other.json")
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--val_tokens=3000",
                                  f"--tokenizer_path={tmp_path / 'other.json'}"], "<|endoftext|>")
-    refused(download_data.main, [text, f"--data_path={tmp_path / 'text' / 'a.jsonl' / 'x'}", "--val_tokens=3000"],
-            "--data_path=", "cannot be written")
-    path.mkdir(exist_ok=True)
-    np.save(path / "train_000000.npy", np.zeros(3))
-    refused(download_data.main, flags, "--data_path=", "no manifest.json")
-    assert [file.name for file in path.iterdir()] == ["train_000000.npy"]
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_with_stray_shards_is_refused(tmp_path, text, refused):
+    np.save(tmp_path / "train_000000.npy", np.zeros(3))
+    before = contents_of_files(tmp_path)
+    refused(download_data.main, [text, f"--data_path={tmp_path}", *FLAGS], "--data_path=", "no manifest.json")
+    assert contents_of_files(tmp_path) == before
+
+
+def contents_of_files(path) -> dict:
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+# -- defaults that depend on the dataset ------------------------------------------------------------------------------
+
+def test_the_builtin_text_has_smaller_defaults(tmp_path, english, text, monkeypatch, refused, capsys):
+    trained = []
+    train_tokenizer = Tokenizer.train
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab_size, **kwargs: (
+        trained.append(vocab_size), train_tokenizer(texts, 400))[1])
+    monkeypatch.setattr(sources, "builtin_texts", lambda: english)
+    download_data.main(["--dataset=builtin", f"--data_path={tmp_path / 'data'}"])
+    assert trained == [4096] and Manifest.load(tmp_path / "data").settings["val_tokens"] == 100_000
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'other'}"], "--val_tokens=1000000", "takes all")
+    assert trained == [4096, 32_768]
+    refused(download_data.main, ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--val_tokens=90_000"],
+            "--val_tokens=90000", "--val_tokens=100000")
+
+
+def test_a_flag_that_is_not_given_keeps_the_folders_value(tmp_path, text, capsys):
+    """So that a folder of an earlier version, when the defaults were others, is complete for the same command."""
+    path = prepare(tmp_path, text)
+    before = contents(path)
+    capsys.readouterr()
+    download_data.main([text, f"--data_path={path}", "--shard_size_threshold=9000", "--tokens_threshold=40000"])
+    assert "already complete" in capsys.readouterr().out
+    manifest = Manifest.load(path)
+    manifest.complete, manifest.shards["train"] = False, []
+    manifest.position = {"at": {"file": 0, "row": 0, "byte": 0}, "skip": manifest.total("val", "documents")}
+    manifest.save(path)
+    for shard in path.glob("train_*.npy"):
+        shard.unlink()
+    download_data.main([text, f"--data_path={path}", "--shard_size_threshold=9000", "--tokens_threshold=40000"])
+    assert contents(path) == before

@@ -1,3 +1,4 @@
+"""The gated delta rule: its chunked form against the recurrence, and what a head can store, forget and count."""
 import math
 
 import pytest
@@ -5,13 +6,20 @@ import torch
 from torch import library
 
 from layers import gated_delta
-from layers.gated_delta import CHUNK, MEMORY, GatedDelta, chunked_delta_rule, linear_recurrence, recurrent_delta_rule
+from layers.gated_delta import (
+    CHUNK_SIZE,
+    INITIAL_MEMORY,
+    GatedDelta,
+    chunked_delta_rule,
+    linear_recurrence,
+    recurrent_delta_rule,
+)
 from model import GPTConfig
 
 B, H, T, D = 2, 3, 40, 8
 
 
-def example(seed: int = 0, **like) -> list[torch.Tensor]:
+def example(seed: int = 0) -> list[torch.Tensor]:
     """q, k, v, beta, log_alpha, state; keys and queries of length 1."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator)
@@ -21,9 +29,9 @@ def example(seed: int = 0, **like) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 40, 64])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_chunks_equal_tokens(monkeypatch, chunk, with_state):
-    """With gradients; 7 does not divide the text."""
-    monkeypatch.setattr(gated_delta, "CHUNK", chunk)
+def test_chunked_rule_equals_the_recurrent_one(monkeypatch, chunk, with_state):
+    """With gradients; 7 does not divide the length."""
+    monkeypatch.setattr(gated_delta, "CHUNK_SIZE", chunk)
     inputs = [part.requires_grad_() for part in example()]
     zeros = torch.zeros(B, H, D, D)
     want, want_state = recurrent_delta_rule(*inputs[:5], inputs[5] if with_state else zeros)
@@ -36,49 +44,53 @@ def test_chunks_equal_tokens(monkeypatch, chunk, with_state):
         assert torch.allclose(a, b, atol=2e-4)
 
 
-def test_the_recurrence_by_hand_and_as_torch_wants_it():
-    """S_1 = 2 S_0 + 1, S_2 = 3 S_1 + 1 of numbers; shapes, gradients and compiling as torch's own checks have them."""
+def test_linear_recurrence_by_hand():
+    """S_1 = 2 S_0 + 1, S_2 = 3 S_1 + 1."""
     factors, terms = torch.tensor([2.0, 3.0]).view(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)
     assert linear_recurrence(factors, terms, torch.full((1, 1, 1, 1), 5.0)).flatten().tolist() == [5, 11, 34]
+
+
+def test_linear_recurrence_passes_torchs_checks_of_custom_operations():
     random = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     inputs = random(3, 1, 2, 4, 4), random(3, 1, 2, 4, 4), random(1, 2, 4, 4)
     library.opcheck(linear_recurrence, inputs)
     assert torch.autograd.gradcheck(linear_recurrence, inputs)
 
 
-def test_what_is_compiled_does_not_grow_with_the_text():
-    """A hundred chunks are as many operations as two."""
+def test_compiled_graph_does_not_grow_with_the_length():
+    """A hundred chunks take as many nodes as two."""
     sizes = []
 
     def backend(graph, inputs):
         sizes.append(len(graph.graph.nodes))
         return graph.forward
-    for n_tokens in (2 * CHUNK, 100 * CHUNK):
+    for n_tokens in (2 * CHUNK_SIZE, 100 * CHUNK_SIZE):
         torch._dynamo.reset()
-        vectors, numbers = torch.zeros(3, 1, 1, n_tokens, 2), torch.zeros(2, 1, 1, n_tokens)
-        torch.compile(chunked_delta_rule, backend=backend)(*vectors, *numbers, None)
+        qkv, rates = torch.zeros(3, 1, 1, n_tokens, 2), torch.zeros(2, 1, 1, n_tokens)
+        torch.compile(chunked_delta_rule, backend=backend)(*qkv, *rates, None)
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
-def test_a_text_in_two_parts_is_one_text():
-    *parts, state = example()
-    whole, end = chunked_delta_rule(*parts, state)
-    first, middle = chunked_delta_rule(*(part[:, :, :13] for part in parts), state)
-    second, other_end = recurrent_delta_rule(*(part[:, :, 13:] for part in parts), middle)
-    assert torch.allclose(torch.cat((first, second), dim=2), whole, atol=1e-5) and torch.allclose(end, other_end, atol=1e-5)
+def test_a_sequence_can_be_processed_in_two_parts():
+    *inputs, state = example()
+    whole, final_state = chunked_delta_rule(*inputs, state)
+    first, middle_state = chunked_delta_rule(*(part[:, :, :13] for part in inputs), state)
+    second, second_state = recurrent_delta_rule(*(part[:, :, 13:] for part in inputs), middle_state)
+    assert torch.allclose(torch.cat((first, second), dim=2), whole, atol=1e-5)
+    assert torch.allclose(final_state, second_state, atol=1e-5)
 
 
-def test_it_answers_a_key_with_its_last_value():
-    """Hand example: three keys at right angles, the second with two values one after the other, nothing forgotten."""
+def test_a_key_returns_its_last_value():
+    """Hand example: three orthogonal keys, the second written twice, no decay."""
     keys = torch.eye(4)[[0, 1, 2, 1]]
     values = torch.arange(16.0).view(4, 4)
     _, state = chunked_delta_rule(torch.zeros(1, 1, 4, 4), keys[None, None], values[None, None], torch.ones(1, 1, 4),
-                         torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4))
+                                  torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4))
     assert torch.allclose(state[0, 0].T @ torch.eye(4), torch.stack([values[0], values[3], values[2], torch.zeros(4)]).T)
 
 
 def test_it_counts_modulo_two():
-    """A correction of 2 turns what a key answers around; nothing else attention can do in one layer for any length."""
+    """β = 2 flips the sign of the stored value at every token, for any length."""
     n = 101
     ones = torch.ones(1, 1, n)
     keys, nothing = torch.zeros(1, 1, n, 2), torch.zeros(1, 1, n, 2)
@@ -88,14 +100,18 @@ def test_it_counts_modulo_two():
     assert torch.allclose(y[0, 0, :, 0], torch.tensor([(-1.0) ** (t + 1) for t in range(n)]))
 
 
-def test_it_forgets_at_the_rates_it_starts_with():
+@torch.no_grad()
+def test_initial_memory_is_spaced_geometrically():
+    """Tokens after which all but 1/e has decayed."""
+    shortest, longest = INITIAL_MEMORY
     mixer = GatedDelta(GPTConfig(n_head=3, head_size=D, block_size=T, vocab_size=9), 0)
-    rates = torch.nn.functional.softplus(mixer.decay)
-    assert torch.allclose(1 / rates, torch.tensor([MEMORY[0], math.sqrt(MEMORY[0] * MEMORY[1]), MEMORY[1]]), rtol=1e-3)
+    alpha = torch.exp(-torch.nn.functional.softplus(mixer.decay))
+    memory = torch.tensor([shortest, math.sqrt(shortest * longest), longest])
+    assert torch.allclose(alpha ** memory, torch.full((3,), math.exp(-1)), rtol=1e-3)
 
 
-def test_long_ago_does_not_overflow():
-    """Ratios of what is left are between 0 and 1, also where all is forgotten at once."""
+def test_complete_decay_does_not_overflow():
+    """Ratios of decay are between 0 and 1, also where everything is forgotten at once."""
     q, k, v, beta, log_alpha, state = (part.requires_grad_() for part in example())
     y, _ = chunked_delta_rule(q, k, v, beta, log_alpha * 1e4, state)
     y.sum().backward()
@@ -104,8 +120,8 @@ def test_long_ago_does_not_overflow():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_hard", [False, True])
-def test_half_precision_is_near(dtype, is_hard):
-    """Also where keys are nearly the same and every answer is turned around."""
+def test_half_precision_error(dtype, is_hard):
+    """Also where keys are nearly equal and every correction flips the sign."""
     inputs = example()
     if is_hard:
         inputs[1] = torch.nn.functional.normalize(torch.ones_like(inputs[1]) + 0.1 * inputs[1], dim=-1)
@@ -114,11 +130,12 @@ def test_half_precision_is_near(dtype, is_hard):
     with torch.autocast("cpu", dtype=dtype):
         got, state = chunked_delta_rule(*inputs)
     assert state.dtype == torch.float32
-    most = 0.05 if is_hard else 0.02
-    assert (got.float() - want).norm() < most * want.norm() and (state - want_state).norm() < most * want_state.norm()
+    tolerance = 0.05 if is_hard else 0.02
+    assert (got.float() - want).norm() < tolerance * want.norm()
+    assert (state - want_state).norm() < tolerance * want_state.norm()
 
 
-def test_the_cost_of_a_token_does_not_grow_with_the_text():
+def test_cost_per_token_and_cache_do_not_grow_with_the_length():
     mixer = GatedDelta(GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
     costs = [mixer.flops_per_token(n) for n in (1024, 2048, 4096)]
     assert costs[2] < 1.01 * costs[0]

@@ -1,10 +1,10 @@
-"""What only a GPU can show: that it computes what a CPU computes, and that training keeps its promises there.
+"""A GPU computes what a CPU computes, and training keeps its promises there.
 
-    python -m pytest -m gpu                 where there is a card; elsewhere they are skipped
-    python -m pytest -m gpu --rehearse      one of each on the CPU, to see that they run
+    python -m pytest -m gpu                 on a machine with a GPU; skipped elsewhere
+    python -m pytest -m gpu --rehearse      one case of each test on the CPU, to see that it runs
 
-Of the packages in tests/requirements.txt they need pytest alone. In order of worth: when time is short, the last ones are
-left out.
+Of tests/requirements.txt these tests need pytest alone. The most important ones come first: when bench/gpu.py runs out of
+time, it skips the last ones.
 """
 import functools
 import gc
@@ -13,9 +13,9 @@ import os
 import pytest
 import torch
 from gpu_stages import half_precision
-from memory import of_preset, peak_of_step
+from memory import peak_of_step, preset_configs
 from test_loss import example as loss_example
-from test_loss import of_all_logits
+from test_loss import full_logits_loss
 from test_model import ARCHITECTURES, random_model
 from test_rational import SHAPES
 from test_rational import example as rational_example
@@ -27,8 +27,8 @@ import generate
 import sampling
 import train
 import trainer
-from conftest import REPO, assert_same, at_batch, rows_of, stop_in, training_of
-from kernels.rational import backward_by_torch, rational, rational_backward, rational_by_torch, triton_kernels
+from conftest import REPO, assert_same, before_batch, run_rows, saved_training, signal_in_step
+from kernels.rational import rational, rational_backward, rational_backward_torch, rational_torch, triton_kernels
 from layers import LINEARS, MIXERS, MLPS, loss
 from layers.loss import cross_entropy
 from model import GPT
@@ -37,31 +37,31 @@ from runtime.device import DTYPES, Machine, can_compile, compile_model
 from sampling import GREEDY
 
 pytestmark = pytest.mark.gpu
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, for what is deterministic here
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; for deterministic runs
 LAYERS = [*({"mlp": name} for name in MLPS), *({"mixer": name} for name in MIXERS), {"mixer": "DA"},
           *({"linear": name} for name in LINEARS)]
-# heads as wide as real ones; two chunks of the delta rule and a bit; a vocabulary that no tile divides
+# heads of a usual width; a bit more than two chunks of the delta rule; a vocabulary that no tile size divides
 SHAPE = {"n_head": 2, "head_size": 64, "block_size": 130, "vocab_size": 1003}
 WIDE = ["--n_head=8", "--head_size=32"]
-HALVES = "bf16", "fp16"
+HALF_DTYPES = "bf16", "fp16"
 
 
-def name_of(switches: dict) -> str:
+def format_switches(switches: dict) -> str:
     return ",".join(f"{name}={value}" for name, value in switches.items())
 
 
 @pytest.fixture(autouse=True)
-def settings_of_torch(card, monkeypatch):
-    """fp32 is fp32 until a test, or `open_machine`, says otherwise. What a test sets ends with it."""
+def reset_torch_settings(card, monkeypatch):
+    """fp32 products are fp32, not TF32, unless a test or `open_machine` changes it. Settings end with the test."""
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.reset()
-    if card.type == "cpu":  # without the compiler, which takes half a minute a model there
+    if card.type == "cpu":  # without Inductor, which takes half a minute per model there
         compile_model = torch.nn.Module.compile
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_model(self, backend="aot_eager"))
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
-    gc.collect()  # what an exception that was expected keeps alive
+    gc.collect()  # tensors that an expected exception keeps alive
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
@@ -69,7 +69,7 @@ def settings_of_torch(card, monkeypatch):
 
 @pytest.fixture
 def little_memory(card, monkeypatch):
-    """1.5 GiB on a card; on a CPU as much as there is."""
+    """Limits a GPU to 1.5 GiB; a CPU is not limited."""
     if card.type == "cuda":
         limit = int(1.5 * 2**30)
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(card).total_memory)
@@ -78,75 +78,77 @@ def little_memory(card, monkeypatch):
 
 def require_units(card, dtype: str):
     if card.type == "cuda" and dtype in ("bf16", "tf32") and half_precision(card) == "fp16":
-        pytest.skip(f"the card has no units for {dtype}")
+        pytest.skip(f"the GPU has no units for {dtype}")
 
 
 def require_compiler(card):
     if card.type == "cuda" and not can_compile(card):
-        pytest.skip("torch.compile does not know the card")
+        pytest.skip("torch.compile does not support the GPU")
 
 
-def ids(n_rows: int = 2, n_tokens: int = SHAPE["block_size"]) -> torch.Tensor:
+def random_ids(n_rows: int = 2, n_tokens: int = SHAPE["block_size"]) -> torch.Tensor:
     return torch.randint(SHAPE["vocab_size"], (n_rows, n_tokens), generator=torch.Generator().manual_seed(1))
 
 
-def outcome(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
+def forward_backward(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
     """Logits, losses and the gradient of every parameter, in fp32 on the CPU."""
-    model, idx = model.to(machine.device), ids().to(machine.device)
+    model, idx = model.to(machine.device), random_ids().to(machine.device)
     model.zero_grad()
     with machine.autocast():
         logits, targets = model(idx).detach(), idx.roll(-1, dims=1)
         losses = model(idx, targets, reduction="none").detach()
         mean = model(idx, targets)
     mean.backward()
-    found = {"logits": logits, "losses": losses, "loss": mean.detach()}
-    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name: tensor.float().cpu() for name, tensor in found.items()}
+    results = {"logits": logits, "losses": losses, "loss": mean.detach()}
+    results |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: tensor.float().cpu() for name, tensor in results.items()}
 
 
 @functools.lru_cache(maxsize=3)  # the dtypes of one architecture
-def outcome_of_cpu(switches: tuple, dtype: str) -> dict[str, torch.Tensor]:
-    return outcome(random_model(**dict(switches), **SHAPE), Machine(torch.device("cpu"), dtype))
+def cpu_forward_backward(switches: tuple, dtype: str) -> dict[str, torch.Tensor]:
+    return forward_backward(random_model(**dict(switches), **SHAPE), Machine(torch.device("cpu"), dtype))
 
 
-def distances(got: dict, want: dict) -> dict[str, float]:
-    """Of each tensor relative to its length; a gradient that is nearly nothing, relative to the largest. The gradients of
-    a few numbers are one vector: rounding errors of a single number compare badly."""
-    def joined(tensors: dict) -> dict:
-        few = [name for name, tensor in tensors.items() if tensor.numel() < 64 and name != "loss"]
-        rest = {name: tensor for name, tensor in tensors.items() if name not in few}
-        return rest | ({"scalars": torch.cat([tensors[name].flatten() for name in few])} if few else {})
-    got, want = joined(got), joined(want)
+def relative_errors(got: dict, want: dict) -> dict[str, float]:
+    """name -> norm of the difference relative to the norm of the wanted tensor, or for tiny gradients to 1 % of the largest.
+
+    Gradients of fewer than 64 numbers count as one vector: the rounding error of a single number says little.
+    """
+    def join_small(tensors: dict) -> dict:
+        small = [name for name, tensor in tensors.items() if tensor.numel() < 64 and name != "loss"]
+        rest = {name: tensor for name, tensor in tensors.items() if name not in small}
+        return rest | ({"small": torch.cat([tensors[name].flatten() for name in small])} if small else {})
+    got, want = join_small(got), join_small(want)
     largest = max(tensor.norm() for name, tensor in want.items() if name not in ("logits", "losses", "loss"))
     return {name: float((got[name] - tensor).norm() / max(tensor.norm(), 0.01 * largest)) for name, tensor in want.items()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", *HALVES])
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", *HALF_DTYPES])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_losses_and_gradients_are_those_of_the_cpu(card, architecture, dtype):
-    """In fp32 to rounding. In half precision, and TF32, as near to fp32 as a CPU comes in that dtype (bf16 for TF32)."""
+def test_logits_losses_and_gradients_equal_the_cpus(card, architecture, dtype):
+    """In fp32 up to rounding. In half precision up to 3 times the CPU's own error in that dtype (for TF32, in bf16)."""
     require_units(card, dtype)
     switches = tuple(architecture.items())
-    want, rounded = outcome_of_cpu(switches, "fp32"), {}
+    want, cpu_errors = cpu_forward_backward(switches, "fp32"), {}
     if dtype != "fp32":
-        rounded = distances(outcome_of_cpu(switches, dtype if dtype in HALVES else "bf16"), want)
+        cpu_errors = relative_errors(cpu_forward_backward(switches, dtype if dtype in HALF_DTYPES else "bf16"), want)
     if dtype == "tf32":
         torch.set_float32_matmul_precision("high")
-    got = outcome(random_model(**architecture, **SHAPE), Machine(card, dtype if dtype in HALVES else "fp32"))
-    for name, distance in distances(got, want).items():
-        assert distance < 3 * rounded.get(name, 0.0) + 5e-4, (name, rounded.get(name))
+    got = forward_backward(random_model(**architecture, **SHAPE), Machine(card, dtype if dtype in HALF_DTYPES else "fp32"))
+    for name, error in relative_errors(got, want).items():
+        assert error < 3 * cpu_errors.get(name, 0.0) + 5e-4, (name, cpu_errors.get(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rational_functions_are_those_of_the_readable_twin(card, shape, dtype):
-    """Forward, and the gradients of inputs and coefficients, of the Triton kernels where Triton knows the card."""
+def test_rational_functions_equal_their_torch_versions(card, shape, dtype):
+    """Outputs and the gradients of inputs and coefficients, by the Triton kernels where Triton supports the GPU."""
     if card.type == "cuda" and can_compile(card):
         assert triton_kernels(card) is not None
     x, grad, table = rational_example(*shape, DTYPES[dtype])
-    there = [tensor.to(card) for tensor in (grad, x, table)]
-    got = rational(*there[1:]), *rational_backward(*there)
-    want = rational_by_torch(x.float(), table).to(x.dtype), *backward_by_torch(grad, x, table)
+    grad_gpu, x_gpu, table_gpu = (tensor.to(card) for tensor in (grad, x, table))
+    got = rational(x_gpu, table_gpu), *rational_backward(grad_gpu, x_gpu, table_gpu)
+    want = rational_torch(x.float(), table).to(x.dtype), *rational_backward_torch(grad, x, table)
     for a, b in zip(got, want, strict=True):
         assert a.device == card and a.dtype == b.dtype
         assert (a.cpu().float() - b.float()).norm() <= (5e-6 if dtype == "fp32" else 1e-2) * b.float().norm()
@@ -154,29 +156,29 @@ def test_rational_functions_are_those_of_the_readable_twin(card, shape, dtype):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_chunked_loss_is_that_of_all_logits(card, monkeypatch, softcap, dtype):
+def test_the_chunked_loss_equals_that_of_all_logits(card, monkeypatch, softcap, dtype):
     require_units(card, dtype)
     monkeypatch.setitem(loss.CHUNK_BYTES, card.type, 4 * 37 * 7)  # rows of logits at a time: 7 of 30
     x, weight, targets = loss_example(scale=1.0)
-    want = of_all_logits(x, weight, targets, softcap)
+    want = full_logits_loss(x, weight, targets, softcap)
     want = want, *torch.autograd.grad(want, (x, weight))
-    there = x.detach().to(card).requires_grad_(), weight.detach().to(card).requires_grad_()
+    inputs = x.detach().to(card).requires_grad_(), weight.detach().to(card).requires_grad_()
     with Machine(card, dtype).autocast():
-        value = cross_entropy(*there, targets.to(card), softcap, "mean")
-        one_by_one = cross_entropy(*there, targets.to(card), softcap, "none")
-    got = value, *torch.autograd.grad(value, there)
+        value = cross_entropy(*inputs, targets.to(card), softcap, "mean")
+        losses = cross_entropy(*inputs, targets.to(card), softcap, "none")
+    got = value, *torch.autograd.grad(value, inputs)
     tolerance = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}[dtype]
     for a, b in zip(got, want):
         assert a.dtype == torch.float32 and (a.cpu() - b.float()).norm() <= tolerance * b.float().norm()
-    assert one_by_one.sum().item() / (targets >= 0).sum().item() == pytest.approx(value.item(), rel=tolerance)
+    assert losses.sum().item() / (targets >= 0).sum().item() == pytest.approx(value.item(), rel=tolerance)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mixer", [*MIXERS, "DA"])
-def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
+def test_cached_decoding_equals_the_full_forward(card, mixer, dtype):
     require_units(card, dtype)
-    machine, idx = Machine(card, dtype), ids()
+    machine, idx = Machine(card, dtype), random_ids()
     model = random_model(mixer=mixer, **SHAPE).to(card)
     model.cast_matrices(DTYPES[dtype])
     with machine.autocast():
@@ -187,27 +189,27 @@ def test_cached_decoding_is_the_full_pass(card, mixer, dtype):
     assert (got - want).norm() <= {"fp32": 1e-4, "bf16": 1.5e-2, "fp16": 2e-3}[dtype] * want.norm()
 
 
-def test_texts_are_those_of_the_cpu(card):
-    """Of prompts of different lengths, a batch of them, and each alone; the context is filled and goes on."""
+def test_generated_tokens_equal_the_cpus(card):
+    """A batch of prompts of different lengths, generated past the end of the context."""
     model = random_model(mixer="DA", **SHAPE)
-    prompts = [ids(1, n)[0] for n in (3, 90, 41)]
-    write = lambda device: torch.stack([new.cpu() for new in sampling.generate(
+    prompts = [random_ids(1, n)[0] for n in (3, 90, 41)]
+    generate_on = lambda device: torch.stack([new.cpu() for new in sampling.generate(
         model.to(device), [prompt.to(device) for prompt in prompts], 60, GREEDY)], dim=1)
     with torch.inference_mode():
-        want = write(torch.device("cpu"))
-        got = write(card)
-    assert (got == want).float().mean() > 0.95  # a tie may fall to the other side, and all after it differ
+        want = generate_on(torch.device("cpu"))
+        got = generate_on(card)
+    assert (got == want).float().mean() > 0.95  # after a tie that is broken differently, all tokens differ
 
 
-def test_an_overflow_of_fp16_skips_steps_until_the_scale_fits(card, run_train, monkeypatch):
-    """A real one: gradients of a loss times 2**40. The first step changes nothing, the last ones do."""
+def test_an_fp16_overflow_skips_steps_until_the_loss_scale_fits(card, run_train, monkeypatch):
+    """A real overflow: gradients of a loss times 2**40. The first step changes nothing, the last ones do."""
     monkeypatch.setattr(Machine, "grad_scaler", lambda self: torch.amp.GradScaler(self.device.type, init_scale=2.0**40))
     flags = [f"--device={card}", "--dtype=fp16", "--compile_model=0"]
     one = run_train(*flags, "--max_iter=1", checkpoint="one/gpt.pt")
     before = load_checkpoint(run_folder(one) / "previous.pt")
     assert_same(load_checkpoint(one)["model"], before["model"])
     path = run_train(*flags, "--max_iter=35", "--val_intervals=35", checkpoint="all/gpt.pt")
-    rows = rows_of(path)
+    rows = run_rows(path)
     assert 5 < rows[-1]["skipped"] < 35 and rows[-1]["val_loss"] < rows[0]["val_loss"]
     assert load_checkpoint(path)["training"]["scaler"]["scale"] < 2.0**36
 
@@ -215,30 +217,30 @@ def test_an_overflow_of_fp16_skips_steps_until_the_scale_fits(card, run_train, m
 @pytest.mark.parametrize("flags", [[], ["--dtype=fp16"], ["--mixer=DA", "--linear=grkan"],
                                    ["--optimizer=gpt2", "--grad_clip=1"],
                                    pytest.param(["--compile_model=1"], marks=pytest.mark.compiles)], ids=" ".join)
-def test_steps_and_skipped_steps_wait_for_nothing(card, run_train, monkeypatch, flags):
-    """No host sync in any step but the first, nor in one whose gradient is not finite, which changes nothing."""
+def test_steps_have_no_host_sync(card, run_train, monkeypatch, flags):
+    """From the second step on, also a step whose gradient is not finite, which is skipped."""
     if "--compile_model=1" in flags:
         require_compiler(card)
     real_step, steps, weights = trainer.train_step, [], []
 
-    def watched(state, loop, loss_fn):
+    def watched(state, loop, loss_fn, machine):
         if card.type == "cuda" and steps:
             torch.cuda.set_sync_debug_mode("error")
         try:
-            done = real_step(state, loop, loss_fn)
+            result = real_step(state, loop, loss_fn, machine)
         finally:
             if card.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        steps.append(done)
+        steps.append(result)
         weights.append([parameter.detach().clone() for parameter in state.model.parameters()])
-        return done
-    poison = lambda model, batch: trainer.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
+        return result
+    nan_in_third_step = lambda model, batch: trainer.next_token_loss(model, batch) * (torch.nan if len(steps) == 2 else 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", watched)
-        patch.setattr(train, "fit", lambda state, loop, loss_fn, on_eval, fit=trainer.fit: fit(state, loop, poison, on_eval))
+        patch.setattr(train, "next_token_loss", nan_in_third_step)
         path = run_train(f"--device={card}", f"--dtype={half_precision(card)}", "--compile_model=0", *flags, "--max_iter=5",
                          "--val_intervals=5")
-    assert len(steps) == 5 and rows_of(path)[-1]["skipped"] == 1
+    assert len(steps) == 5 and run_rows(path)[-1]["skipped"] == 1
     same = [all(torch.equal(a, b) for a, b in zip(before, after)) for before, after in zip(weights, weights[1:])]
     assert same == [False, True, False, False]
 
@@ -251,17 +253,17 @@ def test_a_deterministic_run_resumes_bit_for_bit(card, run_train, tmp_path, monk
     flags = [f"--device={card}", f"--dtype={half_precision(card)}", "--deterministic", "--compile_model=0", *flags]
     expected = run_train(*flags, checkpoint="whole/gpt.pt")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_in(patch, 4)
+        signal_in_step(patch, 4)
         run_train(*flags, checkpoint="stopped/gpt.pt")
     path = tmp_path / "stopped" / "gpt.pt"
     assert 0 < load_checkpoint(path)["training"]["step"] < 6
     run_train("--resume_checkpoint", f"--device={card}", checkpoint="stopped/gpt.pt")
-    assert_same(training_of(path), training_of(expected))
-    assert rows_of(path) == rows_of(expected)
+    assert_same(saved_training(path), saved_training(expected))
+    assert run_rows(path) == run_rows(expected)
 
 
-def test_a_batch_that_fits_is_found(card, run_train, little_memory):
-    """More than one block, fewer than all where memory is little, and the tokens of a step are what they would have been."""
+def test_batch_size_auto_finds_a_batch_that_fits(card, run_train, little_memory):
+    """More than one block, fewer than all where memory is little; a step still sees the same tokens."""
     n_blocks = 32_768 if card.type == "cuda" else 32
     path = run_train(f"--device={card}", *WIDE, "--batch_size=auto", f"--num_batch_accum={n_blocks // 4}", "--max_iter=1",
                      "--compile_model=0")
@@ -270,11 +272,11 @@ def test_a_batch_that_fits_is_found(card, run_train, little_memory):
     assert 1 < settings["batch_size"] < n_blocks or card.type == "cpu"
 
 
-def test_too_little_memory_is_one_line(card, run_train, little_memory, monkeypatch, capsys):
+def test_too_little_memory_ends_with_one_line(card, run_train, little_memory, monkeypatch, capsys):
     if card.type == "cpu":
         def act():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
-        at_batch(monkeypatch, 1, act)
+        before_batch(monkeypatch, 1, act)
     with pytest.raises(SystemExit) as stop:
         run_train(f"--device={card}", *WIDE, f"--batch_size={20_000 if card.type == 'cuda' else 64}", "--num_batch_accum=1",
                   "--val_iter=1", "--compile_model=0")
@@ -284,25 +286,25 @@ def test_too_little_memory_is_one_line(card, run_train, little_memory, monkeypat
 
 
 @pytest.mark.parametrize("preset", [None, "gpt2"])
-def test_peak_memory_is_what_is_traced(card, monkeypatch, preset):
-    """bench/memory.py's figure for the 12 x 768 shape, within a tenth."""
+def test_peak_memory_equals_the_traced_one(card, monkeypatch, preset):
+    """The figure of bench/memory.py for the 12 x 768 shape, within a tenth."""
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", loss.CHUNK_BYTES["cuda"])
-    is_real = card.type == "cuda"
-    shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_real else {
+    is_gpu = card.type == "cuda"
+    shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_gpu else {
         "n_layer": 2, "n_head": 2, "block_size": 128, "vocab_size": 1000}
-    dtype = DTYPES[half_precision(card)]  # attention in fp32 is another kernel
-    traced = peak_of_step(*of_preset(preset, **shape), 4, dtype)
+    dtype = DTYPES[half_precision(card)]  # attention in fp32 has another kernel
+    traced = peak_of_step(*preset_configs(preset, **shape), 4, dtype)
     torch.ones(64, 64, device=card, dtype=dtype) @ torch.ones(64, 64, device=card, dtype=dtype)  # cuBLAS's own memory
-    before = torch.cuda.memory_allocated() if is_real else 0
-    measured = peak_of_step(*of_preset(preset, **shape), 4, dtype, device=card.type) - before
+    before = torch.cuda.memory_allocated() if is_gpu else 0
+    measured = peak_of_step(*preset_configs(preset, **shape), 4, dtype, device=card.type) - before
     assert measured == pytest.approx(traced, rel=0.1)
 
 
-def test_from_text_to_answers(card, run_train, tmp_path, capsys):
-    """The whole path on the card: train, go on, write, finetune, score."""
+def test_the_whole_path(card, run_train, tmp_path, capsys):
+    """Train, resume, generate, finetune and evaluate on the GPU."""
     path = run_train("--device=auto", "--dtype=auto", "--dataloader_num_workers=2", "--compile_model=0")
     run_train("--resume_checkpoint", f"--device={card}", "--max_iter=8")
-    last = rows_of(path, clocks=True)[-1]
+    last = run_rows(path, timings=True)[-1]
     assert last["step"] == 8 and last["tok_per_sec"] > 0 and last["mfu"] > 0 and last["peak_memory"] > 0
     generate.main([f"--checkpoint_path={path}", f"--device={card}", "--max_new_tokens=20", "--num_samples=3"])
     tuned, questions, text = (tmp_path / name for name in ("tuned.pt", "questions.jsonl", "text.txt"))
@@ -317,12 +319,12 @@ def test_from_text_to_answers(card, run_train, tmp_path, capsys):
 @pytest.mark.compiles
 @pytest.mark.parametrize("switches, dtype",
                          [({}, "half"), ({"mixer": "DA"}, "half"), *((layer, "fp32") for layer in LAYERS)],
-                         ids=lambda value: value if isinstance(value, str) else name_of(value) or "default")
-def test_compiled_is_eager(card, switches, dtype):
-    """Of every mixer, MLP and linear layer: one graph, the same loss and gradients, under autocast too."""
+                         ids=lambda value: value if isinstance(value, str) else format_switches(value) or "default")
+def test_compiled_equals_eager(card, switches, dtype):
+    """Every mixer, MLP and linear layer compiles to one graph with the same loss and gradients, also under autocast."""
     require_compiler(card)
     machine, n_layer = Machine(card, half_precision(card) if dtype == "half" else dtype), 2 if "mixer" in switches else 1
-    model, idx = random_model(**switches, **SHAPE, n_layer=n_layer).to(card), ids().to(card)
+    model, idx = random_model(**switches, **SHAPE, n_layer=n_layer).to(card), random_ids().to(card)
 
     def step():
         model.zero_grad()
@@ -332,11 +334,11 @@ def test_compiled_is_eager(card, switches, dtype):
         return {"loss": value.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
     want = step()
     counters.clear()
-    compile_model(model)  # not compile_in_place, which makes of an error a line of warning
+    compile_model(model)  # not compile_in_place, which turns an error into a warning
     step()
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = step()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    tolerance = 1e-3 if dtype == "fp32" else 3e-2  # eager rounds what a compiled kernel keeps in fp32
+    tolerance = 1e-3 if dtype == "fp32" else 3e-2  # eager mode rounds values that a compiled kernel keeps in fp32
     assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=tolerance / 10)
-    assert max(distances(got, want).values()) < tolerance
+    assert max(relative_errors(got, want).values()) < tolerance

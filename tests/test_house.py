@@ -1,59 +1,66 @@
-"""The rules of the repository: who may import whom, what importing does, the user's flags, and README's truth."""
+"""The rules of the repository: who may import whom, what importing does, the user's flags, and true documents."""
 import ast
-import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import write_flags
 
-import compare
-import download_data
-import evaluate
-import export
-import finetune
-import generate
-import probes
-import sampling
-import tokenizer
 import train
 from conftest import REPO, TINY_MODEL
-from runtime.config import takes_several
-from runtime.device import DeviceConfig
-from text.sources import SourceConfig
+from runtime.config import flags_of
 
 # Scripts import only scripts to their left.
-ORDER = ["tokenizer", "model", "optimizer", "dataloader", "generate", "train", "finetune", "evaluate", "compare", "probes",
-         "selfplay", "export", "download_data"]
+ORDER = ["tokenizer", "shards", "model", "optimizer", "dataloader", "sampling", "chat", "generate", "trainer", "evaluate",
+         "train", "finetune", "adapt", "selfplay", "export", "compare", "probes", "download_data"]
 SCRIPTS = [name for name in ORDER if (REPO / f"{name}.py").exists()]
-PACKAGES = {"runtime": {"runtime"}, "kernels": {"kernels"}, "layers": {"layers", "kernels"}}
+COMMANDS = [*write_flags.COMMANDS]
+# What each folder may import of ours.
+FOLDERS = {"runtime": {"runtime"}, "kernels": {"kernels"}, "layers": {"layers", "kernels"}, "text": {"text", "runtime"},
+           "tasks": {"tasks", "text", "runtime"}, "experiments": {"experiments", "runtime"},
+           "convert": {"convert", "layers", "runtime", "model", "tokenizer"}}
 # Flag names that users' commands and notes hold; they never change.
 USERS_FLAGS = {
     "download_data": "shard_size_threshold data_path tokenizer_path streaming tokens_threshold",
     "train": "learning_rate max_iter num_batch_accum batch_size n_layer vocab_size block_size n_head head_size data_path "
              "checkpoint_path dataloader_num_workers val_iter val_intervals resume_checkpoint verbose compile_model"}
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
-def tracked_python(folder: str) -> list[Path]:
+def modules_in(folder: str) -> list[Path]:
     return sorted((REPO / folder).glob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """First parts of the modules that `path` imports anywhere in it."""
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of the modules that `path` imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module.split(".")[0])
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def test_every_script_has_a_place():
+def imported(path: Path) -> set[str]:
+    """First parts of these names."""
+    return {name.split(".")[0] for name in imported_modules(path)}
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+def test_every_script_has_a_place_in_the_order():
     assert {path.stem for path in REPO.glob("*.py")} == set(SCRIPTS)
+
+
+def test_every_folder_of_code_has_a_rule():
+    folders = {path.parent.name for path in REPO.glob("*/*.py")} - {"bench", "tests", "docs"}
+    assert folders == set(FOLDERS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -62,22 +69,48 @@ def test_scripts_import_to_their_left(script):
     assert imported(REPO / f"{script}.py") & set(ORDER) <= allowed
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_shared_parts_know_no_script(package):
-    ours = set(ORDER) | set(PACKAGES) | {"bench", "tests"}
-    for path in tracked_python(package):
-        assert imported(path) & ours <= PACKAGES[package], path
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_what_their_rule_allows(folder):
+    ours = {*ORDER, *FOLDERS, "bench", "tests"}
+    for path in modules_in(folder):
+        assert imported(path) & ours <= FOLDERS[folder], path
 
 
-def test_nothing_imports_bench_or_tests():
-    for path in [*REPO.glob("*.py"), *(path for package in PACKAGES for path in tracked_python(package))]:
-        assert not imported(path) & {"bench", "tests", "conftest", "pytest"}, path
+def test_model_needs_layers_and_config_alone():
+    names = {name for name in imported_modules(REPO / "model.py") if name.split(".")[0] in {*ORDER, *FOLDERS}}
+    assert all(name.startswith(("layers", "runtime.config")) for name in names)
 
 
+def test_no_module_imports_itself_in_a_circle():
+    names = {str(path.relative_to(REPO).with_suffix("")).replace(os.sep, "."): path
+             for path in [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in modules_in(folder))]}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    graph = {name: (imported_modules(path) & names.keys()) - {name} for name, path in names.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name):], name])}"
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph[name]):
+                if not other.startswith(f"{name}.") and not (name.startswith(f"{other}.")):  # a package and its parts
+                    visit(other)
+            path.pop()
+            done.add(name)
+    for name in graph:
+        visit(name)
+
+
+def test_nothing_imports_bench_docs_or_tests():
+    for path in [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in modules_in(folder))]:
+        assert not imported(path) & {"bench", "docs", "tests", "conftest", "pytest", "write_flags"}, path
+
+
+@pytest.mark.integration
 def test_importing_does_nothing(tmp_path):
     """Prints nothing, writes nothing, starts no process or thread, draws no random number, opens no connection."""
-    modules = [*SCRIPTS, *(f"{package}.{path.stem}" for package in PACKAGES for path in tracked_python(package))]
-    if importlib.util.find_spec("triton") is None:  # it is for Linux alone
+    modules = [*SCRIPTS, *(f"{folder}.{path.stem}" for folder in FOLDERS for path in modules_in(folder))]
+    if importlib.util.find_spec("triton") is None:  # for Linux only
         modules.remove("kernels.rational_triton")
     program = f"""
 import sys, threading, random, socket
@@ -97,105 +130,101 @@ assert state() == before
     assert not list(tmp_path.iterdir())
 
 
-def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
+# -- flags ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    return {script: help_of(script) for script in COMMANDS}
+    """command -> what --help prints in a terminal of 80 columns."""
+    texts = {}
+    for script in COMMANDS:
+        done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=REPO, capture_output=True, text=True,
+                              env=os.environ | {"COLUMNS": "80"})
+        assert done.returncode == 0, done.stderr
+        texts[script] = done.stdout
+    return texts
 
 
-def test_the_users_flags_are_there(helps):
-    for script, flags in USERS_FLAGS.items():
-        for flag in flags.split():
-            assert re.search(rf"^ +--{flag}\b", helps[script], re.MULTILINE), f"{script}.py --{flag}"
+@pytest.mark.integration
+def test_help_fits_the_terminal_and_has_every_flag(helps):
+    for script, configs in write_flags.COMMANDS.items():
+        assert max(map(len, helps[script].splitlines())) <= 80, script
+        listed = re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
+        assert [*flags_of(*configs)] == listed[:len(flags_of(*configs))], script
+    assert set(flags_of(train.RunConfig)) - set(re.findall(r"--(\w+)", helps["compare"])) <= {
+        name for name, field in flags_of(train.RunConfig).items() if field.metadata["flag"].scope == "run"}
 
 
-def test_every_flag_has_help(helps):
-    for script, configs in COMMANDS.items():
-        for field in flags_of(configs):
-            words = field.metadata["help"].replace("\n", " ").split()
-            assert words and " ".join(words) in " ".join(helps[script].split()), f"{script}.py --{field.name}"
+def test_the_users_flags_are_there():
+    for script, names in USERS_FLAGS.items():
+        assert set(names.split()) <= flags_of(*write_flags.COMMANDS[script]).keys()
 
 
-COMMANDS = {
-    "download_data": (download_data.PrepareConfig, SourceConfig), "train": train.CONFIGS,
-    "tokenizer": (tokenizer.TokenizerConfig, SourceConfig),
-    "generate": (generate.GenerateConfig, sampling.SamplingConfig, DeviceConfig), "finetune": finetune.CONFIGS,
-    "evaluate": (evaluate.EvaluateConfig, DeviceConfig), "export": (export.ExportConfig,),
-    "compare": (compare.CompareConfig,), "probes": probes.CONFIGS}
+def test_the_page_of_flags_is_up_to_date():
+    page = (REPO / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert page == write_flags.page(), "run `python docs/write_flags.py`"
 
 
-def flags_of(configs: tuple) -> list:
-    return [field for config in configs for field in dataclasses.fields(config) if "help" in field.metadata]
+# -- documents --------------------------------------------------------------------------------------------------------
+
+def commands_in(path: Path) -> list[tuple[str, str]]:
+    """(script, flags) of every `python SCRIPT.py --…` in a document."""
+    return re.findall(r"python (\w+)\.py((?:[ \\\n]+(?:--\w+\S*|[\w./=,]+))*)", path.read_text(encoding="utf-8"))
 
 
-def flag_table(configs: tuple) -> str:
-    """README's table of the flags of a command."""
-    rows = ["| flag | default | what |", "|---|---|---|"]
-    for field in flags_of(configs):
-        default = "" if field.default is None else field.default
-        if takes_several(field):
-            default = " ".join(map(str, default))
-        if isinstance(default, bool):
-            default = int(default)
-        elif isinstance(default, int) and default >= 100_000:
-            default = f"{default:_}"
-        choices = field.metadata["choices"]
-        words = " ".join(field.metadata["help"].split()) + (f": {', '.join(choices)}" if choices else "")
-        rows.append(f"| `--{field.name}` | {default} | {words} |")
-    return "\n".join(rows) + "\n"
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_in_documents_have_real_flags(page):
+    training = set(flags_of(*write_flags.COMMANDS["train"])) | set(flags_of(*write_flags.COMMANDS["finetune"]))
+    for script, flags in commands_in(page):
+        known = set(flags_of(*write_flags.COMMANDS[script])) | (training if script == "compare" else set()) | {"help"}
+        unknown = set(re.findall(r"--(\w+)", flags)) - known
+        assert not unknown, f"{page.name}: {script}.py --{min(unknown)}"
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-def test_readme_tables_are_the_commands_flags(script, helps):
-    readme, table = (REPO / "README.md").read_text(encoding="utf-8"), flag_table(COMMANDS[script])
-    expected = f"### `{script}.py`\n\n{table}\n"
-    assert expected in readme, f"README's table is out of date; it should be:\n\n{expected}"
-    shared = [field.name for field in flags_of(train.CONFIGS) if field.name not in compare.OWN]
-    assert re.findall(r"^\| `--(\w+)`", table, re.MULTILINE) + shared * (script == "compare") == \
-        re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_files_that_documents_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([\w/.-]+)(?:#[\w-]*)?\)", text):
+        assert (page.parent / link).exists(), f"{page.name}: {link}"
+    for named in re.findall(r"`((?:bench|studies|layers|kernels|runtime|text|tasks|experiments|convert|tests)/[\w/]+\.\w+)`",
+                            text):
+        assert (REPO / named).exists(), f"{page.name}: {named}"
 
 
-def test_readme_commands_have_real_flags(helps):
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python (\w+)\.py((?: +(?:--\w+\S*|\\\n))+)", readme)
-    assert len(commands) > 5
-    for script, flags in commands:
-        for flag in re.findall(r"--(\w+)", flags):
-            assert f"--{flag}" in helps[script], f"{script}.py --{flag}"
+def test_readme_fits_one_sitting():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2500
+
+
+def test_every_page_can_be_reached_from_readme():
+    linked, waiting = set(), [REPO / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        for link in re.findall(r"\]\(([\w/.-]+\.md)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
+            path = (page.parent / link).resolve()
+            if path not in linked and path.parent == REPO / "docs":
+                linked.add(path)
+                waiting.append(path)
+    assert {path.resolve() for path in PAGES[1:]} <= linked
 
 
 def test_quick_start_is_one_block_of_two_lines():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     section = re.search(r"^## Quick start$(.*?)^## ", readme, re.MULTILINE | re.DOTALL).group(1)
-    block, = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    run, test = block.splitlines()
-    assert "download_data.py --dataset=builtin" in run and "train.py" in run
-    assert "tests/requirements.txt" in test and test.endswith("pytest -n 2")
+    run, tests = re.search(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL).group(1).splitlines()
+    assert "download_data.py --dataset=builtin" in run and "train.py --preset=quickstart" in run
+    assert "tests/requirements.txt" in tests and tests.endswith("pytest -n 2")
 
 
-def test_files_that_readme_names_exist():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\(([\w/.]+)\)", readme))
-    named |= set(re.findall(r"`((?:bench|studies|layers|kernels|runtime|tests)/\w+\.\w+)`", readme))
-    assert named
-    for path in named:
-        assert (REPO / path).exists(), path
-
-
-def test_readmes_recipe_for_an_architecture(tmp_path, data_path):
-    """Copied into the two files as README says, it trains."""
+@pytest.mark.integration
+def test_the_recipe_for_an_architecture_trains(tmp_path, data_path):
+    """Copied into the two files as README says."""
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     recipe = re.search(r"```python\n# at the end of layers/mlp.py\n(.*?)\n# in layers/__init__.py, in place of.*?\n(.*?)```",
                        readme, re.DOTALL)
-    for path in [*REPO.glob("*.py"), *REPO.glob("layers/*.py"), *REPO.glob("runtime/*.py"), *REPO.glob("kernels/*.*")]:
+    for path in [*REPO.glob("*.py"), *(path for folder in FOLDERS for path in (REPO / folder).glob("*.*"))]:
         copy = tmp_path / path.relative_to(REPO)
         copy.parent.mkdir(exist_ok=True)
-        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+        copy.write_bytes(path.read_bytes())
     with open(tmp_path / "layers" / "mlp.py", "a", encoding="utf-8") as file:
         file.write("\n\n" + recipe.group(1))
     init = tmp_path / "layers" / "__init__.py"
@@ -209,6 +238,9 @@ def test_readmes_recipe_for_an_architecture(tmp_path, data_path):
     assert done.returncode == 0 and "attention and squared" in done.stdout, done.stderr
 
 
-def test_readmes_python_runs():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    exec(re.search(r"```python\n(from tokenizer import.*?)```", readme, re.DOTALL).group(1), {})
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_python_in_documents_runs(page, tmp_path, monkeypatch):
+    """Blocks that begin with an import."""
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n((?:from|import) .*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, {})

@@ -1,3 +1,4 @@
+"""KAN layers against their definitions edge by edge, and as the linear layers of a model."""
 import math
 
 import numpy as np
@@ -5,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import MLPS
-from layers.kan import CENTERS, LINEARS, SWISH, BSplineKAN, ChebyshevKAN, RationalKAN
-from layers.linear import elementwise_flops, matrix_flops
+from layers import LINEARS, MIXERS, MLPS
+from layers.kan import CENTERS, SWISH, BSplineKAN, ChebyshevKAN, RationalKAN
+from layers.linear import elementwise_flops, linear_layers, matrix_flops
 from layers.norm import rms_norm
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig, make_optimizer
@@ -17,7 +18,7 @@ KANS = {kind: layer for kind, layer in LINEARS.items() if kind != "linear"}
 
 
 def cox_de_boor(x: torch.Tensor, knots: torch.Tensor, order: int) -> torch.Tensor:
-    """B-splines of degree `order` at x (...), by the recursion that defines them: (..., len(knots) - order - 1)."""
+    """B-splines of degree `order` at x (...) by their recursive definition: (..., len(knots) - order - 1)."""
     x = x.unsqueeze(-1)
     basis = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
     for k in range(1, order + 1):
@@ -27,16 +28,16 @@ def cox_de_boor(x: torch.Tensor, knots: torch.Tensor, order: int) -> torch.Tenso
     return basis
 
 
-def edge(layer, i: int, j: int, x: float) -> float:
-    """The function on the edge from input i to output j, as its definition has it."""
-    n_in = layer.weight.size(1) // layer.terms
-    coefficients = layer.weight[j].view(layer.terms, n_in)[:, i].tolist()
+def edge_function(layer, i: int, j: int, x: float) -> float:
+    """The function on the edge from input i to output j, by its definition."""
+    n_in = layer.weight.size(1) // layer.n_basis
+    coefficients = layer.weight[j].view(layer.n_basis, n_in)[:, i].tolist()
     if isinstance(layer, RationalKAN):
         group = i // math.ceil(n_in / len(layer.numerator))
-        a = (layer.numerator[group] / layer.sizes[:6]).tolist()
-        b = (layer.denominator[group] / layer.sizes[6:]).tolist()
-        above = sum(c * x**k for k, c in enumerate(a))
-        return coefficients[0] * above / (1 + sum(abs(c) * abs(x)**k for k, c in enumerate(b, start=1)))
+        a = (layer.numerator[group] / layer.scales[:6]).tolist()
+        b = (layer.denominator[group] / layer.scales[6:]).tolist()
+        numerator = sum(c * x**k for k, c in enumerate(a))
+        return coefficients[0] * numerator / (1 + sum(abs(c) * abs(x)**k for k, c in enumerate(b, start=1)))
     if isinstance(layer, ChebyshevKAN):
         return sum(c * math.cos(k * math.acos(math.tanh(x))) / k**2 for k, c in enumerate(coefficients, start=1))
     splines = cox_de_boor(torch.tensor(x, dtype=torch.double), KNOTS, 3).tolist()
@@ -60,20 +61,19 @@ def random_layer(kind: str, n_in: int, n_out: int, bias: bool = True, is_hidden:
 @torch.no_grad()
 def test_a_layer_is_a_sum_over_edges(kind, n_in):
     layer, x = random_layer(kind, n_in, 4), 2 * torch.randn(2, 5, n_in)
-    seen = x if kind == "grkan" else rms_norm(x)
-    expected = [[[layer.bias[j].item() + sum(edge(layer, i, j, row[i].item()) for i in range(n_in)) for j in range(4)]
-                 for row in rows] for rows in seen]
+    inputs = x if kind == "grkan" else rms_norm(x)
+    expected = [[[layer.bias[j].item() + sum(edge_function(layer, i, j, row[i].item()) for i in range(n_in))
+                  for j in range(4)] for row in rows] for rows in inputs]
     assert torch.allclose(layer(x), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KANS)
-def test_gradients_are_those_of_autograd(kind):
-    """The backward passes written by hand, against torch's of the same functions."""
+def test_hand_written_gradients_equal_autograd(kind):
     layer, x = random_layer(kind, 10, 4), torch.randn(3, 5, 10, requires_grad=True)
     parameters = [x, *layer.parameters()]
     if kind == "grkan":
-        a, b = ((part / sizes).repeat_interleave(2, dim=0) for part, sizes in (
-            (layer.numerator, layer.sizes[:6]), (layer.denominator, layer.sizes[6:])))
+        a, b = ((part / scales).repeat_interleave(2, dim=0) for part, scales in (
+            (layer.numerator, layer.scales[:6]), (layer.denominator, layer.scales[6:])))
         basis = sum(a[:, k] * x**k for k in range(6)) / (1 + sum(b[:, k].abs() * x.abs()**(k + 1) for k in range(4)))
     else:
         basis = layer.activation(rms_norm(x))
@@ -86,13 +86,13 @@ def test_gradients_are_those_of_autograd(kind):
 
 
 @pytest.mark.parametrize("kind", ["chebkan", "bspline"])
-def test_gradients_are_those_of_small_differences(kind):
+def test_gradients_equal_finite_differences(kind):
     x = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(random_layer(kind, 3, 2).double(), x)
 
 
 @torch.no_grad()
-def test_closed_splines_are_those_of_the_recursion():
+def test_closed_form_splines_equal_the_recursion():
     x = torch.linspace(-8, 8, 1001, dtype=torch.double)
     splines = BSplineKAN.activation(x[:, None])[:, 1:]
     assert torch.allclose(splines, cox_de_boor(x, KNOTS, 3), atol=1e-12)
@@ -109,21 +109,21 @@ def test_chebyshev_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["chebkan", "bspline"])
-def test_numpys_functions_are_torchs(kind):
+def test_numpy_basis_equals_torch_basis(kind):
     x = np.linspace(-4, 4, 101)
-    assert np.allclose(KANS[kind].of_numpy(x), KANS[kind].activation(torch.from_numpy(x)[:, None]).numpy(), atol=1e-6)
+    assert np.allclose(KANS[kind].basis_numpy(x), KANS[kind].activation(torch.from_numpy(x)[:, None]).numpy(), atol=1e-6)
 
 
 @torch.no_grad()
-def test_rational_functions_start_as_the_identity_and_as_swish():
-    x = torch.linspace(-3, 3, 601)[:, None]
-    for is_hidden, expected in ((False, x), (True, F.silu(x))):
-        layer = RationalKAN(1, 1, False, is_hidden)
-        layer.weight.fill_(1)
-        assert torch.allclose(layer(x), expected, atol=0.05 if not is_hidden else 0.03)  # not equal: no |b| is 0
+@pytest.mark.parametrize("is_hidden, function, tolerance", [(False, lambda x: x, 0.05), (True, F.silu, 0.03)])
+def test_rational_functions_start_as_the_identity_and_as_swish(is_hidden, function, tolerance):
+    """Nearly: no |b| may be 0."""
+    x, layer = torch.linspace(-3, 3, 601)[:, None], RationalKAN(1, 1, False, is_hidden)
+    layer.weight.fill_(1)
+    assert torch.allclose(layer(x), function(x), atol=tolerance)
 
 
-def test_the_coefficients_of_swish():
+def test_swish_coefficients():
     x = np.linspace(-3, 3, 301)
     fit = sum(a * x**k for k, a in enumerate(SWISH[0])) / (1 + sum(abs(b) * abs(x)**k for k, b in enumerate(SWISH[1], 1)))
     assert abs(fit - x / (1 + np.exp(-x))).max() < 1e-4
@@ -139,9 +139,9 @@ def test_outputs_have_variance_1_at_unit_std(kind, is_hidden):
     assert layer(torch.randn(200, 400)).var().item() == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("kind, most", [("grkan", 2), ("bspline", 2), ("chebkan", 15)])
-def test_a_deep_stack_neither_explodes_nor_dies(kind, most):
-    """Forward, and what comes back through 12 layers, where steep functions make gradients grow, by 1.25 a layer at most."""
+@pytest.mark.parametrize("kind, max_growth", [("grkan", 2), ("bspline", 2), ("chebkan", 15)])
+def test_a_deep_stack_neither_explodes_nor_vanishes(kind, max_growth):
+    """Activations and gradients through 12 layers. Steep functions make gradients grow, by at most 1.25 per layer."""
     torch.manual_seed(0)
     x = start = torch.randn(64, 128, requires_grad=True)
     for _ in range(12):
@@ -150,22 +150,22 @@ def test_a_deep_stack_neither_explodes_nor_dies(kind, most):
         x = layer(x)
     assert 0.5 < x.std() / start.std() < 2
     grad, = torch.autograd.grad(x, start, torch.randn_like(x))
-    assert 0.2 < grad.std() < most
+    assert 0.2 < grad.std() < max_growth
 
 
-def test_no_coefficient_starts_without_a_gradient():
-    """sign(0) = 0 would freeze a denominator for ever."""
-    for is_hidden in (False, True):
-        layer, x = RationalKAN(16, 16, False, is_hidden), torch.randn(64, 16)
-        torch.nn.init.normal_(layer.weight)
-        (layer(x) * torch.randn(64, 16)).sum().backward()
-        assert (layer.numerator.grad != 0).all() and (layer.denominator.grad != 0).all()
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_every_coefficient_starts_with_a_gradient(is_hidden):
+    """The gradient of |b| at 0 is 0, which would freeze a denominator forever."""
+    layer, x = RationalKAN(16, 16, False, is_hidden), torch.randn(64, 16)
+    torch.nn.init.normal_(layer.weight)
+    (layer(x) * torch.randn(64, 16)).sum().backward()
+    assert (layer.numerator.grad != 0).all() and (layer.denominator.grad != 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KANS)
-def test_half_precision_computes_functions_in_fp32(kind, dtype):
-    """In fp16 itself x^5 is infinite from 10 on, and 12 % of outputs were not finite at this size."""
+def test_half_precision_computes_the_basis_in_fp32(kind, dtype):
+    """In fp16 x^5 overflows from x = 10 on: 12 % of the outputs were not finite at this size."""
     layer, x = random_layer(kind, 32, 16), (30 * torch.randn(256, 32)).to(dtype)
     expected = layer(x.float())
     expected.square().mean().backward()
@@ -181,24 +181,12 @@ def test_half_precision_computes_functions_in_fp32(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KANS)
-def test_what_a_layer_keeps_does_not_grow_with_its_functions(kind):
-    """The input, twice at most (as it is and normalised), and not the values of 8 functions of it."""
-    layer, x, kept = random_layer(kind, 64, 8), torch.randn(1000, 64), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+def test_memory_saved_for_backward_does_not_grow_with_the_basis(kind):
+    """The input, at most twice (raw and normalised), and not the values of 8 functions of it."""
+    layer, x, saved = random_layer(kind, 64, 8), torch.randn(1000, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         layer(x.requires_grad_())
-    assert sum(kept) < 2.2 * x.numel() + 2 * layer.weight.numel()
-
-
-@pytest.mark.parametrize("kind", KANS)
-def test_coefficients_go_to_adamw_without_decay_and_matrices_to_muon(kind):
-    model = GPT(GPTConfig(n_layer=2, n_head=2, head_size=8, block_size=8, vocab_size=32, linear=kind))
-    groups = make_optimizer(model, OptimizerConfig(weight_decay=0.1)).param_groups
-    of = {id(parameter): group for group in groups for parameter in group["params"]}
-    for name, parameter in model.blocks.named_parameters():
-        group, is_matrix = of[id(parameter)], name.endswith("weight")
-        assert group["method"] == ("muon" if is_matrix else "adamw"), name
-        assert (group["weight_decay"] > 0) == is_matrix, name
-        assert not is_matrix or parameter.dim() == 2
+    assert sum(saved) < 2.2 * x.numel() + 2 * layer.weight.numel()
 
 
 @pytest.mark.parametrize("linear", LINEARS)
@@ -215,13 +203,14 @@ def test_every_feed_forward_layer_learns_with_every_linear_layer(mlp, linear):
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("mixer", ["attention", "gated_delta"])
-@pytest.mark.parametrize("mlp", ["auto", "gelu", "swiglu"])
-def test_linear_replaces_every_linear_layer_of_the_blocks(mlp, mixer):
-    config = GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=8, vocab_size=32, linear="grkan", mlp=mlp, mixer=mixer)
-    linears = [layer for layer in GPT(config).blocks.modules() if hasattr(layer, "weight") and layer.weight.dim() == 2]
-    assert len(linears) == {"auto": 2, "gelu": 2, "swiglu": 3}[mlp] + {"attention": 2, "gated_delta": 4}[mixer]
-    assert all(type(layer) is RationalKAN for layer in linears)
+@pytest.mark.parametrize("kind", LINEARS)
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mlp", ["auto", *(mlp for mlp in MLPS if mlp not in KANS)])
+def test_linear_replaces_every_linear_layer_of_the_blocks(kind, mlp, mixer):
+    config = GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=8, vocab_size=32, linear=kind, mlp=mlp, mixer=mixer)
+    blocks = GPT(config).blocks
+    with_matrix = [layer for layer in blocks.modules() if getattr(layer, "weight", None) is not None]
+    assert with_matrix == linear_layers(blocks) and {type(layer) for layer in with_matrix} == {LINEARS[kind]}
 
 
 def test_flops_by_hand():

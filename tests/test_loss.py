@@ -1,4 +1,4 @@
-"""layers/loss.py against torch's cross-entropy of all logits at once."""
+"""The chunked loss against torch's cross-entropy of all logits at once."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ B, T, C, V = 3, 10, 12, 37
 
 @pytest.fixture(params=[1, 7, 1000])
 def rows(request, monkeypatch) -> int:
-    """Rows of logits at a time."""
+    """Rows of logits in a chunk."""
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * V * request.param)
     return request.param
 
@@ -26,8 +26,8 @@ def example(dtype=torch.float32, scale=3.0):
     return x, weight, targets
 
 
-def of_all_logits(x, weight, targets, softcap, reduction="mean"):
-    """The oracle, in fp64."""
+def full_logits_loss(x, weight, targets, softcap, reduction="mean"):
+    """The oracle: from all logits at once, in fp64."""
     logits = x.double() @ weight.double().T
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -37,10 +37,10 @@ def of_all_logits(x, weight, targets, softcap, reduction="mean"):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("factor", [1.0, 65_536.0])
-def test_loss_and_gradients_equal_those_of_all_logits(rows, softcap, factor):
-    """factor: what the loss is multiplied with afterwards, 1/num_batch_accum or a loss scale."""
+def test_loss_and_gradients_equal_the_oracle(rows, softcap, factor):
+    """factor: the loss is multiplied by it afterwards, as by 1/num_batch_accum or a loss scale."""
     x, weight, targets = example()
-    expected = of_all_logits(x, weight, targets, softcap)
+    expected = full_logits_loss(x, weight, targets, softcap)
     expected_grads = torch.autograd.grad(factor * expected, (x, weight))
     value = cross_entropy(x, weight, targets, softcap, "mean")
     grads = torch.autograd.grad(factor * value, (x, weight))
@@ -51,10 +51,10 @@ def test_loss_and_gradients_equal_those_of_all_logits(rows, softcap, factor):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_losses_one_by_one_equal_those_of_all_logits(rows, softcap):
+def test_unreduced_losses_and_gradients_equal_the_oracle(rows, softcap):
     x, weight, targets = example()
     factors = torch.randn(B, T, generator=torch.Generator().manual_seed(1))
-    expected = of_all_logits(x, weight, targets, softcap, "none")
+    expected = full_logits_loss(x, weight, targets, softcap, "none")
     losses = cross_entropy(x, weight, targets, softcap, "none")
     assert losses.shape == (B, T) and torch.allclose(losses, expected.float(), atol=1e-5)
     assert (losses[targets < 0] == 0).all()
@@ -66,9 +66,9 @@ def test_losses_one_by_one_equal_those_of_all_logits(rows, softcap):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 @pytest.mark.parametrize("x_dtype", ["same", "fp32"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_under_autocast_products_are_half_and_sums_are_not(rows, dtype, tolerance, x_dtype, softcap):
+def test_autocast_affects_products_and_not_sums(rows, dtype, tolerance, x_dtype, softcap):
     x, weight, targets = example(dtype if x_dtype == "same" else torch.float32)
-    expected = of_all_logits(x, weight, targets, softcap)
+    expected = full_logits_loss(x, weight, targets, softcap)
     expected_grads = torch.autograd.grad(expected, (x, weight))
     with torch.autocast("cpu", dtype=dtype):
         value = cross_entropy(x, weight, targets, softcap, "mean")
@@ -83,32 +83,32 @@ def test_under_autocast_products_are_half_and_sums_are_not(rows, dtype, toleranc
 
 
 def test_small_gradients_survive_fp16():
-    """Without a loss scale: a mean over 4,096 targets of gradients that fp16 would round to 0 if it held the mean."""
+    """Without a loss scale: fp16 would round these gradients to 0 after the division by 4,096 targets."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 1024, C, requires_grad=True), (0.01 * torch.randn(V, C)).requires_grad_()
     targets = torch.randint(V, (4, 1024))
-    expected = torch.autograd.grad(of_all_logits(x, weight, targets, 0.0), weight)[0]
+    expected = torch.autograd.grad(full_logits_loss(x, weight, targets, 0.0), weight)[0]
     with torch.autocast("cpu", dtype=torch.float16):
         value = cross_entropy(x, weight, targets, 0.0, "mean")
     grad, = torch.autograd.grad(value, weight)
     assert (grad - expected).norm() / expected.norm() < 0.01
 
 
-def test_without_targets_the_loss_is_0_and_so_are_the_gradients(rows):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_targets_loss_and_gradients_are_zero(rows, reduction):
     x, weight, targets = example()
-    for reduction in ("mean", "none"):
-        value = cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX), 5.0, reduction)
-        grads = torch.autograd.grad(value.sum(), (x, weight))
-        assert (value == 0).all() and all((grad == 0).all() for grad in grads)
+    value = cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX), 5.0, reduction)
+    grads = torch.autograd.grad(value.sum(), (x, weight))
+    assert (value == 0).all() and all((grad == 0).all() for grad in grads)
 
 
-def test_only_what_needs_a_gradient_gets_one(rows):
+def test_frozen_inputs_get_no_gradient(rows):
     x, weight, targets = example()
     for frozen in (x, weight):
         frozen.requires_grad_(False)
         free = weight if frozen is x else x
         grad, = torch.autograd.grad(cross_entropy(x, weight, targets, 5.0, "mean"), free)
-        expected, = torch.autograd.grad(of_all_logits(x, weight, targets, 5.0), free)
+        expected, = torch.autograd.grad(full_logits_loss(x, weight, targets, 5.0), free)
         assert torch.allclose(grad, expected.float(), atol=1e-5)
         frozen.requires_grad_(True)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_only_what_needs_a_gradient_gets_one(rows):
 
 
 def test_a_second_backward_pass_is_right_or_refused(rows):
-    """The gradients are computed ahead and may be scaled in place: what is asked for again must not come out wrong."""
+    """Gradients are computed in the forward pass and may be scaled in place: a second pass must not return wrong ones."""
     x, weight, targets = example()
     value = cross_entropy(x, weight, targets, 5.0, "mean")
     first = [grad.clone() for grad in torch.autograd.grad(2 * value, (x, weight), retain_graph=True)]
@@ -128,14 +128,14 @@ def test_a_second_backward_pass_is_right_or_refused(rows):
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_a_huge_logit_gives_no_nan():
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_huge_logits_give_no_nan(softcap):
     x, weight, targets = example(scale=1e18)
-    for softcap in (0.0, 15.0):
-        value = cross_entropy(x, weight, targets, softcap, "mean")
-        assert torch.isfinite(value) and all(torch.isfinite(grad).all() for grad in torch.autograd.grad(value, (x, weight)))
+    value = cross_entropy(x, weight, targets, softcap, "mean")
+    assert torch.isfinite(value) and all(torch.isfinite(grad).all() for grad in torch.autograd.grad(value, (x, weight)))
 
 
-def test_capped_logits_by_hand():
+def test_softcap_logits_by_hand():
     x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [15.0, 0.0], [1e6, 0.0], [-1e6, 0.0]])
     expected = torch.tensor([[0.0, 15 * 0.7615942, 15.0, -15.0]])  # tanh(1) = 0.7615942
     assert torch.allclose(softcap_logits(x, weight, 15.0), expected)

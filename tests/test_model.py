@@ -1,3 +1,4 @@
+"""The network: invariants that every architecture must satisfy, its parts by hand, and GPT-2 against transformers."""
 import math
 import re
 from functools import partial
@@ -12,16 +13,17 @@ from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
 from layers.attention import Rotary, rotate
 from layers.attention_metadata import AttentionMetadata, doc_position_ids
+from layers.linear import linear_layers
 from layers.norm import rms_norm
-from layers.shift import Shifted, TokenShift
-from model import EMBED_LOGITS, GPT, GPTConfig
+from layers.shift import TokenShift, TokenShiftFunction
+from model import GPT, INITIAL_LOGIT_STD, GPTConfig
 from runtime.config import BadInput, read_flags
 from train import PRESETS
 
 GPT2, LLAMA = ({name: value for name, value in PRESETS[preset].items()
                 if name in vars(GPTConfig()) and name not in ("n_layer", "n_head", "head_size", "block_size")}
                for preset in ("gpt2", "llama"))
-# every layer, and every switch turned from the way it usually is
+# every layer, and every switch away from its default
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
@@ -34,18 +36,18 @@ ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, 
 B, T, V = 3, 24, 96
 
 
-def config_of(**switches) -> GPTConfig:
+def tiny_config(**switches) -> GPTConfig:
     return GPTConfig(**{"n_layer": 2, "n_head": 2, "head_size": 8, "block_size": T, "vocab_size": V} | switches)
 
 
 @torch.no_grad()
 def random_model(**switches) -> GPT:
-    """Random weights everywhere: with the zeros a fresh model has, most tests of a block would pass for any block."""
+    """Random weights everywhere: with the zeros of a new model, most tests of a block would pass for any block."""
     torch.manual_seed(0)
-    model = GPT(config_of(**switches))
+    model = GPT(tiny_config(**switches))
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or not name.endswith("weight"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)  # scalars and norms, around what they start with
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)  # scalars and norms, around their initial values
         else:
             torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
     return model
@@ -58,15 +60,15 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
     return value.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def allow_rows(monkeypatch, n: int):
+def set_chunk_rows(monkeypatch, n: int):
     """The loss holds `n` rows of logits at a time."""
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * V * n)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """PackedDocuments of T tokens are several chunks of the gated delta rule."""
-    monkeypatch.setattr(gated_delta, "CHUNK", 8)
+    """T tokens are several chunks of the gated delta rule."""
+    monkeypatch.setattr(gated_delta, "CHUNK_SIZE", 8)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -90,7 +92,7 @@ def test_logits_ignore_the_future(model, idx):
 
 
 @torch.no_grad()
-def test_every_position_sees_all_of_the_past(model, idx):
+def test_every_position_sees_the_whole_past(model, idx):
     changed = idx.clone()
     changed[:, 0] = (changed[:, 0] + 1) % V
     difference = (model(changed) - model(idx)).abs().amax(dim=(0, 2))
@@ -101,21 +103,18 @@ def test_every_position_sees_all_of_the_past(model, idx):
 @pytest.mark.parametrize("steps", [[T], [1] * T, [5, 1, 1, 10, 7], [T - 1, 1]])
 def test_cached_decoding_equals_the_full_forward(model, idx, steps):
     cache = model.init_cache(B, T)
-    parts, at = [], 0
-    for n in steps:
-        parts.append(model(idx[:, at:at + n], cache=cache))
-        at += n
+    parts = [model(part, cache=cache) for part in idx.split(steps, dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), model(idx), atol=3e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 12, 7], [9, 3, 9]])
-def test_texts_of_different_lengths_are_decoded_as_each_alone(model, idx, lengths):
+def test_a_batch_of_different_lengths_decodes_like_each_row_alone(model, idx, lengths):
     logits, cache = model.prefill([row[:n] for row, n in zip(idx, lengths)], T)
-    for more in range(10):
+    for step in range(10):
         for row, n in enumerate(lengths):
-            assert torch.allclose(logits[row], model(idx[row:row + 1, :n + more])[0, -1], atol=3e-5)
-        new = torch.stack([row[n + more:n + more + 1] for row, n in zip(idx, lengths)])
+            assert torch.allclose(logits[row], model(idx[row:row + 1, :n + step])[0, -1], atol=3e-5)
+        new = torch.stack([row[n + step:n + step + 1] for row, n in zip(idx, lengths)])
         logits = model(new, cache=cache)[:, -1]
     two = torch.stack([row[n + 10:n + 12] for row, n in zip(idx, lengths)])
     for row, (n, logit) in enumerate(zip(lengths, model(two, cache=cache, logits_to_keep=1))):
@@ -123,72 +122,73 @@ def test_texts_of_different_lengths_are_decoded_as_each_alone(model, idx, length
 
 
 @torch.no_grad()
-def test_a_text_that_several_rows_have_is_computed_once(model, idx, monkeypatch):
-    """And then each row goes its own way."""
-    seen, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda idx, **options: seen.append(tuple(idx.shape)) or forward(idx, **options))
-    logits, cache = model.prefill([idx[0, :7], idx[1, :7], idx[0, :7].clone(), idx[2, :4], idx[2, :4]], T)
-    assert sorted(seen) == [(1, 4), (2, 7)]
+def test_prefill_computes_a_repeated_prompt_once(model, idx, monkeypatch):
+    """And afterwards its rows are independent."""
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, **options: shapes.append(tuple(idx.shape)) or forward(idx, **options))
+    prompts = [idx[0, :7], idx[1, :7], idx[0, :7].clone(), idx[2, :4], idx[2, :4]]
+    logits, cache = model.prefill(prompts, T)
+    assert sorted(shapes) == [(1, 4), (2, 7)]
     new = torch.tensor([[5], [6], [7], [8], [9]])
-    after = forward(new, cache=cache)[:, -1]
-    for row, text in enumerate([idx[0, :7], idx[1, :7], idx[0, :7], idx[2, :4], idx[2, :4]]):
-        assert torch.allclose(logits[row], forward(text[None])[0, -1], atol=3e-5)
-        assert torch.allclose(after[row], forward(torch.cat((text, new[row]))[None])[0, -1], atol=3e-5)
+    next_logits = forward(new, cache=cache)[:, -1]
+    for row, prompt in enumerate(prompts):
+        assert torch.allclose(logits[row], forward(prompt[None])[0, -1], atol=3e-5)
+        assert torch.allclose(next_logits[row], forward(torch.cat((prompt, new[row]))[None])[0, -1], atol=3e-5)
     _, cache = model.prefill([idx[0, :7]] * 3, T)
-    assert cache.left_pad is None  # nor is there a mask to be made
+    assert cache.left_pad is None  # so that decoding needs no mask
 
 
-def test_packed_texts_do_not_leak(model, idx):
-    """Losses and gradients are those of each text by itself."""
+def test_packed_documents_do_not_leak(model, idx):
+    """Losses and gradients equal those of each document by itself."""
     cuts = [[0, 5, 6, T], [0, 1, 2, 20, T], [0, T]]
-    begins = torch.zeros(B, T, dtype=torch.bool)
+    doc_starts = torch.zeros(B, T, dtype=torch.bool)
     targets = idx.roll(-1, dims=1)
     total = 0.0
     for row, stops in enumerate(cuts):
         for start, stop in zip(stops, stops[1:]):
-            begins[row, start] = True
+            doc_starts[row, start] = True
             total = total + model(idx[row:row + 1, start:stop], targets[row:row + 1, start:stop], reduction="none").sum()
     total.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    losses = model(idx, targets, reduction="none", doc_starts=begins)
+    losses = model(idx, targets, reduction="none", doc_starts=doc_starts)
     losses.sum().backward()
     assert losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
     for parameter, grad in zip(model.parameters(), expected):
         assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=2e-4 * max(1.0, grad.abs().max().item()))
     changed = idx.clone()
     changed[0, :5] = (changed[0, :5] + 1) % V
-    other = model(changed, targets, reduction="none", doc_starts=begins)
+    other = model(changed, targets, reduction="none", doc_starts=doc_starts)
     assert torch.allclose(other[0, 5:], losses[0, 5:], atol=1e-6) and not torch.allclose(other[0, :5], losses[0, :5])
 
 
-def test_positions_in_texts_by_hand():
-    begins = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    assert doc_position_ids(begins).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
+def test_doc_position_ids_by_hand():
+    doc_starts = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    assert doc_position_ids(doc_starts).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
 
 
-def test_the_cache_takes_what_its_formula_says():
-    """In bytes: keys and values of every slot, or a matrix a head; and the last position that each shift has seen."""
+def test_cache_size_in_bytes_by_hand():
+    """Keys and values of every slot, or a matrix per head; and the last position of each token shift."""
     count = lambda cache: sum(tensor.numel() * tensor.element_size() for block in cache.blocks
                               for part in (block.mixer, *block.shifts) for tensor in vars(part).values())
     for n_kv_head, slots in ((2, 10), (1, 10), (2, 300)):
-        model = GPT(config_of(n_kv_head=n_kv_head))
+        model = GPT(tiny_config(n_kv_head=n_kv_head))
         expected = 2 * 4 * (2 * B * n_kv_head * slots * 8 + 2 * B * 16)
         assert count(model.init_cache(B, slots)) == expected
         assert count(model.init_cache(B, slots, torch.bfloat16)) == expected / 2
-    model = GPT(config_of(mixer="gated_delta"))
+    model = GPT(tiny_config(mixer="gated_delta"))
     assert count(model.init_cache(B, 10)) == count(model.init_cache(B, 300)) == 2 * 4 * (B * 2 * 8 * 8 + 2 * B * 16)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_initial_loss_is_that_of_a_uniform_guess(architecture, idx):
-    """But for the small logits that a tied head, and GPT-2's, starts with: their matrices are not zero."""
+def test_initial_loss_is_log_vocab_size(architecture, idx):
+    """Exactly with an untied zero head; a tied head and GPT-2's initialisation start with small logits instead."""
     torch.manual_seed(0)
-    fresh = GPT(config_of(**architecture))
-    is_zero = not fresh.config.tied and fresh.config.init == "zero"
+    new = GPT(tiny_config(**architecture))
+    is_zero = not new.config.tied and new.config.init == "zero"
     targets = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
-    assert fresh(idx, targets).item() == pytest.approx(math.log(V), abs=1e-4 if is_zero else 0.1)
-    assert fresh(idx).std() == 0 if is_zero else 0.01 < fresh(idx).std() < 0.5
+    assert new(idx, targets).item() == pytest.approx(math.log(V), abs=1e-4 if is_zero else 0.1)
+    assert new(idx).std() == 0 if is_zero else 0.01 < new(idx).std() < 0.5
 
 
 def test_overfits_one_batch(model, idx):
@@ -201,17 +201,17 @@ def test_overfits_one_batch(model, idx):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    raise AssertionError(loss.item())
+    raise AssertionError(f"the loss ended at {loss.item()}")
 
 
-def test_chunked_loss_equals_the_loss_of_all_logits(model, idx, monkeypatch):
+def test_chunked_loss_equals_cross_entropy_of_all_logits(model, idx, monkeypatch):
     targets = idx.roll(-1, dims=1).clone()
     targets[0, 3:9] = IGNORE_INDEX
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     expected.backward()
     expected_grads = [parameter.grad.clone() for parameter in model.parameters()]
     for chunk in (1, 7, B * T, 10_000):
-        allow_rows(monkeypatch, chunk)
+        set_chunk_rows(monkeypatch, chunk)
         for reduction in ("mean", "none"):
             model.zero_grad()
             losses = model(idx, targets, reduction=reduction)
@@ -228,25 +228,25 @@ def test_chunked_loss_equals_the_loss_of_all_logits(model, idx, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_loss_never_holds_all_logits(model, idx, monkeypatch, reduction):
-    """No tensor that the forward or backward pass makes has more than a chunk of rows of logits."""
-    allow_rows(monkeypatch, 8)
+    """No tensor that the forward or backward pass creates has more than one chunk of rows of logits."""
+    set_chunk_rows(monkeypatch, 8)
     rows = []
 
-    class NonFiniteGuard(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordRowsOfLogits(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and out.dim() and out.size(-1) == V:
                 rows.append(out.numel() // V)
             return out
 
-    with NonFiniteGuard():
+    with RecordRowsOfLogits():
         model(idx, idx, reduction=reduction).sum().backward()
-    # the gradient of the embedding and head matrices has V in the other place, or as many rows as the width
+    # gradients of embedding and head have V as their first dimension, or as many rows as the model is wide
     assert rows and max(rows) <= max(8, model.config.n_embd)
 
 
-def test_flops_equal_what_torch_counts(model, idx):
-    # torch does not look into an operation of our own, and does not count flash attention on a CPU
+def test_flops_equal_torchs_counter(model, idx):
+    # torch does not count custom operations, nor flash attention on a CPU
     recurrence = lambda factors, *rest, **kwargs: 2 * math.prod(factors) * factors[-1]
     counter = partial(FlopCounterMode, display=False,
                       custom_mapping={getattr(torch.ops, gated_delta.NAMESPACE).linear_recurrence: recurrence})
@@ -255,27 +255,26 @@ def test_flops_equal_what_torch_counts(model, idx):
     assert counted.get_total_flops() == model.flops_per_token() * B * T
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         model(idx, idx).backward()
-    # the loss computes nothing twice; the counter does not see its addmm_ of the head's gradient
+    # the loss recomputes nothing; the counter misses its in-place addmm_ for the head's gradient
     assert 0.9 * model.flops_per_token() * B * T < counted.get_total_flops() <= model.flops_per_token() * B * T
 
 
-def test_gradient_checkpointing_changes_no_number_and_keeps_less(model, idx):
-    kept = []
+def test_gradient_checkpointing_changes_no_number_and_saves_less(model, idx):
+    results, saved_bytes = [], []
 
-    def keep(tensor):
-        kept[-1] += tensor.numel() * tensor.element_size()
+    def count(tensor):
+        saved_bytes[-1] += tensor.numel() * tensor.element_size()
         return tensor
-    numbers = []
     for model.gradient_checkpointing in (False, True):
-        kept.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            numbers.append(loss_and_grads(model, idx))
-    assert numbers[0][0] == numbers[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(numbers[0][1], numbers[1][1]))
-    assert kept[1] < 0.6 * kept[0]
+        saved_bytes.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            results.append(loss_and_grads(model, idx))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    assert saved_bytes[1] < 0.6 * saved_bytes[0]
 
 
-def test_gradient_checkpointing_leaves_decoding_alone(idx):
+def test_gradient_checkpointing_does_not_affect_decoding(idx):
     model = random_model()
     model.gradient_checkpointing = True
     cache = model.init_cache(B, T)
@@ -288,7 +287,7 @@ def test_gradient_checkpointing_leaves_decoding_alone(idx):
 
 @torch.no_grad()
 def test_value_residual_by_hand():
-    """0 is the layer's own values, 1 the first layer's, and the first layer has nothing to mix."""
+    """0 is the layer's own values, 1 the first layer's; the first layer has nothing to mix in."""
     model, x = random_model(), torch.randn(B, T, 16)
     first, second = (block.mixer for block in model.blocks)
     assert first.value_mix is None and second.value_mix.shape == ()
@@ -297,32 +296,30 @@ def test_value_residual_by_hand():
     own = second.qkv(x).view(B, T, 3, 2, 8)[:, :, 2].transpose(1, 2)
     for mix, expected in ((0.0, own), (1.0, values), (0.25, 0.75 * own + 0.25 * values)):
         second.value_mix.fill_(mix)
-        y, value = second(x, metadata, first=values)
+        y, value = second(x, metadata, first_layer_v=values)
         assert torch.allclose(value, expected, atol=1e-6)
     second.value_mix.fill_(1.0)
-    y, _ = second(x, metadata, first=values)
-    second.qkv.weight[32:] = 0  # its own values no longer count
-    assert torch.allclose(second(x, metadata, first=values)[0], y)
+    y, _ = second(x, metadata, first_layer_v=values)
+    second.qkv.weight[32:] = 0  # its own values no longer matter
+    assert torch.allclose(second(x, metadata, first_layer_v=values)[0], y)
 
 
 @torch.no_grad()
-def test_embedding_shortcut_by_hand():
-    model, x, embedded = random_model(), torch.randn(B, T, 16), torch.randn(B, T, 16)
+def test_x0_residual_by_hand():
+    model, x, x0 = random_model(), torch.randn(B, T, 16), torch.randn(B, T, 16)
     first, second = model.blocks
-    assert first.shortcut is None and GPT(config_of()).blocks[1].shortcut.tolist() == [1, 0]
-    values = torch.randn(B, 2, T, 8)
-    second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    plain = second(x, embedded, values, AttentionMetadata())[0], second(embedded, x, values, AttentionMetadata())[0]
-    second.shortcut.copy_(torch.tensor([0.0, 1.0]))
-    assert torch.equal(second(x, embedded, values, AttentionMetadata())[0], plain[1])
-    second.shortcut.copy_(torch.tensor([0.5, 0.25]))
-    mixed = second(x, embedded, values, AttentionMetadata())[0]
-    second.shortcut.copy_(torch.tensor([1.0, 0.0]))
-    assert torch.equal(mixed, second(0.5 * x + 0.25 * embedded, embedded, values, AttentionMetadata())[0])
+    assert first.x0_mix is None and GPT(tiny_config()).blocks[1].x0_mix.tolist() == [1, 0]
+    values, metadata = torch.randn(B, 2, T, 8), AttentionMetadata()
+
+    def run(mix: list[float], x, x0):
+        second.x0_mix.copy_(torch.tensor(mix))
+        return second(x, x0, values, metadata)[0]
+    assert torch.equal(run([0.0, 1.0], x, x0), run([1.0, 0.0], x0, x))
+    assert torch.equal(run([0.5, 0.25], x, x0), run([1.0, 0.0], 0.5 * x + 0.25 * x0, x0))
 
 
 @torch.no_grad()
-def test_softcap_keeps_logits_in_bounds_and_small_ones_as_they_are(idx):
+def test_softcap_bounds_large_logits_and_keeps_small_ones(idx):
     capped, free = random_model(softcap=15.0), random_model(softcap=0.0)
     for model in (capped, free):
         model.norm.register_forward_hook(lambda layer, args, y: 100 * y)
@@ -334,20 +331,19 @@ def test_softcap_keeps_logits_in_bounds_and_small_ones_as_they_are(idx):
 
 
 @torch.no_grad()
-def test_unnormalised_queries_grow_with_their_weights_and_normalised_do_not(idx):
-    """That is what qk_norm is for."""
-    for qk_norm in (True, False):
-        model = random_model(qk_norm=qk_norm)
-        before = model(idx)
-        for block in model.blocks:
-            block.mixer.qkv.weight[:32] *= 8  # queries and keys
-        assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_only_qk_norm_makes_the_scale_of_query_and_key_weights_irrelevant(qk_norm, idx):
+    model = random_model(qk_norm=qk_norm)
+    before = model(idx)
+    for block in model.blocks:
+        block.mixer.qkv.weight[:32] *= 8  # queries and keys
+    assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
 
 
-@pytest.mark.parametrize("name, activation", [("relu2", lambda x: F.relu(x) ** 2), ("gelu", F.gelu)])
-def test_a_lean_mlp_by_hand_and_its_gradient(name, activation):
-    """The function with a backward pass of its own, against torch's."""
-    mlp = MLPS[name](config_of(bias=True)).double()
+@pytest.mark.parametrize("name, activation", [("relu2", lambda x: F.relu(x) ** 2), ("gelu", F.gelu),
+                                              ("gelu_tanh", partial(F.gelu, approximate="tanh"))])
+def test_hand_written_mlp_gradients_equal_autograd(name, activation):
+    mlp = MLPS[name](tiny_config(bias=True)).double()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(5, 3, 16, dtype=torch.double, requires_grad=True)
@@ -361,73 +357,105 @@ def test_a_lean_mlp_by_hand_and_its_gradient(name, activation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("init", ["zero", "gpt2"])
-def test_initial_weights_by_hand(init):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_zero_init_every_block_starts_as_the_identity(architecture, idx):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=8, n_head=4, head_size=32, block_size=64, vocab_size=512, init=init, bias=True,
+    new = GPT(tiny_config(**architecture | {"init": "zero"}))
+    inputs = []
+    for layer in (*new.blocks, new.norm):
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    new(idx)
+    assert len(inputs) == 3 and inputs[0].std() > 0
+    assert all(torch.equal(x, inputs[0]) for x in inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_with_zero_init_hidden_linear_layers_preserve_the_variance(linear, mixer):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=8, head_size=32, block_size=4, vocab_size=8, mlp="swiglu", linear=linear,
+                          mixer=mixer, bias=True))
+    block = model.blocks[0]
+    layers = [layer for layer in linear_layers(block) if layer not in (block.mixer.proj, block.mlp.proj)]
+    assert len(layers) == {"attention": 1, "gated_delta": 3}[mixer] + 2
+    for layer in layers:
+        assert (layer.bias == 0).all()
+        assert layer(torch.randn(1000, 256)).var().item() == pytest.approx(1, rel=0.15)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_embd, tied, norm", [(128, True, "rms"), (256, True, "layer"), (128, False, "layer")])
+def test_with_zero_init_embeddings_give_small_logits(n_embd, tied, norm):
+    """That is, the tied matrix times a normalised vector; at any width."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=n_embd // 32, head_size=32, block_size=4, vocab_size=512, tied=tied, norm=norm))
+    logits = model.embed(torch.arange(512)) @ rms_norm(torch.randn(n_embd, 100).T).T
+    assert logits.std().item() == pytest.approx(INITIAL_LOGIT_STD, rel=0.05)
+
+
+@torch.no_grad()
+def test_gpt2_init_by_hand():
+    """0.02 for every matrix, and 1/√16 of it for the 2 * 8 layers that add to the residual stream."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_head=4, head_size=32, block_size=64, vocab_size=512, init="gpt2", bias=True,
                           norm="layer", positions="learned", tied=False))
-    stds = {name: weight.std().item() for name, weight in model.named_parameters() if weight.dim() == 2}
-    for name, std in stds.items():
-        is_proj, is_lookup = name.endswith("proj.weight"), name in ("embed.weight", "positions.weight")
-        if init == "gpt2":
-            expected = 0.02 / 16 ** 0.5 if is_proj else 0.02  # 1/√N for the N = 2 * 8 layers that add to the stream
-        elif name == "embed.weight":
-            expected = EMBED_LOGITS / 128 ** 0.5
-        elif is_lookup:
-            expected = 128 ** -0.5
-        else:
-            expected = 0 if is_proj or name == "head.weight" else 128 ** -0.5
-        assert std == pytest.approx(expected, rel=0.05), name
-    assert all((weight == (0 if name.endswith(("bias", "share")) else 1)).all()
-               for name, weight in model.named_parameters() if weight.dim() == 1 and not name.endswith("shortcut"))
+    for block in model.blocks:
+        for layer in (block.mixer.qkv, block.mlp.fc):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05) and (layer.bias == 0).all()
+        for layer in (block.mixer.proj, block.mlp.proj):
+            assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05) and (layer.bias == 0).all()
+        assert (block.mlp_norm.weight == 1).all() and (block.mlp_norm.bias == 0).all()
+    for layer in (model.embed, model.positions, model.head):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def turned(rotary: Rotary, x: torch.Tensor, position: int) -> torch.Tensor:
+def rotated(rotary: Rotary, x: torch.Tensor, position: int) -> torch.Tensor:
     return rotate(x, rotary(slice(position, position + 1)))
 
 
-def test_rotary_keeps_lengths_and_depends_on_distance_alone():
+def test_rotary_preserves_lengths_and_depends_only_on_distance():
     rotary = Rotary(8, 64)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    assert torch.allclose(turned(rotary, q, 5).norm(), q.norm())
-    products = [(turned(rotary, q, start + 9) * turned(rotary, k, start)).sum() for start in (0, 3, 50)]
+    assert torch.allclose(rotated(rotary, q, 5).norm(), q.norm())
+    products = [(rotated(rotary, q, start + 9) * rotated(rotary, k, start)).sum() for start in (0, 3, 50)]
     assert torch.allclose(torch.stack(products), products[0])
-    assert not torch.allclose((turned(rotary, q, 9) * turned(rotary, k, 1)).sum(), products[0])
+    assert not torch.allclose((rotated(rotary, q, 9) * rotated(rotary, k, 1)).sum(), products[0])
 
 
 def test_rotary_by_hand():
-    """Position 1 turns channels (0, 2) by 1 radian and (1, 3) by 1/100; by 1/10 with a base of 100."""
+    """Position 1 rotates channels (0, 2) by 1 radian and (1, 3) by 1/100, or by 1/10 with a base of 100."""
     x = torch.tensor([1.0, 0, 0, 1]).view(1, 1, 1, 4)
     for base, angle in ((10_000.0, 0.01), (100.0, 0.1)):
         expected = torch.tensor([math.cos(1), -math.sin(angle), math.sin(1), math.cos(angle)])
-        assert torch.allclose(turned(Rotary(4, 2, base), x, 1).flatten(), expected)
+        assert torch.allclose(rotated(Rotary(4, 2, base), x, 1).flatten(), expected)
 
 
-def test_parameters_of_the_default_shape():
-    """12 layers of 12 * width² and two shifts of width, a matrix of vocabulary * width; and in 11 layers two numbers of the
-    shortcut, one of values."""
+def test_parameter_count_of_the_default_shape():
+    """12 layers of 12 * width² and two token shifts, a matrix of vocabulary * width; and in 11 layers two numbers of x0_mix,
+    one of value_mix."""
     with torch.device("meta"):
         default, untied = GPT(GPTConfig(vocab_size=32_768)), GPT(GPTConfig(vocab_size=32_768, tied=False))
     assert default.n_parameters() == 12 * (12 * 768**2 + 2 * 768) + 32_768 * 768 + 11 * 3
     assert untied.n_parameters() == default.n_parameters() + 32_768 * 768
-    assert untied.flops_per_token() == default.flops_per_token()  # a tied head is multiplied with all the same
+    assert untied.flops_per_token() == default.flops_per_token()  # tying saves parameters, not products
 
 
 # -- GPT-2 ------------------------------------------------------------------------------------------------------------
 
-def test_gpt2_has_its_parameters():
-    """124,439,808, counted with the positions and without a head of its own."""
+def test_gpt2_parameter_count():
+    """124,439,808 with learned positions and a tied head."""
     with torch.device("meta"):
         model = GPT(read_flags(GPTConfig, PRESETS["gpt2"] | {"vocab_size": 50_257}))
     assert model.n_parameters() == 124_439_808
 
 
 @pytest.fixture
-def gpt2_and_theirs():
-    """Our gpt2 preset with random weights, and transformers' GPT2LMHeadModel with the same ones."""
+def gpt2_pair():
+    """Our gpt2 preset with random weights, and transformers' GPT2LMHeadModel with the same weights."""
     transformers = pytest.importorskip("transformers")
     model = random_model(**GPT2 | {"n_layer": 3})
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2, activation_function="gelu", resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
     names = {"embed.": "wte.", "positions.": "wpe.", "blocks.": "h.", "mixer_norm.": "ln_1.", "mlp_norm.": "ln_2.",
@@ -435,93 +463,101 @@ def gpt2_and_theirs():
              "mlp.proj.": "mlp.c_proj."}
     weights = {}
     for name, weight in model.state_dict().items():
-        their = "lm_head.weight" if name == "head.weight" else f"transformer.{name}"
-        their = re.sub(r"^transformer\.norm\.", "transformer.ln_f.", their)
-        for part, other in names.items():
-            their = their.replace(part, other)
-        is_conv1d = name.startswith("blocks.") and weight.dim() == 2  # they hold it transposed
-        weights[their] = weight.T if is_conv1d else weight
-    theirs.load_state_dict(weights)
-    return model, theirs
+        hf_name = "lm_head.weight" if name == "head.weight" else f"transformer.{name}"
+        hf_name = re.sub(r"^transformer\.norm\.", "transformer.ln_f.", hf_name)
+        for part, hf_part in names.items():
+            hf_name = hf_name.replace(part, hf_part)
+        is_conv1d = name.startswith("blocks.") and weight.dim() == 2  # which stores it transposed
+        weights[hf_name] = weight.T if is_conv1d else weight
+    reference.load_state_dict(weights)
+    return model, reference
 
 
-def test_gpt2_equals_transformers(gpt2_and_theirs, idx):
-    model, theirs = gpt2_and_theirs
-    expected = theirs(idx, labels=idx)  # it shifts labels by itself
+@pytest.mark.integration
+def test_gpt2_equals_transformers(gpt2_pair, idx):
+    model, reference = gpt2_pair
+    expected = reference(idx, labels=idx)  # it shifts the labels itself
     assert torch.allclose(model(idx), expected.logits, atol=1e-4) and model(idx).std() > 0.5
     targets = F.pad(idx[:, 1:], (0, 1), value=IGNORE_INDEX)
     assert model(idx, targets).item() == pytest.approx(expected.loss.item(), abs=1e-5)
 
 
-def test_gpt2_has_the_gradients_of_transformers(gpt2_and_theirs, idx):
-    model, theirs = gpt2_and_theirs
-    theirs(idx, labels=idx).loss.backward()
+@pytest.mark.integration
+def test_gpt2_gradients_equal_transformers(gpt2_pair, idx):
+    model, reference = gpt2_pair
+    reference(idx, labels=idx).loss.backward()
     model(idx, F.pad(idx[:, 1:], (0, 1), value=IGNORE_INDEX)).backward()
-    assert torch.allclose(model.embed.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-5)
-    assert torch.allclose(model.blocks[1].mlp.fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-5)
+    assert torch.allclose(model.embed.weight.grad, reference.transformer.wte.weight.grad, atol=1e-5)
+    assert torch.allclose(model.blocks[1].mlp.fc.weight.grad, reference.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-5)
 
 
+# -- checkpoints and flags --------------------------------------------------------------------------------------------
 
-
-def test_blob_round_trip(model, idx):
+def test_checkpoint_round_trip(model, idx):
     other = GPT.from_checkpoint(model.to_checkpoint())
     assert other.config == model.config
     assert torch.equal(other(idx), model(idx))
-    with pytest.raises(BadInput, match="not those of its shape"):
+    with pytest.raises(BadInput, match="do not fit its config"):
         GPT.from_checkpoint({"config": model.to_checkpoint()["config"] | {"n_layer": 3}, "model": model.state_dict()})
 
 
-@pytest.mark.parametrize("shape, word", [
-    ({"n_layer": 0}, "--n_layer=0"), ({"n_head": 0}, "--n_head=0"), ({"head_size": 7}, "--head_size=7: must be even"),
-    ({"block_size": 0}, "--block_size=0"), ({"mlp": "kan?"}, "--mlp=kan?: choose one of auto, relu2"),
-    ({"mixer": "rnn"}, "--mixer=rnn"), ({"vocab_size": 0}, "--vocab_size=0"), ({"norm": "batch"}, "--norm=batch"),
-    ({"positions": "none"}, "--positions=none: choose one of rotary, learned"), ({"softcap": -1.0}, "--softcap=-1.0"),
-    ({"init": "ones"}, "--init=ones: choose one of zero, gpt2")])
-def test_shapes_that_cannot_be(shape, word):
-    with pytest.raises(BadInput, match=word.replace("?", r"\?")):
-        GPTConfig(**{"vocab_size": 10} | shape)
+@pytest.mark.parametrize("values, message", [
+    ({"n_layer": 0}, "--n_layer=0"), ({"n_head": 0}, "--n_head=0"), ({"block_size": 0}, "--block_size=0"),
+    ({"vocab_size": 0}, "--vocab_size=0"), ({"softcap": -1.0}, "--softcap=-1.0"),
+    ({"head_size": 7}, "--head_size=7: must be even"), ({"norm": "batch"}, "--norm=batch: choose one of rms"),
+    ({"mlp": "kan?"}, "--mlp=kan?: choose one of auto, relu2"), ({"init": "ones"}, "--init=ones: choose one of zero, gpt2"),
+    ({"positions": "none"}, "--positions=none: choose one of rotary, learned"),
+    ({"mixer": "rnn"}, "--mixer=rnn: choose one of attention"), ({"mixer": "DA", "n_layer": 1}, "at most --n_layer=1"),
+    ({"n_head": 4, "n_kv_head": 3}, "--n_kv_head=3: must divide --n_head=4"),
+    ({"mixer": "DA", "n_kv_head": 1}, "--n_kv_head=1: needs attention in every layer")])
+def test_impossible_configs_are_refused(values, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        GPTConfig(**{"vocab_size": 10} | values)
+
+
+# -- norm and token shift ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_small_vectors_are_normalised_in_every_dtype(dtype):
-    """torch 2.6's own adds 0.008 to the mean square of bf16."""
+def test_rms_norm_of_small_vectors_in_every_dtype(dtype):
+    """torch 2.6's rms_norm adds 0.008 to the mean square in bf16."""
     x = torch.full((4, 64), 0.03, dtype=dtype)
     assert torch.allclose(rms_norm(x).float(), torch.ones(4, 64), atol=0.01)
 
 
-def gradients(f, *inputs):
-    """Of a sum in which every output has another weight."""
+def value_and_gradients(f, *inputs):
+    """f(*inputs), and the gradients of a sum in which every output has a different weight."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     y = f(*inputs)
     return y, *torch.autograd.grad(y.float(), inputs, torch.linspace(-1, 2, y.numel()).view_as(y))
 
 
 def assert_same_gradients(f, g, *inputs, tolerance=1e-5):
-    for a, b in zip(gradients(f, *inputs), gradients(g, *inputs), strict=True):
+    for a, b in zip(value_and_gradients(f, *inputs), value_and_gradients(g, *inputs), strict=True):
         assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_rms_norm_is_torchs():
-    """With gradients, of vectors large, small and zero, and of those that are no rows in memory."""
+def test_rms_norm_equals_torchs():
+    """With gradients: large, small and zero vectors, and ones that are not contiguous."""
     x = torch.randn(5, 7, 16) * torch.logspace(-9, 9, 5)[:, None, None]
     x[2, 3] = 0
 
-    def by_torch(x):
+    def torch_rms_norm(x):
         return F.rms_norm(x.float(), x.shape[-1:], eps=torch.finfo(torch.float32).eps)
     for rows, tolerance in ((x[1:4], 1e-5), (x.transpose(1, 2)[1:4, :, ::2], 1e-5), (x[2:].bfloat16(), 1e-2)):
         for save_input in (False, True):
-            assert_same_gradients(partial(rms_norm, save_input=save_input), by_torch, rows, tolerance=tolerance)
+            assert_same_gradients(partial(rms_norm, save_input=save_input), torch_rms_norm, rows, tolerance=tolerance)
     assert torch.autograd.gradcheck(rms_norm, torch.randn(2, 8, dtype=torch.float64, requires_grad=True))
 
 
-def test_the_gradients_of_token_shift():
-    x, share = torch.randn(2, 5, 4), torch.randn(4)
-    assert_same_gradients(Shifted.apply, lambda x, share: x + share * F.pad(x[:, :-1], (0, 0, 1, 0)), x, share)
+def test_token_shift_gradients_equal_autograd():
+    x, coeff = torch.randn(2, 5, 4), torch.randn(4)
+    assert_same_gradients(TokenShiftFunction.apply, lambda x, coeff: x + coeff * F.pad(x[:, :-1], (0, 0, 1, 0)), x, coeff)
 
 
 def test_token_shift_by_hand():
     shift = TokenShift(GPTConfig(n_head=1, head_size=2, vocab_size=3))
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
-    assert torch.equal(shift(x, AttentionMetadata()), x)  # at first nothing is added
-    torch.nn.init.constant_(shift.share[:1], 0.5)
+    assert torch.equal(shift(x, AttentionMetadata()), x)  # the coefficients start at zero
+    torch.nn.init.constant_(shift.shift_coeff[:1], 0.5)
     assert shift(x, AttentionMetadata()).tolist() == [[[1, 2], [3.5, 4], [6.5, 6]]]

@@ -1,4 +1,4 @@
-"""The probes: every task against a slow oracle, and the command on tiny arms."""
+"""probes.py: cells in this process, and the command on tiny arms. Tasks: test_synthetic.py, processes: test_runner.py."""
 import csv
 import json
 import os
@@ -11,311 +11,216 @@ import numpy as np
 import pytest
 
 import probes
+import runtime.cli
 from conftest import REPO
-from dataloader import IGNORE_INDEX
-from probes import SCALES
-from tasks import synthetic
+from probes import SCALES, CellConfig, ProbeConfig
 from tasks.synthetic import TASKS
 
-NONE = IGNORE_INDEX
 TINY = ["--n_layer=1", "--n_head=1", "--head_size=8", "--batch_size=4", "--max_iter=5", "--val_intervals=2", "--seeds=1"]
 
 
-# -- oracles: the answers again from the inputs alone, one row at a time ----------------------------------------------
-
-def recall(row):
-    n = len(row) // 4
-    known = dict(zip(row[:2 * n:2], row[1:2 * n:2]))
-    assert len(known) == n and sorted(row[2 * n::2]) == sorted(known)
-    return [NONE] * 2 * n + [answer for key in row[2 * n::2] for answer in (known[key], NONE)]
+def build_cell(task: str, arm: str = "mixer=attention", **common) -> probes.ProbeCell:
+    cell, = probes.build_cells(ProbeConfig(arms=(arm,), tasks=(task,), seeds=1), CellConfig(**{
+        "n_layer": 1, "max_iter": 4, "batch_size": 4} | common))
+    return cell
 
 
-def induction(row):
-    n, answers = len(row) // 2, []
-    assert len(set(row[:n])) == n and sorted(row[:n]) == sorted(row[n:])
-    for symbol in row[n:]:
-        after = row[:n].index(symbol) + 1
-        answers.append(row[after] if after < n else NONE)
-    return [NONE] * n + answers
+def run_cell(cell: probes.ProbeCell, path) -> dict:
+    probes.run_cell(cell, path)
+    return json.loads(path.read_text())
 
 
-def after_the_sign(row, n, result):
-    """A row of n tokens, a sign, and the result but for its last."""
-    assert row[n + 1:] == result[:-1]
-    return [NONE] * n + result
-
-
-def selective_copy(row):
-    n = len(row) // 4
-    copied = [symbol for symbol in row[:3 * n] if symbol != 0]
-    assert len(copied) == n and row[3 * n] == 17
-    return after_the_sign(row, 3 * n, copied)
-
-
-def sort(row):
-    n = len(row) // 2
-    assert row[n] == 64
-    return after_the_sign(row, n, sorted(row[:n]))
-
-
-def parity(row):
-    return [row[:t + 1].count(1) % 2 for t in range(len(row))]
-
-
-def modular(row):
-    return [sum(row[:t + 1]) % 5 for t in range(len(row))]
-
-
-def permute(row):
-    """Moves three things, rather than looking up products."""
-    moves, things, answers = synthetic.PERMUTATIONS, [0, 1, 2], []
-    for symbol in row:
-        things = [moves[symbol][thing] for thing in things]
-        answers.append(moves.index(tuple(things)))
-    return answers
-
-
-def dyck(row, kinds=8, depth=4):
-    """The last answer follows the row's end, so only its place in the stack is known."""
-    answers, stack = [], []
-    for t, bracket in enumerate(row):
-        if bracket < kinds:
-            stack.append(bracket)
-        else:
-            assert stack.pop() == bracket - kinds
-        assert len(stack) <= depth
-        closes = t + 1 < len(row) and row[t + 1] >= kinds
-        answers.append(kinds + stack[-1] if closes else NONE)
-    return answers
-
-
-def automaton(row):
-    answers, seen = [], {}
-    for t, token in enumerate(row):
-        place = t % 15
-        assert (token == 0) == (place == 0) and (place == 0 or (1 <= token <= 5) == (place % 2 == 0))
-        answers.append(seen.get((row[t - 1], token), NONE) if place % 2 else NONE)
-        if place and place % 2 == 0:
-            assert seen.setdefault((row[t - 2], row[t - 1]), token) == token
-    return answers
-
-
-ORACLES = {"recall": recall, "recall_many": recall, "induction": induction, "selective_copy": selective_copy, "sort": sort,
-           "parity": parity, "modular": modular, "permute": permute, "dyck": dyck, "automaton": automaton}
-
-
-def made(name, scale=1, n=16, seed=5):
-    return TASKS[name].make(np.random.default_rng(seed), n, scale * TASKS[name].length)
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", TASKS)
-def test_answers_are_those_of_a_slow_oracle(name, scale):
-    inputs, targets = made(name, scale)
-    assert inputs.shape == targets.shape == (16, scale * TASKS[name].length)
-    assert inputs.dtype == targets.dtype == np.int64
-    assert inputs.min() >= 0 and max(inputs.max(), targets.max()) < TASKS[name].vocab_size
-    for row, answers in zip(inputs.tolist(), targets.tolist()):
-        expected = ORACLES[name](row)
-        if name == "dyck":  # whether the bracket after the end closes, its row does not say
-            assert answers[:-1] == expected[:-1]
-        else:
-            assert answers == expected
-
-
-def test_dycks_last_answer_closes_what_is_open():
-    inputs, targets = made("dyck", n=64)
-    for row, answer in zip(inputs.tolist(), targets[:, -1].tolist()):
-        stack = []
-        for bracket in row:
-            stack = [*stack, bracket] if bracket < 8 else stack[:-1]
-        assert answer == NONE or answer == 8 + stack[-1]
-    assert 0 < (targets[:, -1] == NONE).sum() < 64
-
-
-def test_tasks_by_hand():
-    assert recall([3, 40, 7, 41, 7, 41, 3, 40]) == [NONE] * 4 + [41, NONE, 40, NONE]
-    assert induction([5, 9, 2, 9, 2, 5]) == [NONE] * 3 + [2, NONE, 9]
-    assert parity([1, 0, 1, 1]) == [1, 1, 0, 1]
-    swap, turn = synthetic.PERMUTATIONS.index((1, 0, 2)), synthetic.PERMUTATIONS.index((1, 2, 0))
-    assert synthetic.AFTER[swap, turn] != synthetic.AFTER[turn, swap]  # the order counts
-    assert synthetic.AFTER[swap, swap] == synthetic.PERMUTATIONS.index((0, 1, 2))
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_guessing_is_what_choosing_evenly_scores(name):
-    task, rng = TASKS[name], np.random.default_rng(1)
-    answers = np.concatenate([targets[targets != NONE] for _, targets in (made(name, n=200, seed=s) for s in range(4))])
-    possible = np.unique(answers)
-    assert len(possible) == task.n_answers
-    right = (rng.choice(possible, size=len(answers)) == answers).mean()
-    assert right == pytest.approx(task.guessing, abs=4 * (task.guessing / len(answers)) ** 0.5)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_data_depends_on_the_seed_alone(name):
-    task = TASKS[name]
-    first = lambda seed: next(probes.examples(task, 8, seed))[0]
-    assert (first(1) == first(1)).all()
-    assert (first(1) != first(2)).any()
-    stream = probes.examples(task, 8, 1)
-    assert (next(stream)[0] != next(stream)[0]).any()
-    validation = task.make(np.random.default_rng([0, 1]), probes.EXAMPLES, task.length)[0]
-    seen = {tuple(row) for row in validation.tolist()}
-    assert not any(tuple(row) in seen for row in first(0).tolist() + first(1).tolist())
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-def rows_of(folder):
+def read_csv(folder) -> list[dict]:
     with open(folder / "probes.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_the_command_writes_all_and_runs_nothing_twice(tmp_path, capsys, monkeypatch):
-    flags = [*TINY, "--arms", "mlp=relu2", "mlp=swiglu,positions=learned", "--tasks", "recall", "parity",
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_data_depends_on_the_seed_alone_and_is_not_evaluated(name):
+    task = TASKS[name]
+    loader = lambda seed: probes.ExampleLoader(task, 8, seed)
+    first = lambda seed: loader(seed).next_batch(None)[0]
+    assert (first(1) == first(1)).all() and (first(1) != first(2)).any()
+    stream = loader(1)
+    assert (stream.next_batch(None)[0] != stream.next_batch(None)[0]).any()
+    evaluated = task.generate(np.random.default_rng([0, 1]), probes.EVAL_EXAMPLES, task.length)[0]
+    seen = {tuple(row) for row in evaluated.tolist()}
+    assert not any(tuple(row) in seen for row in first(0).tolist() + first(1).tolist())
+
+
+@pytest.mark.integration
+def test_cell_is_deterministic(tmp_path):
+    a, b = (run_cell(build_cell("dyck"), tmp_path / name) for name in "ab")
+    assert a | {"seconds": 0} == b | {"seconds": 0}
+    assert a["status"] == "unsolved" and all(0 <= a[f"accuracy_{scale}x"] <= 1 for scale in SCALES)
+
+
+def test_arm_sets_what_it_may_and_nothing_else():
+    """Of model, optimizer, batches and clipping all, except what tasks and schedule fix."""
+    cell = build_cell("recall", "mlp=relu2,n_layer=2,learning_rate=0.1,num_batch_accum=3,grad_clip=2")
+    gpt, schedule, loop, _ = cell.configs()
+    assert (gpt.mlp, gpt.n_layer, schedule.learning_rate, loop.num_batch_accum, loop.grad_clip) == ("relu2", 2, 0.1, 3, 2)
+    assert (gpt.vocab_size, gpt.block_size, schedule.cooldown_frac, schedule.warmup_iter) == (48, 128, 0, 20)
+
+
+def test_cell_name_changes_with_flags_seed_and_code():
+    cell = build_cell("recall")
+    names = {cell.name("0123"), cell.name("4567"), build_cell("recall", max_iter=3).name("0123"),
+             build_cell("sort").name("0123"), probes.ProbeCell(cell.arm, cell.task, 1, cell.flags).name("0123")}
+    assert len(names) == 5 and build_cell("recall").name("0123") in names
+
+
+@pytest.mark.integration
+def test_easy_task_is_solved_and_training_ends_early(tmp_path):
+    row = run_cell(build_cell("recall", n_layer=2, batch_size=32, val_intervals=25, max_iter=500), tmp_path / "row")
+    assert row["status"] == "solved" and row["solved"] and 25 <= row["steps"] <= 300
+    assert row["accuracy_1x"] > 0.99 > row["accuracy_4x"] > 0.2
+
+
+def test_learning_rate_falls_from_where_the_task_was_solved(monkeypatch):
+    """Solved at step 4 of at most 100: it falls for one more fifth of all steps."""
+    monkeypatch.setattr(probes, "evaluate_task", lambda *args: (1.0, float(state.step >= 4)))
+    cell = build_cell("parity", head_size=8, max_iter=100, val_intervals=4, batch_size=2)
+    state, setup, loop = probes.open_cell(cell)
+    rates, steps = [], state.optimizer.step
+    monkeypatch.setattr(state.optimizer, "step", lambda **skip: rates.append(
+        state.optimizer.param_groups[0]["lr"]) or steps(**skip))
+    assert probes.train_cell(state, setup, loop, TASKS["parity"], 2) == (4, None)
+    assert state.step == len(rates) == 5 and rates[3] > rates[2]  # warmup
+
+
+def test_unsolved_task_falls_at_the_end(monkeypatch):
+    monkeypatch.setattr(probes, "evaluate_task", lambda *args: (1.0, 0.5))
+    state, setup, loop = probes.open_cell(build_cell("parity", head_size=8, max_iter=10, batch_size=2))
+    assert probes.train_cell(state, setup, loop, TASKS["parity"], 2) == (None, None) and state.step == 10
+
+
+def test_diverged_cell_has_a_row_and_an_exit_code(tmp_path, capsys):
+    flags = ["--cell=0", *TINY, "--tasks", "parity", "--arms", "learning_rate=1e9", f"--out_path={tmp_path}",
+             "--max_iter=60", "--val_intervals=20"]
+    with pytest.raises(SystemExit) as stop:
+        probes.main(flags)
+    assert stop.value.code == runtime.cli.DIVERGED
+    path, = (tmp_path / "cells").iterdir()
+    row = probes.read_row(path)
+    assert row["status"] == "diverged" and row["accuracy_1x"] is None and "lower --learning_rate" in row["reason"]
+
+
+def test_signal_ends_a_cell_without_a_row(tmp_path, monkeypatch):
+    next_token_loss = probes.next_token_loss
+
+    def interrupted(model, batch):
+        signal.raise_signal(signal.SIGTERM)
+        return next_token_loss(model, batch)
+    monkeypatch.setattr(probes, "next_token_loss", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        probes.run_cell(build_cell("parity"), tmp_path / "row")
+    assert stop.value.code == 128 + signal.SIGTERM and not (tmp_path / "row").exists()
+
+
+# -- the command, with cells that pretend -----------------------------------------------------------------------------
+
+FAKE_CELL = """
+import json, os, signal, sys
+path, row, mode = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+if mode == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "fails":
+    print("Traceback …", "RuntimeError: no kernel", sep=chr(10), file=sys.stderr)
+    sys.exit(1)
+if mode != "vanishes":
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    json.dump(row | {"status": "diverged", "reason": "loss is nan"} if mode == "diverges" else row, open(path, "w"))
+sys.exit(3 if mode == "diverges" else 0)
+"""
+
+
+@pytest.fixture
+def fake_cells(monkeypatch):
+    """Cells are FAKE_CELL; fake_cells["mlp=gelu"] = mode of an arm, .ran lists the cells that were started."""
+    class Modes(dict):
+        ran = []
+    modes = Modes()
+    Modes.ran = []
+
+    def command(job):
+        Modes.ran.append((job.cell.arm, job.cell.task, job.cell.seed))
+        row = probes.empty_row(job.cell) | {
+            "status": "solved", "solved": True, "steps": 100, "parameters": 1000, "seconds": 6.0, "accuracy_1x": 1.0,
+            "accuracy_2x": 0.5, "accuracy_4x": 0.25}
+        return [sys.executable, "-S", "-c", FAKE_CELL, str(job.path), json.dumps(row), modes.get(job.cell.arm, "")]
+    monkeypatch.setattr(probes.CellJob, "command", command)
+    return modes
+
+
+def test_command_writes_its_report_and_runs_no_cell_twice(fake_cells, tmp_path, capsys):
+    flags = ["--seeds=2", "--arms", "mlp=relu2", "mlp=swiglu,positions=learned", "--tasks", "recall", "parity",
              f"--out_path={tmp_path}"]
     probes.main(flags)
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "probes.md").read_text(encoding="utf-8").strip()
-    for words in ("| recall | 0.06 | solved 0/1", "| task | guessing | mlp=relu2 | mlp=swiglu,positions=learned |",
-                  "1 layers", "at most 5 steps", "1 seeds", "parameters", "python probes.py --n_layer=1"):
+    for words in ("| recall | 0.06 | solved 2/2, 100 steps: 1.00 0.50 0.25 |", "| task | chance | mlp=relu2 | mlp=swiglu",
+                  "2 layers, 4 heads x 16", "at most 1,200 steps", "2 seeds", "1,000 parameters", "0.8 minutes",
+                  "python probes.py --seeds=2"):
         assert words in text, words
-    rows = rows_of(tmp_path)
-    assert [(row["arm"], row["task"]) for row in rows] == [
-        (arm, task) for task in ("recall", "parity") for arm in ("mlp=relu2", "mlp=swiglu,positions=learned")]
-    assert {row["status"] for row in rows} == {"unsolved"}
-    assert all(0 <= float(row[f"accuracy_{scale}x"]) <= 1 for row in rows for scale in SCALES)
-    for kind in ("png", "svg"):
-        assert (tmp_path / f"probes.{kind}").stat().st_size > 5000
-    assert len(list((tmp_path / "cells").iterdir())) == 4
-
-    trained = []
-    monkeypatch.setattr(probes, "train_cell", lambda state, loop, task: trained.append(loop.max_iter) or (None, None))
+    assert [(row["arm"], row["task"], row["seed"]) for row in read_csv(tmp_path)] == [
+        (arm, task, seed) for seed in "01" for task in ("recall", "parity")
+        for arm in ("mlp=relu2", "mlp=swiglu,positions=learned")]
+    for extension in ("png", "svg"):
+        assert (tmp_path / f"probes.{extension}").stat().st_size > 5000
+    assert len(list((tmp_path / "cells").iterdir())) == len(fake_cells.ran) == 8
     probes.main(flags)
-    assert not trained and capsys.readouterr().out == text
+    assert len(fake_cells.ran) == 8 and capsys.readouterr().out == text
     probes.main([*flags, "--max_iter=4"])  # other cells
-    assert trained == [4] * 4
+    assert len(fake_cells.ran) == 16
 
 
-def test_a_cell_has_the_same_numbers_again(tmp_path):
-    cell, = probes.plan(probes.ProbeConfig(tasks=("dyck",), seeds=1), probes.CellConfig(n_layer=1, max_iter=4, batch_size=4))
-    a, b = probes.run_cell(cell), probes.run_cell(cell)
-    assert a | {"seconds": 0} == b | {"seconds": 0}
-
-
-def test_an_easy_task_is_solved_and_ends_early(tmp_path, capsys):
-    probes.main(["--tasks", "recall", "--n_layer=2", "--seeds=1", "--val_intervals=25", "--max_iter=500",
-                 f"--out_path={tmp_path}"])
-    row, = rows_of(tmp_path)
-    assert row["status"] == "solved" and row["solved"] == "True" and 25 <= int(row["steps"]) <= 300
-    assert float(row["accuracy_1x"]) > 0.99 > float(row["accuracy_4x"]) > 0.2
-    assert f"solved 1/1, {row['steps']} steps: 1.00" in capsys.readouterr().out
-
-
-def test_the_rate_falls_from_where_the_task_was_solved(monkeypatch):
-    """Solved at step 4 of at most 100: one more fifth of all steps, then it is over."""
-    monkeypatch.setattr(probes, "examine", lambda model, task, machine, scale, batch_size: (1.0, float(state.step >= 4)))
-    cell, = probes.plan(probes.ProbeConfig(tasks=("parity",), seeds=1),
-                        probes.CellConfig(n_layer=1, head_size=8, max_iter=100, val_intervals=4, batch_size=2))
-    state, loop = probes.open_cell(cell)
-    assert probes.train_cell(state, loop, TASKS["parity"]) == (4, None)
-    assert state.step == 5 and state.schedule.cooldown_frac == probes.COOLDOWN
-
-
-def test_a_cell_that_diverges_is_told_and_not_averaged(tmp_path, capsys):
-    flags = [*TINY, "--tasks", "parity", "--arms", "learning_rate=1e9", "mlp=gelu", f"--out_path={tmp_path}",
-             "--max_iter=60", "--val_intervals=20"]
-    probes.main(flags)
-    text = capsys.readouterr().out
-    broken, sound = rows_of(tmp_path)
-    assert broken["status"] == "diverged" and broken["accuracy_1x"] == "" and "lower --learning_rate" in broken["reason"]
-    assert sound["status"] in ("solved", "unsolved")
-    assert "solved 0/1, 1 diverged: - - -" in text and "learning_rate=1e9, seed 0: diverged: " in text
-
-
-def test_a_cell_that_fails_is_told_and_tried_again(tmp_path, capsys, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("no kernel\nfor this")
-    flags = [*TINY, "--tasks", "parity", f"--out_path={tmp_path}"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(probes, "train_cell", broken)
+@pytest.mark.parametrize("mode, status, reason", [
+    ("dies", "killed", "by SIGKILL"), ("fails", "failed", "RuntimeError: no kernel"),
+    ("vanishes", "failed", "its row is missing")])
+def test_failed_cells_are_reported_and_run_again(fake_cells, tmp_path, capsys, mode, status, reason):
+    flags = ["--seeds=1", "--tasks", "parity", "--arms", "mlp=gelu", "mlp=relu2", f"--out_path={tmp_path}"]
+    fake_cells["mlp=gelu"] = mode
+    with pytest.raises(SystemExit) as stop:
         probes.main(flags)
-    told = capsys.readouterr()
-    assert stop.value.code == 1 and "1 of 1 cells were not trained" in told.err and "1 failed" in told.out
-    assert rows_of(tmp_path)[0]["reason"] == "RuntimeError: no kernel for this"
+    out, error = capsys.readouterr()
+    assert stop.value.code == 1 and "1 of 2 cells were not trained" in error and f"solved 0/1, 1 {status}: - - -" in out
+    assert f"parity, mlp=gelu, seed 0: {status}: {reason}" in error
+    assert [row["status"] for row in read_csv(tmp_path)] == [status, "solved"]
+    fake_cells.clear()
     probes.main(flags)
-    assert rows_of(tmp_path)[0]["status"] == "unsolved"
+    assert [row["status"] for row in read_csv(tmp_path)] == ["solved", "solved"] and len(fake_cells.ran) == 3
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    flags = [*TINY, "--tasks", "parity", "sort", f"--out_path={tmp_path}"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        in_step = probes.next_token_loss
-
-        def interrupted(model, batch):
-            if model.config.vocab_size == TASKS["sort"].vocab_size:
-                signal.raise_signal(signal.SIGINT)
-            return in_step(model, batch)
-        patch.setattr(probes, "next_token_loss", interrupted)
+def test_diverged_cells_are_reported_and_not_run_again(fake_cells, tmp_path, capsys):
+    flags = ["--seeds=1", "--tasks", "parity", "--arms", "mlp=gelu", "mlp=relu2", f"--out_path={tmp_path}"]
+    fake_cells["mlp=gelu"] = "diverges"
+    for _ in range(2):
         probes.main(flags)
-    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-    cell, = (tmp_path / "cells").iterdir()
-    assert cell.name.startswith("parity-0-mixer=attention")
-    before = cell.stat().st_mtime_ns
+    assert "- parity, mlp=gelu, seed 0: diverged: loss is nan" in capsys.readouterr().out and len(fake_cells.ran) == 2
+    assert read_csv(tmp_path)[0]["status"] == "diverged"
+
+
+def test_damaged_row_is_trained_again(fake_cells, tmp_path):
+    flags = ["--seeds=1", "--tasks", "parity", f"--out_path={tmp_path}"]
     probes.main(flags)
-    assert cell.stat().st_mtime_ns == before and len(rows_of(tmp_path)) == 2
-
-
-def children_of(process) -> list[int]:
-    """Workers, without the tracker that multiprocessing starts. -ww: else `ps` cuts lines at the terminal's width."""
-    found = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True,
-                           text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
-
-
-def workers_of(process) -> list[int]:
-    end = time.monotonic() + 60
-    while not (found := children_of(process)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert found, "no worker within a minute"
-    return found
-
-
-def start(*flags):
-    return subprocess.Popen([sys.executable, REPO / "probes.py", *TINY, *flags], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_killed_worker_is_told_and_the_others_go_on(tmp_path):
-    process = start("--tasks", "parity", "sort", "recall", "--jobs=2", f"--out_path={tmp_path}")
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 1, error
-    assert sorted(row["status"] for row in rows_of(tmp_path)) == ["killed", "unsolved", "unsolved"]
-    assert "its process ended by signal 9" in out and "killed, its process ended by signal 9" in error
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_ends_the_workers(tmp_path):
-    process = start("--tasks", "parity", "sort", "--jobs=2", "--max_iter=100_000", f"--out_path={tmp_path}")
-    workers = workers_of(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in error and "the same command goes on" in error, error
-    for worker in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
+    path, = (tmp_path / "cells").iterdir()
+    path.write_text('{"status": ')
+    probes.main(flags)
+    assert probes.read_row(path)["status"] == "solved" and len(fake_cells.ran) == 2
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--tasks", "juggling"], ["--tasks=juggling", "choose one of recall, "]),
     (["--arms", "mixer=magic"], ["--arms 'mixer=magic'", "one of attention"]),
     (["--arms", "mixr=attention"], ["--arms 'mixr=attention'", "no such flag"]),
-    (["--arms", "block_size=64"], ["block_size is not an arm's to set here"]),
+    (["--arms", "block_size=64"], ["block_size cannot be set by an arm"]),
+    (["--arms", "cooldown_frac=1"], ["cooldown_frac cannot be set by an arm"]),
+    (["--arms", "dtype=bf16"], ["dtype cannot be set by an arm"]),
     (["--arms", "batch_size=auto"], ["batch_size=auto: give a number"]),
-    (["--arms", "mixer=DDA"], ["--arms 'mixer=DDA'", "the 2 of --n_layer"]),
+    (["--arms", "mixer=DDA"], ["--arms 'mixer=DDA'", "--n_layer=2"]),
     (["--arms", "head_size=15"], ["--head_size=15", "even"]),
     (["--seeds=0"], ["--seeds=0", "at least 1"]),
     (["--device=cuda:99"], ["--device=cuda:99", "not on this machine"])])
@@ -324,17 +229,44 @@ def test_bad_input_is_refused_in_a_line(refused, tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_path_that_is_a_file_is_refused(refused, tmp_path):
+def test_out_path_that_is_a_file_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     refused(probes.main, [f"--out_path={tmp_path / 'file'}", *TINY], "--out_path=", "cannot be written")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_damaged_cell_is_trained_again(tmp_path):
-    flags = [*TINY, "--tasks", "parity", f"--out_path={tmp_path}"]
-    probes.main(flags)
-    cell, = (tmp_path / "cells").iterdir()
-    whole = json.loads(cell.read_text())
-    cell.write_text('{"status": ')
-    probes.main(flags)
-    assert json.loads(cell.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
+# -- the command with real cells --------------------------------------------------------------------------------------
+
+@pytest.mark.integration
+def test_command_trains_the_cells_of_its_flags(tmp_path):
+    """Each cell's process is given what makes it that cell: its row is what the cell is in this process."""
+    probes.main([*TINY, "--learning_rate=0.013", "--tasks", "parity", f"--out_path={tmp_path}"])
+    row, = read_csv(tmp_path)
+    cell = build_cell("parity", n_head=1, head_size=8, max_iter=5, val_intervals=2, learning_rate=0.013)
+    expected = run_cell(cell, tmp_path / "row") | {"seconds": row["seconds"]}
+    assert row == {name: "" if value is None else str(value) for name, value in expected.items()}
+
+
+def children(process) -> list[int]:
+    """The ids of its cells' processes."""
+    found = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True,
+                           text=True).stdout  # -ww: else lines are cut at the terminal's width
+    return [int(line.split()[0]) for line in found.splitlines() if "--cell=" in line]
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_the_cells(tmp_path):
+    process = subprocess.Popen([sys.executable, REPO / "probes.py", *TINY, "--tasks", "parity", "sort", "--jobs=2",
+                                "--max_iter=100_000", f"--out_path={tmp_path}"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 120
+    while len(cells := children(process)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(cells) == 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error, error
+    for pid in cells:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

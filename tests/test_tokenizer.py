@@ -1,3 +1,4 @@
+"""The tokenizer against tiktoken and rustbpe, by hand, on odd text, in pieces and threads, its file and its command."""
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 import tokenizer as tokenizer_script
 from conftest import REPO
 from runtime.config import BadInput
-from text.documents import as_text, from_strings
+from text.documents import PackedDocuments, valid_unicode
 from tokenizer import PATTERNS, SEPARATOR, SPECIAL_TOKENS, Tokenizer
 
 SCRIPTS = """The quick brown fox's 12345 jumps — it'LL, 'Cause we've 3.14 reasons.\r\n\r\n   Indented\tcode = f(x)  \n
@@ -37,7 +38,7 @@ def trained(request, english) -> Tokenizer:
     return Tokenizer.train(english[:60], 1500, request.param)
 
 
-def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
+def as_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
     return tiktoken.Encoding("ours", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks(),
                              special_tokens={})
 
@@ -45,7 +46,7 @@ def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
 # -- oracles ----------------------------------------------------------------------------------------------------------
 
 def test_ids_equal_tiktoken(trained, english):
-    oracle = tiktoken_of(trained)
+    oracle = as_tiktoken(trained)
     rng = random.Random(0)
     noise = ["".join(chr(rng.randrange(256)) for _ in range(2000)), rng.randbytes(4000).decode("utf-8", "replace"),
              "".join(rng.choice("ab \n'1é中") for _ in range(4000))]
@@ -56,31 +57,32 @@ def test_ids_equal_tiktoken(trained, english):
 @pytest.mark.parametrize("char", ["a", " ", "é", "中", "\n", "1", "!"])
 def test_a_very_long_word_equals_tiktoken(trained, char):
     text = char * 20_000 + "b"
-    assert trained.encode(text) == tiktoken_of(trained).encode_ordinary(text)
+    assert trained.encode(text) == as_tiktoken(trained).encode_ordinary(text)
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(st.characters(), max_size=60) | st.text("aA'lL sS1 \n\t.ſ\u00a0é", max_size=40))
-def test_any_text_equals_tiktoken_and_comes_back(text):
+def test_any_text_equals_tiktoken_and_round_trips(text):
     for tokenizer, oracle in hypothesis_pairs():
         ids = tokenizer.encode(text)
         assert ids == oracle.encode_ordinary(text)
-        assert tokenizer.decode(ids) == as_text(text)  # the text itself but for lone surrogates
+        assert tokenizer.decode(ids) == valid_unicode(text)  # the text itself but for lone surrogates
 
 
 @functools.cache  # hypothesis calls the test hundreds of times
 def hypothesis_pairs() -> list[tuple[Tokenizer, tiktoken.Encoding]]:
     texts = [SCRIPTS, "it's the theory that matters, isn't it? 'Cause 2024"]
     tokenizers = [Tokenizer.train(texts, 600, pattern) for pattern in PATTERNS]
-    return [(tokenizer, tiktoken_of(tokenizer)) for tokenizer in tokenizers]
+    return [(tokenizer, as_tiktoken(tokenizer)) for tokenizer in tokenizers]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("pattern", ["default", pytest.param("gpt4", marks=pytest.mark.slow),
                                      pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_every_code_point_equals_tiktoken(pattern):
     """Between letters, spaces, digits, line breaks, and before what could be a contraction."""
     tokenizer = Tokenizer.train([SCRIPTS], 600, pattern)
-    oracle = tiktoken_of(tokenizer)
+    oracle = as_tiktoken(tokenizer)
     code_points = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for i in range(0, len(code_points), 4096):
         texts = ["a{0}b {0} 1{0}\n{0}'s  {0}{0}'{0}".format(chr(code)) for code in code_points[i:i + 4096]]
@@ -100,8 +102,8 @@ def test_merges_equal_rustbpe(pattern, english):
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
-def test_the_example_of_wikipedia():
-    """aaabdaaabac -> ZabdZabac -> ZYdZYac -> XdXac, where of the equals ab and Za the smaller pair of ids is first."""
+def test_the_wikipedia_example():
+    """aaabdaaabac -> ZabdZabac -> ZYdZYac -> XdXac, where of the equally frequent ab and Za the smaller ids are first."""
     tokenizer = Tokenizer.train(["aaabdaaabac"], 256 + 3, pattern=".+", special_tokens=())
     assert [tokenizer.tokens[i] for i in (256, 257, 258)] == [b"aa", b"ab", b"aaab"]
     assert tokenizer.encode("aaabdaaabac") == [258, ord("d"), 258, ord("a"), ord("c")]
@@ -119,7 +121,7 @@ def test_default_pattern_takes_two_digits_at_a_time():
 
 # -- special tokens ---------------------------------------------------------------------------------------------------
 
-def test_special_tokens_count_in_the_vocabulary_and_never_come_out_of_text(trained):
+def test_special_tokens_have_the_highest_ids_and_are_never_encoded(trained):
     assert trained.vocab_size == 1500
     assert sorted(trained.special_tokens.values()) == list(range(1500 - len(SPECIAL_TOKENS), 1500))
     text = "".join(SPECIAL_TOKENS)
@@ -136,22 +138,53 @@ def test_token_bytes(trained):
     assert lengths[trained.encode(SCRIPTS)].sum() == len(SCRIPTS.encode())
 
 
-# -- adopted vocabularies ---------------------------------------------------------------------------------------------
+# -- conversations ----------------------------------------------------------------------------------------------------
 
-def test_takes_over_a_vocabulary_whose_bytes_have_other_ids(trained):
+def test_a_conversation_is_rendered_by_hand():
+    tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
+    separator, system, user, assistant, end = range(256, 261)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "yo"}]
+    ids, assistant_mask = tokenizer.encode_chat(messages)
+    assert ids == [separator, system, ord("s"), end, user, ord("h"), ord("i"), end, assistant, ord("y"), ord("o"), end]
+    assert [ids[i] for i, mask in enumerate(assistant_mask) if mask] == [ord("y"), ord("o"), end]
+    prompt, assistant_mask = tokenizer.encode_chat(messages[:2], add_generation_prompt=True)
+    assert prompt == ids[:9] and not any(assistant_mask)
+    assert tokenizer.decode(ids) == "<|endoftext|><|system|>s<|end|><|user|>hi<|end|><|assistant|>yo<|end|>"
+
+
+@pytest.mark.parametrize("message, words", [
+    ({"role": "robot", "content": "x"}, "message 2 has the unknown role 'robot': give system, user, assistant"),
+    ({"role": "user"}, "message 2 has no role and content"), ({"content": "x"}, "message 2 has no role and content"),
+    ("hi", "message 2 has no role and content"), ({"role": ["user"], "content": "x"}, "message 2 has the unknown role"),
+    ({"role": "user", "content": None}, "message 2 has a content of type NoneType")], ids=str)
+def test_malformed_messages_are_refused(trained, message, words):
+    with pytest.raises(BadInput, match=words):
+        trained.encode_chat([{"role": "user", "content": "hi"}, message])
+
+
+def test_a_vocabulary_without_chat_tokens_refuses_conversations(trained):
+    plain = Tokenizer.from_ranks(trained.ranks, trained.pattern, (SEPARATOR,))
+    with pytest.raises(BadInput, match=r"no <\|system\|> token"):
+        plain.encode_chat([])
+
+
+# -- foreign vocabularies ---------------------------------------------------------------------------------------------
+
+def test_a_foreign_vocabulary_may_number_bytes_differently(trained):
     """GPT-2's 256 single bytes do not have the ids 0..255 in order, and its ids need not be without gaps."""
     order = list(range(256))
     random.Random(1).shuffle(order)
     ranks = {token: order[rank] if rank < 256 else rank + 7 for token, rank in trained.mergeable_ranks().items()}
-    adopted = Tokenizer.from_ranks(ranks, trained.pattern, {SEPARATOR: 5000})
-    oracle = tiktoken_of(adopted)
-    assert adopted.encode(SCRIPTS) == oracle.encode_ordinary(SCRIPTS)
-    assert adopted.decode(adopted.encode(SCRIPTS)) == SCRIPTS
-    assert adopted.vocab_size == 5001
-    assert Tokenizer.from_json(adopted.to_json()).encode(SCRIPTS) == adopted.encode(SCRIPTS)
+    foreign = Tokenizer.from_ranks(ranks, trained.pattern, {SEPARATOR: 5000})
+    oracle = as_tiktoken(foreign)
+    assert foreign.encode(SCRIPTS) == oracle.encode_ordinary(SCRIPTS)
+    assert foreign.decode(foreign.encode(SCRIPTS)) == SCRIPTS
+    assert foreign.vocab_size == 5001
+    assert Tokenizer.from_json(foreign.to_json()).encode(SCRIPTS) == foreign.encode(SCRIPTS)
 
 
-def test_refuses_a_vocabulary_that_cannot_work():
+def test_invalid_vocabularies_are_refused():
     ranks = {bytes([byte]): byte for byte in range(256)}
     with pytest.raises(BadInput, match="share an id"):
         Tokenizer.from_ranks(ranks | {b"ab": 3}, "gpt2")
@@ -161,17 +194,17 @@ def test_refuses_a_vocabulary_that_cannot_work():
         Tokenizer.from_ranks({token: rank for token, rank in ranks.items() if rank < 255}, "gpt2")
 
 
-# -- text of every kind -----------------------------------------------------------------------------------------------
+# -- odd text and patterns --------------------------------------------------------------------------------------------
 
-def test_what_is_not_unicode_becomes_the_replacement_character(trained):
+def test_invalid_unicode_becomes_the_replacement_character(trained):
     assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
     assert trained.decode(trained.encode("\ud83d\ude00")) == "😀"
     assert trained.encode(b"caf\xc3\xa9 \xff") == trained.encode("café \ufffd")
 
 
 @pytest.mark.parametrize("pattern", [r"\w+", r"(\w)(\w)?", r"[^ ]+", "x*", r"(?s).*", r"\s*\S*"])
-def test_any_pattern_loses_nothing(pattern):
-    """Also where it matches nothing, or an empty word."""
+def test_no_pattern_loses_text(pattern):
+    """Even if it matches nothing, or the empty string."""
     tokenizer = Tokenizer.train(["hello hello  world, x xx"], 262, pattern, special_tokens=())
     texts = ["hello,  world\n", "", SCRIPTS, "xx", *"abc" * 9, ""]
     ids, offsets = tokenizer.encode_batch(texts)
@@ -179,7 +212,7 @@ def test_any_pattern_loses_nothing(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["", "GPT4", "gpt-4", r"(?r)\w+", "([", "(?a)(?u)b", "(" * 3000])
-def test_patterns_that_cannot_split(pattern):
+def test_invalid_patterns_are_refused(pattern):
     with pytest.raises(BadInput, match="neither one of default, gpt4, gpt2 nor a regular expression") as error:
         Tokenizer.train(["hello"], 262, pattern)
     assert len(str(error.value)) < 400
@@ -195,7 +228,7 @@ def test_encode_batch_keeps_texts_apart(trained):
     assert len(empty) == 0 and offsets.tolist() == [0]
 
 
-def test_decode_refuses_ids_outside_the_vocabulary(trained):
+def test_decode_refuses_unknown_ids(trained):
     for bad in (-1, 1500):
         with pytest.raises(ValueError, match=f"id {bad} "):
             trained.decode([5, bad])
@@ -205,31 +238,31 @@ def test_decode_refuses_ids_outside_the_vocabulary(trained):
 
 
 @pytest.mark.parametrize("pattern", ["default", r"\w+|\W+"])
-def test_one_token_words_are_counted(english, pattern):
-    """As by encoding each word alone; with separators and without."""
+def test_single_token_words_are_counted(english, pattern):
+    """As by encoding each word alone, with and without separators."""
     tokenizer = Tokenizer.train(english[:60], 900, pattern)
-    texts = [*english[50:70], SCRIPTS, "", "one"]
-    words = [word for text in texts for word in tokenizer_script.split(tokenizer.split_regex, text)]
+    texts = [*english[50:53], SCRIPTS, "", "one"]
+    words = [word for text in texts for word in tokenizer_script.split_words(tokenizer.split_regex, text)]
     expected = sum(len(tokenizer.encode(word)) == 1 for word in words) / len(words)
     assert 0.1 < expected < 0.9
-    ids, _ = tokenizer.encode_texts(from_strings(texts), separated=True)
-    assert tokenizer.one_token_words(ids) == pytest.approx(expected, abs=1e-12)
-    assert tokenizer.one_token_words(np.array(tokenizer.encode(texts[0]))) == pytest.approx(
-        np.mean([len(tokenizer.encode(word)) == 1 for word in tokenizer_script.split(tokenizer.split_regex, texts[0])]))
+    ids, _ = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators=True)
+    assert tokenizer.single_token_words(ids) == pytest.approx(expected, abs=1e-12)
+    words = tokenizer_script.split_words(tokenizer.split_regex, texts[0])
+    assert tokenizer.single_token_words(np.array(tokenizer.encode(texts[0]))) == pytest.approx(
+        np.mean([len(tokenizer.encode(word)) == 1 for word in words]))
 
 
 @pytest.mark.parametrize("pattern", ["default", "gpt4", "gpt2", r"\w+|\W+"])
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(st.sampled_from("abS'tdLl  \n\t12.,中ä🙂") | st.characters(exclude_categories=["Cs"])), max_size=5),
        st.integers(4, 20), st.booleans())
-def test_long_texts_are_encoded_in_pieces(pattern, texts, piece_bytes, separated):
-    """Which changes nothing."""
+def test_encoding_in_pieces_changes_nothing(pattern, texts, piece_bytes, add_separators):
     tokenizer = piecewise(pattern)
-    expected, offsets = tokenizer.encode_texts(from_strings(texts), separated)
+    expected, offsets = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators)
     whole = tokenizer_script.PIECE_BYTES
     try:
         tokenizer_script.PIECE_BYTES = piece_bytes
-        ids, found = tokenizer.encode_texts(from_strings(texts), separated)
+        ids, found = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators)
     finally:
         tokenizer_script.PIECE_BYTES = whole
     assert ids.tolist() == expected.tolist() and found.tolist() == offsets.tolist()
@@ -243,25 +276,25 @@ def piecewise(pattern):
 def test_pieces_are_small(english, monkeypatch):
     monkeypatch.setattr(tokenizer_script, "PIECE_BYTES", 1000)
     texts = ["".join(english[:5]), "short", "x" * 5000, "中文 " * 2000]
-    pieces, begins = tokenizer_script.cut(from_strings(texts))
-    assert list(np.flatnonzero(begins)[-3:]) == [len(begins) - 3, len(begins) - 2, len(begins) - 1]
+    pieces, is_start = tokenizer_script.split_long_documents(PackedDocuments.from_strings(texts))
+    assert list(np.flatnonzero(is_start)[-3:]) == [len(is_start) - 3, len(is_start) - 2, len(is_start) - 1]
     lengths = np.diff(pieces.offsets)
-    assert len(lengths) > 30 and lengths[:-3].max() <= 1000  # but where no letter and space are
+    assert len(lengths) > 30 and lengths[:-3].max() <= 1000  # except where there is no letter before a space
     assert "".join(pieces.strings()) == "".join(texts)
 
 
 @pytest.mark.parametrize("pattern", ["default", "gpt2", r"\w+|\W+"])
-def test_separators_lead_each_text(english, pattern):
+def test_separators_precede_each_text(english, pattern):
     tokenizer = Tokenizer.train(english[:20], 400, pattern)
     texts = [*english[:5], "", SCRIPTS]
-    ids, offsets = tokenizer.encode_texts(from_strings(texts), separated=True)
+    ids, offsets = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators=True)
     assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == [
         [tokenizer.separator_id, *tokenizer.encode(text)] for text in texts]
     assert ids.dtype == np.uint16 and offsets[0] == 0
 
 
 def test_one_thread_equals_many(trained, english, monkeypatch):
-    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenizer_script, "BATCH_CHARACTERS", 3000)
     texts = [*english[:40], "", SCRIPTS, "x" * 50_000]
     expected = [trained.encode(text) for text in texts]
     for threads in (1, 2, 7, None):
@@ -269,19 +302,19 @@ def test_one_thread_equals_many(trained, english, monkeypatch):
         assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == expected
 
 
-def test_threads_encode_side_by_side(trained, monkeypatch):
-    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 10)
-    both_are_here = threading.Barrier(2)
+def test_threads_encode_in_parallel(trained, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "BATCH_CHARACTERS", 10)
+    both_arrived = threading.Barrier(2)
 
-    def encode_texts(texts, encode=trained.encode_texts):
-        both_are_here.wait(timeout=20)  # raises where nobody else comes
+    def encode_documents(texts, encode=trained.encode_documents):
+        both_arrived.wait(timeout=20)  # raises if the other thread does not come
         return encode(texts)
-    monkeypatch.setattr(trained, "encode_texts", encode_texts)
+    monkeypatch.setattr(trained, "encode_documents", encode_documents)
     assert len(trained.encode_batch(["ten letters"] * 8, threads=2)[1]) == 9
 
 
-def test_threads_raise_what_goes_wrong(trained, english, monkeypatch):
-    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 3000)
+def test_errors_in_threads_are_raised(trained, english, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "BATCH_CHARACTERS", 3000)
     with pytest.raises(AttributeError):
         trained.encode_batch([*english[:9], "x" * 5000, ["no text"], *english[9:20]], threads=2)
     with pytest.raises(TypeError, match="give a list of texts"):
@@ -290,9 +323,9 @@ def test_threads_raise_what_goes_wrong(trained, english, monkeypatch):
         trained.encode_batch(["hello"], threads=0)
 
 
-def test_texts_are_read_as_they_are_needed(trained, monkeypatch):
-    """Few more than are being encoded, so that a stream of any length fits into memory."""
-    monkeypatch.setattr(tokenizer_script, "CHUNK_CHARACTERS", 10)
+def test_texts_are_consumed_lazily(trained, monkeypatch):
+    """So that a stream of any length fits into memory."""
+    monkeypatch.setattr(tokenizer_script, "BATCH_CHARACTERS", 10)
     encoded = []
 
     class Counted(str):
@@ -313,7 +346,7 @@ def test_many_special_tokens(english):
     tokenizer = Tokenizer.train(english[:20], 10_400, special_tokens=names)
     assert tokenizer.vocab_size == 10_400 and tokenizer.special_tokens[names[-1]] == 10_399
     text = "".join(names[:50]) + english[3]
-    assert tokenizer.encode(text) == tiktoken_of(tokenizer).encode_ordinary(text)
+    assert tokenizer.encode(text) == as_tiktoken(tokenizer).encode_ordinary(text)
     assert tokenizer.decode([10_399, *tokenizer.encode(text)]) == names[-1] + text
     again = Tokenizer.from_json(tokenizer.to_json())
     assert again.encode(text) == tokenizer.encode(text) and again.fingerprint() == tokenizer.fingerprint()
@@ -339,22 +372,23 @@ def test_fingerprint_changes_with_everything(trained):
     assert len({trained.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 
-def like_ours(**changes) -> str:
-    """A tokenizer.json of the 256 bytes and the separator, with a part changed."""
+def tokenizer_json(**changes) -> str:
+    """A tokenizer.json of the 256 bytes and the separator, with some values changed."""
     tokens = [bytes([byte]).decode("latin-1") for byte in range(256)]
     return json.dumps({"format": tokenizer_script.FORMAT, "pattern": r"\w+", "special_tokens": {SEPARATOR: 256},
                        "tokens": tokens + changes.pop("more", [])} | changes)
 
 
 @pytest.mark.parametrize("content", [
-    "", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00", "[" * 100_000, like_ours(tokens=["a"]),
-    like_ours(more=["a"]), like_ours(more=[""]), like_ours(special_tokens={SEPARATOR: 256.5}), like_ours(pattern=None),
-    like_ours(special_tokens={SEPARATOR: 3}), like_ours(special_tokens=[SEPARATOR]), like_ours(pattern="([")])
+    "", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00", "[" * 100_000,
+    tokenizer_json(tokens=["a"]), tokenizer_json(more=["a"]), tokenizer_json(more=[""]),
+    tokenizer_json(special_tokens={SEPARATOR: 256.5}), tokenizer_json(special_tokens={SEPARATOR: 3}),
+    tokenizer_json(special_tokens=[SEPARATOR]), tokenizer_json(pattern=None), tokenizer_json(pattern="([")])
 def test_load_refuses_other_files(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(like_ours())
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 257
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(BadInput, match="tokenizer.json: not a tokenizer of ours"):
+    with pytest.raises(BadInput, match="tokenizer.json: not a tokenizer.json of this program"):
         Tokenizer.load(tmp_path / "tokenizer.json")
 
 
@@ -366,50 +400,50 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-def test_never_reads_a_pickle(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(pickle.dumps(Evil(tmp_path / "it ran"), protocol=0))
+def test_a_pickle_is_never_executed(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(pickle.dumps(Evil(tmp_path / "executed"), protocol=0))
     with pytest.raises(BadInput):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    assert not (tmp_path / "it ran").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-def test_command_trains_and_reports(tmp_path, english, capsys, refused):
+def test_the_command_trains_and_reports(tmp_path, english, capsys, refused):
     (tmp_path / "text.txt").write_text("\n\n".join(english[:20]), encoding="utf-8")
     flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'tokenizer.json'}", "--pattern=gpt2"]
     tokenizer_script.main([*flags, "--vocab_size=600"])
-    said = capsys.readouterr()
-    assert "600 tokens (256 bytes, 339 merges, 5 special)" in said.out and "bytes per token" in said.out
-    assert "counting words" in said.err and "merging" in said.err
+    printed = capsys.readouterr()
+    assert "600 tokens (256 bytes, 339 merges, 5 special)" in printed.out and "bytes per token" in printed.out
+    assert "counting words" in printed.err and "merging" in printed.err
     assert Tokenizer.load(tmp_path / "tokenizer.json").pattern == PATTERNS["gpt2"]
     before = (tmp_path / "tokenizer.json").read_bytes()
-    refused(tokenizer_script.main, [*flags, "--vocab_size=500"], "--tokenizer_path=", "exists", "--overwrite")
+    refused(tokenizer_script.main, [*flags, "--vocab_size=500"], "--tokenizer_path=", "exists already", "--overwrite")
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     tokenizer_script.main([*flags, "--vocab_size=500", "--overwrite"])
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 500
 
 
 @pytest.mark.parametrize("moment", ["counting words", "merging"])
-def test_ctrl_c_leaves_nothing(tmp_path, english, moment, monkeypatch, capsys):
+def test_ctrl_c_leaves_no_file(tmp_path, english, moment, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(english[:20]), encoding="utf-8")
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
         yield from loop(*args)
-    owner, name = {"counting words": (tokenizer_script, "chunks"), "merging": (tokenizer_script.bpe, "learn")}[moment]
+    owner, name = {"counting words": (tokenizer_script, "batch_texts"), "merging": (tokenizer_script.bpe, "learn")}[moment]
     loop = getattr(owner, name)
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(SystemExit) as stop:
         tokenizer_script.main([f"--dataset={tmp_path / 'text.txt'}", "--vocab_size=600",
                                f"--tokenizer_path={tmp_path / 'out' / 'tokenizer.json'}"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 130 and moment in said and said.endswith("interrupted\n")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 130 and moment in printed and printed.endswith("interrupted\n")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_gigabyte_is_learnt_from_in_little_memory():
+def test_training_on_a_gigabyte_takes_little_memory():
     """Built-in text under 60 ciphers, so that new words keep coming: more of them than 1 GB of English has."""
     program = """
 import random, re, string
@@ -436,17 +470,18 @@ print(n_bytes, tokenizer.vocab_size, peak)
     assert n_bytes >= 1e9 and vocab_size == 32_768 and peak < 1.5e6, done.stdout
 
 
-def test_one_text_is_not_many():
+def test_a_single_text_is_refused():
     with pytest.raises(TypeError, match="give a list of texts"):
         Tokenizer.train("hello hello", 262)
 
 
-def test_command_refuses(tmp_path, refused):
+@pytest.mark.parametrize("flags, words", [
+    ([], ["--vocab_size=32768", "merges for only", "smaller --vocab_size"]),
+    (["--vocab_size=258"], ["--vocab_size=258", "at least 261"]),
+    (["--vocab_size=262", "--pattern=(["], ["--pattern=([", "regular expression"]),
+    (["--tokenizer_path=text.txt/x.json"], ["--tokenizer_path=", "cannot be written"])], ids=str)
+def test_the_command_refuses_bad_flags(tmp_path, monkeypatch, refused, flags, words):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("only a few words")
-    flags = [f"--dataset={tmp_path / 'text.txt'}", f"--tokenizer_path={tmp_path / 'out' / 'tokenizer.json'}"]
-    refused(tokenizer_script.main, flags, "--vocab_size=32768", "merges for only", "smaller --vocab_size")
-    refused(tokenizer_script.main, [*flags, "--vocab_size=258"], "--vocab_size=258", "at least 261")
-    refused(tokenizer_script.main, [*flags, "--vocab_size=262", "--pattern=(["], "--pattern=([", "regular expression")
-    refused(tokenizer_script.main, [flags[0], f"--tokenizer_path={tmp_path / 'text.txt' / 'x.json'}"],
-            "--tokenizer_path=", "cannot be written")
+    refused(tokenizer_script.main, ["--dataset=text.txt", "--tokenizer_path=out/tokenizer.json", *flags], *words)
     assert not (tmp_path / "out").exists()

@@ -1,75 +1,94 @@
-"""Datasets of the Hugging Face hub, read over a network that drops.
+"""Datasets of the Hugging Face hub, read over a network that fails now and then.
 
-Parquet files are read by `text.formats`, a few pages at a time, so that reading goes on at any row without what is before
-it. Other formats come through `datasets`, which goes on from its `state_dict`.
+    revision, read = open_hub("roneneldan/TinyStories", None, "text")
+
+Parquet files are read by `text.formats`, a few pages at a time, so that reading can continue at any row without what
+precedes it. Other formats are read by `datasets`, which continues from its `state_dict`.
 """
-import logging
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from runtime.cli import log_line
 from runtime.config import BadInput
-from text.documents import from_strings
-from text.formats import CHUNK_BYTES, Chunk, TextFile, chunks_from, read_files, require_column, require_text, split_files
+from text.documents import PackedDocuments
+from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, require_column, require_text, split_files
 
-REQUEST_BYTES = 1 << 24  # of a file are asked for at a time
-# The hub's own library tries again by itself, for about 20 seconds; these are the pauses after that.
+REQUEST_BYTES = 1 << 24  # read-ahead: how much of a file one request fetches
+# Seconds. huggingface_hub retries a request by itself, for about 20 seconds; these are the pauses after that.
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
-# Within these the hub has to say what a dataset is, and what files it has, which can be many thousands.
+# Seconds in which the hub must describe a dataset, and list its files, which can be many thousands.
 ANSWER_SECONDS, LISTING_SECONDS = 60, 300
 
 
-def open_hub(dataset: str, dataset_config: str | None, text_column: str, streaming: bool, skip_errors: bool,
-             retry_seconds: int, revision: str | None, part: tuple[int, int]) -> tuple[str, Callable]:
-    """The `train` split of a dataset: its revision, and `read(at)`, which yields its chunks.
+def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, streaming: bool = True,
+             skip_errors: bool = False, retry_seconds: int = 600, revision: str | None = None,
+             part: tuple[int, int] = (0, 1)) -> tuple[str, Callable]:
+    """The `train` split of a dataset: its revision, and `read(state)`, which yields its chunks.
 
-    part: (k, n) is the k-th of n disjoint parts. Raises BadInput when the dataset or its column does not exist or, on the
-    first contact, the hub is away; ConnectionError when it is away for more than `retry_seconds`.
+    revision: of a preparation that is resumed; by default the latest. part: (k, n) is the k-th of n disjoint parts. Raises
+    BadInput when the dataset or its column does not exist, or the hub cannot be reached at the first contact;
+    ConnectionError when it has not answered for `retry_seconds`.
     """
+    configure_libraries()
+    flags = dataset_flags(dataset, dataset_config)
+    policy = RetryPolicy(flags, retry_seconds)
+    is_new = revision is None
+    revision = find_revision(dataset, revision, flags, policy)
+    paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS))
+    if paths:
+        chosen, row_part = split_files(paths, part)
+        files = [hub_file(path, streaming) for path in chosen]
+        read = lambda state: read_files(files, text_column, state, skip_errors, row_part)
+    else:
+        read = lambda state: read_rows(load_rows(dataset, dataset_config, revision, streaming), text_column, dataset, state,
+                                       part)
+    read = policy.retry_reading(read)
+    if is_new and next(read(None), None) is None:  # a resumed preparation does not fetch the beginning again
+        raise BadInput(f"{flags}: the dataset is empty")
+    return revision, read
+
+
+def configure_libraries():
+    """Silences the hub's libraries, which log as an error what they also raise, and leaves retrying to RetryPolicy:
+    `datasets` would retry 20 times without a word."""
     import datasets
     import huggingface_hub
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.utils.logging.set_verbosity_error()
-    announce_retries()
-    # what `datasets` would try 20 times in silence, is tried here, aloud
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
     for interval in ("STREAMING_READ_RETRY_INTERVAL", "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL",
                      "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL"):
         setattr(datasets.config, interval, 0)
-    is_new = revision is None
-    given = f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
-    patience = RetryPolicy(given, retry_seconds)
-    # asked first because it fails at once; pinning what it answers keeps one preparation on one state of the hub
-    info = lambda: call_with_timeout(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha,
-                            ANSWER_SECONDS)
-    try:
-        revision = info()
-    except Exception as error:
-        if is_new and is_network_error(error) and status(error) is None:  # perhaps there is no network at all
-            raise BadInput(f"{given}: the hub cannot be reached ({short(error)}): check the network, or give a local file "
-                           f"or `builtin`") from None
-        patience.wait(error)
-        revision = patience.call(info)
-    listing = lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS)
-    if paths := patience.call(listing):
-        paths, nth = split_files(paths, part)
-        files = [hub_file(path, streaming) for path in paths]
-        read = lambda at: read_files(files, text_column, at, skip_errors, nth)
-    else:
-        load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming,
-                                             revision=revision)
-        loaded = lambda: call_with_timeout(load, LISTING_SECONDS) if streaming else load()
-        read = lambda at: read_rows(loaded(), text_column, dataset, at, part)
-    read = patience.reading(read)
-    if is_new and next(read(None), None) is None:  # where reading goes on, its beginning is not asked for again
-        raise BadInput(f"{given}: the dataset is empty")
-    return revision, read
+
+
+def dataset_flags(dataset: str, dataset_config: str | None) -> str:
+    """The flags that name a dataset, as error messages start with them."""
+    return f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
+
+
+def find_revision(dataset: str, revision: str | None, flags: str, policy: "RetryPolicy") -> str:
+    """The commit that `revision` names, by default the latest: a preparation reads one state of the dataset. Asked first, as
+    it fails at once."""
+    import huggingface_hub
+    was_reached = revision is not None
+
+    def ask() -> str:
+        nonlocal was_reached
+        try:
+            return call_with_timeout(
+                lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha, ANSWER_SECONDS)
+        except Exception as error:
+            if not was_reached and is_network_error(error) and http_status(error) is None:  # perhaps no network at all
+                raise BadInput(f"{flags}: the hub cannot be reached ({brief(error)}): check the network, or give a local "
+                               f"file or `builtin`") from None
+            was_reached = True
+            raise
+    return policy.call(ask)
 
 
 def parquet_paths(dataset: str, dataset_config: str | None, revision: str) -> list[str]:
-    """The train split's files, if they are parquet."""
+    """The files of the train split if they are parquet; else []."""
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
     builder = datasets.load_dataset_builder(dataset, dataset_config, revision=revision)
@@ -79,7 +98,7 @@ def parquet_paths(dataset: str, dataset_config: str | None, revision: str) -> li
 
 
 def hub_file(path: str, streaming: bool) -> TextFile:
-    """path: hf://datasets/… Without streaming, the file is downloaded before it is read, and kept where HF_HOME says."""
+    """path: hf://datasets/… Without streaming, the file is downloaded into the HF_HOME folder before it is read."""
     import huggingface_hub
     system, name = huggingface_hub.HfFileSystem(), path.removeprefix("hf://")
 
@@ -91,34 +110,41 @@ def hub_file(path: str, streaming: bool) -> TextFile:
     return TextFile(name, 1, stream if streaming else download)
 
 
-def read_rows(rows, text_column: str, dataset: str, at: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
-    """rows: of `datasets`; at: a `state_dict` of theirs."""
+def load_rows(dataset: str, dataset_config: str | None, revision: str, streaming: bool):
+    """The train split as an IterableDataset or, downloaded, as a Dataset."""
+    import datasets
+    load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming, revision=revision)
+    return call_with_timeout(load, LISTING_SECONDS) if streaming else load()
+
+
+def read_rows(rows, text_column: str, dataset: str, state: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
+    """Chunks of the rows of `load_rows`. state: a `state_dict` of the IterableDataset."""
     from datasets import Dataset
     from datasets.distributed import split_dataset_by_node
-    if isinstance(rows, Dataset):  # downloaded
+    if isinstance(rows, Dataset):
         rows = rows.to_iterable_dataset()
     if part[1] > 1:
         rows = split_dataset_by_node(rows, *part)
-    if at:
-        rows.load_state_dict(at)
-    texts, size = [], 0
+    if state:
+        rows.load_state_dict(state)
+    texts, n_characters = [], 0
     for row in rows:
         require_column(text_column, row, dataset)
         if text := require_text(row[text_column], text_column, dataset):
             texts.append(text)
-            size += len(text)
-        if size >= CHUNK_BYTES:
-            yield Chunk(from_strings(texts), at)
-            at, texts, size = rows.state_dict(), [], 0
+            n_characters += len(text)
+        if n_characters >= CHUNK_BYTES:
+            yield Chunk(PackedDocuments.from_strings(texts), state)
+            state, texts, n_characters = rows.state_dict(), [], 0
     if texts:
-        yield Chunk(from_strings(texts), at)
+        yield Chunk(PackedDocuments.from_strings(texts), state)
 
 
-# -- trying again -----------------------------------------------------------------------------------------------------
+# -- retrying ---------------------------------------------------------------------------------------------------------
 
 def call_with_timeout(function: Callable, seconds: float):
-    """function(), in a thread of its own. Raises TimeoutError when it takes longer than `seconds`: the hub's library waits
-    without end for an answer to some requests."""
+    """function(), in a thread of its own. Raises TimeoutError when it takes longer than `seconds`: for some requests,
+    huggingface_hub waits for an answer without limit."""
     thread = ThreadPoolExecutor(1)
     try:
         return thread.submit(function).result(seconds)
@@ -129,94 +155,82 @@ def call_with_timeout(function: Callable, seconds: float):
 
 
 class RetryPolicy:
-    """Tries again, after pauses that grow, what the network failed; until nothing has come for `seconds`."""
+    """Retries network failures after pauses of FIRST_PAUSE to LONGEST_PAUSE seconds, each with a line on stderr, until
+    nothing has come for `seconds`. flags: name the dataset in messages."""
 
-    def __init__(self, given: str, seconds: int):
-        self.given, self.seconds = given, seconds
-        self.progress()
-
-    def progress(self):
-        self.failing_since, self.pause = None, FIRST_PAUSE
-
-    def wait(self, error: Exception):
-        """Returns when it is time to try again. Raises ConnectionError when it is time to give up, and what is no failure of
-        the network as what it is."""
-        if isinstance(error, (BadInput, MemoryError)):
-            raise error
-        if not is_network_error(error):
-            raise hub_failure(error, self.given) from None
-        self.failing_since = self.failing_since or time.monotonic()
-        if time.monotonic() + self.pause - self.failing_since > self.seconds:
-            raise ConnectionError(f"{self.given}: the hub stopped answering ({short(error)})") from None
-        log_line(f"{self.given}: the hub does not answer ({short(error)}): trying again in {self.pause} s")
-        time.sleep(self.pause)
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+    def __init__(self, flags: str, seconds: int):
+        self.flags, self.seconds = flags, seconds
 
     def call(self, function: Callable):
-        """function(), when it succeeds."""
-        while True:
+        """function(), once it succeeds. Raises ConnectionError when it is time to give up; failures that are not the
+        network's at once, as `hub_error` explains them."""
+        import tenacity
+
+        def attempt():
             try:
-                found = function()
-                self.progress()
-                return found
+                return function()
+            except (BadInput, MemoryError):
+                raise
             except Exception as error:
-                self.wait(error)
+                if is_network_error(error):
+                    raise
+                raise hub_error(error, self.flags) from None
 
-    def reading(self, read: Callable) -> Callable:
-        """`read`, whose chunks go on where the network failed."""
-        def patient(at) -> Iterator[Chunk]:
-            place = {"at": at, "skip": 0}
-            while True:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_network_error), stop=tenacity.stop_after_delay(self.seconds),
+            wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE), before_sleep=self.report,
+            retry_error_callback=self.give_up)
+        return retrying(attempt)
+
+    def report(self, state):
+        log_line(f"{self.flags}: the hub does not answer ({brief(state.outcome.exception())}): trying again in "
+                 f"{state.next_action.sleep:.0f} s")
+
+    def give_up(self, state):
+        raise ConnectionError(f"{self.flags}: the hub stopped answering ({brief(state.outcome.exception())})") from None
+
+    def retry_reading(self, read: Callable) -> Callable:
+        """`read(state)` whose chunks continue after a failure; every chunk renews the patience."""
+        def read_with_retries(state) -> Iterator[Chunk]:
+            position, stream = {"at": state, "skip": 0}, None
+
+            def next_chunk() -> Chunk | None:
+                nonlocal stream
+                stream = stream or read_from(read, position)
                 try:
-                    for chunk in chunks_from(read, place):
-                        self.progress()
-                        yield chunk
-                        place = chunk.place(len(chunk.texts))
-                    return
-                except Exception as error:
-                    self.wait(error)
-        return patient
+                    return next(stream, None)
+                except Exception:
+                    stream = None
+                    raise
+
+            while (chunk := self.call(next_chunk)) is not None:
+                yield chunk
+                position = chunk.position_after(len(chunk.documents))
+        return read_with_retries
 
 
-def announce_retries():
-    """Lets huggingface_hub, which tries a request several times by itself, say so in a line of ours."""
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.handlers, logger.propagate = [RetryLines()], False
-    logger.setLevel(logging.WARNING)
+# -- what went wrong --------------------------------------------------------------------------------------------------
 
-
-class RetryLines(logging.Handler):
-    """It logs two warnings for each: what failed, then how long it waits."""
-    reason = ""
-
-    def emit(self, record: logging.LogRecord):
-        message = record.getMessage()
-        if " thrown while requesting" in message:
-            self.reason = message.split(" thrown while requesting")[0].strip("'")
-        elif "Retry" in message:
-            log_line(f"the hub does not answer ({self.reason}): {message}")
-
-
-def is_network_error(error: Exception) -> bool:
-    """Whether it may pass by itself. The HTTP libraries below `datasets` changed over its versions, and their errors have no
-    common base."""
+def is_network_error(error: BaseException) -> bool:
+    """Whether the failure may pass by itself. The HTTP libraries below `datasets` have changed over its versions, and their
+    exceptions have no common base class, so they are recognised by the package that defines them."""
     from huggingface_hub import errors
     if isinstance(error, errors.LocalEntryNotFoundError):  # could not be downloaded
         return True
     if isinstance(error, errors.HfHubHTTPError):  # 404 and the like are answers
-        return status(error) in (None, 408, 425, 429) or status(error) >= 500
+        return http_status(error) in (None, 408, 425, 429) or http_status(error) >= 500
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(
         ".")[0] in {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "socket", "ssl"}
 
 
-def status(error: Exception) -> int | None:
-    """The HTTP status that the hub answered with, if it did."""
+def http_status(error: Exception) -> int | None:
+    """The HTTP status that the hub answered with; None if it did not answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def hub_failure(error: Exception, given: str) -> Exception:
-    """What to raise for an error, not of the network, that comes out of `datasets` or a library below it: OSError where
-    a local disk is the trouble, otherwise BadInput, for it is the dataset that cannot be read."""
+def hub_error(error: Exception, flags: str) -> Exception:
+    """The exception to raise for an `error` of `datasets`, or of a library below it, that is not the network's: OSError for
+    a failing local disk, otherwise BadInput, as the dataset cannot be read."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
     from huggingface_hub import errors
     if isinstance(error, DatasetGenerationError) and error.__cause__:
@@ -224,18 +238,19 @@ def hub_failure(error: Exception, given: str) -> Exception:
     if isinstance(error, errors.GatedRepoError):
         reason = "is gated: accept its terms on its page and log in with `hf auth login`"
     elif isinstance(error, errors.RevisionNotFoundError):
-        reason = "the hub no longer has the revision this preparation began with: choose another --data_path"
+        reason = "the hub no longer has the revision that this preparation started with: choose another --data_path"
     elif isinstance(error, (DatasetNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError)):
-        reason = "neither a local file or folder nor on the hub, or not to be read there"
+        reason = "neither a local file or folder nor a dataset on the hub that you may read"
     elif type(error) is ValueError or isinstance(error, DatasetsError):
-        reason = short(error)  # written for the user: which configurations and splits there are
+        reason = brief(error)  # written for the user: which configurations and splits there are
     elif isinstance(error, OSError) and error.errno is not None:
-        return OSError(f"{given}: the local copy of it, in the folder that HF_HOME sets: {error}")
-    else:  # pyarrow's, gzip's, yaml's, codecs' …
-        reason = f"cannot be read, perhaps a file of it is damaged ({short(error)})"
-    return BadInput(f"{given}: {reason}")
+        return OSError(f"{flags}: the local copy, in the HF_HOME folder, failed: {error}")
+    else:  # of pyarrow, gzip, yaml, codecs …
+        reason = f"cannot be read; perhaps one of its files is damaged ({brief(error)})"
+    return BadInput(f"{flags}: {reason}")
 
 
-def short(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
+def brief(error: BaseException) -> str:
+    """The error in one line of at most 200 characters, with its type unless that is ValueError."""
+    message = " ".join(str(error).split())[:200]
+    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"

@@ -1,9 +1,12 @@
-"""Where text comes from: a dataset of the Hugging Face hub, local files, the text built into this machine's Python, or a
-mix of such.
+"""Where text comes from: a dataset of the Hugging Face hub, local files, the documentation built into this machine's
+Python, or a mix of these.
 
-A source is opened once and gives its documents in a fixed order, about a megabyte at a time, each with its place; from there
-they are read again without what is before, which is how an interrupted preparation goes on.
+    for text in open_source(SourceConfig(dataset="builtin")).documents(): ...
+
+A source is opened once and yields its documents in a fixed order, in chunks of about a megabyte. Every chunk knows its
+position, from which reading can continue without what precedes it: this is how an interrupted preparation resumes.
 """
+import functools
 import hashlib
 import os
 import re
@@ -11,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from runtime.cli import log_line
 from runtime.config import BadInput, check_flags, flag
 from text.builtin import builtin_revision, builtin_texts
-from text.documents import from_strings, from_utf8
-from text.formats import CHUNK_BYTES, READERS, Chunk, TextFile, chunks_from, read_files, split_files
+from text.documents import PackedDocuments
+from text.formats import CHUNK_BYTES, READERS, Chunk, TextFile, read_files, read_from, split_files
 from text.hub import open_hub
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
@@ -24,43 +29,56 @@ FINEWEB = "HuggingFaceFW/fineweb-edu"
 @dataclass(frozen=True)
 class SourceConfig:
     """Where text comes from."""
-    dataset: str = flag(FINEWEB, "a dataset of the hub by its id, a local file or folder (parquet, jsonl, txt), or "
-                                 "`builtin`:\nthe documentation inside Python, numpy and torch, several MB, no network;\n"
-                                 "several, with commas between, are mixed")
-    mix: str = flag(None, "shares of the bytes of text that the datasets get: 0.8,0.2")
+    dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, txt), or `builtin`: the "
+                                 "documentation inside Python, numpy and torch, several MB, no network; several, separated "
+                                 "by commas, are mixed")
+    mix: str = flag(None, "share of the bytes of text for each of several datasets, such as 0.8,0.2")
     dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)")
-    text_column: str = flag("text", "column or JSON key that holds the text; for a mix, one for all or one for each")
-    streaming: bool = flag(True, "1 reads a hub dataset over the network as it goes, 0 downloads its files\n"
-                                "and keeps them where HF_HOME says")
-    retry_seconds: int = flag(600, "how long a hub that does not answer is asked again", at_least=0)
-    skip_errors: bool = flag(False, "1 leaves out what cannot be read of local files and of parquet files of the hub: a "
-                                    "row\ngroup, a line or a file; the manifest counts them")
+    text_column: str = flag("text", "column or JSON key that holds the text; in a mix, one for all datasets or one for each")
+    streaming: bool = flag(True, "1 reads a hub dataset over the network while it is prepared, 0 downloads its files first "
+                                 "and keeps them in the HF_HOME folder")
+    retry_seconds: int = flag(600, "seconds to keep retrying a hub that does not answer", at_least=0)
+    skip_errors: bool = flag(False, "1 skips what cannot be read in local files and in parquet files of the hub: a row "
+                                    "group, a line or a file; the manifest counts them")
     __post_init__ = check_flags
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: what it is, for the manifest, and `read(at)`, its chunks from there on."""
-    name: dict
+    """An opened source. description: the flags and revisions that identify the text, for the manifest. read(state): its
+    chunks from a state on, None for the beginning."""
+    description: dict
     read: Callable[[object], Iterator[Chunk]]
 
-    def chunks(self, place: dict | None = None) -> Iterator[Chunk]:
-        """From `place`, which a chunk gave, or from the beginning."""
-        return chunks_from(self.read, place)
+    def chunks(self, position: dict | None = None) -> Iterator[Chunk]:
+        """The chunks from `position` on, which Chunk.position_after returned; by default all."""
+        return read_from(self.read, position)
 
     def documents(self) -> Iterator[str]:
-        """The text of each, with a line on stderr for what is left out."""
+        """The text of every document; logs a line for each part that is skipped."""
         for chunk in self.chunks():
-            for line in chunk.skipped:
-                log_line(f"left out: {line}")
-            yield from chunk.texts.strings()
+            for message in chunk.skipped:
+                log_line(f"skipped: {message}")
+            yield from chunk.documents.strings()
+
+
+def open_source(config: SourceConfig, revisions: list[str] | None = None, part: tuple[int, int] = (0, 1)) -> Source:
+    """revisions: of the hub datasets, when a preparation is resumed; by default the latest. part: (k, n) is the k-th of n
+    disjoint parts. Raises BadInput when there is no such dataset, file or column, or when it is empty."""
+    configs = split_mix(config)
+    opened = [open_dataset(one, revision, part) for one, revision in zip(configs, revisions or [None] * len(configs))]
+    if len(opened) == 1:
+        read = opened[0][1]
+    else:
+        read = functools.partial(interleave, [read for _, read in opened], mix_weights(config))
+    return Source(source_flags(config) | {"revisions": [revision for revision, _ in opened]}, read)
 
 
 def source_flags(config: SourceConfig) -> dict:
-    """The flags that decide which text this is, as `Source.name` holds them."""
-    if len(parts := parts_of(config)) > 1:
-        flags = [source_flags(part) for part in parts]
-        return {name: ",".join(part.get(name) or "" for part in flags)
+    """The flags that decide which text this is, as `Source.description` holds them."""
+    if len(configs := split_mix(config)) > 1:
+        each = [source_flags(one) for one in configs]
+        return {name: ",".join(flags.get(name) or "" for flags in each)
                 for name in ("dataset", "dataset_config", "text_column")} | {"mix": config.mix}
     if config.dataset == "builtin":
         return {"dataset": "builtin"}
@@ -70,17 +88,51 @@ def source_flags(config: SourceConfig) -> dict:
     return {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column}
 
 
-def parts_of(config: SourceConfig) -> list[SourceConfig]:
-    """One config for each dataset of a mix; of what is no mix, itself."""
+def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, int]) -> tuple[str, Callable]:
+    """The revision and the `read` function of a single dataset."""
+    if not config.dataset:
+        raise BadInput("--dataset=: is empty: give a hub dataset, a local path, or `builtin`")
+    path = local_path(config.dataset)
+    if config.dataset_config and (path or config.dataset == "builtin"):
+        raise BadInput(f"--dataset_config={config.dataset_config}: only hub datasets have configurations: drop it "
+                       f"(in a mix, leave the entry for {config.dataset} empty)")
+    if config.dataset == "builtin":
+        return builtin_revision(), lambda state: read_builtin(state or 0, part)
+    if path:
+        files = find_text_files(path)
+        chosen, row_part = split_files([local_file(file) for file in files], part)
+        read = lambda state: read_files(chosen, config.text_column, state, config.skip_errors, row_part)
+        if not any(len(chunk.documents) for chunk in read(None)):
+            raise BadInput(f"--dataset={path}: contains no text")
+        return files_revision(files), read
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
+        raise BadInput(f"--dataset={config.dataset}: no such file or folder")
+    return open_hub(config.dataset, source_flags(config)["dataset_config"], config.text_column, streaming=config.streaming,
+                    skip_errors=config.skip_errors, retry_seconds=config.retry_seconds, revision=revision, part=part)
+
+
+def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
+    """The first of `texts`, up to and including the one that brings them to `n_bytes` of UTF-8."""
+    texts = iter(texts)
+    while n_bytes > 0 and (text := next(texts, None)) is not None:
+        yield text
+        n_bytes -= len(text.encode("utf-8", "surrogatepass"))
+
+
+# -- mixes ------------------------------------------------------------------------------------------------------------
+
+def split_mix(config: SourceConfig) -> list[SourceConfig]:
+    """One config for each dataset of a mix; [config] if it is not a mix. Raises BadInput when the flags do not match."""
     if "," not in config.dataset or local_path(config.dataset):
         if config.mix is not None:
-            raise BadInput(f"--mix={config.mix}: there is one --dataset={config.dataset}: give several with commas between")
+            raise BadInput(f"--mix={config.mix}: there is only one --dataset={config.dataset}: give several, separated by "
+                           f"commas")
         return [config]
     datasets = config.dataset.split(",")
     if config.mix is None:
-        raise BadInput(f"--dataset={config.dataset}: names {len(datasets)} datasets: say how they are mixed, such as "
+        raise BadInput(f"--dataset={config.dataset}: names {len(datasets)} datasets: give their shares, such as "
                        f"--mix={','.join([f'{1 / len(datasets):.2g}'] * len(datasets))}")
-    weights(config)
+    mix_weights(config)
     one_each = {}
     for name in ("dataset_config", "text_column"):
         values = (getattr(config, name) or "").split(",")
@@ -92,8 +144,8 @@ def parts_of(config: SourceConfig) -> list[SourceConfig]:
             for dataset, dataset_config, text_column in zip(datasets, one_each["dataset_config"], one_each["text_column"])]
 
 
-def weights(config: SourceConfig) -> list[float]:
-    """Raises BadInput unless `config.mix` has a share above zero for each dataset."""
+def mix_weights(config: SourceConfig) -> list[float]:
+    """The shares in `config.mix`. Raises BadInput unless each dataset has one above zero."""
     try:
         shares = [float(share) for share in config.mix.split(",")]
     except ValueError:
@@ -103,8 +155,68 @@ def weights(config: SourceConfig) -> list[float]:
     return shares
 
 
+class MixPart:
+    """One source of a mix: its current chunk, and how many documents of it and bytes in all were taken."""
+
+    def __init__(self, read: Callable, weight: float, position: dict | None, n_bytes: int):
+        self.stream, self.weight = read_from(read, position), weight
+        self.position, self.n_bytes = position, n_bytes
+        self.chunk: Chunk | None = None
+        self.n_taken = 0
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.chunk is None or self.n_taken == len(self.chunk.documents)
+
+    def next_chunk(self) -> bool:
+        """Moves on to the next chunk of the source; False at its end."""
+        self.chunk, self.n_taken = next(self.stream, None), 0
+        if self.chunk is not None:
+            self.position = self.chunk.position_after(0)
+        return self.chunk is not None
+
+    def take(self) -> np.ndarray:
+        """The UTF-8 bytes of the next document of the chunk."""
+        documents = self.chunk.documents
+        start, stop = documents.offsets[self.n_taken:self.n_taken + 2].tolist()
+        self.n_taken, self.n_bytes = self.n_taken + 1, self.n_bytes + stop - start
+        self.position = self.chunk.position_after(self.n_taken)
+        return documents.utf8[start:stop]
+
+
+def interleave(reads: list[Callable], weights: list[float], state: dict | None) -> Iterator[Chunk]:
+    """Mixes sources: the next document is always of the source that is furthest behind its share of the bytes, until one of
+    them ends. weights: above zero, in any unit."""
+    resumed = zip(state["places"], state["bytes"]) if state else [(None, 0)] * len(reads)
+    parts = [MixPart(read, weight, *at) for read, weight, at in zip(reads, weights, resumed)]
+    furthest_behind = lambda: min(parts, key=lambda part: part.n_bytes / part.weight)
+    current_state = lambda: {"places": [part.position for part in parts], "bytes": [part.n_bytes for part in parts]}
+    skipped = ()
+    while True:
+        part = furthest_behind()
+        if part.is_used_up:
+            if not part.next_chunk():
+                break
+            skipped += part.chunk.skipped
+            if part.is_used_up:
+                continue
+        state = current_state()
+        fractions = [part.chunk.fraction for part in parts if part.chunk is not None]
+        documents, n_bytes = [], 0
+        # a chunk of the mix ends where a chunk of one of its parts does, so that skipped parts lie between chunks
+        while n_bytes < CHUNK_BYTES and not (part := furthest_behind()).is_used_up:
+            documents.append(part.take())
+            n_bytes += len(documents[-1])
+        yield Chunk(PackedDocuments.from_utf8(documents), state, 0, skipped, None if None in fractions else max(fractions))
+        skipped = ()
+    if skipped:
+        yield Chunk(PackedDocuments.from_utf8([]), current_state(), skipped=skipped)
+
+
+# -- local files and the built-in text --------------------------------------------------------------------------------
+
 def local_path(dataset: str) -> Path | None:
-    """The file or folder `dataset` names, if there is one."""
+    """The file or folder that `dataset` names; None if there is none."""
     try:
         path = Path(dataset).expanduser()
         return path if path.exists() else None
@@ -112,94 +224,12 @@ def local_path(dataset: str) -> Path | None:
         return None
 
 
-def local_revisions(config: SourceConfig) -> list[str | None]:
-    """Of the text files the datasets name, None for those that are not local."""
-    paths = [local_path(part.dataset) for part in parts_of(config)]
-    return [files_revision(find_text_files(path)) if path else None for path in paths]
-
-
-def open_source(config: SourceConfig, revisions: list[str] | None = None, part: tuple[int, int] = (0, 1)) -> Source:
-    """revisions: of the hub, where a preparation goes on; by default what it has now. part: (k, n) is the k-th of n
-    disjoint parts. Raises BadInput when there is no such dataset, file or column, or nothing in it."""
-    configs = parts_of(config)
-    opened = [open_one(one, revision, part) for one, revision in zip(configs, revisions or [None] * len(configs))]
-    read = opened[0][1] if len(opened) == 1 else lambda at: interleave([read for _, read in opened], weights(config), at)
-    return Source(source_flags(config) | {"revisions": [revision for revision, _ in opened]}, read)
-
-
-def open_one(config: SourceConfig, revision: str | None, part: tuple[int, int]) -> tuple[str, Callable]:
-    """The revision and the chunks of a single dataset."""
-    if not config.dataset:
-        raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
-    path = local_path(config.dataset)
-    if config.dataset_config and (path or config.dataset == "builtin"):
-        raise BadInput(f"--dataset_config={config.dataset_config}: only datasets of the hub have configurations: drop it "
-                       f"(in a mix, leave the place of {config.dataset} empty)")
-    if config.dataset == "builtin":
-        return builtin_revision(), lambda at: read_builtin(at or 0, part)
-    if path:
-        files = find_text_files(path)
-        taken, nth = split_files([TextFile(str(file), file.stat().st_size, opener(file)) for file in files], part)
-        read = lambda at: read_files(taken, config.text_column, at, config.skip_errors, nth)
-        if not any(len(chunk.texts) for chunk in read(None)):
-            raise BadInput(f"--dataset={path}: no text in it")
-        return files_revision(files), read
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
-        raise BadInput(f"--dataset={config.dataset}: no such file or folder")
-    return open_hub(config.dataset, source_flags(config)["dataset_config"], config.text_column, config.streaming,
-                    config.skip_errors, config.retry_seconds, revision, part)
-
-
-def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
-    """The first of `texts`, up to and including the one with which they reach `n_bytes` of UTF-8."""
-    texts = iter(texts)
-    while n_bytes > 0 and (text := next(texts, None)) is not None:
-        yield text
-        n_bytes -= len(text.encode("utf-8", "surrogatepass"))
-
-
-def interleave(reads: list[Callable], weights: list[float], at: dict | None) -> Iterator[Chunk]:
-    """The documents of several sources, each time the next one of that which is most behind its share of the bytes; until
-    one of them ends. weights: above zero, in any unit."""
-    places, taken = (list(at["places"]), list(at["bytes"])) if at else ([None] * len(reads), [0] * len(reads))
-    streams = [chunks_from(read, place) for read, place in zip(reads, places)]
-    nothing = Chunk(from_utf8([]), None)
-    chunks, used = [nothing] * len(reads), [0] * len(reads)
-    skipped = ()
-    next_one = lambda: min(range(len(reads)), key=lambda i: taken[i] / weights[i])
-    while True:
-        i = next_one()
-        if used[i] == len(chunks[i].texts):
-            chunks[i], used[i] = next(streams[i], nothing), 0
-            skipped += chunks[i].skipped
-            if chunks[i] is nothing:
-                break
-            places[i] = chunks[i].place(0)
-            if not len(chunks[i].texts):
-                continue
-        at = {"places": list(places), "bytes": list(taken)}
-        fractions = [chunk.fraction for chunk in chunks if chunk is not nothing]
-        parts, size = [], 0
-        # a chunk of the mix ends where one of a part does, so that what was left out lies between chunks
-        while size < CHUNK_BYTES and used[i := next_one()] < len(chunks[i].texts):
-            start, stop = chunks[i].texts.offsets[used[i]:used[i] + 2].tolist()
-            parts.append(chunks[i].texts.utf8[start:stop])
-            used[i], taken[i], size = used[i] + 1, taken[i] + stop - start, size + stop - start
-            places[i] = chunks[i].place(used[i])
-        yield Chunk(from_utf8(parts), at, 0, skipped, None if None in fractions else max(fractions))
-        skipped = ()
-    if skipped:
-        yield Chunk(from_utf8([]), {"places": list(places), "bytes": list(taken)}, skipped=skipped)
-
-
-# -- local files ------------------------------------------------------------------------------------------------------
-
 def find_text_files(path: Path) -> list[Path]:
-    """`path` itself, or the parquet, jsonl and txt files below it in order of name. Raises BadInput if there are none."""
+    """`path` itself, or the parquet, jsonl and txt files below it, sorted by name. Raises BadInput if there are none."""
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            raise BadInput(f"--dataset={path}: cannot read {path.suffix or 'a file without ending'}: "
-                           f"give {', '.join(READERS)} or a folder of such")
+            raise BadInput(f"--dataset={path}: cannot read {path.suffix or 'a file without an extension'}: "
+                           f"give {', '.join(READERS)} or a folder of such files")
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
@@ -207,25 +237,31 @@ def find_text_files(path: Path) -> list[Path]:
     return files
 
 
-def files_revision(files: list[Path]) -> str:
-    """Changes when a file is added, renamed or changes its size; reading gigabytes to be surer would cost minutes."""
-    listed = b"\n".join(os.fsencode(file.name) + b" %d" % file.stat().st_size for file in files)
-    return hashlib.sha256(listed).hexdigest()[:16]
-
-
-def opener(path: Path) -> Callable:
-    """A function that opens the file. Raises BadInput naming it."""
-    def opened():
+def local_file(path: Path) -> TextFile:
+    """Opening it raises BadInput naming the file when it cannot be opened."""
+    def open_file():
         try:
             return open(path, "rb")
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
-    return opened
+    return TextFile(str(path), path.stat().st_size, open_file)
+
+
+def files_revision(files: list[Path]) -> str:
+    """Changes when a file is added, renamed or changes its size; hashing gigabytes of content would take minutes."""
+    listing = b"\n".join(os.fsencode(file.name) + b" %d" % file.stat().st_size for file in files)
+    return hashlib.sha256(listing).hexdigest()[:16]
+
+
+def local_revisions(config: SourceConfig) -> list[str | None]:
+    """The current revision of each dataset; None for those that are not local files."""
+    paths = [local_path(one.dataset) for one in split_mix(config)]
+    return [files_revision(find_text_files(path)) if path else None for path in paths]
 
 
 def read_builtin(first: int, part: tuple[int, int]) -> Iterator[Chunk]:
     """The built-in documents from number `first` on; of part (k, n), every n-th from the k-th on."""
     documents = iter(builtin_texts()[part[0] + first * part[1]::part[1]])
     while texts := list(take_text(documents, CHUNK_BYTES)):
-        yield Chunk(from_strings(texts), first)
+        yield Chunk(PackedDocuments.from_strings(texts), first)
         first += len(texts)

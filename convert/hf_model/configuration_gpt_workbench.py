@@ -1,4 +1,4 @@
-"""The shape of a model of GPT workbench, as transformers reads it."""
+"""The config of a GPT workbench model in transformers."""
 from transformers import PretrainedConfig
 
 

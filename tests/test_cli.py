@@ -1,0 +1,162 @@
+"""runtime/cli.py: the command line of flags, and the exit code and line of each kind of failure."""
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.cli import BAD_INPUT, DIVERGED, command, explain_failures, parse_flags, parse_int
+from runtime.config import BadInput, check_flags, flag
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example flags."""
+    size: int = flag(3, "a size", at_least=1)
+    rate: float = flag(None, "a rate, 100 % at most", above=0, at_most=1)
+    kind: str = flag("a", "a kind", choices=("a", "b"))
+    path: Path = flag(Path("x"), "a path")
+    fast: bool = flag(False, "be fast")
+    resume: str = flag(None, "a file, or the bare flag", bare="1")
+    many: int = flag(4, "how many", at_least=1, auto=True)
+    quick: bool = flag("auto", "be quick", auto=True)
+    steps: tuple[float, ...] = flag((0.5, 1.0), "some steps", above=0)
+    large: int = flag(1_000_000, "a large number")
+    __post_init__ = check_flags
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, expected", [
+    ([], Example()), (["--size=1_000", "--rate", "0.5", "--kind=b"], Example(1000, 0.5, "b")),
+    (["--path=y/z"], Example(path=Path("y/z"))), (["--path=~/x"], Example(path=Path.home() / "x")),
+    (["--fast"], Example(fast=True)), (["--fast=1"], Example(fast=True)), (["--fast=0"], Example(fast=False)),
+    (["--resume"], Example(resume="1")), (["--resume=a.pt"], Example(resume="a.pt")),
+    (["--many=auto", "--quick=auto"], Example(many="auto", quick="auto")),
+    (["--many=7", "--quick=0"], Example(many=7, quick=False)), (["--quick"], Example(quick=True)),
+    (["--steps", "3", "0.25", "--size=2"], Example(2, steps=(3.0, 0.25))), (["--steps=4"], Example(steps=(4.0,)))],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_flags_are_parsed(argv, expected):
+    assert parse_flags("", argv, Example) == [expected]
+
+
+@pytest.mark.parametrize("text, expected", [("250", 250), ("10_000", 10_000), ("1e9", 10**9), ("-3", -3),
+                                            (str(2**63 - 1), 2**63 - 1)])
+def test_whole_numbers_are_parsed(text, expected):
+    assert parse_int(text) == expected
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--size=auto"], "'auto' is not a whole number"), (["--many=0"], "--many=0: must be at least 1"),
+    (["--many=all"], "'all' is not a whole number"), (["--quick=never"], "neither 1 nor 0"),
+    (["--size=0"], "--size=0: must be at least 1"), (["--size=1.5"], "'1.5' is not a whole number"),
+    (["--size=1e19"], "'1e19' is too large"), (["--size=inf"], "'inf' is not a whole number"),
+    (["--size"], "--size: give it a value"), (["--rate=0"], "--rate=0.0: must be above 0"),
+    (["--rate=2"], "--rate=2.0: must be at most 1"), (["--rate=nan"], "--rate=nan: must be finite"),
+    (["--rate=inf"], "--rate=inf: must be finite"), (["--rate=x"], "'x' is not a number"),
+    (["--kind=c"], "--kind=c: choose one of a, b"), (["--fast=perhaps"], "neither 1 nor 0"),
+    (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
+    (["--path=~nobody_here/x"], "a user that does not exist"),
+    (["--sise=3"], "--sise=3: no such flag, did you mean --size?"),
+    (["--siz=3"], "--siz=3: no such flag, did you mean --size?"),
+    (["--zzz"], "--zzz: no such flag, see --help"),
+    (["stray"], "stray: not a flag"), (["--steps", "1", "0"], "--steps=0.0: must be above 0"),
+    (["--steps", "1", "b"], "'b' is not a number"), (["--steps"], "--steps: expected at least one")],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
+def test_a_wrong_command_line_is_refused(argv, message):
+    with pytest.raises(BadInput) as error:
+        parse_flags("", argv, Example)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("columns", ["60", "120"])
+def test_help_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        parse_flags("What the command does.", ["--help"], Example)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) < int(columns)
+    words = " ".join(text.split())
+    for part in ("What the command does.", "Example flags", "--size N a size (default: 3)", "a rate, 100 % at most",
+                 "a kind: a, b (default: a)", "be fast (default: 0)", "some steps (default: 0.5 1.0)",
+                 "a large number (default: 1_000_000)"):
+        assert part in words
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, code, line", [
+    (BadInput("--size=0: must be at least 1"), BAD_INPUT, "--size=0: must be at least 1"),
+    (FloatingPointError("diverged"), DIVERGED, "diverged"), (OSError("disk\nfull"), 1, "disk full"),
+    (MemoryError("too little memory"), 1, "too little memory"), (MemoryError(), 1, "MemoryError"),
+    (KeyboardInterrupt(), 130, "interrupted"), (SystemExit(143), 143, None), (SystemExit(0), 0, None)], ids=repr)
+def test_a_command_ends_with_one_line_and_an_exit_code(capsys, error, code, line):
+    @command
+    def main(argv=None):
+        raise error
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            main([])
+        assert stop.value.code == code
+    else:
+        main([])
+    assert capsys.readouterr().err == (f"test_cli.py: {line}\n" if line else "")
+
+
+def test_a_bug_keeps_its_traceback():
+    @command
+    def main(argv=None):
+        raise ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main([])
+
+
+@pytest.mark.integration
+def test_a_closed_pipe_ends_a_command_without_a_line(tmp_path):
+    (tmp_path / "prints.py").write_text("from runtime.cli import command\n@command\ndef main(argv=None):\n"
+                                        "    while True:\n        print('line')\nmain()\n")
+    done = subprocess.run(f"{sys.executable} {tmp_path / 'prints.py'} | head -1", shell=True, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried …\nsecond line"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated …"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried …")],
+    ids=["cuda", "cublas", "mps", "cpu"])
+def test_too_little_memory_gives_advice(error):
+    with pytest.raises(MemoryError) as caught, explain_failures("halve the batch", lambda: "gpt.pt holds step 3"):
+        raise error
+    message = str(caught.value)
+    assert message.startswith("too little memory, ") and "GiB at most so far: halve the batch (" in message
+    assert message.endswith("; gpt.pt holds step 3") and "\n" not in message
+
+
+@pytest.mark.parametrize("error, kind, message", [
+    (OSError("a.pt: cannot be written"), OSError, "a.pt: cannot be written; gpt.pt holds step 3"),
+    (MemoryError("not even one block fits"), MemoryError, "not even one block fits; gpt.pt holds step 3"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), OSError,
+     "--dataloader_num_workers: a data worker process died (DataLoader worker (pid 7) is killed by signal: Killed. ); 0 "
+     "does without; gpt.pt holds step 3"),
+    (FloatingPointError("loss is nan"), FloatingPointError, "loss is nan"), (BadInput("--x=1: no"), BadInput, "--x=1: no"),
+    (BrokenPipeError(32, "Broken pipe"), BrokenPipeError, "[Errno 32] Broken pipe"),
+    (RuntimeError("a bug\nof two lines"), RuntimeError, "a bug\nof two lines")], ids=repr)
+def test_other_failures_keep_their_kind_and_add_what_is_saved(error, kind, message):
+    with pytest.raises(kind) as caught, explain_failures("", lambda: "gpt.pt holds step 3"):
+        raise error
+    assert str(caught.value) == message and isinstance(caught.value, BadInput) == (kind is BadInput)
+
+
+def test_an_operation_that_deterministic_forbids_is_named():
+    """With torch's own message for an operation without a deterministic kernel; on a CPU put_ is one."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(BadInput, match="^--deterministic: .* for put_, .*leave the flag"), explain_failures(""):
+            torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)

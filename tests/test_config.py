@@ -1,0 +1,60 @@
+"""runtime/config.py: what is declared of a flag, and the check of its value."""
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runtime.config import BadInput, check_flags, flag, flags_of, read_flags, takes_several, value_type
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example flags."""
+    size: int = flag(3, "a size", at_least=1, on_resume="warn", scope="run")
+    rate: float = flag(None, "a rate", above=0, at_most=1)
+    kind: str = flag("a", "a kind", choices=("a", "b"))
+    many: int = flag(4, "how many", at_least=1, auto=True)
+    fractions: tuple[float, ...] = flag((0.5, 1.0), "some fractions", above=0)
+    derived: int = 0  # not a flag
+    __post_init__ = check_flags
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"size": 0}, "--size=0: must be at least 1"), ({"rate": 0.0}, "--rate=0.0: must be above 0"),
+    ({"rate": 1.5}, "--rate=1.5: must be at most 1"), ({"rate": math.nan}, "--rate=nan: must be finite"),
+    ({"rate": math.inf}, "--rate=inf: must be finite"), ({"kind": "c"}, "--kind=c: choose one of a, b"),
+    ({"many": 0}, "--many=0: must be at least 1"), ({"fractions": (1.0, 0.0)}, "--fractions=0.0: must be above 0")])
+def test_a_value_outside_its_range_is_refused(values, message):
+    with pytest.raises(BadInput) as error:
+        Example(**values)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("values", [{"size": 1}, {"rate": 1.0}, {"rate": None}, {"kind": "b"}, {"many": "auto"},
+                                    {"fractions": ()}])
+def test_a_value_at_the_edge_of_its_range_is_accepted(values):
+    assert dataclasses.asdict(Example(**values)).items() >= values.items()
+
+
+def test_a_field_keeps_everything_that_is_declared_of_its_flag():
+    fields = flags_of(Example)
+    assert list(fields) == ["size", "rate", "kind", "many", "fractions"]
+    size, rate = (fields[name].metadata["flag"] for name in ("size", "rate"))
+    assert (size.on_resume, size.scope, rate.on_resume, rate.scope) == ("warn", "run", "fixed", "arm")
+    assert [value_type(field) for field in fields.values()] == [int, float, str, int, float]
+    assert [name for name, field in fields.items() if takes_several(field)] == ["fractions"]
+
+
+@pytest.mark.parametrize("declared", [{"on_resume": "perhaps"}, {"scope": "everywhere"}])
+def test_an_unknown_on_resume_or_scope_is_our_bug(declared):
+    with pytest.raises(AssertionError):
+        flag(1, "help", **declared)
+
+
+def test_a_dataclass_is_read_from_the_values_of_its_fields():
+    values = {"size": 2, "fractions": [0.25], "path": Path("not a field of Example")}
+    assert read_flags(Example, values) == Example(2, fractions=(0.25,))
+    with pytest.raises(BadInput, match="--size=0"):
+        read_flags(Example, {"size": 0})

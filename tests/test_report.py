@@ -1,0 +1,114 @@
+"""Tables, pages and pictures of results."""
+import html.parser
+import re
+import statistics
+
+from experiments.plots import align_evaluations, draw_mean_curves, draw_pareto_fronts, draw_scaling, pareto_front
+from experiments.report import Figure, Table, csv_table, markdown, markdown_page, write_page
+
+
+class PageParser(html.parser.HTMLParser):
+    """Checks that every opened tag is closed; collects tags, addresses and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parse_page(path) -> PageParser:
+    page = PageParser()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+def rows(losses: list[float]) -> list[dict]:
+    return [{"step": i, "tokens": 1e6 * i, "seconds": 10.0 * i, "flops": 1e12 * i, "val_loss": loss}
+            for i, loss in enumerate(losses)]
+
+
+# -- tables and pages -------------------------------------------------------------------------------------------------
+
+def test_markdown_table_escapes_bars():
+    assert markdown(Table(("a", "b"), [("1", "x|y"), ("2", "")])) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n| 2 |  |"
+
+
+def test_csv_has_the_columns_of_all_rows():
+    assert csv_table([{"a": 1}, {"a": 2, "b": "x,y"}]) == 'a,b\n1,\n2,"x,y"\n'
+
+
+def test_markdown_page_by_hand():
+    parts = [("code", "ls"), ("h2", "A"), ("ul", ["x", "y"]), ("ul", []), Table(("a",), [("1",)]), Figure("<svg/>", "f"),
+             ("p", "z")]
+    assert markdown_page("T", parts) == "# T\n\n`ls`\n\n## A\n\n- x\n- y\n\n| a |\n| --- |\n| 1 |\n\nz\n"
+
+
+def test_page_holds_all_parts_in_order(tmp_path):
+    write_page(tmp_path / "p.html", "A title", [("h2", "one"), ("p", "two"), ("ul", ["three", "four"]), ("code", "five"),
+                                                Table(("six", "seven"), [("eight", "nine")]), ("h3", "ten")])
+    page = parse_page(tmp_path / "p.html")
+    assert not page.open
+    assert page.text.split()[-9:] == ["A", "title", "one", "two", "threefour", "five", "sixseven", "eightnine", "ten"]
+    assert [tag for tag in page.tags if tag in ("h1", "h2", "p", "ul", "li", "code", "table", "th", "td", "h3")] == [
+        "h1", "h2", "p", "ul", "li", "li", "p", "code", "table", "th", "th", "td", "td", "h3"]
+
+
+def test_page_escapes_everything_but_svg(tmp_path):
+    write_page(tmp_path / "p.html", "a < b", [
+        ("p", "<script>alert(1)</script>"), ("ul", ["1 & 2"]), ("code", "x <y>"), ("h2", "<i>"),
+        Table(("<h>",), [("<td-1>",)]), Figure('<?xml version="1.0"?>\n<svg><g/></svg>', 'a"b')])
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    for raw in ("<script>", "<y>", "<i>", "<h>", "<td-1>", "<?xml"):
+        assert raw not in text, raw
+    assert "<title>a &lt; b</title>" in text and "1 &amp; 2" in text
+    assert '<figure id="a&#34;b"><svg><g/></svg></figure>' in text
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+def test_mean_curves_name_every_arm_and_are_deterministic():
+    curves = {"one": [rows([8.0, 5.0, 4.0]), rows([8.0, 5.2, 4.1])], "two": [rows([8.0, 5.5, 4.5])]}
+    svg = draw_mean_curves(curves)
+    assert svg == draw_mean_curves(curves)
+    for words in ("one", "two", "million tokens", "Loss against FLOPs", "seconds of training"):
+        assert f">{words}</text>" in svg
+
+
+def test_runs_that_end_at_different_steps_are_averaged_step_by_step():
+    evaluations = align_evaluations([rows([8.0, 5.0, 4.0, 3.0]), rows([8.0, 5.2, 4.2])])
+    assert [[row["val_loss"] for row in at] for at in evaluations] == [[5.0, 5.2], [3.0, 4.2]]
+    assert statistics.mean(row["tokens"] for row in evaluations[-1]) == 2.5e6
+
+
+def test_pareto_front_by_hand():
+    assert pareto_front([(10, 1.6), (20, 1.7), (30, 1.5), (30, 1.55), (10, 1.6)]) == [(10, 1.6), (30, 1.5)]
+
+
+def test_pareto_picture_draws_arms_with_one_seed():
+    """Their margin is infinite, which has no error bar."""
+    results = {name: {"bpb": bpb, "bpb_margin": margin, "seconds": 10 * bpb, "peak_memory": 2**20}
+               for name, bpb, margin in (("one", 1.6, 0.01), ("two", 1.7, float("inf")))}
+    svg = draw_pareto_fronts(results)
+    for words in ("Pareto front", "one", "two", "peak memory, MiB"):
+        assert f">{words}</text>" in svg
+
+
+def test_close_losses_have_different_labels_on_a_logarithmic_axis():
+    svg = draw_scaling({"a": ([(1e12, 1.579), (2e12, 1.571)], 1.937, 0.0074)})
+    labels = re.findall(r">(1\.5\d*)</text>", svg)
+    assert len(labels) > 1 and len(set(labels)) == len(labels)

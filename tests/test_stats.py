@@ -1,0 +1,49 @@
+"""experiments/stats.py against scipy's own tests, printed tables and numbers worked out by hand."""
+import math
+
+import pytest
+from scipy import stats
+
+from experiments.stats import Estimate, holm, p_value, power_law
+
+SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_interval_and_p_value_equal_scipys(sample):
+    estimate = Estimate.from_values(sample)
+    low, high = stats.t.interval(0.95, len(sample) - 1, loc=sum(sample) / len(sample), scale=stats.sem(sample))
+    assert (estimate.low, estimate.high) == (pytest.approx(low), pytest.approx(high))
+    assert p_value(sample) == pytest.approx(stats.ttest_1samp(sample, 0).pvalue, abs=1e-12)
+    assert (p_value(sample) < 0.05) == (estimate.low > 0 or estimate.high < 0)  # interval and test agree
+
+
+@pytest.mark.parametrize("n, quantile", [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)])
+def test_margin_by_printed_tables(n, quantile):
+    values = [0.0] * (n - 1) + [1.0]
+    deviation = math.sqrt(1 / n)  # of n - 1 zeros and a one
+    margin = quantile * deviation / math.sqrt(n)
+    assert Estimate.from_values(values).margin == pytest.approx(margin, rel=2e-4)  # tables have three decimals
+
+
+def test_p_value_of_differences_is_the_paired_test():
+    a, b = [1.61, 1.64, 1.60, 1.66], [1.60, 1.62, 1.595, 1.64]
+    assert p_value([x - y for x, y in zip(a, b)]) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+
+
+def test_degenerate_samples():
+    assert Estimate.from_values([1.5]).margin == math.inf and p_value([1.5]) == 1
+    assert p_value([0.0, 0.0, 0.0]) == 1 and p_value([0.5, 0.5]) == 0
+    with pytest.raises(ValueError, match="at least one"):
+        Estimate.from_values([])
+
+
+def test_holm_by_hand():
+    """Of three: the smallest counts three times, the next twice; none gets below a smaller one."""
+    assert holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_power_law_recovers_its_parameters():
+    a, b = power_law([1e12, 1e13, 1e14], [4 * x**-0.05 for x in (1e12, 1e13, 1e14)])
+    assert (a, b) == (pytest.approx(4), pytest.approx(0.05))
