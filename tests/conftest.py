@@ -1,5 +1,6 @@
 """Fixtures: a tiny prepared data folder, train.py run in this process, a stand-in for the Hugging Face hub on loopback."""
 import atexit
+import gc
 import itertools
 import os
 import shutil
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze_imported_objects():
+    """`fit` collects garbage at each evaluation: 0.3 s with the objects of all imported modules, 0.01 s without."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
