@@ -63,8 +63,8 @@ def page() -> str:
             users.setdefault(config, []).append(script)
     shared = {config: scripts for config, scripts in users.items() if len(scripts) > 1}
     parts = ["# Flags", "Written by `python docs/write_flags.py` from the declarations in the code; do not edit.",
-             "A yes-or-no flag is given as `--streaming=1`, `--streaming=0` or `--streaming`. Numbers may be written `10_000` "
-             "or `1e9`. `python SCRIPT.py --help` prints the same.",
+             "A yes-or-no flag is given as `--streaming=1`, `--streaming=0` or `--streaming`. Numbers may be written "
+             "`10_000` or `1e9`. `python SCRIPT.py --help` prints the same.",
              "**On resume**: " + "; ".join(f"*{name}*: {words}" for name, words in ON_RESUME.items()) + ".",
              "**Scope**, who sets the flag when `compare.py` starts many runs: "
              + "; ".join(f"*{name}*: {words}" for name, words in SCOPES.items()) + "."]
