@@ -306,7 +306,8 @@ def main(argv=None):
         if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return
         setup = None
-        with explain_failures(oom_advice(values), lambda: setup.checkpoint_status() if setup else ""):
+        with explain_failures(lambda: oom_advice(setup.settings if setup else values, can_find_batch=False),
+                              lambda: setup.checkpoint_status() if setup else ""):
             state, setup, held_out, configs = open_run(configs, checkpoint)
             run = configs.run
             if configs.loop.verbose:

@@ -69,7 +69,7 @@ class RunConfig:
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "file to write; metrics go into the folder of its name",
                                  on_resume="unsaved", scope="run")
     resume_checkpoint: str = flag(None, "continue --checkpoint_path, or the file given here; flags not given keep their "
-                                        "value, and the run goes on exactly as if never stopped", bare="1",
+                                        "value; the result equals an uninterrupted run", bare="1",
                                   on_resume="unsaved", scope="run")
     overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
                            scope="run")
@@ -245,7 +245,8 @@ def main(argv=None):
         if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return
         setup = None
-        with explain_failures(oom_advice(values), lambda: setup.checkpoint_status() if setup else ""):
+        with explain_failures(lambda: oom_advice(setup.settings if setup else values, can_find_batch=True),
+                              lambda: setup.checkpoint_status() if setup else ""):
             state, setup, data, configs = open_run(configs, checkpoint)
             if configs.loop.verbose:
                 describe(state, setup, data, configs)

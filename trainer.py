@@ -38,7 +38,7 @@ MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no sc
 class LoopConfig:
     """How long to train and how often to look."""
     max_iter: int = flag(None, "optimizer steps; each sees batch_size * num_batch_accum * block_size tokens (default: 5000, "
-                               "if no other end is given; of several the first to come counts)", at_least=1,
+                               "if no other end is given; the first end that is reached counts)", at_least=1,
                          on_resume="warn", scope="run")
     max_tokens: int = flag(None, "stop after this many tokens", at_least=1, on_resume="warn", scope="run")
     max_seconds: float = flag(None, "stop after this many seconds of training, not counting compilation, validation and "
@@ -117,9 +117,9 @@ class TrainSetup:
     """What a run is given and does not change."""
     machine: Machine
     schedule: OptimizerConfig
-    step_tokens: int                         # that an optimizer step sees
+    step_tokens: int                         # tokens per optimizer step
     settings: dict = field(default_factory=dict)  # the run's flags, from which it resumes
-    tokenizer: Tokenizer | None = None       # travels in the checkpoint
+    tokenizer: Tokenizer | None = None       # goes into the checkpoint: needed with a writer
     script: str = ""                         # that can resume the checkpoint
     writer: CheckpointWriter | None = None   # None: no checkpoints
     metrics: MetricsLog | None = None        # None: no rows
@@ -154,6 +154,7 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
     if setup.metrics is not None:
         setup.metrics.open()
     if setup.writer is not None:
+        assert setup.tokenizer is not None, "a checkpoint holds the tokenizer"
         machine = {"machine": str(setup.machine), "dtype": setup.machine.dtype}
         setup.writer.save(state.model.to_checkpoint() | {
             "tokenizer": setup.tokenizer.to_json(),
@@ -206,7 +207,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             if is_log:
                 show(bar, evaluate, row, progress)  # last: a closed pipe ends the run here
             if is_solved:
-                return None
+                return stopped
             last_row = time.perf_counter(), state.tokens
         return stopped if progress < 1 else None
 
@@ -345,7 +346,8 @@ def make_state(command: TrainingCommand, model: GPT, tokenizer: Tokenizer, sched
     rows = []
     if checkpoint:
         step = checkpoint["training"]["step"]
-        rows = [row for row in read_rows(run_folder(resumed) / "metrics.jsonl") if row["step"] <= step]
+        folder = run_folder(writer.path if writer.resumes_in_place else resumed)  # the same file may have two names
+        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
     step_tokens = math.prod(settings[name] for name in ("batch_size", "num_batch_accum", "block_size"))
     setup = TrainSetup(machine, schedule, step_tokens, settings, tokenizer, command.script, writer,
                        MetricsLog(run_folder(writer.path), rows))
@@ -378,7 +380,7 @@ def train(command: TrainingCommand, state: TrainState, setup: TrainSetup, loop: 
     finally:
         state.loader.close()
         setup.metrics.close()
-        with suppress(OSError):  # of a write in progress; where that matters, `fit` has waited for it
+        with suppress(OSError, MemoryError):  # of a write in progress; where that matters, `fit` has waited for it
             setup.writer.wait()
     if stopped_by:
         with suppress(OSError):  # the terminal may be what is gone
@@ -395,9 +397,9 @@ def report_start(command: TrainingCommand, setup: TrainSetup, checkpoint: dict |
         command.report_changes(setup.settings, str(setup.machine), checkpoint["training"])
 
 
-def oom_advice(values: dict) -> str:
-    """What to do where memory does not suffice. values: flags."""
+def oom_advice(values: dict, can_find_batch: bool) -> str:
+    """What to try when memory runs out. values: flags. can_find_batch: whether the command has --batch_size=auto."""
+    auto = "--batch_size=auto, " if can_find_batch and values["batch_size"] != "auto" else ""
     checkpointing = "" if values["gradient_checkpointing"] else "--gradient_checkpointing, "
-    auto = "" if values["batch_size"] == "auto" or "val_batch" not in values else "--batch_size=auto, "
     block = f" blocks of {values['block_size']} tokens" if "block_size" in values else ""
     return f"--batch_size={values['batch_size']}{block}: try {auto}{checkpointing}or a smaller model"

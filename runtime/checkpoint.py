@@ -157,9 +157,10 @@ def upgrade_2(checkpoint: dict) -> dict:
                              "model": {weight(name): value for name, value in checkpoint["model"].items()}}
     if "training" in checkpoint:
         training = dict(checkpoint["training"])
-        upgraded["training"] = training | {
-            "settings": {flag(name): value for name, value in training["settings"].items()},
-            "guard": training.pop("watch"), "dtype": training["machine"].rpartition(", ")[2]}
+        training["settings"] = {flag(name): value for name, value in training["settings"].items()}
+        training["guard"] = training.pop("watch")
+        training["dtype"] = training.get("machine", "").rpartition(", ")[2]
+        upgraded["training"] = training
     return upgraded
 
 

@@ -163,10 +163,10 @@ def parse_flags(description: str | None, argv, *configs: type) -> list:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def explain_failures(oom_advice: str, status: Callable[[], str] = lambda: ""):
+def explain_failures(oom_advice: str | Callable[[], str], status: Callable[[], str] = lambda: ""):
     """Turns what goes wrong while a model computes into the exceptions of the table above.
 
-    Too little memory, which torch reports in several ways -> MemoryError with `oom_advice`; a dead data worker -> OSError;
+    Out of memory, which torch reports in several ways -> MemoryError with `oom_advice`; a dead data worker -> OSError;
     an operation that --deterministic forbids -> BadInput. status(): what is kept of the work, added to what is not the
     user's doing; "" where nothing is.
     """
@@ -179,7 +179,8 @@ def explain_failures(oom_advice: str, status: Callable[[], str] = lambda: ""):
         kept = lambda: f"; {text}" if (text := status()) else ""
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         if is_out_of_memory(error):
-            raise MemoryError(f"too little memory, {peak_of_process() / 2**30:.2f} GiB at most so far: {oom_advice} "
+            advice = oom_advice() if callable(oom_advice) else oom_advice
+            raise MemoryError(f"too little memory, {peak_of_process() / 2**30:.2f} GiB at most so far: {advice} "
                               f"({first_line[:200]}){kept()}") from None
         if isinstance(error, (OSError, MemoryError)):
             raise (MemoryError if isinstance(error, MemoryError) else OSError)(f"{error}{kept()}") from None

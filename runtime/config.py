@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # What a resumed run does with a flag that is given again:
 ON_RESUME = {"fixed": "the run keeps its value; another one is refused",
              "warn": "may change, which the run reports, because its numbers change with it",
-             "free": "may change without changing the numbers",
+             "free": "may change: the numbers do not depend on it, or the run reports it (device and dtype, as the machine)",
              "unsaved": "does not belong to the run: the checkpoint does not hold it"}
 # Who sets a flag when compare.py starts many runs:
 SCOPES = {"arm": "an arm, or all arms alike",

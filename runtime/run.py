@@ -114,8 +114,8 @@ class TrainingCommand:
             if before != now:
                 note = "; the schedule now fits the new one" if name in STOP_FLAGS and now else ""
                 print(f"changed on resuming: {name} {before} -> {now}{note}")
-        if machine != training["machine"]:
-            print(f"changed on resuming: machine {training['machine']} -> {machine}")
+        if machine != training.get("machine"):
+            print(f"changed on resuming: machine {training.get('machine')} -> {machine}")
 
 
 def override_horizon(start: dict, given: dict) -> dict:
@@ -133,5 +133,5 @@ def is_finished(loop, training: dict, resumed: Path) -> bool:
         if training["settings"][name] != limit:
             raise BadInput(f"--{name}={limit}: the checkpoint is at step {training['step']} already: give more")
         if loop.verbose:
-            print(f"{resumed}: finished before at step {training['step']:,}; a larger --{name} trains on")
+            print(f"{resumed}: already finished at step {training['step']:,}; a larger --{name} trains on")
     return bool(reached)

@@ -180,7 +180,7 @@ def test_another_kind_of_horizon(run_train, capsys):
     assert run_rows(path)[-1]["step"] == 5
     assert [load_checkpoint(path)["training"]["settings"][name] for name in ("max_iter", "max_tokens")] == [None, 640]
     run_train("--resume_checkpoint", "--verbose=1")
-    assert "finished before at step 5; a larger --max_tokens trains on" in capsys.readouterr().out
+    assert "already finished at step 5; a larger --max_tokens trains on" in capsys.readouterr().out
 
 
 def test_a_changed_learning_rate_is_used_and_reported(run_train, capsys):
@@ -193,7 +193,7 @@ def test_a_changed_learning_rate_is_used_and_reported(run_train, capsys):
 def test_a_finished_run_is_left_alone(trained, capsys, refused):
     before = trained.read_bytes()
     train.main(["--resume_checkpoint", f"--checkpoint_path={trained}"])
-    assert capsys.readouterr().out == f"{trained}: finished before at step 3; a larger --max_iter trains on\n"
+    assert capsys.readouterr().out == f"{trained}: already finished at step 3; a larger --max_iter trains on\n"
     train.main(["--resume_checkpoint", f"--checkpoint_path={trained}", "--verbose=0"])
     assert capsys.readouterr().out == ""
     refused(train.main, ["--resume_checkpoint", f"--checkpoint_path={trained}", "--max_iter=2"], "--max_iter=2", "step 3")
