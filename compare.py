@@ -46,6 +46,7 @@ from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.signals import StopSignals
 from shards import Data, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
+from tokenizer import check_chat
 from train import PRESETS, PRETRAINING, RunConfig
 from trainer import LoopConfig
 
@@ -142,7 +143,14 @@ def load_data(config: CompareConfig, common: dict) -> Data | ConversationSet:
     if config.script == "train":
         return open_data(common.get("data_path", RunConfig.data_path))
     source = read_flags(ConversationConfig, select_fields(ConversationConfig, common))
-    splits = [[conversation.messages for conversation in split] for split in read_conversations(source)]
+    splits = []
+    for conversations in read_conversations(source):
+        for conversation in conversations:  # now, rather than in every run
+            try:
+                check_chat(conversation.messages)
+            except BadInput as error:
+                raise BadInput(f"{conversation.where}: {error}") from None
+        splits.append([conversation.messages for conversation in conversations])
     return ConversationSet(source.dataset, hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16])
 
 

@@ -193,8 +193,8 @@ class Tokenizer:
         """
         role_ids, end_id = self.chat_token_ids()
         ids, assistant_mask = [self.separator_id], [False]
-        for number, message in enumerate(messages, 1):
-            check_message(message, number)
+        check_chat(messages)
+        for message in messages:
             content = self.encode(message["content"])
             ids += [role_ids[message["role"]], *content, end_id]
             assistant_mask += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
@@ -324,14 +324,15 @@ class Tokenizer:
         return dict(self.ranks)
 
 
-def check_message(message: dict, number: int):
-    """Raises BadInput unless `message`, the number-th of a conversation, has a known role and a content of text."""
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise BadInput(f"message {number} has no role and content: give it both")
-    if message["role"] not in ROLES:
-        raise BadInput(f"message {number} has the unknown role {str(message['role'])[:40]!r}: give {', '.join(ROLES)}")
-    if not isinstance(message["content"], str):
-        raise BadInput(f"message {number} has a content of type {type(message['content']).__name__}: give text")
+def check_chat(messages: list[dict]):
+    """Raises BadInput, naming the message, unless each has a known role and a content of text."""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise BadInput(f"message {number} has no role and content: give it both")
+        if message["role"] not in ROLES:
+            raise BadInput(f"message {number} has the unknown role {str(message['role'])[:40]!r}: give {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise BadInput(f"message {number} has a content of type {type(message['content']).__name__}: give text")
 
 
 # -- splitting text into words ----------------------------------------------------------------------------------------

@@ -455,3 +455,12 @@ def test_finetuning_runs_are_compared(run_train, questions, tmp_path, monkeypatc
 def test_bad_finetuning_arm_is_refused(arms, words, questions, tmp_path, refused):
     flags = ["--script=finetune", f"--dataset={questions}", f"--out_path={tmp_path / 'out'}"]
     refused(compare.main, [*flags, "--arms", *arms], *words)
+
+
+def test_unknown_role_is_refused_before_any_run(tmp_path, refused):
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "robot", "content": "x"}]} for i in range(4)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused(compare.main, ["--script=finetune", f"--dataset={path}", f"--out_path={tmp_path / 'out'}", "--arms",
+                           "checkpoint_path=a.pt", "checkpoint_path=b.pt"], "chat.jsonl", "unknown role 'robot'")
+    assert not (tmp_path / "out").exists()
