@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import GPT
-from runtime.checkpoint import reading
+from runtime.checkpoint import explain_damage
 from runtime.cli import command, explain_failures, parse_flags, parse_path
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
@@ -35,7 +35,7 @@ class ChatConfig:
     """The conversation."""
     checkpoint_path: Path = flag(Path("checkpoints/gpt_finetuned.pt"), "a model that finetune.py trained")
     prompt: str = flag("", "the first message (default: read from the terminal)")
-    max_new_tokens: int = flag(200, "most tokens of an answer", at_least=1)
+    max_new_tokens: int = flag(200, "maximum number of tokens in an answer", at_least=1)
     system: str = flag("", "system message that the conversation starts with")
     stop: tuple[str, ...] = flag((), "strings that end an answer, with spaces between; they are not shown")
     seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
@@ -91,30 +91,39 @@ class Chat:
             raise BadInput(f"the message has {len(turn) - 3:,} tokens, the model's context holds "
                            f"{self.max_turn_tokens() - 3:,}: shorten it")
         self.turns.append(turn)
-        self.context_full, n_prompt = False, len(turn)
-        pieces, stream = [], TextStream(self.tokenizer, self.stop)
+        self.context_full, pieces = False, []
         try:
-            for _ in range(self.max_new_tokens):
-                token_id = self.next_token()
-                if token_id is None:
-                    break
-                pieces.append(stream.push(token_id))
-                if token_id not in stream.end_ids:
-                    turn.append(token_id)
-                yield pieces[-1]
-                if stream.is_done:
-                    if token_id not in stream.end_ids:  # a stop string: the model sees no more of it than the user
-                        turn[n_prompt:] = self.tokenizer.encode("".join(pieces))
-                    return
-            pieces.append(stream.finish())
-            yield pieces[-1]
+            for text in self.generate_turn(turn):
+                pieces.append(text)
+                yield text
         except BaseException as error:
             if not isinstance(error, GeneratorExit):  # it comes between two tokens, others within one: layers may disagree
                 self.cache = None
             raise
         finally:
-            turn.append(self.end_id)
-            self.history += [{"role": "user", "content": message}, {"role": "assistant", "content": "".join(pieces)}]
+            self.finish_turn(turn, message, "".join(pieces))
+
+    def generate_turn(self, turn: list[int]) -> Iterator[str]:
+        """Appends the tokens of the answer to `turn`, the last one of `turns`, and yields the text that each completes."""
+        n_prompt, pieces, stream = len(turn), [], TextStream(self.tokenizer, self.stop)
+        for _ in range(self.max_new_tokens):
+            token_id = self.next_token()
+            if token_id is None:
+                break
+            pieces.append(stream.push(token_id))
+            if token_id not in stream.end_ids:
+                turn.append(token_id)
+            yield pieces[-1]
+            if stream.is_done:
+                if token_id not in stream.end_ids:  # a stop string: the model sees no more of it than the user
+                    turn[n_prompt:] = self.tokenizer.encode("".join(pieces))
+                return
+        yield stream.finish()
+
+    def finish_turn(self, turn: list[int], message: str, answer: str):
+        """Ends the answer in `turn`, and adds the messages to the history."""
+        turn.append(self.end_id)
+        self.history += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
 
     @torch.inference_mode()
     def next_token(self) -> int | None:
@@ -215,7 +224,7 @@ def print_answer(chat: Chat, message: str):
 def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine):
     """Loads the model and runs the conversation. Raises BadInput when the model cannot hold one."""
     model, tokenizer = load_model(config.checkpoint_path, machine)
-    with reading(config.checkpoint_path):
+    with explain_damage(config.checkpoint_path):
         chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
     chat_loop(chat, config.prompt)
 
@@ -225,7 +234,7 @@ def main(argv=None):
     """Talks with a finetuned model in the terminal."""
     config, sampling, device_config = parse_flags(main.__doc__, argv, ChatConfig, SamplingConfig, DeviceConfig)
     machine = open_machine(device_config)
-    with explain_failures("try a smaller model, or --device=cpu"), machine.autocast():
+    with explain_failures(lambda: "try a smaller model, or --device=cpu"), machine.autocast():
         start_chat(config, sampling, machine)
 
 

@@ -12,7 +12,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from runtime.config import BadInput
 from runtime.signals import sigint_blocked
-from shards import PREPARE_AGAIN, Data, require_block
+from shards import PREPARE_AGAIN, DataFolder, require_block
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,23 +75,42 @@ def mix_bits(x: np.ndarray) -> np.ndarray:
 
 # -- the loader -------------------------------------------------------------------------------------------------------
 
+class Batches(Protocol):
+    """What a TrainLoader reads from: BlockBatches or PackedBatches. In the latter, a block is a row of packed conversations.
+
+    flag_name: the flag that names the data, for messages. batch_size: blocks in a batch. block_size: tokens in a block.
+    seed: of the order of the blocks in each epoch.
+    """
+    flag_name: str
+    batch_size: int
+    block_size: int
+    seed: int
+
+    def __getitem__(self, first: int) -> tuple[Tensor, ...]:
+        """Blocks first..first + batch_size of the sequence of all epochs, which depend on nothing but `first`.
+
+        Inputs and targets, int64 (batch_size, block_size); of packed rows also doc_starts, bool (batch_size, block_size).
+        """
+
+    def check(self, batch: tuple[Tensor, ...]):
+        """Raises BadInput, naming the data, if a model could not be trained on the batch."""
+
+
 class TrainLoader:
     """Endless shuffled training batches whose position can be saved and restored exactly.
 
-    batches: BlockBatches or PackedBatches; batches[first] depends on nothing but `first`, the position of its first block in
-    the sequence of all epochs. blocks_seen counts what was returned, not what workers have prefetched: it is the whole
-    position.
+    blocks_seen counts what was returned, not what workers have prefetched: it is the whole position.
     """
 
-    def __init__(self, batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False):
-        """fingerprint: of the training data, which must be the same when a run is resumed."""
+    def __init__(self, batches: Batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False):
+        """fingerprint: a digest of the training data, which must be the same when a run is resumed."""
         self.batches, self.fingerprint = batches, fingerprint
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.blocks_seen = 0
         self.iterator: Iterator | None = None
 
     def next_batch(self, model=None) -> tuple[Tensor, ...]:
-        """The next batch; of BlockBatches inputs and targets, each int64 (batch_size, block_size). model: ignored."""
+        """The next batch, as `Batches` returns it. model: ignored."""
         if self.iterator is None:
             with sigint_blocked():
                 self.iterator = iter(DataLoader(
@@ -152,7 +171,7 @@ class BlockBatches:
     """
     flag_name = "--data_path"
 
-    def __init__(self, data: Data, split: str, batch_size: int, block_size: int, seed: int | None):
+    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int | None):
         """Raises BadInput when the split is shorter than one block."""
         self.tokens = require_block(data, split, block_size)
         self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`: workers get a copy of self
@@ -177,14 +196,14 @@ class BlockBatches:
                            f"{self.vocab_size}: it is damaged: {PREPARE_AGAIN}")
 
 
-def shard_loader(data: Data, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
+def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
                  pin_memory: bool = False) -> TrainLoader:
     """A loader of the training split. Raises BadInput when the split is shorter than one block."""
     batches = BlockBatches(data, "train", batch_size, block_size, seed)
     return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
-def val_batches(data: Data, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def val_batches(data: DataFolder, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The first n_batches * batch_size blocks of the validation split, or all there are, always in the same order.
 
     Yields inputs and targets, each int64 (at most batch_size, block_size).

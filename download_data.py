@@ -19,42 +19,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from runtime.cli import command, log_line, parse_flags
-from runtime.config import BadInput, check_flags, flag
+from experiments.plots import draw_corpus_stats
+from runtime.cli import command, log_line, parse_flags, progress_bar
+from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.threads import available_cores, map_ahead
-from shards import SPLITS, Data, Manifest, ShardWriter, documents_to_reach, open_data, verify
+from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, open_data, verify
 from text.formats import CHUNK_BYTES, Chunk
 from text.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
 
-# Of the flags that depend on the dataset: the built-in text is only several MB.
-DEFAULTS = {"vocab_size": 32_768, "val_tokens": 1_000_000}
+# Defaults of the flags that depend on the dataset: the built-in text is only several MB.
+HUB_DEFAULTS = {"vocab_size": 32_768, "val_tokens": 1_000_000}
 BUILTIN_DEFAULTS = {"vocab_size": 4_096, "val_tokens": 100_000}
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """The shards."""
-    data_path: Path = flag(Path("data"), "folder for the shards, manifest.json and tokenizer.json")
+    data_path: Path = flag(Path("data"), "folder for the shards, manifest.json and tokenizer.json", on_resume="unsaved")
     tokenizer_path: Path = flag(None, "tokenizer.json to use (default: train one on the start of the text)")
-    vocab_size: int = flag(None, f"size of the tokenizer to train (default: {DEFAULTS['vocab_size']}, with "
+    vocab_size: int = flag(None, f"size of the tokenizer to train (default: {HUB_DEFAULTS['vocab_size']}, with "
                                  f"--dataset=builtin {BUILTIN_DEFAULTS['vocab_size']}), or the size that the one at "
                                  f"--tokenizer_path must have",
                            at_least=256, at_most=MAX_VOCAB_SIZE)
-    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text to train a tokenizer on, from the start of the stream",
-                                at_least=1)
     shard_size_threshold: int = flag(100_000_000, "tokens at which a shard is closed", at_least=1)
     tokens_threshold: int = flag(10_000_000_000, "stops once more than this many tokens are written", at_least=1)
-    val_tokens: int = flag(None, f"tokens at which the validation split is closed (default: {DEFAULTS['val_tokens']:_}, "
+    val_tokens: int = flag(None, f"tokens at which the validation split is closed (default: {HUB_DEFAULTS['val_tokens']:_}, "
                                  f"with --dataset=builtin {BUILTIN_DEFAULTS['val_tokens']:_})", at_least=1)
+    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text to train a tokenizer on, from the start of the stream",
+                                at_least=1)
     num_nodes: int = flag(1, "number of machines that share the work, each with a folder of its own; side by side, these "
                              "folders are the --data_path of train.py", at_least=1)
     node: int = flag(0, "which of the machines this is, from 0", at_least=0)
-    verify: bool = flag(False, "prepares nothing: checks every shard in --data_path against its manifest")
-    stats: bool = flag(False, "prepares nothing: draws document lengths and token frequencies of --data_path")
+    verify: bool = flag(False, "prepares nothing: checks every shard in --data_path against its manifest",
+                        on_resume="unsaved")
+    stats: bool = flag(False, "prepares nothing: draws document lengths and token frequencies of --data_path",
+                       on_resume="unsaved")
 
     def __post_init__(self):
         check_flags(self)
@@ -65,19 +67,20 @@ class PrepareConfig:
             raise BadInput(f"--node={self.node}: must be below --num_nodes={self.num_nodes}")
 
     def settings(self) -> dict:
-        """What, besides source and tokenizer, determines the bytes of the shards."""
-        return {name: getattr(self, name) for name in ("shard_size_threshold", "tokens_threshold", "val_tokens",
-                                                       "tokenizer_bytes", "num_nodes", "node")}
+        """What, besides source and tokenizer, determines the bytes of the shards, for the manifest, which describes those
+        two itself."""
+        names = flag_names(PrepareConfig, on_resume="fixed") - {"tokenizer_path", "vocab_size"}
+        return {name: value for name, value in vars(self).items() if name in names}
 
 
 def dataset_defaults(source_config: SourceConfig) -> dict:
     """--vocab_size and --val_tokens where they are not given."""
-    return BUILTIN_DEFAULTS if source_config.dataset == "builtin" else DEFAULTS
+    return BUILTIN_DEFAULTS if source_config.dataset == "builtin" else HUB_DEFAULTS
 
 
 # -- preparing a folder -----------------------------------------------------------------------------------------------
 
-def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: str) -> tuple[Data, bool]:
+def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: str) -> tuple[DataFolder, bool]:
     """Fills `config.data_path`, or resumes filling it. Returns the data, and whether they were complete already.
 
     resume_command: resumes after an interruption; for error messages. Raises BadInput when the flags, the folder and the
@@ -98,9 +101,9 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: 
         config = replace(config, val_tokens=config.val_tokens or default)
         try:
             if is_new:
-                source, tokenizer, manifest = start(config, source_config)
+                source, tokenizer, manifest = start_preparation(config, source_config)
             else:
-                source, tokenizer = resume(config, source_config, manifest)
+                source, tokenizer = resume_preparation(config, source_config, manifest)
             write_shards(config, manifest, tokenizer, source.chunks(manifest.position or None))
             manifest.position, manifest.complete = {}, True
             manifest.save(folder)
@@ -108,7 +111,7 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: 
             if is_new and not has_progress(folder, isinstance(error, BadInput)):
                 delete_preparation(folder, keep_tokenizer=had_tokenizer)
             raise with_resume_advice(error, folder, resume_command) from None
-        return Data(folder, manifest, tokenizer), False
+        return DataFolder(folder, manifest, tokenizer), False
 
 
 def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifest | None:
@@ -138,7 +141,7 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     return manifest
 
 
-def start(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, Tokenizer, Manifest]:
+def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, Tokenizer, Manifest]:
     """Opens the source, chooses a tokenizer and writes it and an empty manifest."""
     source = open_source(source_config, part=(config.node, config.num_nodes))
     tokenizer = choose_tokenizer(config, source_config, source)
@@ -150,7 +153,8 @@ def start(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, T
     return source, tokenizer, manifest
 
 
-def resume(config: PrepareConfig, source_config: SourceConfig, manifest: Manifest) -> tuple[Source, Tokenizer]:
+def resume_preparation(config: PrepareConfig, source_config: SourceConfig,
+                       manifest: Manifest) -> tuple[Source, Tokenizer]:
     """Opens the source and the tokenizer of an unfinished folder. Raises BadInput if the text has changed."""
     source = open_source(source_config, manifest.source["revisions"], part=(config.node, config.num_nodes))
     if source.description != manifest.source:  # such as the built-in text after an update of torch
@@ -215,7 +219,7 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
     """Writes documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
     stream = StreamWriter(config, manifest)
     try:
-        with Progress(config, manifest) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
+        with closing(Progress(config, manifest)) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
             while not stream.is_full and (batch := next(encoded, None)):
                 stream.write(*batch, progress)
         stream.close()
@@ -290,7 +294,7 @@ def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tupl
     return map_ahead(encode, chunks, cores, lambda chunk: len(chunk.documents.utf8), 2 * cores * CHUNK_BYTES)
 
 
-class Progress(tqdm):
+class Progress:
     """A bar of tokens, with documents, speed and compression."""
 
     def __init__(self, config: PrepareConfig, manifest: Manifest):
@@ -299,26 +303,30 @@ class Progress(tqdm):
         self.new_bytes = self.new_tokens = 0
         # until more is known, a hub dataset is assumed to be larger than the threshold
         is_hub = "dataset_config" in manifest.source and "mix" not in manifest.source
-        super().__init__(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
-                         unit_scale=True, dynamic_ncols=True)
+        self.bar = progress_bar(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
+                                unit_scale=True)
+
+    def close(self):
+        self.bar.close()
 
     def add(self, chunk: Chunk, shard: str, documents: int, tokens: int, n_bytes: int):
         """Counts documents of `chunk` that are added to `shard`."""
         self.documents += documents
         self.new_bytes += n_bytes
         self.new_tokens += tokens
-        if chunk.fraction:  # of the text, before this chunk; the threshold may come first
-            self.total = min(self.threshold, int(self.n / chunk.fraction))
+        if chunk.fraction:  # the part of the text before this chunk; the threshold may come first
+            self.bar.total = min(self.threshold, int(self.bar.n / chunk.fraction))
         bytes_per_token = self.new_bytes / self.new_tokens
-        self.set_description_str(shard.removesuffix(".npy"), refresh=False)
-        self.set_postfix_str(f"{self.documents:,} docs, {bytes_per_token * (self.format_dict['rate'] or 0) / 1e6:.1f} "
-                             f"MB/s, {bytes_per_token:.2f} bytes/tok", refresh=False)
-        self.update(tokens)
+        bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
+        self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)
+        self.bar.set_postfix_str(f"{self.documents:,} docs, {bytes_per_second / 1e6:.1f} MB/s, "
+                                 f"{bytes_per_token:.2f} bytes/tok", refresh=False)
+        self.bar.update(tokens)
 
 
 # -- what a folder holds ----------------------------------------------------------------------------------------------
 
-def summarize(data: Data) -> Iterator[str]:
+def describe_data(data: DataFolder) -> Iterator[str]:
     """Lines that describe a prepared folder."""
     for split in SPLITS:
         tokens, n_bytes, documents = (data.manifest.total(split, quantity) for quantity in ("tokens", "bytes", "documents"))
@@ -334,11 +342,11 @@ def summarize(data: Data) -> Iterator[str]:
         yield f"skipped, as unreadable: {data.manifest.n_skipped}"
 
 
-def count_tokens(data: Data) -> tuple[np.ndarray, np.ndarray]:
+def count_lengths_and_ids(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of each document, without its separator, (documents,), and the occurrences of each id, (vocab_size,)."""
     lengths, counts = [], np.zeros(data.manifest.vocab_size, np.int64)
-    with tqdm(total=sum(data.manifest.total(split, "tokens") for split in SPLITS), desc="counting", unit="tok",
-              unit_scale=True) as bar:
+    n_tokens = sum(data.manifest.total(split, "tokens") for split in SPLITS)
+    with progress_bar(total=n_tokens, desc="counting", unit="tok", unit_scale=True) as bar:
         for split in SPLITS:
             tokens = data.split(split)
             starts = []
@@ -354,15 +362,16 @@ def count_tokens(data: Data) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(lengths), counts
 
 
-def write_stats(data: Data):
+def write_stats(data: DataFolder):
     """Writes stats.png, document lengths and token frequencies, and stats.csv, the frequencies, into the folder; prints a
     summary."""
-    lengths, counts = count_tokens(data)
+    lengths, counts = count_lengths_and_ids(data)
     if not len(lengths):
         raise BadInput(f"--data_path={data.path}: holds no finished shard yet")
     order = np.argsort(-counts, kind="stable")
-    falling = counts[order][counts[order] > 0]
-    draw_stats(data, lengths, counts, falling)
+    descending_counts = counts[order][counts[order] > 0]
+    title = f"{data.path}: {counts.sum():,} tokens of {data.manifest.source.get('dataset')}"
+    draw_corpus_stats(lengths, counts, title, data.path / "stats.png")
     with atomic_write(data.path / "stats.csv", "w") as file:
         file.write("rank,id,occurrences,token\n")
         rows = csv.writer(file, lineterminator="\n")
@@ -371,30 +380,9 @@ def write_stats(data: Data):
     low, median, high = np.percentile(lengths, [5, 50, 95])
     print(f"documents: {len(lengths):,}; tokens per document: median {median:,.0f}, 5 % below {low:,.0f}, 5 % above "
           f"{high:,.0f}, longest {lengths.max():,}")
-    print(f"tokens: {counts.sum():,}; {len(falling):,} of the {len(counts):,} ids occur; the 100 most frequent make up "
-          f"{falling[:100].sum() / counts.sum():.0%}")
+    print(f"tokens: {counts.sum():,}; {len(descending_counts):,} of the {len(counts):,} ids occur; the 100 most frequent "
+          f"make up {descending_counts[:100].sum() / counts.sum():.0%}")
     print(f"{data.path / 'stats.png'}, {data.path / 'stats.csv'}")
-
-
-def draw_stats(data: Data, lengths: np.ndarray, counts: np.ndarray, falling: np.ndarray):
-    """stats.png. falling: the counts above zero, in descending order."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.hist(np.maximum(lengths, 1), np.geomspace(1, lengths.max() + 1, 60), color="#4878a8")
-    left.axvline(np.median(lengths), color="black", linewidth=0.8)
-    left.set(xscale="log", xlabel="tokens in a document", ylabel="documents",
-             title=f"{len(lengths):,} documents, median {np.median(lengths):,.0f} tokens, longest {lengths.max():,}")
-    ranks = np.arange(1, len(falling) + 1)
-    right.plot(ranks, falling, color="#4878a8", label="tokens")
-    right.plot(ranks, falling[0] / ranks, color="black", linewidth=0.8, label="Zipf: 1 / rank")
-    right.set(xscale="log", yscale="log", xlabel="rank", ylabel="occurrences",
-              title=f"{len(falling):,} of {len(counts):,} tokens of the vocabulary occur")
-    right.legend()
-    figure.suptitle(f"{data.path}: {counts.sum():,} tokens of {data.manifest.source.get('dataset')}")
-    with atomic_write(data.path / "stats.png") as file:
-        figure.savefig(file, dpi=110, format="png")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -412,7 +400,7 @@ def main(argv=None):
     start_time = time.perf_counter()
     resume_command = shlex.join(["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
     data, was_complete = prepare(config, source_config, resume_command)
-    for line in summarize(data):
+    for line in describe_data(data):
         print(line)
     print(f"{config.data_path}: " + ("already complete, nothing to do" if was_complete else
                                      f"finished in {time.perf_counter() - start_time:.1f} s"))

@@ -4,32 +4,29 @@
     python evaluate.py --checkpoint_path a.pt b.pt --task=choice                          HellaSwag
     python evaluate.py --checkpoint_path checkpoints/gpt_finetuned.pt --task=answers      the built-in questions
 
-finetune.py validates with the functions of the last task.
+train.py and finetune.py validate with `mean_losses`, finetune.py also with the functions of the last task.
 """
 import itertools
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataloader import IGNORE_INDEX, PackedBatches
 from experiments.report import Table, markdown
 from model import GPT
-from runtime.checkpoint import load_checkpoint, reading
-from runtime.cli import command, explain_failures, parse_flags
+from runtime.cli import command, explain_failures, parse_flags, progress_bar
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
-from sampling import GREEDY, generate_texts, load_model
+from sampling import GREEDY, generate_texts, load_model, load_pretrained
 from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_all
 from tasks.multiple_choice import Choice, read_choices
 from text.sources import SourceConfig, local_path, open_source, take_text
@@ -37,7 +34,8 @@ from tokenizer import Tokenizer
 
 PROMPTS_PER_BATCH = 64
 # (dataset, split) of each task where the flags do not give them
-DEFAULTS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"), "answers": ("builtin", "train")}
+DEFAULT_DATASETS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"),
+                    "answers": ("builtin", "train")}
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class EvaluateConfig:
     checkpoint_path: tuple[Path, ...] = flag((Path("checkpoints/gpt.pt"),),
                                              "models to score side by side, with spaces between")
     task: str = flag("text", "text: bits per byte; choice: pick the right one of several endings; answers: answer questions "
-                             "word for word", choices=tuple(DEFAULTS))
+                             "word for word", choices=tuple(DEFAULT_DATASETS))
     dataset: str = flag(None, "a dataset on the Hugging Face hub by its id, a local file or folder, or `builtin`: for text "
                               "the documentation of Python, numpy and torch, most of which a model trained on it has seen; "
                               "for answers the questions that finetune.py holds out (default: builtin; for choice "
@@ -62,7 +60,7 @@ class EvaluateConfig:
                             "as many as finetune.py holds out)", at_least=1)
     max_bytes: int = flag(1_000_000, "for text, stop reading at the document that reaches this many bytes", at_least=1)
     batch_size: int = flag(16, "rows in a forward pass", at_least=1, at_most=1_000_000)
-    answer_tokens: int = flag(64, "for answers, most tokens of an answer", at_least=1)
+    answer_tokens: int = flag(64, "for answers, maximum number of tokens in an answer", at_least=1)
     out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model")
     overwrite: bool = flag(False, "replace --out_path if it exists")
 
@@ -70,7 +68,7 @@ class EvaluateConfig:
         check_flags(self)
         if self.dataset == "":
             raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
-        for name, default in zip(("dataset", "split"), DEFAULTS[self.task]):
+        for name, default in zip(("dataset", "split"), DEFAULT_DATASETS[self.task]):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if self.task == "text" and self.split != "train":
@@ -104,12 +102,6 @@ def proportion(hits: Sequence[bool]) -> Score:
     return Score(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, "higher", ".1%")
 
 
-def progress_bar(total: int, unit: str) -> tqdm:
-    """Appears after a second; where stderr is a log file, a line every half minute."""
-    return tqdm(total=total, unit=unit, unit_scale=unit == "tok", delay=1, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
-
-
 # -- token losses -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -127,7 +119,8 @@ def token_losses(model: GPT, machine: Machine, windows: Sequence[Window],
     Longest windows first: so a batch needs little padding, and too little memory shows at once.
     """
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
-    with progress_bar(sum(len(window.ids) - 1 for window in windows), "tok") as bar:
+    n_tokens = sum(len(window.ids) - 1 for window in windows)
+    with progress_bar(total=n_tokens, unit="tok", unit_scale=True, delay=1) as bar:
         for first in range(0, len(order), batch_size):
             indices = order[first:first + batch_size]
             idx, targets = collate([windows[i] for i in indices])
@@ -148,6 +141,22 @@ def collate(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
         idx[row, :n] = ids[:-1]
         targets[row, n - window.n_scored:n] = ids[len(ids) - window.n_scored:]
     return idx, targets
+
+
+@torch.no_grad()
+def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Iterable[tuple[Tensor, ...]]) -> dict:
+    """val_loss, nats/token, and val_bpb, bits per byte, over all targets of `batches`, as train.py and finetune.py validate.
+
+    A batch: inputs, targets and, where rows are packed, document starts, each (B, T).
+    """
+    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
+    for idx, targets, *packed in batches:
+        doc_starts = packed[0].to(machine.device) if packed else None
+        with machine.autocast():
+            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
+                                         doc_starts=doc_starts)
+        sums.add(losses, targets, token_bytes)
+    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -275,7 +284,7 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
     block_size, answers = model.config.block_size, []
     batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
     prompts = eval_prompts(conversations, tokenizer, block_size)
-    with machine.autocast(), progress_bar(len(prompts), "question") as bar:
+    with machine.autocast(), progress_bar(total=len(prompts), unit="question", delay=1) as bar:
         for first in range(0, len(prompts), PROMPTS_PER_BATCH):
             answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_PER_BATCH], config.answer_tokens)
             bar.update(len(answers) - bar.n)
@@ -283,7 +292,7 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
     by_task = group_by_task(answers)
     if len(by_task) > 1:
         scores |= {f"- {task}": proportion([row["correct"] for row in rows]) for task, rows in by_task.items()}
-    bpb = answer_losses(model, tokenizer, machine, batches)["val_bpb"]
+    bpb = mean_losses(model, tokenizer, machine, batches.sequential())["val_bpb"]
     return scores | {"questions that fit into the context": count(len(answers)),
                      "bits per byte of the answers": Score(bpb, better="lower")}, answers
 
@@ -313,7 +322,8 @@ def eval_prompts(conversations: list[Conversation], tokenizer: Tokenizer, block_
 
 
 def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list[dict]:
-    """A row for each prompt with the model's greedy answer, `output`, of at most `answer_tokens` tokens."""
+    """A row for each prompt with the model's greedy answer, `output`, of at most `answer_tokens` tokens and no more
+    than the longest right answer and its end."""
     longest = max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0) + 1
     outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens))
     return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
@@ -321,6 +331,7 @@ def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], 
 
 
 def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The text that the model adds to each of `prompts`, ids; PROMPTS_PER_BATCH are computed together."""
     outputs = [""] * len(prompts)
     for first in range(0, len(prompts), PROMPTS_PER_BATCH):
         batch = prompts[first:first + PROMPTS_PER_BATCH]
@@ -346,7 +357,7 @@ def group_by_kind(answers: list[dict]) -> dict[str, list[dict]]:
 
 
 def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each task, under a name for people; without those of no task."""
+    """The rows of each task, under a display name; without those of no task."""
     groups = {}
     for row in answers:
         kind, task = row["kind"], row["task"]
@@ -355,42 +366,25 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-@torch.no_grad()
-def answer_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: PackedBatches) -> dict:
-    """val_loss, nats/token, and val_bpb, bits per byte, of everything that the assistant says."""
-    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
-    for idx, targets, doc_starts in batches.sequential():
-        with machine.autocast():
-            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
-                                         doc_starts=doc_starts.to(machine.device))
-        sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 # task -> read(config) -> examples; score(model, tokenizer, machine, examples, config) -> (scores, rows of --out_path); what
 # an example is called
-TASKS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
-         "answers": (read_questions, score_answers, "conversations")}
+EVALUATIONS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
+               "answers": (read_questions, score_answers, "conversations")}
 
 
 def check_checkpoints(config: EvaluateConfig):
     """Raises BadInput if any of them cannot be used, before the first is scored."""
     for path in config.checkpoint_path:
-        checkpoint = load_checkpoint(path)
-        with reading(path):
-            tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-            _ = tokenizer.separator_id
-            if config.task == "answers":
-                tokenizer.chat_token_ids()
+        load_pretrained(path, chat=config.task == "answers")
 
 
 def check_out_path(config: EvaluateConfig):
     if config.out_path:
         check_writable(config.out_path, f"--out_path={config.out_path}")
         if config.out_path.exists() and not config.overwrite:
-            raise BadInput(f"--out_path={config.out_path}: exists: replace it by --overwrite, or choose another path")
+            raise BadInput(f"--out_path={config.out_path}: exists: replace it with --overwrite, or choose another path")
 
 
 def score_table(scores: dict[str, dict[str, Score]]) -> Table:
@@ -406,10 +400,10 @@ def main(argv=None):
     config, device_config = parse_flags(main.__doc__, argv, EvaluateConfig, DeviceConfig)
     check_out_path(config)
     check_checkpoints(config)
-    read, score, unit = TASKS[config.task]
+    read, score, unit = EVALUATIONS[config.task]
     examples, machine = read(config), open_machine(device_config)
     start, scores, rows = time.perf_counter(), {}, []
-    with explain_failures(f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
+    with explain_failures(lambda: f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
             model, tokenizer = load_model(path, machine)
             scores[str(path)], new_rows = score(model, tokenizer, machine, examples, config)

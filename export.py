@@ -12,20 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import regex
-
 from convert.gguf import require_gguf, write_gguf
 from convert.hf_in import import_model
 from convert.hf_mapping import hf_architecture
 from convert.hf_out import export_model
-from model import GPT
-from runtime.checkpoint import load_checkpoint, reading, save_checkpoint
+from convert.hf_tokenizer import to_hf_pattern
+from runtime.checkpoint import explain_damage, save_checkpoint
 from runtime.cli import command, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
-from text.hub import brief, hub_error, is_network_error
-from tokenizer import Tokenizer
+from sampling import load_pretrained
+from text.hub import hub_error, hub_unreachable, is_hub_id, is_network_error
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,9 @@ def main(argv=None):
 
 def export_checkpoint(config: ExportConfig):
     """--checkpoint_path -> --out_path. Raises BadInput, OSError."""
-    checkpoint = load_checkpoint(config.checkpoint_path)
-    with reading(config.checkpoint_path):
-        model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
-        _ = tokenizer.separator_id  # which every exported tokenizer leads a text with
-    del checkpoint
+    model, tokenizer, _ = load_pretrained(config.checkpoint_path)
+    with explain_damage(config.checkpoint_path):
+        to_hf_pattern(tokenizer.pattern)  # raises before anything is written
     if config.gguf:
         require_gguf(model, tokenizer)
     with atomic_folder(config.out_path, config.overwrite) as folder:
@@ -122,7 +118,7 @@ def download(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not regex.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", source):  # what an id looks like
+    if path.exists() or not is_hub_id(source):
         raise BadInput(f"--import_path={source}: no such folder")
     import huggingface_hub
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -130,8 +126,7 @@ def download(source: str) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "merges.txt", "*.safetensors"]))
     except Exception as error:
         if is_network_error(error):
-            raise BadInput(f"--import_path={source}: no such folder, and the hub cannot be reached "
-                           f"({brief(error)})") from None
+            raise hub_unreachable(f"--import_path={source}", error, "a local folder") from None
         raise hub_error(error, f"--import_path={source}") from None
 
 

@@ -20,30 +20,31 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dataloader import PackedBatches, TrainLoader
-from evaluate import EvalPrompt, accuracy, answer_losses, answer_prompts, eval_prompts, group_by_kind, group_by_task
+from evaluate import EvalPrompt, accuracy, answer_prompts, eval_prompts, group_by_kind, group_by_task, mean_losses
 from experiments.plots import draw_mean_curves
 from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
-from runtime.checkpoint import load_checkpoint, reading, run_folder
-from runtime.cli import command, explain_failures
+from runtime.checkpoint import run_folder
+from runtime.cli import command
 from runtime.config import check_flags, flag
 from runtime.device import DeviceConfig, Machine, seed_everything
-from runtime.files import atomic_write, folder_lock
+from runtime.files import atomic_write
 from runtime.metrics import read_rows
-from runtime.run import TrainingCommand, is_finished, override_horizon
+from runtime.run import TrainingCommand, override_horizon
+from sampling import load_pretrained
 from tasks.conversations import ConversationConfig, read_conversations
-from tokenizer import Tokenizer
 from trainer import (
     Evaluation,
     LoopConfig,
+    Run,
+    RunFlags,
     TrainSetup,
     TrainState,
-    make_state,
-    oom_advice,
+    dry_run_step,
     open_output,
-    report_start,
-    train,
+    restore_state,
+    train_command,
 )
 
 LR_RATIO = 0.5  # of pretraining's learning rate: finetuning should redirect what the model knows, not overwrite it
@@ -51,25 +52,17 @@ ANSWER_FIELDS = {"step", "kind", "task", "question", "answer", "output", "correc
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(RunFlags):
     """The run."""
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to finetune")
     out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: --checkpoint_path "
                                 "with _finetuned added to its name)", on_resume="unsaved", scope="run")
-    resume_checkpoint: str = flag(None, "continue --out_path, or the checkpoint given here; flags that are not given keep "
-                                        "their value, and the result equals an uninterrupted run", bare="1",
-                                  on_resume="unsaved", scope="run")
-    overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
-                           scope="run")
     epochs: float = flag(3.0, "passes over the conversations, unless --max_iter, --max_tokens or --max_seconds is given",
                          above=0, scope="run")
     batch_size: int = flag(16, "rows in a batch; a row holds as many conversations as fit into the model's context",
                            at_least=1, at_most=1_000_000, on_resume="warn")
-    answer_tokens: int = flag(64, "most tokens of an answer to a held-out question", at_least=1, on_resume="warn")
-    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
-                               auto=True, on_resume="warn")
-    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
-                                        on_resume="free")
+    answer_tokens: int = flag(64, "maximum number of tokens in an answer to a held-out question", at_least=1,
+                              on_resume="warn")
     seed: int = flag(1337, "random seed of the order of the conversations", at_least=0, at_most=2**63 - 1, scope="run")
     __post_init__ = check_flags
 
@@ -81,7 +74,8 @@ class FinetuneOptimizer(OptimizerConfig):
                                   "model", choices=("auto", *OPTIMIZERS))
     learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {LR_RATIO} of its auto", above=0,
                                 auto=True, on_resume="warn")
-    weight_decay: float = flag(0.0, "of the matrices, per step and learning rate", at_least=0, on_resume="warn")
+    weight_decay: float = flag(0.0, "weight decay of the matrices; each step multiplies it by the learning rate",
+                               at_least=0, on_resume="warn")
 
     def peak_lr(self, step_tokens: int) -> float:
         return super().peak_lr(step_tokens) * (LR_RATIO if self.learning_rate == "auto" else 1.0)
@@ -133,7 +127,7 @@ class HeldOut:
 def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int) -> dict:
     """val_loss and val_bpb of the right answers; exact_match, the accuracy of the model's own, which go into answers.jsonl,
     overall and for each kind of question."""
-    row = answer_losses(state.model, setup.tokenizer, setup.machine, held_out.batches)
+    row = mean_losses(state.model, setup.tokenizer, setup.machine, held_out.batches.sequential())
     with setup.machine.autocast():
         answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens)
     write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
@@ -152,13 +146,16 @@ def write_answers(path: Path, step: int, answers: list[dict]):
 
 
 def read_answers(path: Path) -> list[dict]:
-    """The rows of an answers.jsonl; [] if the file does not exist. Lines that a crash cut off, and rows that another version
-    wrote, are ignored."""
+    """The rows of an answers.jsonl; [] if the file does not exist. Lines that a crash cut off are ignored; rows from before
+    kind and task were fields of their own are brought up to date."""
     rows = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 row = json.loads(line)
+                if isinstance(row, dict) and {"said", "right", "task"} <= row.keys():
+                    kind, _, task = row["task"].partition(": ")
+                    row |= {"output": row.pop("said"), "correct": row.pop("right"), "kind": kind, "task": task or kind}
                 if isinstance(row, dict) and row.keys() >= ANSWER_FIELDS:
                     rows.append(row)
     return rows
@@ -222,26 +219,14 @@ def truncate(text: str, n: int = 60) -> str:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-def load_base(path: Path) -> tuple[GPT, Tokenizer, dict]:
-    """The model to finetune, its tokenizer, and the flags of its own training, {} if it was imported. Raises BadInput."""
-    checkpoint = load_checkpoint(path)
-    with reading(path):
-        tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-        tokenizer.chat_token_ids()  # fails here, with the file's name, if it has none
-        return GPT.from_checkpoint(checkpoint), tokenizer, checkpoint.get("training", {}).get("settings", {})
-
-
-def open_run(configs: FinetuneConfigs, checkpoint: dict | None) -> tuple[TrainState, TrainSetup, HeldOut, FinetuneConfigs]:
-    """Everything a run needs, new or from `checkpoint`, and the flags with --epochs and "auto" resolved. Raises BadInput
-    before any file is written."""
+def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it, with --epochs and "auto" resolved.
+    Raises BadInput before any file is written."""
     run, loop, schedule = configs.run, configs.loop, configs.optimizer
-    path, resumed = run.out_path, Path(run.resume_checkpoint) if run.resume_checkpoint else None
-    writer, machine = open_output(FINETUNING, path, resumed, run.overwrite, configs.device, checkpoint)
-    if checkpoint:
-        with reading(resumed):
-            model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
-    else:
-        model, tokenizer, pretraining_flags = load_base(run.checkpoint_path)
+    output = open_output(FINETUNING, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
+    machine = output.machine
+    model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint, chat=True)
+    if not checkpoint:
         schedule = schedule.for_model(pretraining_flags)
     conversations, held_out = read_conversations(configs.source)
     block_size = model.config.block_size
@@ -251,42 +236,38 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None) -> tuple[TrainSt
                   eval_prompts(held_out, tokenizer, block_size))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
+    step_rows = run.batch_size * loop.num_batch_accum
     if not (loop.max_iter or loop.max_tokens or loop.max_seconds):
-        step_rows = run.batch_size * loop.num_batch_accum
         loop = dataclasses.replace(loop, max_iter=max(1, math.ceil(run.epochs * batches.n_blocks / step_rows)))
     configs = configs._replace(optimizer=schedule, loop=loop)
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
-    settings = FINETUNING.settings(*configs) | vars(model.config)
-    state, setup = make_state(FINETUNING, model, tokenizer, schedule, loader, machine, writer, settings, resumed,
-                              checkpoint)
-    return state, setup, val, configs
+    state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * block_size,
+                                 FINETUNING.settings(*configs) | vars(model.config))
+    evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens))
+    return Run(configs, state, setup, answer_loss, evaluate, partial(dry_run, state, machine, run.batch_size),
+               partial(describe, state, setup, val, configs))
 
 
-def print_run(state: TrainState, setup: TrainSetup, val: HeldOut, configs: FinetuneConfigs):
+def dry_run(state: TrainState, machine: Machine, batch_size: int):
+    """Forward and backward pass of a full batch, see dry_run_step."""
+    batch = [part.expand(batch_size, -1) for part in machine.to_device(state.loader.batches.read(range(1)))]
+    dry_run_step(state.model, machine, answer_loss, batch)
+
+
+def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: FinetuneConfigs) -> list[str]:
     """The lines that a run starts with: model, data and machine."""
     batches, run = state.loader.batches, configs.run
     n_targets = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.conversations)
     n_tokens = sum(len(ids) - 1 for ids, _ in batches.conversations)
-    print(f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
-          f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}")
-    print(f"data     {configs.source.dataset}: {len(batches.conversations):,} conversations in {batches.n_blocks:,} rows, "
-          f"{n_tokens / batches.n_blocks / batches.block_size:.0%} full; {n_targets / n_tokens:.0%} of the tokens are the "
-          f"assistant's; {len(val.batches.conversations):,} held out, with {len(val.prompts):,} questions")
-    if batches.n_truncated:
-        print(f"         {batches.n_truncated:,} are longer than the context and truncated")
-    print(f"machine  {setup.machine}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows until "
-          f"{configs.loop.horizon()}")
-
-
-def dry_run_step(state: TrainState, machine: Machine, batch_size: int):
-    """Forward and backward pass of a full batch, to see whether they work on this machine. Leaves no gradient."""
-    batch = [part.expand(batch_size, -1) for part in machine.to_device(state.loader.batches.read(range(1)))]
-    try:
-        with machine.autocast():
-            loss = answer_loss(state.model, batch)
-        loss.backward()
-    finally:
-        state.model.zero_grad(set_to_none=True)
+    n_truncated = batches.n_truncated
+    truncated = f"\n         {n_truncated:,} are longer than the context and truncated" if n_truncated else ""
+    return [f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
+            f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
+            f"data     {configs.source.dataset}: {len(batches.conversations):,} conversations in {batches.n_blocks:,} rows, "
+            f"{n_tokens / batches.n_blocks / batches.block_size:.0%} full; {n_targets / n_tokens:.0%} of the tokens are the "
+            f"assistant's; {len(val.batches.conversations):,} held out, with {len(val.prompts):,} questions{truncated}",
+            f"machine  {setup.machine}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows until "
+            f"{configs.loop.horizon()}"]
 
 
 def default_out_path(path: Path) -> Path:
@@ -298,27 +279,10 @@ def default_out_path(path: Path) -> Path:
 def main(argv=None):
     given, defaults = FINETUNING.flags_given(argv), FINETUNING.defaults()
     path, resumed = FINETUNING.paths(given, default_out_path(given.get("checkpoint_path", defaults["checkpoint_path"])))
-    with folder_lock(run_folder(path), f"--out_path={path}"):
-        start, checkpoint = FINETUNING.read_checkpoint(resumed, given) if resumed else ({}, None)
-        values = override_horizon(defaults | start, given) | {
-            "out_path": path, "resume_checkpoint": str(resumed) if resumed else None}
-        configs = FINETUNING.read_configs(values)
-        if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
-            return
-        setup = None
-        with explain_failures(lambda: oom_advice(setup.settings if setup else values, can_find_batch=False),
-                              lambda: setup.checkpoint_status() if setup else ""):
-            state, setup, held_out, configs = open_run(configs, checkpoint)
-            run = configs.run
-            if configs.loop.verbose:
-                print_run(state, setup, held_out, configs)
-                report_start(FINETUNING, setup, checkpoint)
-            del checkpoint
-            evaluate = Evaluation(lambda state: validate(state, setup, held_out, run.answer_tokens))
-            train(FINETUNING, state, setup, configs.loop, answer_loss, evaluate, run.compile_model,
-                  dry_run=partial(dry_run_step, state, setup.machine, run.batch_size))
-    if configs.loop.verbose:
-        report(state, setup)
+    run = train_command(FINETUNING, given, path, resumed, lambda start, given: override_horizon(defaults | start, given),
+                        open_run)
+    if run and run.configs.loop.verbose:
+        report(run.state, run.setup)
 
 
 if __name__ == "__main__":

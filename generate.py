@@ -20,7 +20,7 @@ class GenerateConfig:
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model to sample from")
     prompt: str = flag("", "text to continue, without a trailing space (default: the start of a document); with --chat, the "
                            "first message")
-    max_new_tokens: int = flag(200, "most tokens to generate for each sample; with --chat, for each answer", at_least=1)
+    max_new_tokens: int = flag(200, "maximum number of new tokens in a sample; with --chat, in an answer", at_least=1)
     num_samples: int = flag(1, "continuations of the prompt, generated as one batch", at_least=1, at_most=10_000)
     stop: tuple[str, ...] = flag((), "strings that end a sample, with spaces between; they are not printed")
     chat: bool = flag(False, "talk with a model that finetune.py trained, as chat.py does")
@@ -64,7 +64,7 @@ def main(argv=None):
     """Continues a prompt with text sampled from a trained model."""
     config, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, SamplingConfig, DeviceConfig)
     machine = open_machine(device_config)
-    with explain_failures("try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
+    with explain_failures(lambda: "try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
         if config.chat:
             start_chat(config.chat_config(), sampling, machine)
             return

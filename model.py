@@ -6,6 +6,7 @@ linear layer and norm are chosen by name from the dicts in layers/.
     model = GPT(GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=128, vocab_size=4096))
     loss = model(idx, targets)
 """
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,7 +23,7 @@ from layers.shift import ShiftCache, TokenShift
 from runtime.config import BadInput, check_flags, flag
 
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
-INITIAL_LOGIT_STD = 0.1  # of a tied model's first logits: nearly a uniform prediction
+INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class GPTConfig:
     n_kv_head: int = flag(None, "heads of keys and values, each shared by a group of attention heads (default: as many as "
                                 "--n_head)", at_least=1, at_most=10_000)
     block_size: int = flag(1024, "context length in tokens", at_least=1, at_most=10_000_000)
-    vocab_size: int = flag(None, "tokens that the vocabulary must have (default: those of the data's tokenizer)", at_least=1,
-                           scope="run")
+    vocab_size: int = flag(None, "required vocabulary size (default: that of the data's tokenizer)", at_least=1, scope="run")
     mlp: str = flag("auto", "feed-forward layer; auto: gelu, or the kind of --linear if that is not linear",
                     choices=("auto", *MLPS))
     n_hidden: int = flag(None, "hidden width of the feed-forward layer (default: for about 8 * width² parameters)",
@@ -56,11 +56,11 @@ class GPTConfig:
     x0_residual: bool = flag(True, "mix the embedding into the input of each block")
     token_shift: bool = flag(True, "add a learned per-channel multiple of the previous token to the input of mixers and "
                                    "feed-forward layers")
-    softcap: float = flag(15.0, "bounds logits smoothly to ± this value; 0 is no bound", at_least=0)
+    softcap: float = flag(15.0, "caps logits at softcap * tanh(logits / softcap); 0: no cap", at_least=0)
     tied: bool = flag(True, "share one matrix between embedding and head")
     bias: bool = flag(False, "biases in linear layers and LayerNorm")
-    init: str = flag("zero", "initialisation: zero for the matrices that write into the residual stream, or GPT-2's for all "
-                             "weights", choices=("zero", "gpt2"))
+    init: str = flag("zero", "initialisation; zero: the matrices that write into the residual stream start at zero; gpt2: "
+                             "GPT-2's for all weights", choices=("zero", "gpt2"))
 
     def __post_init__(self):
         check_flags(self)
@@ -238,7 +238,7 @@ class GPT(nn.Module):
         elif cache is not None and cache.left_pad is not None:
             positions = torch.arange(start, start + T, device=idx.device) - cache.left_pad[:, None]
         mask = None
-        if any(block.mixer.letter == "A" for block in self.blocks):
+        if any(block.mixer.needs_mask for block in self.blocks):
             mask = document_causal_mask(doc_starts) if doc_starts is not None else cached_causal_mask(
                 T, start, cache and cache.left_pad, idx.device)
         return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts), positions
@@ -254,9 +254,7 @@ class GPT(nn.Module):
     def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of
         each, (B, V), and a cache from which decoding continues for all rows at once."""
-        by_length = {}  # T -> the distinct prompts of T tokens, each with its rows
-        for row, prompt in enumerate(prompts):
-            by_length.setdefault(len(prompt), {}).setdefault(tuple(prompt.tolist()), []).append(row)
+        by_length = group_by_length(prompts)
         longest, first = max(by_length), next(iter(by_length.values()))
         if len(by_length) == 1 and len(first) == len(prompts):
             cache = self.init_cache(len(prompts), max_len, dtype)
@@ -309,11 +307,36 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict) -> "GPT":
-        """The inverse of `to_checkpoint`. Raises BadInput when the weights do not fit the config."""
-        model = cls(GPTConfig(**checkpoint["config"]))
+        """The inverse of `to_checkpoint`, for checkpoints of format 2 too. Raises BadInput when the weights do not fit the
+        config."""
+        model = cls(GPTConfig(**upgrade_config(checkpoint["config"])))
         try:
-            model.load_state_dict(checkpoint["model"])
+            model.load_state_dict(upgrade_weights(checkpoint["model"]))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
             raise BadInput(f"the checkpoint's weights do not fit its config {checkpoint['config']} ({reason})") from None
         return model
+
+
+def group_by_length(prompts: list[Tensor]) -> dict[int, dict[tuple[int, ...], list[int]]]:
+    """T -> the distinct prompts of T tokens -> the rows of each in `prompts`."""
+    groups = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), {}).setdefault(tuple(prompt.tolist()), []).append(row)
+    return groups
+
+
+# -- names of format 2 ------------------------------------------------------------------------------------------------
+
+# Checkpoints of format 2, and folders that were exported then, call the flag x0_residual `embed_shortcut`, and the
+# parameters x0_mix and shift_coeff `shortcut` and `share`. Nothing else of a model differs.
+
+def upgrade_config(config: dict) -> dict:
+    """The fields of GPTConfig by their present names; a config of the present format is returned unchanged."""
+    return {"x0_residual" if name == "embed_shortcut" else name: value for name, value in config.items()}
+
+
+def upgrade_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict by its present names, in the same order; one of the present format is returned unchanged."""
+    rename = lambda name: re.sub(r"\.shortcut$", ".x0_mix", re.sub(r"(shifts\.\d)\.share$", r"\1.shift_coeff", name))
+    return {rename(name): value for name, value in weights.items()}

@@ -68,19 +68,19 @@ OPTIMIZERS = {"muon": OptimizerSpec(muon_groups), "adamw": OptimizerSpec(adamw_g
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer."""
-    optimizer: str = flag("muon", "muon: for the matrices in the blocks, with AdamW for the rest; adamw: for everything, "
-                                  "with the same groups; gpt2: AdamW, one learning rate and weight decay for every matrix",
-                          choices=tuple(OPTIMIZERS))
+    optimizer: str = flag("muon", "update rule; muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW "
+                                  "for everything, with the same groups; gpt2: AdamW with one learning rate, and weight "
+                                  "decay for every matrix", choices=tuple(OPTIMIZERS))
     learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
                                         f"{BASE_LR}, less for steps of fewer than {CRITICAL_BATCH_TOKENS:,} tokens, and a "
                                         "tenth of it with --optimizer=gpt2", above=0, auto=True, on_resume="warn")
     momentum_dtype: str = flag("bf16", "dtype of Muon's state; bf16 takes half the memory", choices=("bf16", "fp32"),
                                on_resume="warn")
-    weight_decay: float = flag("auto", "weight decay of the matrices, multiplied by the learning rate; auto: fitted to the "
-                                       "length of the run, like the learning-rate schedule", at_least=0, auto=True,
-                               on_resume="warn")
-    schedule: str = flag("linear", "learning rate after warmup; linear: constant, then linearly to zero; cosine: to a tenth",
-                         choices=("linear", "cosine"), on_resume="warn")
+    weight_decay: float = flag("auto", "weight decay of the matrices; each step multiplies it by the learning rate; auto: "
+                                       "fitted to the length of the run, like the learning-rate schedule",
+                               at_least=0, auto=True, on_resume="warn")
+    schedule: str = flag("linear", "learning rate after warmup; linear: constant, then linearly to zero; cosine: down to a "
+                                   "tenth", choices=("linear", "cosine"), on_resume="warn")
     warmup_iter: int = flag(10, "steps of linear warmup", at_least=0, on_resume="warn")
     cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly to zero",
                                 at_least=0, at_most=1, on_resume="warn")
@@ -188,10 +188,10 @@ def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = CRITI
 # -- AdamW and Muon ---------------------------------------------------------------------------------------------------
 
 BETAS = 0.9, 0.95
-MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200  # Muon's, and the steps over which it grows
+MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200  # Muon's momentum, and the steps over which it grows
 # Newton-Schulz iteration: coefficients that move all singular values into [0.7, 1.2] in five steps
 NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
-NS_MAX_NUMEL = 2**25  # of matrices stacked for one iteration: 64 MiB in bf16
+NS_MAX_NUMEL = 2**25  # numbers in the matrices stacked for one iteration: 64 MiB in bf16
 
 
 class AdamW(torch.optim.AdamW):
@@ -227,7 +227,7 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)
-        for averages in self.state.values():  # which torch has cast to the parameters' dtype
+        for averages in self.state.values():  # torch has cast them to the parameters' dtype
             averages["momentum"] = averages["momentum"].to(self.momentum_dtype)
 
     def step_stacked(self, parameters: list[Tensor], group: dict, skip: Tensor | None):

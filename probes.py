@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import shlex
-import statistics
 import sys
 import time
 from contextlib import suppress
@@ -23,27 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compare import flag_texts, flags_with_scope, parse_arm, query_device
+from compare import parse_arm, query_device
 from dataloader import IGNORE_INDEX
 from experiments.code_hash import code_hash
-from experiments.plots import draw_accuracy_matrix
-from experiments.report import Table, csv_table, markdown
-from experiments.runner import JobResult, Runner
+from experiments.probe_report import ProbeStudy, write_probe_report
+from experiments.runner import JobResult, Runner, flag_texts
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.cli import command, explain_failures, log_line, parse_flags
-from runtime.config import BadInput, check_flags, flag, read_flags
-from runtime.device import DTYPES, DeviceConfig, Machine, open_machine, seed_everything
+from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags
+from runtime.device import DeviceConfig, Machine, open_machine, seed_everything
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.signals import StopSignals
 from tasks.synthetic import TASKS, Task
-from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, new_state, next_token_loss
+from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss
 
 SCRIPT = Path(__file__)
 EVAL_EXAMPLES = 256    # of an evaluation; always the same, whatever the arm and the seed
 SCALES = 1, 2, 4       # evaluated lengths, as multiples of the trained one
 SOLVED_ACCURACY = 0.99
-COOLDOWN = 0.2         # last fraction of a cell's steps, in which the learning rate falls to zero
+COOLDOWN_FRAC = 0.2    # last fraction of a cell's steps, in which the learning rate falls to zero
 
 
 # -- flags and cells --------------------------------------------------------------------------------------------------
@@ -61,24 +59,30 @@ class ProbeConfig:
     __post_init__ = check_flags
 
 
+def redeclare(config: type, name: str, default, **changes):
+    """The flag of `config` with another default. changes: of what is declared of it, see runtime.config.Flag."""
+    declared = declared_flags(config)[name].metadata["flag"]
+    return dataclasses.field(default=default, metadata={"flag": dataclasses.replace(declared, **changes)})
+
+
 @dataclass(frozen=True)
 class CellConfig:
     """What all cells have in common, except where an arm sets it."""
-    n_layer: int = flag(2, "blocks", at_least=1)
-    n_head: int = flag(4, "attention heads; the width is n_head * head_size", at_least=1)
-    head_size: int = flag(16, "channels of a head, an even number", at_least=2)
-    batch_size: int = flag(32, "examples in a batch", at_least=1)
+    n_layer: int = redeclare(GPTConfig, "n_layer", 2)
+    n_head: int = redeclare(GPTConfig, "n_head", 4)
+    head_size: int = redeclare(GPTConfig, "head_size", 16)
+    batch_size: int = flag(32, "examples in a batch", at_least=1, at_most=1_000_000)
     max_iter: int = flag(1200, "optimizer steps after which an unsolved task is given up", at_least=2, scope="shared")
     val_intervals: int = flag(50, "steps between evaluations", at_least=1, scope="shared")
     learning_rate: float = flag(0.02, "peak learning rate, see train.py", above=0)
-    weight_decay: float = flag(0.1, "of the matrices, per step and learning rate", at_least=0)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", at_least=0)
-    device: str = flag("cpu", "cuda, cuda:1, mps or cpu; auto takes the first available, in this order", scope="shared")
-    dtype: str = flag("fp32", "of matrix products", choices=("auto", *DTYPES), scope="shared")
+    weight_decay: float = flag(0.1, "weight decay of the matrices; each step multiplies it by the learning rate", at_least=0)
+    grad_clip: float = redeclare(LoopConfig, "grad_clip", 1.0)
+    device: str = redeclare(DeviceConfig, "device", "cpu")
+    dtype: str = redeclare(DeviceConfig, "dtype", "fp32", scope="shared")
     __post_init__ = check_flags
 
 
-DEFAULTS = {"num_batch_accum": 1, "warmup_iter": 20}  # of flags that an arm may set, but probes.py does not have
+CELL_DEFAULTS = {"num_batch_accum": 1, "warmup_iter": 20}  # of flags that an arm may set, but probes.py does not have
 
 
 def fixed_flags(task: Task, common: CellConfig) -> dict:
@@ -111,7 +115,7 @@ def build_cells(probe: ProbeConfig, common: CellConfig) -> list[ProbeCell]:
     """All cells, seed by seed; with --cell only that seed's. Raises BadInput where an arm cannot be trained."""
     seeds = range(probe.seeds) if probe.cell is None else [probe.cell]
     arms = {arm: parse_probe_arm(arm, common) for arm in dict.fromkeys(probe.arms)}
-    cells = [ProbeCell(arm, task, seed, DEFAULTS | vars(common) | values | fixed_flags(TASKS[task], common))
+    cells = [ProbeCell(arm, task, seed, CELL_DEFAULTS | vars(common) | values | fixed_flags(TASKS[task], common))
              for seed in seeds for task in dict.fromkeys(probe.tasks) for arm, values in arms.items()]
     for cell in cells:
         try:
@@ -124,7 +128,7 @@ def build_cells(probe: ProbeConfig, common: CellConfig) -> list[ProbeCell]:
 def parse_probe_arm(text: str, common: CellConfig) -> dict:
     """The flags that an arm sets. Raises BadInput."""
     values = parse_arm(text, "--arms")
-    allowed = flags_with_scope("arm", GPTConfig, OptimizerConfig, LoopConfig, CellConfig)
+    allowed = flag_names(GPTConfig, OptimizerConfig, LoopConfig, CellConfig, scope="arm")
     allowed -= fixed_flags(next(iter(TASKS.values())), common).keys()
     if not_allowed := values.keys() - allowed:
         raise BadInput(f"--arms {text!r}: {min(not_allowed)} cannot be set by an arm of probes.py: leave it out")
@@ -170,13 +174,13 @@ def open_cell(cell: ProbeCell) -> tuple[TrainState, TrainSetup, LoopConfig]:
     seed_everything(cell.seed)
     model = GPT(gpt).to(machine.device)
     setup = TrainSetup(machine, schedule, step_tokens=batch_size * loop.num_batch_accum * task.length)
-    return new_state(model, ExampleLoader(task, batch_size, cell.seed), setup), setup, loop
+    return init_state(model, ExampleLoader(task, batch_size, cell.seed), setup), setup, loop
 
 
 def train_cell(state: TrainState, setup: TrainSetup, loop: LoopConfig, task: Task,
                batch_size: int) -> tuple[int | None, int | None]:
-    """Trains at a constant learning rate until the task is solved, or for a fraction of 1 - COOLDOWN of the steps, and then
-    with a falling rate, for COOLDOWN of all steps: the noise of a large rate is not part of what was learnt.
+    """Trains at a constant learning rate until the task is solved, or for a fraction of 1 - COOLDOWN_FRAC of the steps, and
+    then with a falling rate, for COOLDOWN_FRAC of all steps: the noise of a large rate is not part of what was learnt.
 
     Returns the step of the first evaluation that found the task solved, and the signal that stopped it, if any.
     """
@@ -187,12 +191,12 @@ def train_cell(state: TrainState, setup: TrainSetup, loop: LoopConfig, task: Tas
         if accuracy >= SOLVED_ACCURACY:
             solved_at.append(state.step)
         return {"val_loss": loss, "accuracy": accuracy}
-    constant = dataclasses.replace(loop, max_iter=max(1, round((1 - COOLDOWN) * loop.max_iter)))
+    constant = dataclasses.replace(loop, max_iter=max(1, round((1 - COOLDOWN_FRAC) * loop.max_iter)))
     stopped = fit(state, constant, next_token_loss, Evaluation(evaluate), setup,
                   stop_when=lambda state, row: row["accuracy"] >= SOLVED_ACCURACY)
     if not stopped and state.step:
-        setup = dataclasses.replace(setup, schedule=dataclasses.replace(setup.schedule, cooldown_frac=COOLDOWN))
-        falling = dataclasses.replace(loop, max_iter=max(state.step + 1, round(state.step / (1 - COOLDOWN))))
+        setup = dataclasses.replace(setup, schedule=dataclasses.replace(setup.schedule, cooldown_frac=COOLDOWN_FRAC))
+        falling = dataclasses.replace(loop, max_iter=max(state.step + 1, round(state.step / (1 - COOLDOWN_FRAC))))
         stopped = fit(state, falling, next_token_loss, Evaluation(evaluate), setup)
     return next(iter(solved_at), None), stopped
 
@@ -212,15 +216,15 @@ def run_cell(cell: ProbeCell, path: Path):
         for scale in SCALES:
             row[f"accuracy_{scale}x"] = evaluate_task(state.model, task, setup.machine, scale, cell.flags["batch_size"])[1]
     except FloatingPointError as error:
-        write_row(path, row | {"status": "diverged", "reason": str(error), "seconds": seconds()})
+        write_cell_row(path, row | {"status": "diverged", "reason": str(error), "seconds": seconds()})
         raise
     row["solved"] = row["steps"] is not None
-    write_row(path, row | {"status": "solved" if row["solved"] else "unsolved", "seconds": seconds()})
+    write_cell_row(path, row | {"status": "solved" if row["solved"] else "unsolved", "seconds": seconds()})
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
-FINAL = "solved", "unsolved", "diverged"  # cells that failed or were killed are trained again
+FINAL_CELL_STATUSES = "solved", "unsolved", "diverged"  # cells that failed or were killed are trained again
 
 
 def empty_row(cell: ProbeCell) -> dict:
@@ -230,15 +234,15 @@ def empty_row(cell: ProbeCell) -> dict:
             "seconds": None, "reason": ""}
 
 
-def read_row(path: Path) -> dict | None:
+def read_cell_row(path: Path) -> dict | None:
     """The row of a finished cell; None if it is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         row = json.loads(path.read_text(encoding="utf-8"))
-        return row if row["status"] in FINAL else None
+        return row if row["status"] in FINAL_CELL_STATUSES else None
     return None
 
 
-def write_row(path: Path, row: dict):
+def write_cell_row(path: Path, row: dict):
     with atomic_write(path, "w") as file:
         json.dump(row, file, indent=1)
 
@@ -254,19 +258,19 @@ class CellJob:
     script: Path
 
     def previous_result(self) -> JobResult | None:
-        return JobResult("finished") if read_row(self.path) else None
+        return JobResult("finished") if read_cell_row(self.path) else None
 
     def command(self) -> list[str]:
         return [sys.executable, str(self.script), "--arms", self.cell.arm, "--tasks", self.cell.task,
                 f"--cell={self.cell.seed}", *self.flags]
 
     def complete(self, result: JobResult) -> JobResult:
-        if result.status in ("finished", "diverged") and read_row(self.path) is None:
+        if result.status in ("finished", "diverged") and read_cell_row(self.path) is None:
             return JobResult("failed", "its row is missing: the code has changed meanwhile")
         return JobResult("failed", result.reason) if result.status == "bad input" else result
 
     def row(self, result: JobResult) -> dict:
-        return read_row(self.path) or empty_row(self.cell) | {"status": result.status, "reason": result.reason}
+        return read_cell_row(self.path) or empty_row(self.cell) | {"status": result.status, "reason": result.reason}
 
 
 def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str) -> list[dict]:
@@ -289,63 +293,7 @@ def row_path(probe: ProbeConfig, cell: ProbeCell, code: str) -> Path:
     return probe.out_path / "cells" / f"{cell.name(code)}.json"
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
-
-def summarize(rows: list[dict]) -> tuple[str, list[float | None]]:
-    """Of the seeds of an arm and task: "solved 2/3, 400 steps, 1 diverged", with the median step at which it was solved, and
-    the mean accuracy at each of SCALES of those that were trained to the end."""
-    steps = [row["steps"] for row in rows if row["solved"]]
-    words = [f"solved {len(steps)}/{len(rows)}", *([f"{statistics.median(steps):,.0f} steps"] if steps else ())]
-    for status in ("diverged", "failed", "killed"):
-        if n := sum(row["status"] == status for row in rows):
-            words.append(f"{n} {status}")
-    ended = [row for row in rows if row["accuracy_1x"] is not None]
-    return ", ".join(words), [statistics.mean(row[f"accuracy_{scale}x"] for row in ended) if ended else None
-                              for scale in SCALES]
-
-
-def format_report(rows: list[dict], summaries: dict, probe: ProbeConfig, common: CellConfig, hardware: str,
-                  command_line: str) -> str:
-    """probes.md. summaries: (arm, task) -> what summarize returns."""
-    arms, tasks = list(dict.fromkeys(arm for arm, _ in summaries)), list(dict.fromkeys(task for _, task in summaries))
-    show = lambda words, accuracies: f"{words}: {' '.join('-' if x is None else f'{x:.2f}' for x in accuracies)}"
-    matrix = Table(("task", "chance", *arms), [
-        (task, f"{TASKS[task].chance:.2f}", *(show(*summaries[arm, task]) for arm in arms)) for task in tasks])
-    sizes = [f"{arm}: {' to '.join(f'{n:,}' for n in sorted({min(found), max(found)}))} parameters" for arm in arms
-             if (found := [row["parameters"] for row in rows if row["arm"] == arm and row["parameters"]])]
-    return "\n".join([
-        "# Probes", "", markdown(matrix), "",
-        f"Each field: how many seeds solved the task ({SOLVED_ACCURACY:.0%} of the answers in {EVAL_EXAMPLES} examples "
-        f"correct at the trained length), the median number of steps they took (lower is better), and the mean accuracy at "
-        f"{', '.join(f'{scale}x' for scale in SCALES)} the trained length (higher is better) after the learning rate has "
-        f"fallen to zero. Chance: the accuracy of guessing uniformly among the possible answers. Trained lengths: "
-        f"{', '.join(f'{task} {TASKS[task].length}' for task in tasks)} tokens.", "",
-        f"{common.n_layer} layers, {common.n_head} heads x {common.head_size}, batches of {common.batch_size} examples, at "
-        f"most {common.max_iter:,} steps, learning rate {common.learning_rate:g}, unless an arm sets them; {probe.seeds} "
-        f"seeds. {'; '.join(sizes)}. {sum(row['seconds'] or 0 for row in rows) / 60:,.1f} minutes in all, {probe.jobs} at a "
-        f"time with one thread each, {hardware}: `{command_line}`.", "",
-        *(f"- {row['task']}, {row['arm']}, seed {row['seed']}: {row['status']}: {row['reason']}" for row in rows
-          if row["reason"])]).rstrip() + "\n"
-
-
-def write_report(rows: list[dict], probe: ProbeConfig, common: CellConfig, hardware: str, command_line: str) -> str:
-    """Writes all files but the cells'. Returns the text of probes.md."""
-    by_field = {}
-    for row in rows:
-        by_field.setdefault((row["arm"], row["task"]), []).append(row)
-    summaries = {field: summarize(found) for field, found in by_field.items()}
-    text = format_report(rows, summaries, probe, common, hardware, command_line)
-    for name, content in (("probes.csv", csv_table(rows)), ("probes.md", text)):
-        with atomic_write(probe.out_path / name, "w") as file:
-            file.write(content)
-    arms, tasks = list(dict.fromkeys(arm for arm, _ in summaries)), list(dict.fromkeys(task for _, task in summaries))
-    draw_accuracy_matrix(
-        arms, {task: [f"{scale}x" for scale in SCALES] for task in tasks},
-        {field: words.replace(", ", "\n", 1) for field, (words, _) in summaries.items()},
-        {field: accuracies for field, (_, accuracies) in summaries.items()}, {task: TASKS[task].chance for task in tasks},
-        "Accuracy at 1, 2 and 4 times the trained length", probe.out_path, "probes")
-    return text
-
+# -- the command ------------------------------------------------------------------------------------------------------
 
 @command
 def main(argv=None):
@@ -354,7 +302,7 @@ def main(argv=None):
     cells, code = build_cells(probe, common), code_hash(SCRIPT)
     if probe.cell is not None:
         for cell in cells:
-            with explain_failures("try a smaller --batch_size or model"):
+            with explain_failures(lambda: "try a smaller --batch_size or model"):
                 run_cell(cell, row_path(probe, cell, code))
         return
     _, hardware = query_device(DeviceConfig(common.device, common.dtype))  # raises now if the device does not exist
@@ -363,7 +311,9 @@ def main(argv=None):
         check_writable(probe.out_path / "probes.md", given)
         rows = run_cells(cells, probe, common, code)
         command_line = shlex.join(["python", "probes.py", *(sys.argv[1:] if argv is None else argv)])
-        print(write_report(rows, probe, common, hardware, command_line))
+        study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, SOLVED_ACCURACY,
+                           EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line)
+        print(write_probe_report(rows, study, probe.out_path))
     if failed := sum(row["status"] in ("failed", "killed") for row in rows):
         log_line(f"{failed} of {len(rows)} cells were not trained: the same command trains them again")
         raise SystemExit(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from runtime.checkpoint import load_checkpoint, reading
+from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES, Machine
 from tokenizer import Tokenizer
@@ -196,12 +196,31 @@ def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 # -- for the commands -------------------------------------------------------------------------------------------------
 
+def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = False) -> tuple[GPT, Tokenizer, dict]:
+    """The model of a checkpoint on the CPU in fp32, its tokenizer, and its `pretraining_flags`.
+
+    checkpoint: what `load_checkpoint(path)` returned, where that has been called. chat: whether the tokenizer must have the
+    chat tokens. Raises BadInput, which names the file, when something is missing or damaged.
+    """
+    if checkpoint is None:
+        checkpoint = load_checkpoint(path)
+    with explain_damage(path):
+        tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
+        _ = tokenizer.separator_id
+        if chat:
+            tokenizer.chat_token_ids()
+        return GPT.from_checkpoint(checkpoint), tokenizer, pretraining_flags(checkpoint)
+
+
+def pretraining_flags(checkpoint: dict) -> dict:
+    """The flags of the run that wrote a checkpoint; {} if the model was imported."""
+    return checkpoint.get("training", {}).get("settings", {})
+
+
 def load_model(path: Path, machine: Machine) -> tuple[GPT, Tokenizer]:
     """The model of a checkpoint, on the device with its matrices in the machine's dtype, and its tokenizer. Raises BadInput
     when the file cannot be read."""
-    checkpoint = load_checkpoint(path)
-    with reading(path):
-        model, tokenizer = GPT.from_checkpoint(checkpoint), Tokenizer.from_json(checkpoint["tokenizer"])
+    model, tokenizer, _ = load_pretrained(path)
     model.cast_matrices(DTYPES[machine.dtype])
     return model.to(machine.device), tokenizer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.cli import log_line
+from runtime.cli import log_line, progress_bar
 from runtime.config import BadInput
 from runtime.files import atomic_write, fsync_folder
 from tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 FORMAT = "gpt-workbench shards 2"
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
 PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
-CHECKED_TOKENS = 1 << 20   # of each shard are checked when training starts; --verify checks all
+CHECKED_TOKENS = 1 << 20   # tokens of each shard that are checked when training starts; --verify checks all
 
 
 # -- the manifest -----------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class Manifest:
     dtype: str         # "uint16" or "uint32"
     complete: bool = False
     n_skipped: int = 0  # parts of the text that could not be read
-    position: dict = field(default_factory=dict)  # of the text after the shards; empty at both ends of the text
+    position: dict = field(default_factory=dict)  # where the text after the shards starts; empty at both ends of the text
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     format: str = FORMAT
 
@@ -102,7 +102,7 @@ class Manifest:
         if self.dtype not in ("uint16", "uint32") or type(self.source["revisions"]) is not list:
             raise ValueError(f"dtype {self.dtype!r}, source {self.source}")
         if self.position and (self.position.keys() != {"at", "skip"} or type(self.position["skip"]) is not int):
-            raise ValueError(f"place {self.position}")
+            raise ValueError(f"position {self.position}")
         if not {type(self.settings.get(name, 0)) for name in ("num_nodes", "node")} == {int}:
             raise ValueError(f"settings {self.settings}")
         if self.complete and not all(self.shards.values()):
@@ -248,7 +248,7 @@ def unlisted_files(paths: list[Path], split: str) -> set[Path]:
 
 
 def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
-    """Raises BadInput unless `path` is a .npy file of so many tokens of this vocabulary that starts with a document. Reads
+    """Raises BadInput unless `path` is a .npy file of `tokens` tokens of this vocabulary that starts with a document. Reads
     only its first CHECKED_TOKENS: a shard may hold gigabytes."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -265,7 +265,7 @@ def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
 
 
 @dataclass(frozen=True)
-class Data:
+class DataFolder:
     """An opened data folder: its manifest and the tokenizer that its shards were made with."""
     path: Path
     manifest: Manifest
@@ -275,7 +275,7 @@ class Data:
         return ShardedTokens(self.path, self.manifest, name, self.tokenizer.separator_id)
 
 
-def open_data(data_path: Path, vocab_size: int | None = None, unfinished: bool = False) -> Data:
+def open_data(data_path: Path, vocab_size: int | None = None, unfinished: bool = False) -> DataFolder:
     """Opens a folder that download_data.py filled, or one that holds such folders, the parts of several nodes.
 
     Raises BadInput when it is not finished (accepted if `unfinished`), its parts do not belong together, or its vocabulary
@@ -299,7 +299,7 @@ def open_data(data_path: Path, vocab_size: int | None = None, unfinished: bool =
     if vocab_size not in (None, manifest.vocab_size):
         raise BadInput(f"--vocab_size={vocab_size}: the data in {data_path} has {manifest.vocab_size}: "
                        f"drop the flag, or prepare other data")
-    return Data(data_path, manifest, tokenizer)
+    return DataFolder(data_path, manifest, tokenizer)
 
 
 def find_node_folders(data_path: Path) -> list[Path]:
@@ -330,7 +330,7 @@ def merge_manifests(data_path: Path, folders: list[Path], manifests: list[Manife
                    n_skipped=sum(manifest.n_skipped for manifest in manifests))
 
 
-def require_block(data: Data, split: str, block_size: int) -> ShardedTokens:
+def require_block(data: DataFolder, split: str, block_size: int) -> ShardedTokens:
     """The tokens of a split. Raises BadInput if it is shorter than one block."""
     tokens = data.split(split)
     if len(tokens) <= block_size:
@@ -341,12 +341,12 @@ def require_block(data: Data, split: str, block_size: int) -> ShardedTokens:
 
 # -- verifying --------------------------------------------------------------------------------------------------------
 
-def find_corruption(data: Data) -> Iterator[str]:
+def find_corruption(data: DataFolder) -> Iterator[str]:
     """Reads every token and yields a message for each difference from the manifest."""
     manifest = data.manifest
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     n_bytes = sum(shard.tokens for shard in shards) * np.dtype(manifest.dtype).itemsize
-    with tqdm(total=n_bytes, desc="verifying", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=n_bytes, desc="verifying", unit="B", unit_scale=True) as bar:
         for shard in shards:
             try:
                 check_shard(data.path / shard.file, shard.tokens, manifest, data.tokenizer.separator_id)
@@ -360,7 +360,7 @@ def find_corruption(data: Data) -> Iterator[str]:
                 yield f"{min(unlisted)}: not in manifest.json"
 
 
-def compare_shard(data: Data, shard: Shard, bar: tqdm) -> Iterator[str]:
+def compare_shard(data: DataFolder, shard: Shard, bar: tqdm) -> Iterator[str]:
     """Yields a message for each difference between the tokens of a shard and its entry in the manifest."""
     path, vocab_size, token_bytes = data.path / shard.file, data.manifest.vocab_size, data.tokenizer.token_bytes()
     tokens, checksum = np.load(path, mmap_mode="r"), hashlib.sha256()

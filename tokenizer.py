@@ -1,6 +1,6 @@
 """Byte-level BPE from scratch: train a vocabulary, encode text, decode ids.
 
-Owns the split patterns, the special tokens, the chat roles and their rendering, and the `tokenizer.json` format.
+Owns the split patterns, the special tokens, the rendering of conversations, and the `tokenizer.json` format.
 
     python tokenizer.py --vocab_size=8192 --dataset=builtin        trains a tokenizer and writes tokenizer.json
 
@@ -29,12 +29,12 @@ from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable
 from runtime.threads import available_cores, map_in_threads
 from text.documents import PackedDocuments, to_utf8
+from text.messages import ROLES, check_messages
 from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # precedes every document
 # Every new vocabulary has the tokens of a chat, so that finetuning on conversations never resizes an embedding.
-ROLES = "system", "user", "assistant"
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
 END_OF_MESSAGE = "<|end|>"
 SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END_OF_MESSAGE)
@@ -55,7 +55,7 @@ PATTERNS = {
 TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 10_000_000
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
-BATCH_CHARACTERS = 1 << 20    # texts of so many characters together are encoded or counted in one call
+BATCH_CHARACTERS = 1 << 20    # characters of text encoded or counted in one call
 
 
 class Tokenizer:
@@ -81,7 +81,7 @@ class Tokenizer:
         # id -> bytes, the name for special tokens; empty for ids that a foreign vocabulary does not use
         self.tokens = [by_id.get(token_id, b"") for token_id in range(max(by_id) + 1)]
         self.splitter = find_splitter(self.pattern)
-        self.caches: list[bpe.Cache] = []  # of word -> ids, not in use by a thread
+        self.caches: list[bpe.Cache] = []  # word -> ids caches that no thread is using
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +102,7 @@ class Tokenizer:
         """Learns `vocab_size` tokens: 256 bytes, then merges, then the special tokens with the highest ids.
 
         The most frequent pair is merged first; among equals the one with the smallest left id, then right id. Raises
-        BadInput when the text has too few different pairs for so many merges.
+        BadInput when the text has too few different pairs for that many merges.
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts is one text: give a list of texts")  # its characters would be taken for texts
@@ -193,7 +193,7 @@ class Tokenizer:
         """
         role_ids, end_id = self.chat_token_ids()
         ids, assistant_mask = [self.separator_id], [False]
-        check_chat(messages)
+        check_messages(messages)
         for message in messages:
             content = self.encode(message["content"])
             ids += [role_ids[message["role"]], *content, end_id]
@@ -279,7 +279,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of encoded ids: uint16, which halves the shards, up to 65,536 ids; else uint32."""
+        """The type of encoded ids: uint16, which halves the shards, up to 65,536 ids; else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     # -- decoding and measuring ---------------------------------------------------------------------------------------
@@ -322,17 +322,6 @@ class Tokenizer:
     def mergeable_ranks(self) -> dict[bytes, int]:
         """token bytes -> id without the special tokens, as tiktoken.Encoding takes them."""
         return dict(self.ranks)
-
-
-def check_chat(messages: list[dict]):
-    """Raises BadInput, naming the message, unless each has a known role and a content of text."""
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadInput(f"message {number} has no role and content: give it both")
-        if message["role"] not in ROLES:
-            raise BadInput(f"message {number} has the unknown role {str(message['role'])[:40]!r}: give {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise BadInput(f"message {number} has a content of type {type(message['content']).__name__}: give text")
 
 
 # -- splitting text into words ----------------------------------------------------------------------------------------

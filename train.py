@@ -15,30 +15,31 @@ from typing import NamedTuple
 import torch
 
 from dataloader import shard_loader, val_batches
+from evaluate import mean_losses
 from experiments.plots import draw_curves
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.checkpoint import reading, run_folder
-from runtime.cli import command, explain_failures
+from runtime.checkpoint import explain_damage, run_folder
+from runtime.cli import command
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
-from runtime.files import folder_lock
 from runtime.memory import largest_batch
-from runtime.metrics import LossSums, read_rows
-from runtime.run import TrainingCommand, is_finished, override_horizon
+from runtime.metrics import read_rows
+from runtime.run import TrainingCommand, override_horizon
 from sampling import SamplingConfig, generate_text
-from shards import Data, open_data, require_block
+from shards import DataFolder, open_data, require_block
 from trainer import (
     Evaluation,
     LoopConfig,
+    Run,
+    RunFlags,
     TrainSetup,
     TrainState,
-    make_state,
+    dry_run_step,
     next_token_loss,
-    oom_advice,
     open_output,
-    report_start,
-    train,
+    restore_state,
+    train_command,
 )
 
 PRESETS = {
@@ -63,16 +64,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RunFlags):
     """The run."""
     data_path: Path = flag(Path("data"), "folder that download_data.py filled", on_resume="free", scope="shared")
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "file to write; metrics go into the folder of its name",
                                  on_resume="unsaved", scope="run")
-    resume_checkpoint: str = flag(None, "continue --checkpoint_path, or the file given here; flags not given keep their "
-                                        "value; the result equals an uninterrupted run", bare="1",
-                                  on_resume="unsaved", scope="run")
-    overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
-                           scope="run")
     plot: str = flag(None, "train nothing: draw the run of --checkpoint_path, or of the checkpoints or metrics files given "
                            "here, separated by commas, into curves.png beside the metrics of the first", bare="1",
                      on_resume="unsaved", scope="run")
@@ -80,17 +76,14 @@ class RunConfig:
     batch_size: int = flag(4, "blocks of text in a batch; auto: as many as fit into memory, with --num_batch_accum changed "
                               "so that a step sees the same tokens", at_least=1, at_most=1_000_000, auto=True,
                            on_resume="warn")
-    val_batch: int = None  # blocks in a batch of validation: the batch_size that the run was begun with
+    val_batch: int = None  # blocks in a batch of validation: the batch_size that the run was started with
     val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1, on_resume="warn", scope="shared")
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in the training process", at_least=0,
                                        at_most=1000, on_resume="free")
-    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
-                               auto=True, on_resume="warn")
-    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
-                                        on_resume="free")
     sample_tokens: int = flag(128, "tokens of text to generate from the trained model at the end", at_least=0,
                               on_resume="free", scope="run")
-    seed: int = flag(1337, "of initial weights and of the order of the data", at_least=0, at_most=2**63 - 1, scope="run")
+    seed: int = flag(1337, "random seed of the initial weights and the order of the data", at_least=0, at_most=2**63 - 1,
+                     scope="run")
     __post_init__ = check_flags
 
 
@@ -107,15 +100,10 @@ PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that downl
                               "checkpoint_path")
 
 
-@torch.no_grad()
-def validate(model: GPT, data: Data, machine: Machine, n_batches: int, batch_size: int) -> dict:
+def validate(model: GPT, data: DataFolder, machine: Machine, n_batches: int, batch_size: int) -> dict:
     """val_loss, nats/token, and val_bpb, bits per byte, on the fixed validation batches."""
-    sums, token_bytes = LossSums(), torch.from_numpy(data.tokenizer.token_bytes())
-    for idx, targets in val_batches(data, n_batches, batch_size, model.config.block_size):
-        with machine.autocast():
-            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none")
-        sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte}
+    batches = val_batches(data, n_batches, batch_size, model.config.block_size)
+    return mean_losses(model, data.tokenizer, machine, batches)
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
@@ -132,74 +120,70 @@ def resolve_flags(start: dict, given: dict) -> dict:
     return values
 
 
-def open_run(configs: TrainConfigs, checkpoint: dict | None) -> tuple[TrainState, TrainSetup, Data, TrainConfigs]:
-    """Everything a run needs, new or as `checkpoint` left it, and the flags with what batch_size=auto has found. Raises
-    BadInput before any file is written."""
+def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it. Raises BadInput before any file is
+    written."""
     run, device = configs.run, configs.device
-    path, resumed = run.checkpoint_path, Path(run.resume_checkpoint) if run.resume_checkpoint else None
-    writer, machine = open_output(PRETRAINING, path, resumed, run.overwrite, device, checkpoint)
-    data = open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
+    output = open_output(PRETRAINING, run.checkpoint_path, resumed, run.overwrite, device, checkpoint)
+    machine, data = output.machine, open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
     for split in ("train", "val"):
         require_block(data, split, configs.model.block_size)
     seed_everything(run.seed)
     if checkpoint:
-        with reading(resumed):
+        with explain_damage(resumed):
             model = GPT.from_checkpoint(checkpoint)
     else:
         model = GPT(dataclasses.replace(configs.model, vocab_size=data.manifest.vocab_size))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     if device.dtype == "auto" and machine.device.type == "cuda" and not preferred_dtype(machine.device) and not checkpoint:
-        machine = with_faster_dtype(machine, partial(dry_run_step, model))
+        machine = with_faster_dtype(machine, partial(dry_run, model))
+        output = dataclasses.replace(output, machine=machine)
     configs = configs._replace(model=model.config)
     if run.batch_size == "auto":
         configs = find_batch_size(configs, model, machine)
-    run = configs.run
-    loader = shard_loader(data, run.batch_size, model.config.block_size, run.seed, run.dataloader_num_workers,
+    run, loop, block_size = configs.run, configs.loop, model.config.block_size
+    loader = shard_loader(data, run.batch_size, block_size, run.seed, run.dataloader_num_workers,
                           pin_memory=machine.device.type == "cuda")
-    settings = PRETRAINING.settings(*configs)
-    state, setup = make_state(PRETRAINING, model, data.tokenizer, configs.optimizer, loader, machine, writer, settings,
-                              resumed, checkpoint)
-    return state, setup, data, configs
+    state, setup = restore_state(output, model, data.tokenizer, configs.optimizer, loader,
+                                 run.batch_size * loop.num_batch_accum * block_size, PRETRAINING.settings(*configs))
+    evaluate = Evaluation(lambda state: validate(state.model, data, machine, run.val_iter, run.val_batch))
+    return Run(configs, state, setup, next_token_loss, evaluate, partial(dry_run, model, machine, run.batch_size),
+               partial(describe, state, setup, data, configs))
 
 
 def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> TrainConfigs:
     """With the largest batch that fits into memory, a step of as many blocks as before. Raises MemoryError if none does."""
     n_blocks = configs.loop.num_batch_accum
     optimizer_bytes = sum(8 * p.numel() for p in model.parameters())  # at most two fp32 states each, not allocated yet
-    batch_size = largest_batch(partial(dry_run_step, model, machine), machine.device, n_blocks, optimizer_bytes)
+    batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks, optimizer_bytes)
     return configs._replace(run=dataclasses.replace(configs.run, batch_size=batch_size),
                             loop=dataclasses.replace(configs.loop, num_batch_accum=n_blocks // batch_size))
 
 
-def dry_run_step(model: GPT, machine: Machine, batch_size: int):
-    """Forward and backward pass of a batch of zeros, to see whether they work and what they need. Leaves no gradient."""
+def dry_run(model: GPT, machine: Machine, batch_size: int):
+    """Forward and backward pass of a batch of zeros, see dry_run_step."""
     batch = torch.zeros(2, batch_size, model.config.block_size, dtype=torch.int64, device=machine.device)
-    try:
-        with machine.autocast():
-            loss = next_token_loss(model, batch)
-        loss.backward()
-    finally:
-        model.zero_grad(set_to_none=True)
+    dry_run_step(model, machine, next_token_loss, batch)
 
 
-def describe(state: TrainState, setup: TrainSetup, data: Data, configs: TrainConfigs):
-    """The lines that a run starts with."""
+def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: TrainConfigs) -> list[str]:
+    """The lines that a run starts with: model, data and machine."""
     config, loop, run = state.model.config, configs.loop, configs.run
+    linear = f", {config.linear} for every linear layer" if config.linear != "linear" else ""
     train_tokens = data.manifest.total("train", "tokens")
     limits = loop.max_iter and loop.max_iter * setup.step_tokens, loop.max_tokens
     seen = min((tokens for tokens in limits if tokens), default=0)
-    print(f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}"
-          + (f", {config.linear} for every linear layer" if config.linear != "linear" else "") + f", vocabulary "
-          f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
-          f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {configs.optimizer.optimizer} at "
-          f"{setup.peak_lr():.3g}")
-    print(f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {setup.step_tokens:,} "
-          f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.horizon()}"
-          + (f", {seen / train_tokens:.2f} epochs" if seen else ""))
-    peak, known = setup.machine.peak_flops(), setup.machine.datasheet_flops()
-    print(f"machine  {setup.machine}, {peak / 1e12:.3g} TFLOP/s {'by its data sheet' if known else 'measured'}" + (
-        f"; resuming at step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""))
+    epochs = f", {seen / train_tokens:.2f} epochs" if seen else ""
+    source = "by its data sheet" if setup.machine.datasheet_flops() else "measured"
+    resumed = f"; resuming at step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""
+    return [f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}{linear}, vocabulary "
+            f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
+            f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {configs.optimizer.optimizer} at "
+            f"{setup.peak_lr():.3g}",
+            f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {setup.step_tokens:,} "
+            f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.horizon()}{epochs}",
+            f"machine  {setup.machine}, {setup.machine.peak_flops() / 1e12:.3g} TFLOP/s {source}{resumed}"]
 
 
 def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
@@ -213,51 +197,35 @@ def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
                                         seed=run.seed)).strip())
 
 
-def plot(named: str, path: Path):
-    """Draws the runs that --plot names: checkpoints, their folders, or files of rows. path: --checkpoint_path. The picture
-    goes beside the first one's rows."""
-    paths = [path] if named == "1" else [Path(name.strip()).expanduser() for name in named.split(",")]
+def plot(value: str, default: Path):
+    """Draws the runs that --plot={value} names, separated by commas: checkpoints, their folders, or files of metrics; "1" is
+    the checkpoint `default`. The picture goes beside the first one's metrics."""
+    paths = [default] if value == "1" else [Path(name.strip()).expanduser() for name in value.split(",")]
     runs, pictures = {}, []
     for path in paths:
-        rows_at = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
-        pictures.append(rows_at.parent / "curves.png" if rows_at.name == "metrics.jsonl" else rows_at.with_suffix(".png"))
-        runs[str(path)] = read_rows(rows_at)
+        rows_path = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
+        is_standard = rows_path.name == "metrics.jsonl"
+        pictures.append(rows_path.parent / "curves.png" if is_standard else rows_path.with_suffix(".png"))
+        runs[str(path)] = read_rows(rows_path)
         if not any({"val_loss", "tokens", "seconds"} <= row.keys() for row in runs[str(path)]):
-            raise BadInput(f"--plot={named}: {rows_at} holds no rows of validations: give checkpoints of runs that have "
-                           f"begun")
+            raise BadInput(f"--plot={value}: {rows_path} holds no validation rows: give checkpoints of runs that have "
+                           f"started")
     draw_curves(runs, pictures[0])
     print(pictures[0])
 
 
 @command
 def main(argv=None):
-    given, defaults = PRETRAINING.flags_given(argv), PRETRAINING.defaults()
-    preset = PRESETS.get(given.get("preset"), {})
-    path, resumed = PRETRAINING.paths(given, (defaults | preset)["checkpoint_path"])
+    given = PRETRAINING.flags_given(argv)
+    defaults = PRETRAINING.defaults() | PRESETS.get(given.get("preset"), {})
+    path, resumed = PRETRAINING.paths(given, defaults["checkpoint_path"])
     if "plot" in given:
         plot(given["plot"], path)
         return
-    with folder_lock(run_folder(path), f"--checkpoint_path={path}"):
-        start, checkpoint = PRETRAINING.read_checkpoint(resumed, given) if resumed else (preset, None)
-        values = resolve_flags(defaults | start, given) | {
-            "checkpoint_path": path, "resume_checkpoint": str(resumed) if resumed else None}
-        configs = PRETRAINING.read_configs(values)
-        if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
-            return
-        setup = None
-        with explain_failures(lambda: oom_advice(setup.settings if setup else values, can_find_batch=True),
-                              lambda: setup.checkpoint_status() if setup else ""):
-            state, setup, data, configs = open_run(configs, checkpoint)
-            if configs.loop.verbose:
-                describe(state, setup, data, configs)
-                report_start(PRETRAINING, setup, checkpoint)
-            del checkpoint  # as large as model and optimizer together
-            run = configs.run
-            evaluate = Evaluation(lambda state: validate(state.model, data, setup.machine, run.val_iter, run.val_batch))
-            train(PRETRAINING, state, setup, configs.loop, next_token_loss, evaluate, run.compile_model,
-                  dry_run=partial(dry_run_step, state.model, setup.machine, run.batch_size))
-    if configs.loop.verbose:
-        report_end(state, setup, configs.run)
+    resolve = lambda start, given: resolve_flags((PRETRAINING.defaults() if resumed else defaults) | start, given)
+    run = train_command(PRETRAINING, given, path, resumed, resolve, open_run, can_find_batch=True)
+    if run and run.configs.loop.verbose:
+        report_end(run.state, run.setup, run.configs.run)
 
 
 if __name__ == "__main__":

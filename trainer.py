@@ -1,4 +1,4 @@
-"""`fit`, the only training loop, and what a run needs to begin, to go on and to end.
+"""`fit`, the only training loop, and `train_command`, which takes a training command from its flags to its end.
 
 Pretraining, finetuning and the probes call `fit` with a loader, a loss function and an evaluation of their own:
 
@@ -8,7 +8,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +21,18 @@ from tqdm import tqdm
 
 from model import GPT
 from optimizer import CombinedOptimizer, OptimizerConfig, make_optimizer, set_rates
-from runtime.checkpoint import CheckpointWriter, reading, run_folder
-from runtime.cli import log_line
+from runtime.checkpoint import CheckpointWriter, explain_damage, run_folder
+from runtime.cli import explain_failures, log_line, progress_bar
 from runtime.config import check_flags, flag
 from runtime.device import DeviceConfig, Machine, can_compile, compile_in_place, open_machine, rng_state, set_rng_state
+from runtime.files import folder_lock
 from runtime.memory import disable_malloc_trim, peak_memory
 from runtime.metrics import MetricsLog, NonFiniteGuard, read_rows
-from runtime.run import TrainingCommand
+from runtime.run import TrainingCommand, is_finished
 from runtime.signals import StopSignals, without_garbage_collection
 from tokenizer import Tokenizer
 
-MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale will do
+MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Loader(Protocol):
 
 @dataclass
 class TrainState:
-    """What moves while training. With the weights and the random generators, it is what a checkpoint holds."""
+    """What changes during training. With the weights and the random generators, it is what a checkpoint holds."""
     model: GPT
     optimizer: CombinedOptimizer
     scaler: torch.amp.GradScaler
@@ -114,13 +115,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """What a run is given and does not change."""
+    """What stays fixed during a run."""
     machine: Machine
     schedule: OptimizerConfig
     step_tokens: int                         # tokens per optimizer step
     settings: dict = field(default_factory=dict)  # the run's flags, from which it resumes
     tokenizer: Tokenizer | None = None       # goes into the checkpoint: needed with a writer
-    script: str = ""                         # that can resume the checkpoint
+    script: str = ""                         # command that can resume the checkpoint
     writer: CheckpointWriter | None = None   # None: no checkpoints
     metrics: MetricsLog | None = None        # None: no rows
 
@@ -138,6 +139,7 @@ class Evaluation:
     run: Callable[[TrainState], dict]
     metric: str = "val_loss"
     maximize: bool = False
+    label: str = "val {:.4f} nats/token"  # the metric in the line of an evaluation
 
     def is_better(self, value: float, best: float | None) -> bool:
         return best is None or (value > best if self.maximize else value < best)
@@ -150,7 +152,7 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
     Raises FloatingPointError rather than replace a good checkpoint by weights that are no longer finite.
     """
     if not torch.isfinite(get_total_norm(state.model.parameters())):
-        raise diverged(state, setup, "the weights are no longer finite")
+        raise divergence_error(state, setup, "the weights are no longer finite")
     if setup.metrics is not None:
         setup.metrics.open()
     if setup.writer is not None:
@@ -173,10 +175,11 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
     True ends the run there. Raises FloatingPointError when the run has diverged; the checkpoint is then the last good one.
     """
-    with StopSignals() as signals, without_garbage_collection(), progress_bar(state, loop) as bar:
+    with StopSignals() as signals, without_garbage_collection(), progress_bar(
+            total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
             row = start_run(state, evaluate, setup)
-            show(bar, evaluate, row, 0.0)
+            update_progress(bar, evaluate, row, 0.0)
             if stop_when(state, row):
                 return None
         stopped, last_row = None, (time.perf_counter(), state.tokens)
@@ -194,7 +197,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             is_log = is_val or state.step % loop.log_intervals == 0
             if not (is_log or stopped):
                 continue
-            row = measure(state, setup, loss, *last_row)
+            row = end_interval(state, setup, loss, *last_row)
             is_best = is_val and evaluate_into(row, state, evaluate, setup)
             is_solved = is_val and stop_when(state, row)
             if is_log:
@@ -205,7 +208,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             if setup.writer is not None:
                 setup.writer.check()
             if is_log:
-                show(bar, evaluate, row, progress)  # last: a closed pipe ends the run here
+                update_progress(bar, evaluate, row, progress)  # last: a closed pipe ends the run here
             if is_solved:
                 return stopped
             last_row = time.perf_counter(), state.tokens
@@ -227,7 +230,7 @@ def evaluate_into(row: dict, state: TrainState, evaluate: Evaluation, setup: Tra
     row |= evaluate.run(state)
     gc.collect()
     if not math.isfinite(value := row[evaluate.metric]):
-        raise diverged(state, setup, f"{evaluate.metric} is {value}")
+        raise divergence_error(state, setup, f"{evaluate.metric} is {value}")
     if is_best := evaluate.is_better(value, state.best):
         state.best = value
     return is_best
@@ -261,7 +264,7 @@ def next_token_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     return model(idx, targets)
 
 
-def diverged(state: TrainState, setup: TrainSetup, what: str, step: int | None = None) -> FloatingPointError:
+def divergence_error(state: TrainState, setup: TrainSetup, what: str, step: int | None = None) -> FloatingPointError:
     return FloatingPointError(f"{what} at step {step or state.step}: lower --learning_rate, now {setup.peak_lr():.3g}, or "
                               f"try --grad_clip=1; {setup.checkpoint_status()}")
 
@@ -269,7 +272,8 @@ def diverged(state: TrainState, setup: TrainSetup, what: str, step: int | None =
 def report_skipped(state: TrainState, setup: TrainSetup, counts: dict):
     """Reports steps that were skipped. Raises FloatingPointError when there were too many in a row."""
     if counts["failed_at"]:
-        raise diverged(state, setup, f"loss or gradient not finite {state.guard.limit} times in a row", counts["failed_at"])
+        what = f"loss or gradient not finite {state.guard.limit} times in a row"
+        raise divergence_error(state, setup, what, counts["failed_at"])
     if counts["skipped"] > state.reported_skips and not state.scaler.is_enabled():
         n = counts["skipped"] - state.reported_skips
         log_line(f"up to step {state.step:,}: skipped {n} step{'s' * (n > 1)} whose loss or gradient was not finite; "
@@ -277,7 +281,7 @@ def report_skipped(state: TrainState, setup: TrainSetup, counts: dict):
     state.reported_skips = counts["skipped"]
 
 
-def measure(state: TrainState, setup: TrainSetup, loss: Tensor, clock: float, tokens: int) -> dict:
+def end_interval(state: TrainState, setup: TrainSetup, loss: Tensor, clock: float, tokens: int) -> dict:
     """A row of metrics.jsonl, without evaluation, of what was trained since `clock` and `tokens`; counts the seconds.
 
     Waits for the device. Raises FloatingPointError when too many steps in a row were not finite.
@@ -300,14 +304,7 @@ def write_row(setup: TrainSetup, row: dict):
         setup.metrics.write(row)
 
 
-def progress_bar(state: TrainState, loop: LoopConfig) -> tqdm:
-    # in a log file, a line every half minute is enough
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose, dynamic_ncols=True,
-                mininterval=interval, maxinterval=max(interval, 10))
-
-
-def show(bar: tqdm, evaluate: Evaluation, row: dict, progress: float):
+def update_progress(bar: tqdm, evaluate: Evaluation, row: dict, progress: float):
     """Every row in the bar, evaluations as a line of their own as well. progress: predicts how many steps there will be."""
     if progress:
         bar.total = max(row["step"], round(row["step"] / progress))
@@ -317,66 +314,83 @@ def show(bar: tqdm, evaluate: Evaluation, row: dict, progress: float):
     bar.set_postfix(shown, refresh=False)
     if evaluate.metric in row and not bar.disable:
         trained = f"train {row['train_loss']:.4f} | " if "train_loss" in row else ""
-        value = f"val {row['val_loss']:.4f} nats/token" if evaluate.metric == "val_loss" else \
-            f"{evaluate.metric} {row[evaluate.metric]:.4f}"
+        value = evaluate.label.format(row[evaluate.metric])
         bpb = f", {row['val_bpb']:.4f} bits/byte" if "val_bpb" in row else ""
         tqdm.write(f"step {row['step']:>6,} | {trained}{value}{bpb} | {row['tokens'] / 1e6:.2f} M tokens, "
                    f"{row['seconds']:.0f} s")
 
 
-# -- a run, from its flags to its end ---------------------------------------------------------------------------------
+# -- a command that trains, from its flags to its end -----------------------------------------------------------------
 
-def open_output(command: TrainingCommand, path: Path, resumed: Path | None, overwrite: bool, device: DeviceConfig,
-                checkpoint: dict | None) -> tuple[CheckpointWriter, Machine]:
-    """The writer of the run's checkpoints, and the machine it runs on. Raises BadInput."""
-    training = checkpoint["training"] if checkpoint else {}
-    writer = CheckpointWriter(path, run_folder(path), resumed, training.get("is_best", False))
-    command.check_output(path, resumed, overwrite, writer)
-    machine = open_machine(device, resume_dtype=training.get("dtype", ""))
-    if machine.device.type == "cpu":
-        disable_malloc_trim()
-    return writer, machine
-
-
-def make_state(command: TrainingCommand, model: GPT, tokenizer: Tokenizer, schedule: OptimizerConfig, loader: Loader,
-               machine: Machine, writer: CheckpointWriter, settings: dict, resumed: Path | None,
-               checkpoint: dict | None) -> tuple[TrainState, TrainSetup]:
-    """A run's state, new or as `checkpoint`, read from `resumed`, left it. Raises BadInput."""
-    command.check_writable(writer.path)
-    rows = []
-    if checkpoint:
-        step = checkpoint["training"]["step"]
-        folder = run_folder(writer.path if writer.resumes_in_place else resumed)  # the same file may have two names
-        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-    step_tokens = math.prod(settings[name] for name in ("batch_size", "num_batch_accum", "block_size"))
-    setup = TrainSetup(machine, schedule, step_tokens, settings, tokenizer, command.script, writer,
-                       MetricsLog(run_folder(writer.path), rows))
-    state = new_state(model, loader, setup)
-    if checkpoint:
-        with reading(resumed):
-            state.load_state_dict(checkpoint["training"])
-        if writer.resumes_in_place:
-            writer.saved_step = state.step
-        elif not writer.same_run:
-            state.best = None  # of this run's checkpoints, none is better yet
-    return state, setup
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags that every such command has. Its own dataclass of the run inherits them."""
+    resume_checkpoint: str = flag(None, "continue the checkpoint that this run would write, or the file given here; flags "
+                                        "not given keep their value, and the result equals an uninterrupted run",
+                                  bare="1", on_resume="unsaved", scope="run")
+    overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
+                           scope="run")
+    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
+                               auto=True, on_resume="warn")
+    gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
+                                        on_resume="free")
 
 
-def new_state(model: GPT, loader: Loader, setup: TrainSetup) -> TrainState:
-    machine, scaler = setup.machine, setup.machine.grad_scaler()
-    optimizer = make_optimizer(model, setup.schedule, setup.step_tokens, machine.newton_schulz_dtype())
-    guard = NonFiniteGuard(machine.device, limit=MAX_FP16_SKIPS if scaler.is_enabled() else 2)
-    return TrainState(model, optimizer, scaler, loader, guard)
+@dataclass(frozen=True)
+class RunOutput:
+    """Where a run writes, which checkpoint it continues, if any, and the machine it runs on."""
+    command: TrainingCommand
+    writer: CheckpointWriter
+    machine: Machine
+    resumed: Path | None
+    checkpoint: dict | None
 
 
-def train(command: TrainingCommand, state: TrainState, setup: TrainSetup, loop: LoopConfig, loss_fn: Callable,
-          evaluate: Evaluation, compile_model: bool | str, dry_run: Callable):
-    """`fit`, compiled where asked, with everything closed at its end. dry_run(): a step as the run's will be, which shows
-    whether the model can be compiled. Raises SystemExit when a signal stops it."""
+@dataclass
+class Run:
+    """A run that is ready to start: what a command's `open_run` makes of its flags."""
+    configs: tuple            # the command's NamedTuple, with what `open_run` has found out
+    state: TrainState
+    setup: TrainSetup
+    loss_fn: Callable
+    evaluate: Evaluation
+    dry_run: Callable         # dry_run(): a forward and backward pass as the run's will be, without effect
+    describe: Callable        # describe() -> the lines it starts with
+
+
+def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Path | None, resolve: Callable,
+                  open_run: Callable, can_find_batch: bool = False) -> Run | None:
+    """Runs a command that trains, from its flags to its end; returns the run, or None when it had already finished.
+
+    given: the flags on the command line. resolve(start, given) -> values of all flags, where start is {} or the flags of
+    the resumed run. open_run(configs, checkpoint, resumed) -> Run, before which nothing is written. Raises BadInput, and
+    what `explain_failures` raises; SystemExit when a signal stops it.
+    """
+    with folder_lock(run_folder(path), f"--{command.out_flag}={path}"):
+        start, checkpoint = command.read_checkpoint(resumed, given) if resumed else ({}, None)
+        values = resolve(start, given) | {command.out_flag: path,
+                                          "resume_checkpoint": str(resumed) if resumed else None}
+        configs, run = command.read_configs(values), None
+        if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
+            return None
+        with explain_failures(lambda: oom_advice(run.setup.settings if run else values, can_find_batch),
+                              lambda: run.setup.checkpoint_status() if run else ""):
+            run = open_run(configs, checkpoint, resumed)
+            if configs.loop.verbose:
+                print(*run.describe(), sep="\n")
+                report_start(command, run.setup, checkpoint)
+            del checkpoint  # as large as model and optimizer together
+            fit_and_close(command, run)
+        return run
+
+
+def fit_and_close(command: TrainingCommand, run: Run):
+    """`fit`, compiled where asked, with everything closed at its end. Raises SystemExit when a signal stops it."""
+    state, setup, compile_model = run.state, run.setup, run.configs.run.compile_model
     if can_compile(setup.machine.device) if compile_model == "auto" else compile_model:
-        compile_in_place(state.model, dry_run)
+        compile_in_place(state.model, run.dry_run)
     try:
-        stopped_by = fit(state, loop, loss_fn, evaluate, setup)
+        stopped_by = fit(state, run.configs.loop, run.loss_fn, run.evaluate, setup)
     finally:
         state.loader.close()
         setup.metrics.close()
@@ -384,9 +398,62 @@ def train(command: TrainingCommand, state: TrainState, setup: TrainSetup, loop: 
             setup.writer.wait()
     if stopped_by:
         with suppress(OSError):  # the terminal may be what is gone
-            print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out}={setup.writer.path} "
-                  f"--resume_checkpoint` continues", file=sys.stderr)
+            print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
+                  f"{setup.writer.path} --resume_checkpoint` continues", file=sys.stderr)
         raise SystemExit(128 + stopped_by)
+
+
+def open_output(command: TrainingCommand, path: Path, resumed: Path | None, overwrite: bool, device: DeviceConfig,
+                checkpoint: dict | None) -> RunOutput:
+    """Raises BadInput when the device is missing or the run would replace another's files."""
+    training = checkpoint["training"] if checkpoint else {}
+    writer = CheckpointWriter(path, run_folder(path), resumed, training.get("is_best", False))
+    command.check_output(path, resumed, overwrite, writer)
+    machine = open_machine(device, resume_dtype=training.get("dtype", ""))
+    if machine.device.type == "cpu":
+        disable_malloc_trim()
+    return RunOutput(command, writer, machine, resumed, checkpoint)
+
+
+def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer, schedule: OptimizerConfig, loader: Loader,
+                  step_tokens: int, settings: dict) -> tuple[TrainState, TrainSetup]:
+    """A run's state, new or as the resumed checkpoint left it. step_tokens, settings: see TrainSetup. Raises BadInput."""
+    writer, checkpoint, rows = output.writer, output.checkpoint, []
+    output.command.check_writable(writer.path)
+    if checkpoint:
+        step = checkpoint["training"]["step"]
+        folder = run_folder(writer.path if writer.resumes_in_place else output.resumed)  # one file may have two names
+        rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
+    setup = TrainSetup(output.machine, schedule, step_tokens, settings, tokenizer, output.command.script, writer,
+                       MetricsLog(run_folder(writer.path), rows))
+    state = init_state(model, loader, setup)
+    if checkpoint:
+        with explain_damage(output.resumed):
+            state.load_state_dict(checkpoint["training"])
+        if writer.resumes_in_place:
+            writer.saved_step = state.step
+        elif not writer.same_run:
+            state.best = None  # no checkpoint of this run is better yet
+    return state, setup
+
+
+def init_state(model: GPT, loader: Loader, setup: TrainSetup) -> TrainState:
+    """The state before the first step, with an optimizer of its own."""
+    machine, scaler = setup.machine, setup.machine.grad_scaler()
+    optimizer = make_optimizer(model, setup.schedule, setup.step_tokens, machine.newton_schulz_dtype())
+    guard = NonFiniteGuard(machine.device, limit=MAX_FP16_SKIPS if scaler.is_enabled() else 2)
+    return TrainState(model, optimizer, scaler, loader, guard)
+
+
+def dry_run_step(model: GPT, machine: Machine, loss_fn: Callable, batch: Sequence[Tensor]):
+    """Forward and backward pass of a batch on the device, to see whether they work and what they need. Leaves no
+    gradient."""
+    try:
+        with machine.autocast():
+            loss = loss_fn(model, batch)
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def report_start(command: TrainingCommand, setup: TrainSetup, checkpoint: dict | None):

@@ -334,8 +334,9 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
     as_nanogpt: compute all logits at once, and keep both the input and the output of GELU. seconds: how long to measure.
     then(model, machine) -> further figures of the trained model. Raises NoTime.
     """
-    setup, state, configs = open_run(bench, vocab_size, flags)
-    loop, batch_size, step_tokens = configs.loop, configs.run.batch_size, setup.step_tokens
+    run = open_run(bench, vocab_size, flags)
+    state, setup = run.state, run.setup
+    loop, batch_size, step_tokens = run.configs.loop, run.configs.run.batch_size, setup.step_tokens
     model, machine, figures = state.model, setup.machine, {}
     loader, state.loader = state.loader, TimedLoader(state.loader)
     module = AllLogits(model) if as_nanogpt else model
@@ -355,7 +356,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
             if compiled:
                 start = time.perf_counter()
                 compile_model(module)
-                train.dry_run_step(module, machine, batch_size)
+                train.dry_run(module, machine, batch_size)
                 bench.synchronize()
                 figures["compile_seconds"] = round(time.perf_counter() - start, 1)
                 bench.compile_seconds = max(bench.compile_seconds, figures["compile_seconds"])
@@ -388,8 +389,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
     return figures | then(model, machine)
 
 
-def open_run(bench: Bench, vocab_size: int, flags: list[str]) -> tuple[trainer.TrainSetup, trainer.TrainState,
-                                                                      train.TrainConfigs]:
+def open_run(bench: Bench, vocab_size: int, flags: list[str]) -> trainer.Run:
     """A new run of train.py with these flags on random tokens. Its weights are initialised on the GPU."""
     shape = [f"--{name}={value}" for name, value in bench.sizes["shape"].items()]
     given = train.PRETRAINING.flags_given([
@@ -398,8 +398,7 @@ def open_run(bench: Bench, vocab_size: int, flags: list[str]) -> tuple[trainer.T
         f"--dataloader_num_workers={bench.sizes['workers']}", *flags])
     values = train.resolve_flags(train.PRETRAINING.defaults() | train.PRESETS.get(given.get("preset"), {}), given)
     with bench.device:  # a CPU takes seconds to initialise weights
-        state, setup, _, configs = train.open_run(train.PRETRAINING.read_configs(values), None)
-    return setup, state, configs
+        return train.open_run(train.PRETRAINING.read_configs(values), None, None)
 
 
 def speed(bench: Bench) -> str:

@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "block_size", "vocab_size")}
-    loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]  # traced on a CPU, meant for a GPU
+    loss.LOGIT_CHUNK_BYTES["cpu"] = loss.LOGIT_CHUNK_BYTES["cuda"]  # traced on a CPU, meant for a GPU
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = " | ".join(f"GiB at {batch_size}" for batch_size in args.batch_sizes)
     rows = [f"| model and loss | dtype | ratio to nanoGPT's | better | {sizes} |",

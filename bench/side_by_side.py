@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPO))
 from experiments.runner import JobResult, Runner, TrainingJob  # noqa: E402
 from runtime.config import BadInput  # noqa: E402
 from runtime.device import describe_hardware  # noqa: E402
-from runtime.memory import process_peak  # noqa: E402
+from runtime.memory import peak_resident_bytes  # noqa: E402
 from runtime.signals import StopSignals  # noqa: E402
 
 
@@ -68,7 +68,7 @@ def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int
 
 def peak_memory() -> float:
     """MB that this process has held at most."""
-    return process_peak() / 1e6
+    return peak_resident_bytes() / 1e6
 
 
 def machine() -> str:

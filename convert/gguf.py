@@ -87,7 +87,7 @@ def add_tokenizer(writer, tokenizer: Tokenizer):
 
 def add_weight(writer, name: str, weight: Tensor, dtype: str):
     import gguf
-    if dtype == "bf16":  # which numpy lacks
+    if dtype == "bf16":  # numpy has no such type
         raw = weight.to(torch.bfloat16).view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from convert.hf_mapping import GPT2, GPT2_ACTIVATIONS, LLAMA, hf_buffers, hf_parameters, read_json
 from convert.hf_tokenizer import add_chat_tokens, load_hf_tokenizer
-from model import GPT, GPTConfig
-from runtime.checkpoint import reading
+from model import GPT, GPTConfig, upgrade_config, upgrade_weights
+from runtime.checkpoint import explain_damage
 from runtime.config import BadInput
 from tokenizer import Tokenizer
 
@@ -22,11 +22,11 @@ def import_model(folder: Path, chat_tokens: bool) -> tuple[GPT, Tokenizer]:
     path = folder / "config.json"
     hf_config = read_json(path)
     model_type = hf_config.get("model_type")
-    if model_type not in READERS:
-        raise BadInput(f"{path}: model_type is {model_type!r}: only {', '.join(READERS)} can be imported")
-    architecture, from_config = READERS[model_type]
+    if model_type not in CONFIG_READERS:
+        raise BadInput(f"{path}: model_type is {model_type!r}: only {', '.join(CONFIG_READERS)} can be imported")
+    architecture, from_config = CONFIG_READERS[model_type]
     tokenizer = load_hf_tokenizer(folder, hf_config)
-    with reading(path):
+    with explain_damage(path):
         config = GPTConfig(**from_config(hf_config) | {"vocab_size": hf_config["vocab_size"]})
     weights = from_hf_state_dict(load_weights(folder), config, architecture, folder / "model.safetensors")
     n_rows = tokenizer.vocab_size  # the files' matrices may have more, which no token uses
@@ -36,7 +36,7 @@ def import_model(folder: Path, chat_tokens: bool) -> tuple[GPT, Tokenizer]:
         rows = weights[name][:n_rows]
         weights[name] = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(tokenizer.vocab_size - len(rows), -1)])
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    with reading(folder):
+    with explain_damage(folder):
         return GPT.from_checkpoint({"config": dataclasses.asdict(config), "model": weights}), tokenizer
 
 
@@ -74,11 +74,12 @@ def from_gpt2_config(hf_config: dict) -> dict:
 
 
 def from_workbench_config(hf_config: dict) -> dict:
-    return hf_config["gpt"]
+    """Fields of GPTConfig."""
+    return upgrade_config(hf_config["gpt"])
 
 
 # model_type of config.json -> architecture as in hf_mapping.py, reader of the config
-READERS = {"llama": ("llama", from_llama_config), "mistral": ("llama", from_llama_config),
+CONFIG_READERS = {"llama": ("llama", from_llama_config), "mistral": ("llama", from_llama_config),
            "gpt2": ("gpt2", from_gpt2_config), "gpt_workbench": (None, from_workbench_config)}
 
 
@@ -113,6 +114,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def from_hf_state_dict(theirs: dict[str, Tensor], config: GPTConfig, architecture: str | None,
                        file: Path) -> dict[str, Tensor]:
     """Our state_dict from theirs. Raises BadInput naming `file` when it does not hold the model that `config` describes."""
+    if architecture is None:
+        theirs = upgrade_weights(theirs)
     if architecture == "gpt2" and "wte.weight" in theirs:  # OpenAI's files are of the model without its head
         theirs = {f"transformer.{name}": weight for name, weight in theirs.items()}
     parameters = hf_parameters(architecture, config)

@@ -52,7 +52,7 @@ def intermediate_size(config: GPTConfig) -> int:
 class HFParameter:
     """Where one of our parameters is in a Hugging Face model.
 
-    names: their parameters; ours stacks several of them along dim 0, with so many `rows` of each.
+    names: their parameters; ours stacks several of them along dim 0, with rows[i] rows of each.
     transposed: theirs is (in, out), as GPT-2's Conv1D has it.
     """
     names: tuple[str, ...]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convert.hf_mapping import read_json
-from runtime.checkpoint import reading
+from runtime.checkpoint import explain_damage
 from runtime.config import BadInput
 from tokenizer import END_OF_MESSAGE, PATTERNS, ROLE_TOKENS, SEPARATOR, Tokenizer
 
@@ -73,14 +73,15 @@ def merge_below(token: bytes, ranks: Mapping[bytes, int], max_rank: int) -> list
 # -- out --------------------------------------------------------------------------------------------------------------
 
 def to_hf_tokenizer(tokenizer: Tokenizer):
-    """A `tokenizers.Tokenizer` with the same ids, which leads every text with the separator."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    """A `tokenizers.Tokenizer` with the same ids, which starts every text with the separator. Raises BadInput, see
+    `to_hf_pattern`."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as HFTokenizer
     vocab = {to_byte_level(token): token_id for token, token_id in tokenizer.ranks.items()} | tokenizer.special_tokens
     merges = [tuple(map(to_byte_level, pair)) for pair in recover_merges(tokenizer.ranks)]
     theirs = HFTokenizer(models.BPE(vocab, merges))
     theirs.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(without_possessive(tokenizer.pattern)), "isolated"),
+        pre_tokenizers.Split(to_hf_pattern(tokenizer.pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])
     theirs.decoder = decoders.ByteLevel()
     theirs.post_processor = processors.TemplateProcessing(
@@ -88,6 +89,16 @@ def to_hf_tokenizer(tokenizer: Tokenizer):
     by_id = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
     theirs.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in by_id])
     return theirs
+
+
+def to_hf_pattern(pattern: str):
+    """`pattern` as a `tokenizers.Regex`. Raises BadInput when Oniguruma, which matches it there, does not support it."""
+    from tokenizers import Regex
+    try:
+        return Regex(without_possessive(pattern))
+    except Exception as error:  # the library raises nothing more specific
+        raise BadInput(f"the tokenizer's --pattern cannot be exported: tokenizers does not support it ({error}): train a "
+                       f"tokenizer with one of {', '.join(PATTERNS)}") from None
 
 
 def without_possessive(pattern: str) -> str:
@@ -115,7 +126,7 @@ def load_hf_tokenizer(folder: Path, hf_config: dict) -> Tokenizer:
         added = {token: token_id for token, token_id in vocab.items() if token == SEPARATOR}
         return build_tokenizer(folder / "vocab.json", vocab, read_merges(folder / "merges.txt"), "gpt2", added, hf_config)
     saved = read_json(path)
-    with reading(path):
+    with explain_damage(path):
         model = saved["model"]
         if model.get("type") != "BPE" or model.get("byte_fallback") or saved.get("normalizer"):
             raise BadInput("not a byte-level BPE, the only kind of vocabulary that can be imported")

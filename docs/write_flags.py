@@ -18,7 +18,7 @@ import probes  # noqa: E402
 import tokenizer  # noqa: E402
 from finetune import FINETUNING  # noqa: E402
 from runtime.cli import default_text  # noqa: E402
-from runtime.config import ON_RESUME, SCOPES, flags_of  # noqa: E402
+from runtime.config import ON_RESUME, SCOPES, declared_flags  # noqa: E402
 from runtime.device import DeviceConfig  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
@@ -49,9 +49,9 @@ def table(config: type, resumes: bool) -> str:
     """Markdown rows of the flags of one dataclass. resumes: with what a resumed run and a comparison do with them."""
     head = ["flag", "default", "what it does", *(["on resume", "scope"] if resumes else [])]
     lines = [head, ["---"] * len(head)]
-    for name, field in flags_of(config).items():
+    for name, field in declared_flags(config).items():
         flag = field.metadata["flag"]
-        words = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
+        words = flag.help + (f" (choices: {', '.join(flag.choices)})" if flag.choices else "")
         lines.append([f"`--{name}`", default_text(field), words, *([flag.on_resume, flag.scope] if resumes else [])])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -69,7 +69,7 @@ def page() -> str:
              "**Scope**, who sets the flag when `compare.py` starts many runs: "
              + "; ".join(f"*{name}*: {words}" for name, words in SCOPES.items()) + "."]
     for script, configs in COMMANDS.items():
-        resumes = script in ("train", "finetune")
+        resumes = script in ("train", "finetune", "download_data")
         parts.append(f"## {script}.py")
         for config in configs:
             if config not in shared:

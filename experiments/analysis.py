@@ -35,8 +35,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an arm: in stage "rate" on `budget_frac` of the budget, to choose the learning rate; in stage "run" on the
-    whole budget; in stage "speed" a few steps, which are timed."""
+    """One run of an arm: in stage "lr_grid" on `budget_frac` of the budget, to choose the learning rate; in stage "run" on
+    the whole budget; in stage "speed" a few steps, which are timed."""
     arm: Arm
     stage: str
     lr_multiple: float
@@ -70,7 +70,7 @@ class CellResult:
             end = f"{self.speed():,.0f} tok/s"
         else:
             end = f"{self.bpb:.4f} bits/byte, {self.rows[-1]['seconds']:.0f} s"
-        which = {"rate": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
+        which = {"lr_grid": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
                  "run": f"learning rate x {cell.lr_multiple:g}, seed {cell.seed}",
                  "speed": f"speed, round {cell.seed}"}[cell.stage]
         return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
@@ -143,13 +143,10 @@ class ArmResults:
         log_ratio = math.log(whole.rows[-1]["tokens"] / short.rows[-1]["tokens"])
         return (short.bpb - whole.bpb) / log_ratio, log_ratio
 
-    def lr_grid_edge(self) -> str:
-        """"edge" if the best learning rate is the grid's lowest or highest, beyond which there may be a better one; "only
-        one tried"; else ""."""
+    def at_grid_edge(self) -> bool:
+        """Whether the best learning rate is the grid's lowest or highest, beyond which there may be a better one."""
         multiples, best = [run.cell.lr_multiple for run in self.grid], self.best()
-        if best is None or best.cell.lr_multiple not in (min(multiples), max(multiples)):
-            return ""
-        return "edge" if len(multiples) > 1 else "only one tried"
+        return best is not None and best.cell.lr_multiple in (min(multiples), max(multiples))
 
     def results(self) -> Iterator[CellResult]:
         return itertools.chain(self.grid, self.full_budget_lr_runs, self.runs, self.speeds)
@@ -165,42 +162,44 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
     `add_significance` completes the rows of all sizes together."""
     reference, rows = results[0], []
     slope = reference.slope() if reference.finished() else (math.nan, math.nan)
-    for one in results:
-        arm = one.arm
-        row = {"size": arm.size, "arm": arm.name, "runs": len(one.finished()), "runs_wanted": len(arm.seeds),
+    for arm_results in results:
+        arm = arm_results.arm
+        row = {"size": arm.size, "arm": arm.name, "runs": len(arm_results.finished()), "runs_wanted": len(arm.seeds),
                "parameters": arm.n_parameters, "flops_per_token": arm.flops_per_token,
                "elementwise_flops_per_token": arm.elementwise_flops_per_token, "n_hidden": arm.flags.get("n_hidden"),
-               "edge": one.lr_grid_edge()}
+               "n_rates": len(arm_results.grid), "at_grid_edge": arm_results.at_grid_edge()}
         rows.append(row)
-        if not one.finished():
+        if not arm_results.finished():
             continue
-        row |= outcome_columns(one)
-        if one is reference:
+        row |= outcome_columns(arm_results)
+        if arm_results is reference:
             row["bpb_equal_seconds"] = row["bpb"]
             continue
-        row |= difference_columns(one, reference, *slope)
+        row |= difference_columns(arm_results, reference, *slope)
         if reference.finished():
-            own_slope, log_ratio = one.slope()
+            own_slope, log_ratio = arm_results.slope()
             longer = math.log(row["seconds"] / rows[0]["seconds"])
             if abs(longer) <= log_ratio:  # no further than was measured
                 row["bpb_equal_seconds"] = row["bpb"] + own_slope * longer
     return rows
 
 
-def outcome_columns(one: ArmResults) -> dict:
+def outcome_columns(arm_results: ArmResults) -> dict:
     """What an arm's finished runs ended with."""
-    bpb = Estimate.from_values([run.bpb for run in one.finished()])
-    return {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": one.mean_final("val_loss"),
-            "learning_rate": one.arm.base_lr * one.best().cell.lr_multiple, "tokens": one.mean_final("tokens"),
-            "seconds": one.mean_final("tokens") / one.speed(), "tok_per_sec": one.speed(),
-            "peak_memory": max(row.get("peak_memory", 0) for run in one.finished() for row in run.rows)}
+    finished, tokens, speed = arm_results.finished(), arm_results.mean_final("tokens"), arm_results.speed()
+    bpb = Estimate.from_values([run.bpb for run in finished])
+    return {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": arm_results.mean_final("val_loss"),
+            "learning_rate": arm_results.arm.base_lr * arm_results.best().cell.lr_multiple, "tokens": tokens,
+            "seconds": tokens / speed, "tok_per_sec": speed,
+            "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
 
 
-def difference_columns(one: ArmResults, reference: ArmResults, slope: float, log_ratio: float) -> dict:
+def difference_columns(arm_results: ArmResults, reference: ArmResults, slope: float, log_ratio: float) -> dict:
     """The difference in bits per byte to the reference, paired by seed, and how many steps more or fewer the reference would
     need to match it. slope, log_ratio: the reference's, see ArmResults.slope."""
     reference_bpb = {i: run.bpb for i, run in enumerate(reference.runs) if run.status == "finished"}
-    pairs = [run.bpb - reference_bpb[i] for i, run in enumerate(one.runs) if run.status == "finished" and i in reference_bpb]
+    pairs = [run.bpb - reference_bpb[i] for i, run in enumerate(arm_results.runs)
+             if run.status == "finished" and i in reference_bpb]
     if not pairs:
         return {}
     difference = Estimate.from_values(pairs)
@@ -213,17 +212,17 @@ def difference_columns(one: ArmResults, reference: ArmResults, slope: float, log
 
 
 def add_significance(rows: list[dict]) -> list[dict]:
-    """The same rows, with p-values corrected for the number of comparisons, and whether each difference is significant:
-    yes, no, or "only by itself", which means without the correction."""
+    """The same rows, with p-values corrected for the number of comparisons, and the significance of each difference:
+    "corrected" if it is significant after the correction, "uncorrected" if only without it, else "none"."""
     compared = [row for row in rows if "p" in row]
     for row, p in zip(compared, holm([row["p"] for row in compared])):
         excludes_0 = abs(row["difference"]) > row["difference_margin"]
-        row |= {"p_holm": p, "comparisons": len(compared),
-                "significant": "yes" if p < SIGNIFICANCE and excludes_0 else "only by itself" if excludes_0 else "no"}
+        significance = "none" if not excludes_0 else "corrected" if p < SIGNIFICANCE else "uncorrected"
+        row |= {"p_holm": p, "comparisons": len(compared), "significance": significance}
     return rows
 
 
-# -- in words ---------------------------------------------------------------------------------------------------------
+# -- as text ----------------------------------------------------------------------------------------------------------
 
 def verdict(row: dict, reference: dict) -> str:
     """One sentence about an arm that claims no more than its interval supports."""
@@ -237,15 +236,15 @@ def verdict(row: dict, reference: dict) -> str:
         return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, which shows nothing.{missing}"
     interval = (f"95 % interval {row['difference'] - row['difference_margin']:+.4f} to "
                 f"{row['difference'] + row['difference_margin']:+.4f}, {row['pairs']} seeds")
-    if row["significant"] == "no":
+    if row["significance"] == "none":
         return f"{name}: no significant difference from {base} ({interval}).{missing}"
-    if row["significant"] == "only by itself":
+    if row["significance"] == "uncorrected":
         return (f"{name}: the difference from {base} would be significant if it were the only comparison ({interval}; "
                 f"p = {row['p']:.3f}), but is not as one of {row['comparisons']} (p = {row['p_holm']:.3f}).{missing}")
     direction = "better" if row["difference"] < 0 else "worse"
     steps = f"; equivalent to {format_steps_equivalent(row)} steps of {base}" if "steps_equivalent" in row else ""
     edges = "".join(f" The best learning rate of {other['arm']} was the lowest or highest tried."
-                    for other in (row, reference) if other["edge"] == "edge")
+                    for other in (row, reference) if other["at_grid_edge"] and other["n_rates"] > 1)
     return (f"{name}: {direction} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){steps}."
             f"{missing}{edges}")
 
@@ -264,9 +263,10 @@ def fit_scaling(by_size: list[list[ArmResults]]) -> dict[str, tuple[list[tuple[f
     """name -> (points, a, b): the (FLOPs of a run, bits per byte) at each size, and the power law bpb = a FLOPs^-b through
     them. Only arms that finished at two or more sizes whose FLOPs differ by at least half."""
     points = {}
-    for one in itertools.chain(*by_size):
-        if one.finished():
-            flops = one.mean_final("tokens") * (one.arm.flops_per_token + one.arm.elementwise_flops_per_token)
-            points.setdefault(one.arm.name, []).append((flops, statistics.mean(run.bpb for run in one.finished())))
+    for arm_results in itertools.chain(*by_size):
+        if arm_results.finished():
+            arm, bpb = arm_results.arm, statistics.mean(run.bpb for run in arm_results.finished())
+            flops = arm_results.mean_final("tokens") * (arm.flops_per_token + arm.elementwise_flops_per_token)
+            points.setdefault(arm.name, []).append((flops, bpb))
     return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items()
             if max(found)[0] > 1.5 * min(found)[0]}

@@ -1,6 +1,6 @@
 """The report of a comparison: comparison.md, comparison.csv, comparison.html and its pictures.
 
-compare.py calls `write_report` when its cells are done; the numbers are analysis.py's.
+compare.py calls `write_comparison` when its cells are done; the numbers are analysis.py's.
 """
 import itertools
 import math
@@ -24,6 +24,7 @@ HEAD = ("arm", "bits/byte (lower is better)", "difference from the first arm (ne
         "bits/byte at equal seconds (lower is better)", "learning rate", "parameters", "MFLOP/token, matrix products",
         "MFLOP/token, element-wise", "tokens/s (higher is better)", "seconds (lower is better)",
         "peak memory, MiB (lower is better)", "runs finished")
+SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
 NOTES = """\
 Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers seeds, not the choice of
 text. Differences are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). Steps
@@ -31,22 +32,22 @@ equivalent: how many more (+) or fewer (-) steps the first arm would need to mat
 from the difference's. Bits/byte at equal seconds: what the arm would have reached in the time that the first arm took. Both
 are interpolated between an arm's best run on a part of the budget and its run of the same seed on the whole, each with a
 full cooldown, and never extrapolated beyond them. Learning rate: the search starts from the best of the grid on a part of
-the budget, and goes down for as long as the whole budget with the first seed improves; that run is among those compared, so
-it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest of the grid. FLOPs are per training
-token, forward and backward: matrix products, and separately activations and the bases of KAN layers. Peak memory is the
-process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after all runs, one at a time with
-the arms taking turns, and seconds are those of a run at that speed; where the budget is in seconds, both are the runs'
-own."""
+the budget; lower rates are tried on the full budget with the first seed while they improve. The run at the best one is among
+those compared, so it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest of the grid. FLOPs
+are per training token, forward and backward: matrix products, and separately activations and the bases of KAN layers. Peak
+memory is the process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after all runs, one at a
+time with the arms taking turns, and seconds are those of a run at that speed; where the budget is in seconds, both are the
+runs' own."""
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
 a comparison do, which share the order."""
 
 
-def write_report(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
-                 out_path: Path, is_null: bool):
+def write_comparison(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
+                     out_path: Path, is_null: bool):
     """Writes the report into `out_path`, and prints it. describe_conditions(arms of a size): the conditions that they were
     compared under. is_null: the second arm is the first again."""
-    by_size = [list(group) for _, group in itertools.groupby(results, key=lambda one: one.arm.size)]
+    by_size = [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
     rows_by_size = [table_rows(group) for group in by_size]
     rows = add_significance(list(itertools.chain(*rows_by_size)))
     title = "A null test: an arm against itself" if is_null else "Comparison"
@@ -72,11 +73,11 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
     """The parts of the page about the arms of one size."""
     parts = [("h2", results[0].arm.size or "Results"), ("p", f"{conditions}."),
              ("ul", [verdict(row, rows[0]) for row in rows[1:]]), Table(HEAD, [format_row(row) for row in rows])]
-    if curves := {one.arm.name: one.curves() for one in results if one.finished()}:
+    if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
         parts += [Figure(draw_mean_curves(curves), f"curves{suffix}"),
                   Figure(draw_pareto_fronts({row["arm"]: row for row in rows if "bpb" in row}), f"front{suffix}")]
-    if problems := [problem for one in results for problem in one.problems()]:
+    if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
 
@@ -101,9 +102,16 @@ def format_row(row: dict) -> tuple[str, ...]:
         margin = row.get(f"{name}_margin", math.inf)
         return number(name, form) + (f" ± {margin:.4f}" if margin < math.inf else "")
     return (row["arm"], with_margin("bpb", ".4f"), with_margin("difference", "+.4f"), number("p_holm", ".3f"),
-            row.get("significant", ""), format_steps_equivalent(row) if "steps_equivalent" in row else "",
-            number("bpb_equal_seconds", ".4f"),
-            number("learning_rate", ".3g") + (f" ({row['edge']})" if row["edge"] else ""), f"{row['parameters']:,}",
+            SIGNIFICANCE_WORDS.get(row.get("significance"), ""),
+            format_steps_equivalent(row) if "steps_equivalent" in row else "", number("bpb_equal_seconds", ".4f"),
+            number("learning_rate", ".3g") + format_grid_edge(row), f"{row['parameters']:,}",
             number("flops_per_token", ".2f", 1e-6), number("elementwise_flops_per_token", ".2f", 1e-6),
             number("tok_per_sec", ",.0f"), number("seconds", ",.0f"), number("peak_memory", ",.0f", 2**-20),
             f"{row['runs']} of {row['runs_wanted']}")
+
+
+def format_grid_edge(row: dict) -> str:
+    """" (edge)" where the best learning rate was the grid's lowest or highest."""
+    if not row["at_grid_edge"]:
+        return ""
+    return " (edge)" if row["n_rates"] > 1 else " (only one tried)"

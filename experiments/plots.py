@@ -1,4 +1,4 @@
-"""Pictures of runs, by matplotlib, which is imported when the first one is drawn.
+"""Pictures of runs and of prepared text, by matplotlib, which is imported when the first one is drawn.
 
     draw_curves({"gpt": read_rows(path)}, Path("curves.png"))       the curves of runs, as train.py --plot draws them
     svg = draw_mean_curves({"mlp=gelu": [rows, rows]})              mean and range over the runs of each name
@@ -145,22 +145,55 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
         for k, accuracy in enumerate(accuracies[arm, task]):
             axis.text(n * i + k, y + 0.27, "-" if accuracy is None else f"{accuracy:.2f}", ha="center", va="center",
                       fontsize=9, color="white" if shades[y, n * i + k] > 0.6 else "black")
-    axis.set_yticks(range(len(arms)), arms)
-    axis.set_xticks(range(n * len(tasks)), [column for task in tasks for column in columns[task]], fontsize=8)
-    axis.tick_params(length=0)
-    for i, task in enumerate(tasks):
-        axis.text(n * i + (n - 1) / 2, -0.56, task, ha="center", va="bottom", fontsize=10.5, fontweight="bold")
-    for x in range(1, len(tasks)):
-        axis.axvline(n * x - 0.5, color="white", linewidth=5)
-    for y in range(1, len(arms)):
-        axis.axhline(y - 0.5, color="white", linewidth=5)
-    axis.spines[:].set_visible(False)
+    label_matrix(axis, arms, columns)
     figure.suptitle(title, fontsize=11)
     bar = figure.colorbar(image, ax=axis, ticks=[0, 1], pad=0.01, shrink=0.9)
     bar.ax.set_yticklabels(["chance", "all correct"], fontsize=8)
     for extension in ("png", "svg"):
         with atomic_write(folder / f"{name}.{extension}") as file:
             figure.savefig(file, format=extension, dpi=110)
+    plt.close(figure)
+
+
+def label_matrix(axis, arms: list[str], columns: dict[str, list[str]]):
+    """Names the rows, the tasks and their columns, and draws white lines between arms and between tasks."""
+    n = len(next(iter(columns.values())))
+    axis.set_yticks(range(len(arms)), arms)
+    axis.set_xticks(range(n * len(columns)), list(itertools.chain(*columns.values())), fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    for i, task in enumerate(columns):
+        axis.text(n * i + (n - 1) / 2, -0.56, task, ha="center", va="bottom", fontsize=10.5, fontweight="bold")
+    for x in range(1, len(columns)):
+        axis.axvline(n * x - 0.5, color="white", linewidth=5)
+    for y in range(1, len(arms)):
+        axis.axhline(y - 0.5, color="white", linewidth=5)
+
+
+# -- prepared text ----------------------------------------------------------------------------------------------------
+
+def draw_corpus_stats(lengths, counts, title: str, path: Path):
+    """Writes a PNG: a histogram of the documents' lengths, and the frequency of each token against its rank.
+
+    lengths: tokens of each document, (documents,). counts: occurrences of each id, (vocab_size,). Both are numpy arrays.
+    """
+    import numpy as np
+    plt = import_pyplot()
+    falling = -np.sort(-counts[counts > 0])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    left.hist(np.maximum(lengths, 1), np.geomspace(1, lengths.max() + 1, 60), color="#4878a8")
+    left.axvline(np.median(lengths), color="black", linewidth=0.8)
+    left.set(xscale="log", xlabel="tokens in a document", ylabel="documents",
+             title=f"{len(lengths):,} documents, median {np.median(lengths):,.0f} tokens, longest {lengths.max():,}")
+    ranks = np.arange(1, len(falling) + 1)
+    right.plot(ranks, falling, color="#4878a8", label="tokens")
+    right.plot(ranks, falling[0] / ranks, color="black", linewidth=0.8, label="Zipf: 1 / rank")
+    right.set(xscale="log", yscale="log", xlabel="rank", ylabel="occurrences",
+              title=f"{len(falling):,} of {len(counts):,} tokens of the vocabulary occur")
+    right.legend()
+    figure.suptitle(title)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 

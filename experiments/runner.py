@@ -20,22 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tqdm import tqdm
-
 from runtime.checkpoint import run_folder
-from runtime.cli import BAD_INPUT, DIVERGED
-from runtime.files import atomic_write
+from runtime.cli import BAD_INPUT, DIVERGED, progress_bar
+from runtime.config import BadInput
+from runtime.files import atomic_write, folder_lock
 from runtime.metrics import read_rows
 from runtime.signals import StopSignals
 from runtime.threads import available_cores
 
-FINAL = "finished", "diverged"  # a job that failed or was killed runs again when the command is given again
+FINAL_STATUSES = "finished", "diverged"  # a job that failed or was killed runs again when the command is given again
 GRACE = 30  # seconds that a process has to save and exit
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: finished, diverged, bad input, failed, killed or stopped. reason: a line for people."""
+    """How a job ended: finished, diverged, bad input, failed, killed or stopped. reason: one human-readable line."""
     status: str
     reason: str = ""
 
@@ -72,9 +71,8 @@ class Runner:
         to the others, for the progress bar.
         """
         weights = weights or [1.0] * len(jobs)
-        with ThreadPoolExecutor(self.n_parallel) as pool, tqdm(
-                total=sum(weights), desc=desc, unit="run", dynamic_ncols=True, smoothing=0,
-                mininterval=0.2 if sys.stderr.isatty() else 30) as bar:  # in a log file, a line every half minute is enough
+        with ThreadPoolExecutor(self.n_parallel) as pool, progress_bar(
+                total=sum(weights), desc=desc, unit="run", smoothing=0) as bar:
             futures = {pool.submit(self.run_job, job): i for i, job in enumerate(jobs)}
             running, forwarded = set(futures), None
             try:
@@ -131,25 +129,26 @@ def interpret_exit(code: int, reason: str) -> JobResult:
     if code == 0:
         return JobResult("finished")
     if code < 0:
-        return JobResult("killed", f"by {signal.Signals(-code).name}")
+        return JobResult("killed", f"by signal {-code}")
     return JobResult({DIVERGED: "diverged", BAD_INPUT: "bad input"}.get(code, "failed"), reason)
 
 
 def error_line(stderr: str, script: Path) -> str:
-    """The line that a command of ours ends with; warnings of the interpreter's shutdown may follow it."""
+    """The line that one of our commands ends with; warnings of the interpreter's shutdown may follow it."""
     lines, prefix = [line for line in stderr.splitlines() if line.strip()], f"{script.name}: "
     own = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
     return " ".join((own or lines or ["printed nothing on stderr"])[-1].split())
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingJob:
-    """A run of train.py or finetune.py: it writes `checkpoint`, and its metrics into the folder of that name. out: the flag
-    that names the checkpoint."""
+    """A run of train.py or finetune.py: it writes `checkpoint`, and its metrics into the folder of that name. out_flag: the
+    flag that names the checkpoint. resumed: whether the latest `command` continues that checkpoint."""
     script: Path
     checkpoint: Path
     flags: tuple[str, ...]
-    out: str = "checkpoint_path"
+    out_flag: str = "checkpoint_path"
+    resumed: bool = False
 
     @property
     def folder(self) -> Path:
@@ -159,26 +158,29 @@ class TrainingJob:
         return read_rows(self.folder / "metrics.jsonl")
 
     def command(self) -> list[str]:
-        flags = ["--resume_checkpoint"] if self.checkpoint.exists() else [*self.flags, "--overwrite"]
-        return [sys.executable, str(self.script), f"--{self.out}={self.checkpoint}", *flags, "--verbose=0"]
+        self.resumed = self.checkpoint.exists()
+        flags = ["--resume_checkpoint"] if self.resumed else [*self.flags, "--overwrite"]
+        return [sys.executable, str(self.script), f"--{self.out_flag}={self.checkpoint}", *flags, "--verbose=0"]
 
     def previous_result(self) -> JobResult | None:
         with suppress(OSError, ValueError, KeyError):  # missing, or truncated by a crash
             saved = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
             result = JobResult(saved["status"], saved["reason"])
-            if result.status in FINAL and (result.status != "finished" or self.has_final_row()):
+            if result.status in FINAL_STATUSES and (result.status != "finished" or self.has_final_row()):
                 return result
             self.delete()
         return None
 
     def complete(self, result: JobResult) -> JobResult:
-        if result.status == "bad input":  # a checkpoint that cannot be read would fail forever
-            self.delete()
+        if result.status == "bad input":
+            if self.resumed:  # a checkpoint that cannot be read would fail forever
+                with suppress(BadInput), folder_lock(self.folder, str(self.folder)):  # unless it is another process's
+                    self.delete()
             return JobResult("failed", result.reason)
         if result.status == "finished" and not self.has_final_row():
             self.delete()
             return JobResult("failed", "its last metrics are missing")
-        if result.status in FINAL:
+        if result.status in FINAL_STATUSES:
             self.save_result(result)
         return result
 
@@ -198,3 +200,8 @@ class TrainingJob:
         """Deletes its files: the next run starts from step 0."""
         self.checkpoint.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def flag_texts(values: dict) -> tuple[str, ...]:
+    """{"bias": True, "mlp": "gelu"} -> ("--bias=1", "--mlp=gelu"), sorted."""
+    return tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))

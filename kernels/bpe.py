@@ -703,7 +703,7 @@ Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts to
 Cache = namedtuple("Cache", "rows room")
 CACHED_IDS = 3
 CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
-MAX_SCANNED_BYTES = 64  # of a word that is merged without a heap
+MAX_SCANNED_BYTES = 64  # longest word that is merged without a heap
 
 
 def power_of_two(n: int) -> int:

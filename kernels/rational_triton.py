@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 32, 128  # of a tile: rows per program, channels that it processes at a time
+ROWS, COLUMNS = 32, 128  # size of a tile: rows per program, channels that it processes at a time
 
 
 @triton.jit

@@ -1,20 +1,22 @@
 """Parts of the network: mathematics on tensors. An architecture is one class here and one line in a dict below.
 
 Every layer is constructed from the model's config, from which it reads what it needs: n_embd, n_head, head_size, bias …
-All linear layers inside it are `LINEARS[config.linear]`; the one that writes into the residual stream is named `proj`, and
-the model initialises its matrix to zero.
+All linear layers inside it are `LINEARS[config.linear]`. Two names have a meaning: `proj` is the one that writes into the
+residual stream, whose matrix the model initialises to zero; the matrix of one named `qkv` is several of equal shape stacked
+along its rows (queries, keys and values), which the optimizer updates as separate matrices.
 
 MLP: `MLP(config)`, works on each position by itself.
 
     forward(x) -> y                                             x, y: (B, T, C)
 
-Mixer: `Mixer(config, layer)`, layer counts from 0; moves information between positions. Its `letter` stands for it in a
-pattern such as --mixer=DDDA.
+Mixer: `Mixer(config, layer)`, layer counts from 0; moves information between positions. Its class attribute `letter` stands
+for it in a pattern such as --mixer=DDDA; its class attribute `needs_mask` is True if it obeys `metadata.mask`, which is only
+built if a mixer of the model needs it. One that does not need the mask reads `metadata.doc_starts` itself.
 
     forward(x, metadata, cache=None, first_layer_v=None) -> (y, v)
         metadata: layers/attention_metadata.py, shared by all layers. cache: holds the positions before x, and takes x in.
-        v: this layer's values, (B, n_head, T, head_size); every later block receives those of the first block as
-        first_layer_v (see Attention).
+        v: this layer's values, (B, heads of values, T, head_size): n_kv_head for Attention, n_head for a mixer without
+        grouped heads. Every later block receives those of the first block as first_layer_v (see Attention).
     init_cache(batch_size, max_len, device, dtype) -> cache
         with `copy_rows_from(rows, other, other_rows, stop, n)`, see KVCache
 

@@ -11,7 +11,7 @@ from layers.attention_metadata import AttentionMetadata
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
-# Without cuDNN's, which newer torch prefers on Hopper: it builds a plan for every new length, so at every decoded token.
+# All but cuDNN's, which newer torch prefers on Hopper: it builds a plan for every new length, so at every decoded token.
 DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -45,6 +45,7 @@ class Attention(nn.Module):
     identity of the token available (Zhou et al. 2024, arXiv:2410.17897).
     """
     letter = "A"
+    needs_mask = True
 
     def __init__(self, config, layer: int):
         super().__init__()

@@ -41,6 +41,7 @@ class GatedDelta(nn.Module):
     """Multi-head gated delta rule. Keys and queries have length 1; the output of a head is normalised and multiplied by a
     gate per channel. value_residual: as in Attention."""
     letter = "D"
+    needs_mask = False
 
     def __init__(self, config, layer: int):
         super().__init__()

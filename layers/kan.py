@@ -17,11 +17,11 @@ from layers.norm import rms_norm
 
 # -- rational functions -----------------------------------------------------------------------------------------------
 
-GROUPS = 8  # of channels that share a rational function
+GROUPS = 8  # groups of channels; those of a group share a rational function
 # Numerator and denominator of x, and of swish to within 1e-4 on -3 … 3
 IDENTITY = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
 SWISH = (0.0, 0.5, 0.25, 0.05326628, 0.00580303, 0.0002752), (0.0, 0.10652899, 0.0, 0.00055023)
-MIN_DENOMINATOR = 1e-4  # for |b|, whose gradient at 0 is 0: it would stay there. At x = 3 it changes the identity by 1 %
+MIN_DENOMINATOR = 1e-4  # least |b|: at 0 its gradient is 0, so it would stay there. At x = 3 it changes the identity by 1 %
 # √E[x^2k] for a normal x. Coefficients are learned times this, so that one learning rate suits x and x^5.
 MONOMIAL_RMS = [math.prod(range(1, 2 * k, 2)) ** 0.5 for k in range(6)]
 
@@ -78,8 +78,8 @@ class RationalLinear(torch.autograd.Function):
 # -- fixed basis functions --------------------------------------------------------------------------------------------
 
 # With eight coefficients on every edge, a layer has the parameters of an MLP whose hidden layer is four times as wide.
-DEGREE = 8        # of the Chebyshev polynomials
-KNOT_STEP = 1.5   # between the knots of the B-splines, which cover -3 … 3
+DEGREE = 8        # degree of the Chebyshev polynomials
+KNOT_STEP = 1.5   # distance between the knots of the B-splines, which cover -3 … 3
 CENTERS = tuple(KNOT_STEP * i for i in range(-3, 4))
 
 

@@ -6,14 +6,14 @@ from torch.utils.checkpoint import checkpoint
 
 # Bytes of one chunk's logits in fp32, of which three copies exist at a time. GPUs want large products, CPUs ones that fit
 # into their caches.
-CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
+LOGIT_CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, reduction: str) -> Tensor:
     """x: (B, T, C), weight: (V, C), targets: (B, T). Returns the loss in nats/token: a scalar, or (B, T) with
     reduction="none", 0 where the target is negative. Sums and softmax are fp32; under autocast the products are not."""
     device = x.device.type
-    rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * weight.size(0)))
+    rows = max(1, LOGIT_CHUNK_BYTES.get(device, LOGIT_CHUNK_BYTES["cuda"]) // (4 * weight.size(0)))
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "mean":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -3,7 +3,6 @@
 A run's latest checkpoint is at its --checkpoint_path. The folder of that name, `run_folder`, has the one before it
 (previous.pt), the one with the best validation so far (best.pt), and the metrics.
 """
-import re
 import threading
 import time
 import zipfile
@@ -34,10 +33,10 @@ class CheckpointWriter:
     """Writes a run's checkpoints: the latest at `path`; the previous and the best one in `folder`, as hard links, so that
     nothing is written twice.
 
-    A write that would hold up training for more than PAUSE seconds, judging by the one before, is done by a thread from a
-    copy in memory.
+    A write that would hold up training for more than MAX_PAUSE_SECONDS, going by the duration of the previous write, is
+    done by a thread from a copy in memory.
     """
-    PAUSE = 1.0
+    MAX_PAUSE_SECONDS = 1.0
 
     def __init__(self, path: Path, folder: Path, resumed: Path | None = None, is_best: bool = False):
         """resumed: the checkpoint that the run continues, and whether that was its best."""
@@ -45,15 +44,15 @@ class CheckpointWriter:
         self.resumes_in_place = resumed is not None and path.exists() and path.samefile(resumed)
         self.same_run = resumed is not None and run_folder(resumed).resolve() == folder.resolve()  # best.pt too
         self.is_best = is_best  # the checkpoint at `path`, when the run resumes in place
-        self.saved_step = -1    # of the checkpoint at `path`; -1 before this run has written it
+        self.saved_step = -1    # step of the checkpoint at `path`; -1 before this run has written it
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
-        self.seconds = 0.0      # that the last write took
+        self.seconds = 0.0      # duration of the last write
 
     def save(self, checkpoint: dict, step: int, is_best: bool, blocking: bool):
         """blocking: return when it is on disk. Raises OSError, also that of an earlier write."""
         self.wait()
-        if blocking or self.seconds <= self.PAUSE:
+        if blocking or self.seconds <= self.MAX_PAUSE_SECONDS:
             self.write(checkpoint, step, is_best)
             return
         self.thread = threading.Thread(target=self.write_async, args=(clone_to_cpu(checkpoint), step, is_best))
@@ -125,7 +124,7 @@ def clone_to_cpu(value):
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 def load_checkpoint(path: Path) -> dict:
-    """Tensors come to the CPU. Raises BadInput when the file is missing, damaged, foreign or of an unknown format."""
+    """Tensors are loaded to the CPU. Raises BadInput when the file is missing, damaged, foreign or of an unknown format."""
     if not path.is_file():
         raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python train.py "
                        f"--checkpoint_path={path}`")
@@ -137,9 +136,9 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # zip, pickle, struct and torch errors, depending on which byte is wrong
         raise BadInput(f"{path}: damaged, or not a checkpoint ({type(error).__name__} on reading): use another") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise BadInput(f"{path}: not a checkpoint of ours: use one that train.py wrote")
+        raise BadInput(f"{path}: not a checkpoint of this program: use one that train.py wrote")
     if checkpoint["format"] == "gpt-workbench checkpoint 2":
-        with reading(path):
+        with explain_damage(path):
             checkpoint = upgrade_2(checkpoint)
     if checkpoint["format"] != FORMAT:
         raise BadInput(f"{path}: its format is {checkpoint['format']!r}, this version reads {FORMAT!r}: use the version "
@@ -148,20 +147,16 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def upgrade_2(checkpoint: dict) -> dict:
-    """Format 2 as format 3, which renamed a flag, two parameters and the counters of skipped steps, and has the dtype by
-    itself. Nothing else differs, so a run resumes bit for bit."""
-    flag = lambda name: "x0_residual" if name == "embed_shortcut" else name
-    weight = lambda name: re.sub(r"\.shortcut$", ".x0_mix", re.sub(r"(shifts\.\d)\.share$", r"\1.shift_coeff", name))
-    upgraded = checkpoint | {"format": FORMAT,
-                             "config": {flag(name): value for name, value in checkpoint["config"].items()},
-                             "model": {weight(name): value for name, value in checkpoint["model"].items()}}
-    if "training" in checkpoint:
-        training = dict(checkpoint["training"])
-        training["settings"] = {flag(name): value for name, value in training["settings"].items()}
-        training["guard"] = training.pop("watch")
-        training["dtype"] = training.get("machine", "").rpartition(", ")[2]
-        upgraded["training"] = training
-    return upgraded
+    """Format 2 as format 3, which renamed a flag and the counters of skipped steps, and has the dtype by itself. Its config
+    and weights keep their names: model.py reads both. Nothing else differs, so a run resumes bit for bit."""
+    if "training" not in checkpoint:
+        return checkpoint | {"format": FORMAT}
+    training = dict(checkpoint["training"])
+    training["settings"] = {"x0_residual" if name == "embed_shortcut" else name: value
+                            for name, value in training["settings"].items()}
+    training["guard"] = training.pop("watch")
+    training["dtype"] = training.get("machine", "").rpartition(", ")[2]
+    return checkpoint | {"format": FORMAT, "training": training}
 
 
 def load_resumable(path: Path) -> dict:
@@ -178,13 +173,13 @@ def load_resumable(path: Path) -> dict:
 
 def run_folder(checkpoint_path: Path) -> Path:
     """Where a run's metrics go: checkpoints/gpt.pt -> checkpoints/gpt, and checkpoints/a -> checkpoints/a.run."""
-    if run := owner_of(checkpoint_path):
+    if run := owning_checkpoint(checkpoint_path):
         return run_folder(run)
     name = checkpoint_path.name
     return checkpoint_path.with_name(name.removesuffix(".pt") if name.endswith(".pt") and name != ".pt" else name + ".run")
 
 
-def owner_of(path: Path) -> Path | None:
+def owning_checkpoint(path: Path) -> Path | None:
     """The checkpoint path of the run that keeps `path` in its folder: checkpoints/gpt/best.pt -> checkpoints/gpt.pt."""
     folder = path.parent
     if path.name not in ("best.pt", "previous.pt") or not (folder / "metrics.jsonl").exists():
@@ -193,7 +188,7 @@ def owner_of(path: Path) -> Path | None:
 
 
 @contextmanager
-def reading(path: Path):
+def explain_damage(path: Path):
     """Turns the exceptions of a missing or malformed part of a file into one line with the file's name."""
     try:
         yield

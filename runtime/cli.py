@@ -7,7 +7,7 @@
 | disk, network, memory, a worker process | OSError, MemoryError | 1 |
 | Ctrl-C, SIGTERM, SIGHUP | KeyboardInterrupt, SystemExit | 128 + signal |
 
-Each prints one line on stderr. Anything else is a bug of ours and keeps its traceback. Programs read the exit code, never
+Each prints one line on stderr. Anything else is a bug and keeps its traceback. Programs read the exit code, never
 the line.
 """
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.config import BadInput, flags_of, read_flags, takes_several, value_type
+from runtime.config import BadInput, declared_flags, read_flags, takes_several, value_type
 
 BAD_INPUT, DIVERGED = 2, 3  # exit codes that other programs here read
 
@@ -31,6 +31,12 @@ BAD_INPUT, DIVERGED = 2, 3  # exit codes that other programs here read
 def log_line(line: str):
     """Prints a line on stderr without breaking progress bars."""
     tqdm.write(line, file=sys.stderr)
+
+
+def progress_bar(**options) -> tqdm:
+    """tqdm that refreshes often on a terminal, and every half minute in a log file."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(**{"dynamic_ncols": True, "mininterval": interval, "maxinterval": max(interval, 10)} | options)
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -121,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
     """
     for config in configs:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for name, field in flags_of(config).items():
+        for name, field in declared_flags(config).items():
             if name in without:
                 continue
             kind, declared = value_type(field), field.metadata["flag"]
@@ -135,9 +141,10 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
 
 def help_text(field) -> str:
     """What the flag does, its choices and its default, in one line."""
-    declared = field.metadata["flag"]
-    choices = f": {', '.join(declared.choices)}" if declared.choices else ""
-    return declared.help + choices + (f" (default: {default})" if (default := default_text(field)) else "")
+    declared, default = field.metadata["flag"], default_text(field)
+    notes = [f"choices: {', '.join(declared.choices)}"] if declared.choices else []
+    notes += [f"default: {default}"] if default else []
+    return declared.help + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def default_text(field) -> str:
@@ -163,33 +170,32 @@ def parse_flags(description: str | None, argv, *configs: type) -> list:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def explain_failures(oom_advice: str | Callable[[], str], status: Callable[[], str] = lambda: ""):
+def explain_failures(oom_advice: Callable[[], str], status: Callable[[], str] = lambda: ""):
     """Turns what goes wrong while a model computes into the exceptions of the table above.
 
-    Out of memory, which torch reports in several ways -> MemoryError with `oom_advice`; a dead data worker -> OSError;
-    an operation that --deterministic forbids -> BadInput. status(): what is kept of the work, added to what is not the
-    user's doing; "" where nothing is.
+    Out of memory, which torch reports in several ways -> MemoryError with oom_advice(); a dead data worker -> OSError;
+    an operation that --deterministic forbids -> BadInput. status(): what has been saved, or ""; appended to errors that the
+    user did not cause.
     """
     try:
         yield
     except BrokenPipeError:  # `| head` has read enough
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        from runtime.memory import is_out_of_memory, peak_of_process  # imports torch, which not every command needs
+        from runtime.memory import current_device_peak, is_out_of_memory  # imports torch, which not every command needs
         kept = lambda: f"; {text}" if (text := status()) else ""
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         if is_out_of_memory(error):
-            advice = oom_advice() if callable(oom_advice) else oom_advice
-            raise MemoryError(f"too little memory, {peak_of_process() / 2**30:.2f} GiB at most so far: {advice} "
+            raise MemoryError(f"out of memory (peak {current_device_peak() / 2**30:.2f} GiB): {oom_advice()} "
                               f"({first_line[:200]}){kept()}") from None
         if isinstance(error, (OSError, MemoryError)):
             raise (MemoryError if isinstance(error, MemoryError) else OSError)(f"{error}{kept()}") from None
         if found := re.search(r"(\w+) does not have a deterministic implementation", str(error)):
-            raise BadInput(f"--deterministic: torch has no deterministic kernel for {found[1]}, which this needs: leave the "
-                           f"flag out") from None
+            raise BadInput(f"--deterministic: torch has no deterministic implementation of {found[1]}: drop the "
+                           f"flag") from None
         if "DataLoader worker" in str(error):  # torch raises it wherever the main thread happens to be
-            raise OSError(f"--dataloader_num_workers: a data worker process died ({first_line}); 0 does without{kept()}"
-                          ) from None
+            raise OSError(f"--dataloader_num_workers: a data worker process died ({first_line}); 0 reads in the main "
+                          f"process{kept()}") from None
         raise
 
 
@@ -200,7 +206,7 @@ def command(main):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # an untrained model writes characters that not every terminal has
-        code, message = call(main, argv)
+        code, message = run_main(main, argv)
         if message:
             name = Path(sys.modules[main.__module__].__file__).name
             print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
@@ -216,7 +222,7 @@ def command(main):
     return run
 
 
-def call(main: Callable, argv) -> tuple[int, str]:
+def run_main(main: Callable, argv) -> tuple[int, str]:
     """Runs `main(argv)`; returns the exit code and the line to end with, if any."""
     try:
         main(argv)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # What a resumed run does with a flag that is given again:
 ON_RESUME = {"fixed": "the run keeps its value; another one is refused",
              "warn": "may change, which the run reports, because its numbers change with it",
-             "free": "may change: the numbers do not depend on it, or the run reports it (device and dtype, as the machine)",
+             "free": "may change: the numbers do not depend on it, or only as they depend on the machine, which is reported",
              "unsaved": "does not belong to the run: the checkpoint does not hold it"}
 # Who sets a flag when compare.py starts many runs:
 SCOPES = {"arm": "an arm, or all arms alike",
@@ -30,7 +30,7 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Flag:
-    """What is declared of a flag beside its name, type and default; see `flag`."""
+    """What is declared of a flag besides its name, type and default; see `flag`."""
     help: str
     at_least: float | None
     above: float | None
@@ -41,19 +41,19 @@ class Flag:
     on_resume: str
     scope: str
 
-    def check(self, given: str, value):
-        """Raises BadInput, starting with the flag as it was `given`, when a single value is outside the range."""
+    def check(self, flag_text: str, value):
+        """Raises BadInput, starting with the flag as typed, when a single value is outside the range."""
         if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{given}: must be finite")
+            raise BadInput(f"{flag_text}: must be finite")
         # `not (value >= limit)` rather than `value < limit`: NaN must fail too
         if self.at_least is not None and not value >= self.at_least:
-            raise BadInput(f"{given}: must be at least {self.at_least}")
+            raise BadInput(f"{flag_text}: must be at least {self.at_least}")
         if self.above is not None and not value > self.above:
-            raise BadInput(f"{given}: must be above {self.above}")
+            raise BadInput(f"{flag_text}: must be above {self.above}")
         if self.at_most is not None and not value <= self.at_most:
-            raise BadInput(f"{given}: must be at most {self.at_most}")
+            raise BadInput(f"{flag_text}: must be at most {self.at_most}")
         if self.choices is not None and value not in self.choices:
-            raise BadInput(f"{given}: choose one of {', '.join(self.choices)}")
+            raise BadInput(f"{flag_text}: choose one of {', '.join(self.choices)}")
 
 
 def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices=None, bare=None, auto=False,
@@ -69,14 +69,20 @@ def flag(default, help: str, *, at_least=None, above=None, at_most=None, choices
         "flag": Flag(help, at_least, above, at_most, choices, bare, auto, on_resume, scope)})
 
 
-def flags_of(*configs: type) -> dict[str, dataclasses.Field]:
+def declared_flags(*configs: type) -> dict[str, dataclasses.Field]:
     """name -> field of every flag that these dataclasses declare; `field.metadata["flag"]` is its Flag."""
     return {field.name: field for config in configs for field in dataclasses.fields(config) if "flag" in field.metadata}
 
 
+def flag_names(*configs: type, on_resume: str | None = None, scope: str | None = None) -> set[str]:
+    """Names of the flags that are declared with this on_resume and this scope, where given."""
+    return {name for name, field in declared_flags(*configs).items()
+            if on_resume in (None, field.metadata["flag"].on_resume) and scope in (None, field.metadata["flag"].scope)}
+
+
 def check_flags(config):
     """Raises BadInput for the first flag of `config` outside its declared range. Use as __post_init__."""
-    for name, field in flags_of(type(config)).items():
+    for name, field in declared_flags(type(config)).items():
         value, declared = getattr(config, name), field.metadata["flag"]
         if value is None or (declared.auto and value == "auto"):
             continue

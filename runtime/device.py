@@ -43,8 +43,8 @@ class DeviceConfig:
     """The device."""
     device: str = flag("auto", "cuda, cuda:1, mps or cpu; auto takes the first available, in this order", on_resume="free",
                        scope="shared")
-    dtype: str = flag("auto", "of matrix products; auto: the fastest the device is good at, see docs/train.md",
-                      choices=("auto", *DTYPES), on_resume="free")
+    dtype: str = flag("auto", "dtype of matrix products; auto: the fastest that the device supports natively, see "
+                              "docs/train.md", choices=("auto", *DTYPES), on_resume="free")
     deterministic: bool = flag(False, "on a GPU, use only kernels that always add in the same order; slower",
                                on_resume="warn")
     __post_init__ = check_flags
@@ -128,10 +128,10 @@ def open_machine(config: DeviceConfig, resume_dtype: str = "") -> Machine:
     return Machine(device, choose_dtype(device, resume_dtype) if config.dtype == "auto" else config.dtype)
 
 
-def check_gpu_supported(device: torch.device, given: str):
+def check_gpu_supported(device: torch.device, device_flag: str):
     """Raises BadInput when the installed torch has no kernels for this GPU: torch.cuda.is_available() is True all the same.
 
-    given: the value of --device.
+    device_flag: the value of --device.
     """
     major, minor = torch.cuda.get_device_capability(device)
     archs = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in torch.cuda.get_arch_list()]
@@ -145,9 +145,10 @@ def check_gpu_supported(device: torch.device, given: str):
                 built_for <= (major, minor) and (kind == "compute" or built_for[0] == major)):
             return
     wheel = "cu126" if (major, minor) < (7, 5) else "cu128"  # cu128 dropped Maxwell, Pascal and Volta
-    raise BadInput(f"--device={given}: {torch.cuda.get_device_name(device)} computes sm_{major}{minor}, for which the "
-                   f"installed torch {torch.__version__} has no kernels: `pip install --force-reinstall 'torch>=2.6,<2.14' "
-                   f"--index-url https://download.pytorch.org/whl/{wheel}`, or --device=cpu")
+    name, install = torch.cuda.get_device_name(device), "pip install --force-reinstall 'torch>=2.6,<2.14'"
+    raise BadInput(f"--device={device_flag}: {name} has compute capability {major}.{minor}, for which the installed torch "
+                   f"{torch.__version__} has no kernels: `{install} --index-url https://download.pytorch.org/whl/{wheel}`, "
+                   f"or --device=cpu")
 
 
 def describe_hardware(device: torch.device) -> str:

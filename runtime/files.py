@@ -62,15 +62,15 @@ def fsync_folder(folder: Path):
 
 
 @contextmanager
-def folder_lock(folder: Path, given: str):
+def folder_lock(folder: Path, flag_text: str):
     """Creates `folder` if it does not exist, and keeps out other processes that ask for its lock.
 
     The system releases the lock when the process ends, however it ends, so a lock file that a killed process left behind
     blocks nobody. Forked processes do not hold it. At the end the lock file is removed, and a folder that was created here
-    and is still empty. Where a lock cannot be had, in a read-only folder or on a file system without locks, nobody is kept
-    out.
+    and is still empty. Where locking is not possible, in a read-only folder or on a file system without locks, nothing is
+    locked.
 
-    given: the flag as the user gave it, `--data_path=data`. Raises BadInput, which starts with it, when the folder is
+    flag_text: the flag as typed, `--data_path=data`. Raises BadInput, which starts with it, when the folder is
     locked or cannot be created.
     """
     from filelock import FileLock, Timeout  # 0.07 s to import
@@ -78,13 +78,13 @@ def folder_lock(folder: Path, given: str):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{given}: cannot be written ({error.strerror}): choose another path") from None
+        raise BadInput(f"{flag_text}: cannot be written ({error.strerror}): choose another path") from None
     path = folder / ".lock"
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise BadInput(f"{given}: another process is writing there: let it finish, or choose another path") from None
+        raise BadInput(f"{flag_text}: another process is writing there: let it finish, or choose another path") from None
     except OSError:
         pass
     try:
@@ -99,10 +99,10 @@ def folder_lock(folder: Path, given: str):
                 made.rmdir()
 
 
-def check_writable(path: Path, given: str):
+def check_writable(path: Path, flag_text: str):
     """Raises BadInput now, before hours of work, when the file `path` cannot be written. Leaves nothing behind.
 
-    given: the flag as the user gave it, `--data_path=data`, for the message.
+    flag_text: the flag as typed, `--data_path=data`, for the message.
     """
     try:
         path = Path(os.path.realpath(path))
@@ -115,4 +115,4 @@ def check_writable(path: Path, given: str):
         if not existed:
             probe.unlink()
     except OSError as error:
-        raise BadInput(f"{given}: cannot be written ({error.strerror}): choose another path") from None
+        raise BadInput(f"{flag_text}: cannot be written ({error.strerror}): choose another path") from None

@@ -43,15 +43,15 @@ def reset_peak_memory(device: torch.device):
 
 def peak_memory(device: torch.device) -> int:
     """Peak bytes so far: of tensors on a GPU, of the whole process elsewhere (0 where the system does not tell)."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
-def peak_of_process() -> int:
+def current_device_peak() -> int:
     """Peak bytes so far of whatever this process computes on."""
     return peak_memory(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
-def process_peak() -> int:
+def peak_resident_bytes() -> int:
     """Peak resident bytes of this process; 0 where the system does not tell."""
     with suppress(OSError, AttributeError):  # Linux, whose ru_maxrss starts from the parent's
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
@@ -75,22 +75,22 @@ def largest_batch(try_batch: Callable[[int], None], device: torch.device, n_bloc
         raise BadInput("--batch_size=auto: this system does not report peak memory: give a number") from None
     available = 0.9 * free_memory(device) - reserved
     sizes = [size for size in range(1, n_blocks + 1) if n_blocks % size == 0]
-    peak_of_batch(try_batch, device, 1)  # one-time allocations, such as library handles, do not belong to a block
-    one = peak_of_batch(try_batch, device, 1)
+    measure_batch_memory(try_batch, device, 1)  # one-time allocations, such as library handles, do not belong to a block
+    one = measure_batch_memory(try_batch, device, 1)
     if one > available:
         raise MemoryError("not even a batch of one block fits")
     per_block = math.inf
     if len(sizes) > 1 and sizes[1] * one <= 4 * available:
-        per_block = max(0.0, peak_of_batch(try_batch, device, sizes[1]) - one) / (sizes[1] - 1)
+        per_block = max(0.0, measure_batch_memory(try_batch, device, sizes[1]) - one) / (sizes[1] - 1)
     fits = [size for size in sizes if size == 1 or one + per_block * (size - 1) <= available]
-    while device.type == "cuda" and fits[-1] > 1 and peak_of_batch(try_batch, device, fits[-1]) > available:
+    while device.type == "cuda" and fits[-1] > 1 and measure_batch_memory(try_batch, device, fits[-1]) > available:
         fits.pop()
         torch.cuda.empty_cache()
     reset_peak_memory(device)
     return fits[-1]
 
 
-def peak_of_batch(try_batch: Callable[[int], None], device: torch.device, batch_size: int) -> float:
+def measure_batch_memory(try_batch: Callable[[int], None], device: torch.device, batch_size: int) -> float:
     """Additional peak bytes of `try_batch(batch_size)`; infinite when it runs out of memory."""
     reset_peak_memory(device)
     start = peak_memory(device)

@@ -4,9 +4,9 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.checkpoint import CheckpointWriter, load_resumable, owner_of, reading, run_folder
+from runtime.checkpoint import CheckpointWriter, explain_damage, load_resumable, owning_checkpoint, run_folder
 from runtime.cli import Parser, add_flags, parse_bool
-from runtime.config import BadInput, flags_of, read_flags
+from runtime.config import BadInput, declared_flags, flag_names, read_flags
 from runtime.files import check_writable
 from runtime.metrics import read_rows
 
@@ -16,11 +16,11 @@ STOP_FLAGS = {"max_iter": "step", "max_tokens": "tokens", "max_seconds": "second
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """A command that trains. It has the flags --resume_checkpoint and --overwrite, and `out` names its checkpoint."""
+    """A command that trains. It has the flags --resume_checkpoint and --overwrite."""
     script: str
-    about: str
+    description: str
     configs: type    # a NamedTuple of the dataclasses of its flags
-    out: str
+    out_flag: str  # names the checkpoint it writes
 
     @property
     def classes(self) -> tuple[type, ...]:
@@ -30,32 +30,28 @@ class TrainingCommand:
         """`configs` from flag values. Raises BadInput."""
         return self.configs(*(read_flags(config, values) for config in self.classes))
 
-    def names(self, on_resume: str) -> set[str]:
-        """The flags that are declared so."""
-        return {name for name, field in flags_of(*self.classes).items() if field.metadata["flag"].on_resume == on_resume}
-
     def defaults(self) -> dict:
         return {name: getattr(config, name) for config in self.classes for name in config.__dataclass_fields__}
 
     def flags_given(self, argv) -> dict:
         """The flags that are on the command line. Raises BadInput."""
-        parser = Parser(self.about)
+        parser = Parser(self.description)
         add_flags(parser, *self.classes, suppress=True)
         given = vars(parser.parse_args(argv))
-        for name, field in flags_of(*self.classes).items():
+        for name, field in declared_flags(*self.classes).items():
             if given.get(name) == "" and field.metadata["flag"].bare is not None:
-                raise BadInput(f"--{name}=: is empty: give a path, or the bare flag for that of --{self.out}")
+                raise BadInput(f"--{name}=: is empty: give a path, or the bare flag for that of --{self.out_flag}")
         read_flags(self.classes[0], self.defaults() | given)  # an unknown preset
         return given
 
     def paths(self, given: dict, default: Path) -> tuple[Path, Path | None]:
         """The checkpoint that the run writes (`default` unless given), and the one that it resumes, if any."""
-        path, resume = given.get(self.out, default), given.get("resume_checkpoint")
+        path, resume = given.get(self.out_flag, default), given.get("resume_checkpoint")
         try:
             return path, (path if resume is not None and parse_bool(resume) else None)
         except argparse.ArgumentTypeError:  # neither yes nor no: a path
             resumed = Path(resume).expanduser()
-            return given.get(self.out) or owner_of(resumed) or resumed, resumed
+            return given.get(self.out_flag) or owning_checkpoint(resumed) or resumed, resumed
 
     def read_checkpoint(self, path: Path, given: dict) -> tuple[dict, dict]:
         """The flags of the checkpoint's run, and the checkpoint. Raises BadInput when it cannot be resumed, or when a flag
@@ -63,53 +59,53 @@ class TrainingCommand:
         checkpoint, defaults = load_resumable(path), self.defaults()
         if "training" not in checkpoint:
             raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to resume")
-        with reading(path):
+        with explain_damage(path):
             training = checkpoint["training"]
             if training["script"] != self.script:
-                raise BadInput(f"was written by {training['script']}, which can resume it")
+                raise BadInput(f"is a checkpoint of {training['script']}: resume it with that")
             if type(training["step"]) is not int or training["step"] < 0:
                 raise ValueError(f"step is {training['step']!r}")
-            if missing := defaults.keys() - self.names("unsaved") - training["settings"].keys():
-                raise BadInput(f"does not say what {min(missing)} its run had: resume it with the version that wrote it")
+            if missing := defaults.keys() - flag_names(*self.classes, on_resume="unsaved") - training["settings"].keys():
+                raise BadInput(f"does not record --{min(missing)}: resume it with the version that wrote it")
             saved = {name: Path(value) if isinstance(defaults[name], Path) else value
                      for name, value in training["settings"].items() if name in defaults}
             self.read_configs(defaults | saved)
-        for name in sorted(given.keys() & self.names("fixed") & saved.keys()):
+        for name in sorted(given.keys() & flag_names(*self.classes, on_resume="fixed") & saved.keys()):
             if given[name] != saved[name]:
                 raise BadInput(f"--{name}={given[name]}: {path} was trained with {name}={saved[name]}, which a resumed "
-                               f"run keeps: drop the flag, or start a new run at another --{self.out}")
+                               f"run keeps: drop the flag, or start a new run at another --{self.out_flag}")
         return saved, checkpoint
 
     def check_output(self, path: Path, resumed: Path | None, overwrite: bool, writer: CheckpointWriter):
         """Raises BadInput when the run would replace another run's files without --overwrite."""
-        given, rows_path = f"--{self.out}={path}", run_folder(path) / "metrics.jsonl"
+        flag_text, rows_path = f"--{self.out_flag}={path}", run_folder(path) / "metrics.jsonl"
         if path.is_dir():
-            raise BadInput(f"{given}: is a folder: give a file, such as {path}.pt")
+            raise BadInput(f"{flag_text}: is a folder: give a file, such as {path}.pt")
         if not overwrite:
             if path.exists() and not writer.resumes_in_place:
-                if resumed and owner_of(resumed) == path:
+                if resumed and owning_checkpoint(resumed) == path:
                     raise BadInput(f"--resume_checkpoint={resumed}: the run would continue in {path}, which exists: allow "
-                                   f"replacing it by --overwrite, or choose another --{self.out}")
-                raise BadInput(f"{given}: exists: continue it by --resume_checkpoint, replace it by --overwrite, or choose "
-                               f"another path")
+                                   f"replacing it with --overwrite, or choose another --{self.out_flag}")
+                raise BadInput(f"{flag_text}: exists: continue it with --resume_checkpoint, replace it with --overwrite, or "
+                               f"choose another path")
             if not resumed and read_rows(rows_path):
-                raise BadInput(f"{given}: {run_folder(path)} holds the metrics of an earlier run: replace them by "
+                raise BadInput(f"{flag_text}: {run_folder(path)} holds the metrics of an earlier run: replace them with "
                                f"--overwrite, or choose another path")
 
     def check_writable(self, path: Path):
         """Raises BadInput unless the checkpoint and the metrics beside it can be written."""
-        check_writable(path, f"--{self.out}={path}")
-        check_writable(run_folder(path) / "metrics.jsonl", f"--{self.out}={path}")
+        check_writable(path, f"--{self.out_flag}={path}")
+        check_writable(run_folder(path) / "metrics.jsonl", f"--{self.out_flag}={path}")
 
     def settings(self, *configs) -> dict:
         """The flags of a run as its checkpoint holds them."""
-        unsaved = self.names("unsaved")
+        unsaved = flag_names(*self.classes, on_resume="unsaved")
         return {name: str(value) if isinstance(value, Path) else value
                 for config in configs for name, value in vars(config).items() if name not in unsaved}
 
     def report_changes(self, settings: dict, machine: str, training: dict):
         """Prints what makes the numbers of a resumed run differ from those of an uninterrupted one."""
-        for name in sorted(self.names("warn")):
+        for name in sorted(flag_names(*self.classes, on_resume="warn")):
             before, now = training["settings"][name], settings[name]
             if before != now:
                 note = "; the schedule now fits the new one" if name in STOP_FLAGS and now else ""

@@ -28,7 +28,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Question:
-    """kind: arithmetic, strings or look-ups; task: one of that kind in MAKERS."""
+    """kind, task: keys of MAKERS."""
     kind: str
     task: str
     text: str
@@ -40,14 +40,14 @@ class Question:
 
 def make_questions(n: int, seed: int, held_out: bool) -> Iterator[Question]:
     """`n` different questions, spread evenly over the tasks; fewer where a task runs out of different ones."""
-    tasks = [(kind, task, make) for kind, makers in MAKERS.items() for task, make in makers.items()]
-    for i, (kind, task, make) in enumerate(tasks):
+    tasks = [(kind, task, maker) for kind, makers in MAKERS.items() for task, maker in makers.items()]
+    for i, (kind, task, maker) in enumerate(tasks):
         rng, seen, tries = np.random.default_rng([seed, i, held_out]), set(), 0
         wanted = n * (i + 1) // len(tasks) - n * i // len(tasks)
-        texts = passages(held_out) if kind == "look-ups" else None
+        texts = passages(held_out) if maker.needs_passage else None
         while len(seen) < wanted and tries < 100 * wanted + 1000:
             tries += 1
-            text, answer = make(rng) if texts is None else make(rng, texts[rng.integers(len(texts))])
+            text, answer = maker.make(rng) if texts is None else maker.make(rng, texts[rng.integers(len(texts))])
             if text not in seen and (texts is not None or is_held_out(text) == held_out):
                 seen.add(text)
                 yield Question(kind, task, text, answer)
@@ -70,7 +70,15 @@ def passages(held_out: bool) -> list[list[str]]:
     return found
 
 
-# -- tasks: make(rng) -> question, answer; look-ups also get a passage ------------------------------------------------
+# -- makers -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Maker:
+    """make(rng) -> question, answer; with needs_passage make(rng, passage), where the passage is a list of words from the
+    built-in text."""
+    make: Callable
+    needs_passage: bool = False
+
 
 def draw(rng: np.random.Generator, items, low: int, high: int) -> list[str]:
     """`low` to `high` different items."""
@@ -138,9 +146,10 @@ def make_before(rng, passage: list[str]):
     return f"Which word comes before {passage[i]} in: {' '.join(passage)}", passage[i - 1]
 
 
-MAKERS: dict[str, dict[str, Callable]] = {
-    "arithmetic": {"sum": make_sum, "difference": make_difference, "larger": make_larger, "count": make_count},
-    "strings": {"backwards": make_backwards, "last": make_last, "second": make_second, "repeat": make_repeat,
-                "sorted": make_sorted, "length": make_length},
-    "look-ups": {"after": make_after, "before": make_before},
+MAKERS: dict[str, dict[str, Maker]] = {  # kind -> task -> maker
+    "arithmetic": {"sum": Maker(make_sum), "difference": Maker(make_difference), "larger": Maker(make_larger),
+                   "count": Maker(make_count)},
+    "strings": {"backwards": Maker(make_backwards), "last": Maker(make_last), "second": Maker(make_second),
+                "repeat": Maker(make_repeat), "sorted": Maker(make_sorted), "length": Maker(make_length)},
+    "look-ups": {"after": Maker(make_after, needs_passage=True), "before": Maker(make_before, needs_passage=True)},
 }

@@ -11,13 +11,14 @@ import numpy as np
 from runtime.config import BadInput, check_flags, flag
 from tasks.builtin_questions import make_questions
 from tasks.rows import read_dataset
+from text.messages import check_messages
 
 DOLLY = "databricks/databricks-dolly-15k"
 N_BUILTIN_QUESTIONS, MAX_TURNS = 60_000, 4
 # (question, answer) columns of well-known datasets; the first pair that a row has is used.
 COLUMNS = ("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("prompt", "response"), \
     ("prompt", "completion"), ("prompt", "answer"), ("problem", "solution"), ("input", "output")
-CONTEXT_COLUMNS = "context", "input"  # appended to the question, where a row has them
+EXTRA_CONTEXT_COLUMNS = "context", "input"  # appended to the question, where a row has them
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -43,8 +44,8 @@ class ConversationConfig:
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: [{"role": …, "content": …}, …]; tokenizer.encode_chat knows the roles. where: file and row, for error
-    messages. kind, task: the kind of question and the task within it, which scores are grouped by; "" if unknown."""
+    """messages: see text/messages.py. where: file and row, for error messages. kind, task: the kind of question and the task
+    within it, which scores are grouped by; "" if unknown."""
     messages: list[dict]
     where: str
     kind: str = ""
@@ -83,6 +84,8 @@ def read_all(config: ConversationConfig) -> Iterator[Conversation]:
         try:
             messages = parse_messages(row, config)
             check_messages(messages)
+            if not messages:
+                raise BadInput("has no messages in its conversation: add some, or remove the row")
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         n += 1
@@ -109,28 +112,16 @@ def parse_messages(row: dict, config: ConversationConfig) -> list[dict]:
                        f"--answer_column")
     content = row[question]
     if isinstance(content, str):
-        contexts = [row[name] for name in CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]
+        contexts = [row[name] for name in EXTRA_CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]
         content = "\n\n".join([content, *(context for context in contexts if isinstance(context, str))])
     return [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
-
-
-def check_messages(messages):
-    """Raises BadInput unless `messages` is a list of {"role": …, "content": text}, not empty."""
-    if not isinstance(messages, list):
-        raise BadInput(f"messages are {type(messages).__name__}, not a list")
-    if not messages:
-        raise BadInput("has no messages in its conversation: add some, or remove the row")
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadInput(f"message {i} has no role and content")
-        if not isinstance(message["content"], str):
-            raise BadInput(f"message {i} has content of type {type(message['content']).__name__}: give text")
 
 
 # -- built-in questions -----------------------------------------------------------------------------------------------
 
 def builtin_conversations() -> list[Conversation]:
-    """Of 1 to MAX_TURNS questions each, so that the model learns to answer the last one and not an earlier one."""
+    """Conversations of 1 to MAX_TURNS questions each, so that the model learns to answer the last one and not an earlier
+    one."""
     rng, questions = np.random.default_rng(0), list(make_questions(N_BUILTIN_QUESTIONS, 0, held_out=False))
     order, conversations = rng.permutation(len(questions)).tolist(), []
     while order:
@@ -141,6 +132,6 @@ def builtin_conversations() -> list[Conversation]:
 
 
 def builtin_held_out(n: int) -> list[Conversation]:
-    """`n` held-out questions, one a conversation."""
+    """`n` held-out questions, one per conversation."""
     return [Conversation(question.messages(), "a built-in question", question.kind, question.task)
             for question in make_questions(n, 0, held_out=True)]

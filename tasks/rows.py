@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from runtime.config import BadInput
 from text.formats import RECORD_READERS, read_records
-from text.hub import brief, configure_libraries, dataset_flags, hub_error, is_network_error
+from text.hub import configure_libraries, dataset_flags, hub_error, hub_unreachable, is_network_error
 from text.sources import find_text_files, local_file, local_path
 
 
@@ -36,8 +36,7 @@ def read_hub(dataset: str, dataset_config: str | None, split: str) -> Iterator[t
         rows = datasets.load_dataset(dataset, dataset_config, split=split)
     except Exception as error:
         if is_network_error(error):
-            raise BadInput(f"{flags}: the hub cannot be reached ({brief(error)}): check the network, or give a local "
-                           f"file") from None
+            raise hub_unreachable(flags, error, "a local file") from None
         raise hub_error(error, flags) from None
     for number, row in enumerate(rows, 1):
         yield f"{flags}: row {number}", row

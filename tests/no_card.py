@@ -193,7 +193,7 @@ class FakeLoader:
 def fake_run(dtype: str, optimizer: str, **switches) -> tuple[trainer.TrainState, trainer.TrainSetup]:
     """A run as `train.open_run` makes one."""
     setup = trainer.TrainSetup(Machine(GPU, dtype), OptimizerConfig(optimizer=optimizer), step_tokens=3 * T)
-    state = trainer.new_state(to_gpu(GPT(tiny_config(**switches))), FakeLoader(), setup)
+    state = trainer.init_state(to_gpu(GPT(tiny_config(**switches))), FakeLoader(), setup)
     assert state.scaler.is_enabled() == (dtype == "fp16")
     return state, setup
 

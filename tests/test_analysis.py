@@ -18,7 +18,7 @@ def make_results(name: str, bpb: list[float | None], grid_bpb: float = 2.0, spee
     """An arm whose runs of 10,000 tokens ended with these bits per byte (None: diverged), its grid run on a quarter of the
     budget with `grid_bpb`."""
     arm = Arm(name, "", {}, tuple(range(1, len(bpb) + 1)), 100, (4, 25), 0.02, 1000, 600, 40)
-    return ArmResults(arm, grid=[make_result(arm, "rate", 1, 0.25, grid_bpb, speed)],
+    return ArmResults(arm, grid=[make_result(arm, "lr_grid", 1, 0.25, grid_bpb, speed)],
                       runs=[make_result(arm, "run", i + 1, 1.0, value, speed) for i, value in enumerate(bpb)],
                       speeds=[make_result(arm, "speed", 0, 0.0, 1.0, speed)])
 
@@ -41,7 +41,7 @@ def test_table_by_hand():
                               make_results("b", [1.50, 1.522, 1.508], grid_bpb=1.9, speed=500.0))
     assert first["bpb"] == pytest.approx(1.61) and first["bpb_margin"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
     assert second["difference"] == pytest.approx(-0.1) and second["difference_margin"] < 0.02
-    assert second["significant"] == "yes" and second["p"] == second["p_holm"] < 0.01
+    assert second["significance"] == "corrected" and second["p"] == second["p_holm"] < 0.01
     assert second["steps_equivalent"] == pytest.approx(4 ** (0.1 / 0.4) - 1)
     assert second["steps_equivalent_low"] < second["steps_equivalent"] < second["steps_equivalent_high"]
     assert (first["seconds"], second["seconds"]) == (10, 20)
@@ -59,7 +59,7 @@ def test_seconds_budget_uses_the_runs_own_speed():
 
 def test_insignificant_difference_is_not_called_better_or_worse():
     first, second = make_rows(make_results("a", [1.60, 1.62, 1.61]), make_results("b", [1.58, 1.63, 1.60]))
-    assert second["significant"] == "no"
+    assert second["significance"] == "none"
     assert verdict(second, first).startswith("b: no significant difference from a (95 % interval -0.0")
     assert not any(word in verdict(second, first) for word in ("better", "worse", "equivalent"))
 
@@ -68,7 +68,8 @@ def test_one_of_many_that_is_significant_only_by_itself():
     base, noise = [1.60, 1.62, 1.61], [[1.58, 1.63, 1.60], [1.64, 1.60, 1.62], [1.61, 1.60, 1.63]]
     first, lucky, *_ = make_rows(make_results("a", base), make_results("b", [1.59, 1.604, 1.602]),
                                  *(make_results(str(i), bpb) for i, bpb in enumerate(noise)))
-    assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significant"] == "only by itself"
+    assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significance"] == "uncorrected"
+    assert format_row(lucky)[4] == "only by itself"
     assert "if it were the only comparison" in verdict(lucky, first)
     assert "is not as one of 4 (p = 0.1" in verdict(lucky, first) and "better" not in verdict(lucky, first)
 
@@ -102,7 +103,7 @@ def test_diverged_runs_are_reported_and_not_averaged():
 
 def test_one_seed_shows_nothing():
     first, second = make_rows(make_results("a", [1.6]), make_results("b", [1.2]))
-    assert second["significant"] == "no" and second["difference_margin"] == math.inf
+    assert second["significance"] == "none" and second["difference_margin"] == math.inf
     assert verdict(second, first) == "b: -0.4000 bits/byte against a with one seed, which shows nothing."
 
 
@@ -140,7 +141,7 @@ def test_no_scaling_fit_at_equal_flops():
 def test_learning_rate_falls_while_the_whole_budget_improves(grid, whole, tried):
     """grid, whole: multiple -> bits per byte on a part and on all of the budget; None: diverged."""
     arm = make_results("a", []).arm
-    results = ArmResults(arm, grid=[make_result(arm, "rate", 1, 0.25, bpb, lr_multiple=m) for m, bpb in grid.items()])
+    results = ArmResults(arm, grid=[make_result(arm, "lr_grid", 1, 0.25, bpb, lr_multiple=m) for m, bpb in grid.items()])
     found = []
     while (multiple := results.next_lr_multiple()) and len(found) < 9:
         found.append(multiple)
@@ -150,7 +151,8 @@ def test_learning_rate_falls_while_the_whole_budget_improves(grid, whole, tried)
 
 def test_learning_rate_search_ends_at_once_when_the_grid_had_the_whole_budget():
     arm = make_results("a", []).arm
-    results = ArmResults(arm, grid=[make_result(arm, "rate", 1, 1.0, bpb, lr_multiple=m) for m, bpb in ((1, 1.9), (2, 1.8))])
+    grid = [make_result(arm, "lr_grid", 1, 1.0, bpb, lr_multiple=m) for m, bpb in ((1, 1.9), (2, 1.8))]
+    results = ArmResults(arm, grid=grid)
     assert results.next_lr_multiple() == 2
     results.full_budget_lr_runs = [make_result(arm, "run", 1, 1.0, 1.8, lr_multiple=2)]
     assert results.next_lr_multiple() is None and results.best().cell.lr_multiple == 2
@@ -161,7 +163,7 @@ def test_failed_run_holds_up_the_search(stage):
     """Unlike a diverged one: run again, it may be the best."""
     arm = make_results("a", []).arm
     results = make_results("a", [])
-    results.grid.append(make_result(arm, "rate", 1, 0.25, None, lr_multiple=2))
+    results.grid.append(make_result(arm, "lr_grid", 1, 0.25, None, lr_multiple=2))
     if stage == "full_budget_lr_runs":
         results.full_budget_lr_runs = [make_result(arm, "run", 1, 1.0, 1.9)]
     assert results.best() is getattr(results, stage)[0]
@@ -171,10 +173,11 @@ def test_failed_run_holds_up_the_search(stage):
 
 def test_best_rate_at_the_edge_of_the_grid_is_marked():
     results = make_results("a", [1.6])
-    results.grid = [make_result(results.arm, "rate", 1, 0.25, bpb, lr_multiple=m) for m, bpb in (
+    results.grid = [make_result(results.arm, "lr_grid", 1, 0.25, bpb, lr_multiple=m) for m, bpb in (
         (0.5, 2.0), (1.0, 1.9), (2.0, 1.8))]
-    assert results.lr_grid_edge() == "edge" and results.best().cell.lr_multiple == 2.0
+    assert results.at_grid_edge() and results.best().cell.lr_multiple == 2.0
     assert "(edge)" in format_row(make_rows(results)[0])[7]
-    results.grid[1] = make_result(results.arm, "rate", 1, 0.25, 1.7, lr_multiple=1.0)
-    assert results.lr_grid_edge() == ""
-    assert make_results("a", [1.6]).lr_grid_edge() == "only one tried"
+    results.grid[1] = make_result(results.arm, "lr_grid", 1, 0.25, 1.7, lr_multiple=1.0)
+    assert not results.at_grid_edge()
+    one_rate, = make_rows(make_results("a", [1.6]))
+    assert (one_rate["at_grid_edge"], one_rate["n_rates"]) == (True, 1) and "(only one tried)" in format_row(one_rate)[7]

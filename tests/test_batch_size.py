@@ -21,7 +21,7 @@ def fake_memory(monkeypatch, free: float, bytes_of):
 
     def try_batch(batch_size):
         peak[0] = max(peak[0], 1000 + bytes_of(batch_size))
-    monkeypatch.setattr(train, "dry_run_step", lambda model, machine, batch_size: try_batch(batch_size))
+    monkeypatch.setattr(train, "dry_run", lambda model, machine, batch_size: try_batch(batch_size))
     monkeypatch.setattr(memory, "peak_memory", lambda device: peak[0])
     monkeypatch.setattr(memory, "reset_peak_memory", lambda device: peak.__setitem__(0, 1000))
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
@@ -78,11 +78,11 @@ def test_the_peak_of_a_step_is_measured_repeatably():
     """Though freed memory is retained, and the process had a higher peak before."""
     done = subprocess.run([sys.executable, "-c", """if True:
         import torch
-        from runtime.memory import disable_malloc_trim, peak_of_batch
+        from runtime.memory import disable_malloc_trim, measure_batch_memory
         disable_malloc_trim()
         torch.ones(300 << 18)
         for n in 1, 1, 2, 1:
-            print(peak_of_batch(lambda n: torch.ones(n * 50 << 18).add_(1), torch.device("cpu"), n) / 2**20)
+            print(measure_batch_memory(lambda n: torch.ones(n * 50 << 18).add_(1), torch.device("cpu"), n) / 2**20)
         """], capture_output=True, text=True, cwd=REPO, check=True)
     assert [float(line) for line in done.stdout.split()] == pytest.approx([50, 50, 100, 50], abs=5)
 
@@ -101,14 +101,14 @@ def test_a_system_without_peak_memory_needs_a_number(data_path, tmp_path, monkey
 def test_a_dry_run_leaves_no_gradient():
     model = GPT(GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=16, vocab_size=512))
     machine = Machine(torch.device("cpu"), "fp32")
-    train.dry_run_step(model, machine, 2)
+    train.dry_run(model, machine, 2)
     assert all(parameter.grad is None for parameter in model.parameters())
 
     def fail(grad):
         raise RuntimeError("too late")
     model.embed.weight.register_hook(fail)  # the last gradient to be computed
     with pytest.raises(RuntimeError, match="too late"):
-        train.dry_run_step(model, machine, 2)
+        train.dry_run(model, machine, 2)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -37,7 +37,7 @@ def contents(folder) -> dict:
 @pytest.fixture
 def write_async(monkeypatch):
     """Every checkpoint that need not be blocking is written by a thread."""
-    monkeypatch.setattr(CheckpointWriter, "PAUSE", -1)
+    monkeypatch.setattr(CheckpointWriter, "MAX_PAUSE_SECONDS", -1)
 
 
 # -- latest, previous and best ----------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_background_writes_change_nothing(run_train, monkeypatch):
         time.sleep(0.03)
         save_checkpoint(path, checkpoint)
         blocking.append(threading.current_thread() is threading.main_thread())
-    monkeypatch.setattr(CheckpointWriter, "PAUSE", -1)
+    monkeypatch.setattr(CheckpointWriter, "MAX_PAUSE_SECONDS", -1)
     monkeypatch.setattr(runtime.checkpoint, "save_checkpoint", slow)
     path = run_train("--val_intervals=1", checkpoint="b/gpt.pt")
     assert blocking == [True, *[False] * 5, True]  # the first and the last
@@ -271,7 +271,7 @@ import sys
 sys.path.insert(0, {str(REPO)!r})
 import train
 from runtime.checkpoint import CheckpointWriter
-CheckpointWriter.PAUSE = -1
+CheckpointWriter.MAX_PAUSE_SECONDS = -1
 train.main(sys.argv[1:])
 """
 

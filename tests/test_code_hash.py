@@ -33,6 +33,16 @@ def test_hash_ignores_comments_docstrings_and_unused_files(package):
     assert code_hash(package / "a.py") != before
 
 
+def test_imports_for_type_checkers_do_not_count(package):
+    before = code_hash(package / "a.py")
+    source = (package / "a.py").read_text()
+    (package / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import other\n" + source)
+    assert package / "other.py" not in imported_files(package / "a.py")
+    guarded = code_hash(package / "a.py")
+    (package / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import json\n" + source)
+    assert code_hash(package / "a.py") == guarded != before
+
+
 @pytest.mark.parametrize("script", ["train.py", "finetune.py", "probes.py"])
 def test_all_that_numbers_come_from_is_found(script):
     """Also runtime/, where bits per byte and autocast are, the tokenizer, and kernels that are imported when used."""
@@ -40,14 +50,15 @@ def test_all_that_numbers_come_from_is_found(script):
     assert {script, "model.py", "trainer.py", "optimizer.py", "dataloader.py", "tokenizer.py", "runtime/metrics.py",
             "runtime/device.py", "layers/loss.py", "layers/__init__.py", "kernels/rational.py",
             "kernels/rational_triton.py"} <= found
-    assert not any(path.startswith(("tests/", "bench/", "convert/")) for path in found)
+    assert not any(path.startswith(("tests/", "bench/", "convert/", "experiments/")) for path in found)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The code of the repository."""
     folder = tmp_path_factory.mktemp("copy")
-    for path in itertools.chain(*(imported_files(REPO / script) for script in ("train.py", "finetune.py", "probes.py"))):
+    for path in itertools.chain((REPO / "experiments").glob("*.py"), *(
+            imported_files(REPO / script) for script in ("train.py", "finetune.py", "probes.py"))):
         (folder / path.relative_to(REPO)).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(path, folder / path.relative_to(REPO))
     return folder
@@ -64,3 +75,17 @@ def test_a_changed_line_in_any_imported_file_changes_the_hash(copy, script):
         path.write_text(source, encoding="utf-8")
     assert code_hash(copy / script) == before
     read_module.cache_clear()
+
+
+@pytest.mark.parametrize("changed, counts", [
+    ("experiments/plots.py", False), ("experiments/runner.py", False), ("runtime/metrics.py", True), ("tokenizer.py", True),
+    ("runtime/device.py", True)])
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "probes.py"])
+def test_what_makes_numbers_counts_and_reporting_does_not(copy, script, changed, counts):
+    """Bits per byte are runtime/metrics.py's, autocast is runtime/device.py's."""
+    before, source = code_hash(copy / script), (copy / changed).read_text(encoding="utf-8")
+    (copy / changed).write_text(source + "\nCHANGED = 1\n", encoding="utf-8")
+    try:
+        assert (code_hash(copy / script) != before) == counts
+    finally:
+        (copy / changed).write_text(source, encoding="utf-8")

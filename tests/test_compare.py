@@ -18,14 +18,13 @@ from conftest import REPO, TINY_MODEL, run_rows
 from layers import MLPS
 from runtime.checkpoint import load_checkpoint
 from runtime.config import BadInput
-from shards import open_data
 
 SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_size": 8, "num_batch_accum": 1}
 
 
 @pytest.fixture(scope="module")
 def data(data_path):
-    return open_data(data_path)
+    return compare.load_shards({"data_path": data_path})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_arms_have_the_parameters_of_the_first(data, shape):
     arms = build_arms(CompareConfig(arms=ARMS), shape, data)
     for arm in arms:
         assert abs(arm.n_parameters - arms[0].n_parameters) <= 0.01 * arms[0].n_parameters, arm.name
-        assert arm.n_parameters == build_meta_model(arm.flags, data.manifest.vocab_size).n_parameters()
+        assert arm.n_parameters == build_meta_model(arm.flags, data.vocab_size).n_parameters()
     assert arms[0].flags == shape | {"mlp": "relu2"}  # the first stays as it is
 
 
@@ -147,8 +146,9 @@ def test_speed_cell_name_changes_with_the_hardware(gelu, environment):
 
 
 def test_cell_name_changes_with_the_text(gelu, environment, data):
-    shards = {"train": data.manifest.shards["train"], "val": data.manifest.shards["val"][:0]}
-    other = dataclasses.replace(data, manifest=dataclasses.replace(data.manifest, shards=shards))
+    manifest = data.shards.manifest
+    other = dataclasses.replace(manifest, shards={"train": manifest.shards["train"], "val": manifest.shards["val"][:0]})
+    other = compare.TrainingData.from_shards(dataclasses.replace(data.shards, manifest=other))
     assert cell_name(gelu, dataclasses.replace(environment, data=other)) != cell_name(gelu, environment)
 
 
@@ -165,7 +165,7 @@ def test_cell_name_changes_with_the_code_of_a_run(gelu, data, monkeypatch, tmp_p
 
 
 def test_seconds_and_tokens_budgets(gelu, environment):
-    flags = lambda budget: make_cell(gelu, CompareConfig(budget=budget), environment, "rate", 1.0, 1).job.flags
+    flags = lambda budget: make_cell(gelu, CompareConfig(budget=budget), environment, "lr_grid", 1.0, 1).job.flags
     assert "--max_seconds=7.5" in flags("seconds=30")
     assert "--max_tokens=25000" in flags("tokens=1e5")
 
@@ -182,7 +182,7 @@ def test_flops_budget_gives_a_deeper_arm_fewer_tokens(data, environment):
 
 def test_budget_below_one_step_is_refused(gelu, environment):
     with pytest.raises(BadInput, match="less than a step of 512"):
-        make_cell(gelu, CompareConfig(budget="tokens=2000"), environment, "rate", 1.0, 1)
+        make_cell(gelu, CompareConfig(budget="tokens=2000"), environment, "lr_grid", 1.0, 1)
 
 
 @pytest.mark.parametrize("budget", ["tokens", "steps=10", "tokens=-1", "tokens=nan", "flops=many"])
@@ -194,7 +194,7 @@ def test_bad_budget_is_refused(budget):
 def test_plan_has_what_makes_it_another_comparison(data):
     """Paths of data are not in it, their fingerprint is."""
     plan = compare.make_plan(CompareConfig(seeds=7), {"data_path": "x", "norm": "layer"}, data)
-    assert plan["flags of train.py"] == {"norm": "layer"} and plan["data"] == data.manifest.fingerprint()
+    assert plan["flags of train.py"] == {"norm": "layer"} and plan["data"] == data.shards.manifest.fingerprint()
     assert {"arms", "budget", "sizes", "rates", "grid_share", "match", "null"} == plan.keys() - {"data", "flags of train.py"}
 
 
@@ -236,7 +236,7 @@ if "run" in path.stem and "relu2" in path.stem and path.stem.split("-")[-2] == "
         fail(3, "it went wrong")
     if mode == "fails":
         fail(1, "loss is nan: words that a diverged run would end with")
-bpb = 1.5 + (0.1 if "relu2" in path.stem else 0) + (0.4 if "rate" in path.stem else 0) + int(path.stem.split("-")[-2]) / 1e3
+bpb = 1.5 + (0.1 if "relu2" in path.stem else 0) + (0.4 if "grid" in path.stem else 0) + int(path.stem.split("-")[-2]) / 1e3
 best = 0.01 if mode == "long" and "run" in path.stem else 0.02
 bpb += abs(float(flags.get("learning_rate", 1)) - best) + (sum(map(ord, path.stem)) % 7) * 1e-5
 rows = [{"step": n, "tokens": n * 512, "seconds": n / 10, "flops": n, "val_loss": 2 * bpb + 9 / n, "val_bpb": bpb,
@@ -273,12 +273,13 @@ def test_command_tunes_trains_and_times_every_arm(fake_train, flags, tmp_path, c
     compare.main(flags)
     out, folder = capsys.readouterr().out, tmp_path / "out"
     ran = fake_train.log()
-    assert [sum(f"-{stage}-" in name for name in ran) for stage in ("rate", "run", "speed")] == [2 * 3, 2 * (3 + 1), 2 * 3]
+    cells = {stage: sum(f"-{stage}-" in name for name in ran) for stage in ("lr_grid", "run", "speed")}
+    assert cells == {"lr_grid": 2 * 3, "run": 2 * (3 + 1), "speed": 2 * 3}
     runs = [name for name in ran if "-run-" in name]
     assert [name.split("-")[0] for name in runs[:4]] == ["mlp=gelu", "mlp=relu2"] * 2  # in turns
     assert [name.split("-")[2:4] for name in runs] == [[rate, seed] for rate, seed in zip("22112222", "11112233")]
     first, second = read_csv(folder)
-    assert float(second["difference"]) == pytest.approx(0.1, abs=1e-3) and second["significant"] == "yes"
+    assert float(second["difference"]) == pytest.approx(0.1, abs=1e-3) and second["significance"] == "corrected"
     assert second["parameters"] == first["parameters"] and second["runs"] == "3"
     assert float(first["tok_per_sec"]) == 100 and float(first["seconds"]) == pytest.approx(30 * 512 / 100)
     text = (folder / "comparison.md").read_text(encoding="utf-8")
@@ -294,7 +295,7 @@ def test_rate_too_high_for_the_whole_budget_is_lowered(fake_train, flags, tmp_pa
     compare.main(flags)
     runs = [name.split("-")[2:4] for name in fake_train.log() if "-run-" in name]
     assert runs == [[rate, seed] for rate, seed in zip(["2", "2", "1", "1", "0.5", "0.5", "1", "1", "1", "1"], "1111112233")]
-    assert {(float(row["learning_rate"]), row["edge"]) for row in read_csv(tmp_path / "out")} == {(0.0125, "")}
+    assert {(float(row["learning_rate"]), row["at_grid_edge"]) for row in read_csv(tmp_path / "out")} == {(0.0125, "False")}
 
 
 @pytest.mark.integration
@@ -323,7 +324,7 @@ def test_page_is_self_contained(fake_train, flags, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("mode, words", [
-    ("diverges", "diverged: it went wrong"), ("dies", "killed: by SIGKILL"), ("fails", "failed: loss is nan")])
+    ("diverges", "diverged: it went wrong"), ("dies", "killed: by signal 9"), ("fails", "failed: loss is nan")])
 def test_unfinished_runs_are_reported(fake_train, flags, tmp_path, capsys, mode, words):
     fake_train(mode)
     if mode == "diverges":
@@ -443,7 +444,7 @@ def test_finetuning_runs_are_compared(run_train, questions, tmp_path, monkeypatc
     assert "conversations of" in page and "swiglu/gpt.pt" in page and "<svg" in page
     assert len(read_csv(tmp_path / "out")) == 2
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("metrics.jsonl")}
-    assert len(before) == 2 * (1 + 2 + 1)  # the rate, each seed, the speed
+    assert len(before) == 2 * (1 + 2 + 1)  # the learning rate, each seed, the speed
     compare.main([*flags, "--overwrite"])
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("metrics.jsonl")}
 

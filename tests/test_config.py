@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import BadInput, check_flags, flag, flags_of, read_flags, takes_several, value_type
+from runtime.config import BadInput, check_flags, declared_flags, flag, read_flags, takes_several, value_type
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def test_a_value_at_the_edge_of_its_range_is_accepted(values):
 
 
 def test_a_field_keeps_everything_that_is_declared_of_its_flag():
-    fields = flags_of(Example)
+    fields = declared_flags(Example)
     assert list(fields) == ["size", "rate", "kind", "many", "fractions"]
     size, rate = (fields[name].metadata["flag"] for name in ("size", "rate"))
     assert (size.on_resume, size.scope, rate.on_resume, rate.scope) == ("warn", "run", "fixed", "arm")

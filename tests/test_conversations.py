@@ -146,7 +146,8 @@ def test_conversations_with_the_same_first_message_stay_together(tmp_path):
 @pytest.mark.parametrize("row, words", [
     ({"messages": []}, "has no messages in its conversation"), ({"messages": "hi"}, "not a list"),
     ({"text": "hi"}, "has no messages, nor question"), ({"messages": [{"role": "user"}]}, "no role and content"),
-    ({"messages": ["hi"]}, "no role and content"), ({"messages": [{"role": "user", "content": None}]}, "type NoneType"),
+    ({"messages": ["hi"]}, "no role and content"), ({"messages": [{"role": "x", "content": ""}]}, "unknown role 'x'"),
+    ({"messages": [{"role": "user", "content": None}]}, "type NoneType"),
     ({"question": "who?", "answer": None}, "type NoneType"), ({"question": None, "answer": "me"}, "type NoneType"),
     ({"conversations": None}, "has no messages in its conversation")], ids=str)
 def test_bad_row_is_named(row, words, tmp_path):

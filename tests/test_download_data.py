@@ -504,7 +504,7 @@ def test_verify_an_unfinished_folder(tmp_path, text, capsys):
 def test_stats_count_and_draw(tmp_path, text, capsys, refused):
     path = prepare(tmp_path, text)
     data = open_data(path)
-    lengths, counts = download_data.count_tokens(data)
+    lengths, counts = download_data.count_lengths_and_ids(data)
     documents = documents_in(path, "val") + documents_in(path, "train")
     encoded = [data.tokenizer.encode(document) for document in documents]
     assert lengths.tolist() == [len(ids) for ids in encoded]

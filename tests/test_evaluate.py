@@ -13,7 +13,6 @@ from dataloader import PackedBatches
 from evaluate import (
     EvaluateConfig,
     accuracy,
-    answer_losses,
     answer_prompts,
     bits_per_byte,
     document_losses,
@@ -23,6 +22,7 @@ from evaluate import (
     greedy_answers,
     group_by_kind,
     group_by_task,
+    mean_losses,
     proportion,
     read_questions,
     score_choices,
@@ -235,7 +235,18 @@ def test_batched_answers_equal_single_ones(byte_tokenizer):
                        for prompt in prompts]
     # no more tokens than the longest right answer and its end
     rows = answer_prompts(model, byte_tokenizer, prompts, 9)
-    assert [row["output"] for row in rows] == greedy_answers(model, byte_tokenizer, [prompt.ids for prompt in prompts], 2)
+    shorter = greedy_answers(model, byte_tokenizer, [prompt.ids for prompt in prompts], 2)
+    assert [row["output"] for row in rows] == shorter != outputs
+
+
+def test_answers_do_not_depend_on_the_batch(byte_tokenizer, monkeypatch):
+    """The longest right answer of all limits every answer, in whichever batch it is."""
+    model = make_model(64, byte_tokenizer.vocab_size, std=0.4)
+    prompts = eval_prompts([conversation("who" * n, "x" * n) for n in (1, 2, 3, 4, 5)], byte_tokenizer, 64)
+    together = answer_prompts(model, byte_tokenizer, prompts, 9)
+    monkeypatch.setattr(evaluate, "PROMPTS_PER_BATCH", 2)
+    assert answer_prompts(model, byte_tokenizer, prompts, 9) == together
+    assert [row["question"] for row in together] == ["who" * n for n in (1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("output, is_match", [(" a  b\n", True), ("a b.", False), ("A b", False), ("ab", False)])
@@ -253,7 +264,7 @@ def test_accuracy_by_kind_and_task():
         "x: a": 1, "x: b": 0, "y: a": 1, "z: 1": 0}
 
 
-def test_answer_losses_equal_a_loop_over_positions(byte_tokenizer):
+def test_mean_losses_of_answers_equal_a_loop_over_positions(byte_tokenizer):
     """Of the answers and their ends alone, although conversations share rows. Ends count as tokens, but have no bytes."""
     model = make_model(32, byte_tokenizer.vocab_size)
     conversations = [conversation("a", "bé", "c", "d"), conversation("e", "fgh"), conversation("i", "j")]
@@ -266,12 +277,13 @@ def test_answer_losses_equal_a_loop_over_positions(byte_tokenizer):
                 nats, n_tokens = nats + loss, n_tokens + 1
                 if ids[i] < 256:
                     text_nats, n_bytes = text_nats + loss, n_bytes + 1
-    losses = answer_losses(model, byte_tokenizer, CPU, PackedBatches(byte_tokenizer, conversations, 1, 32, 0))
+    batches = PackedBatches(byte_tokenizer, conversations, 1, 32, 0)
+    losses = mean_losses(model, byte_tokenizer, CPU, batches.sequential())
     assert losses["val_loss"] == pytest.approx(nats / n_tokens, rel=1e-5)
     assert losses["val_bpb"] == pytest.approx(text_nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_all_conversations_of_a_dataset_are_asked(tmp_path):
+def test_all_conversations_of_a_dataset_are_read(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"q": f"{i}?", "a": f"{i}"} for i in range(30)])
     config = EvaluateConfig(task="answers", dataset=str(rows), question_column="q", answer_column="a")
     assert [one.messages[1]["content"] for one in read_questions(config)] == [str(i) for i in range(30)]
@@ -375,6 +387,8 @@ def test_every_checkpoint_is_checked_before_the_first_is_scored(trained, refused
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--task=answers", "--device=cpu"],
             f"{bare}: the tokenizer has no <|user|> token")
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(tmp_path / "gone.pt")], "gone.pt: no checkpoint to read")
+    save_checkpoint(bare, checkpoint | {"model": {}})
+    refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--device=cpu"], f"{bare}: ", "weights do not fit")
 
 
 @pytest.mark.parametrize("flags, words", [

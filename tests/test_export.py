@@ -122,6 +122,21 @@ def test_an_exported_folder_carries_only_the_code_of_its_model(switches, package
     assert "argparse" not in imported
 
 
+def test_a_folder_exported_by_the_previous_version_is_imported(tokenizer, tmp_path, idx):
+    """Its config and its weights have other names, see upgrade_weights."""
+    from safetensors.torch import load_file, save_file
+    model = random_model()
+    folder = run_export(model, tokenizer, tmp_path)
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text.replace('"x0_residual"', '"embed_shortcut"'), encoding="utf-8")
+    old_name = lambda name: name.replace("shift_coeff", "share").replace("x0_mix", "shortcut")
+    weights = {old_name(name): weight for name, weight in load_file(folder / "model.safetensors").items()}
+    assert {name.rpartition(".")[2] for name in weights} >= {"share", "shortcut"}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    imported, _ = run_import(folder, tmp_path)
+    assert torch.equal(imported(idx), model(idx)) and imported.config == model.config
+
+
 # -- from transformers ------------------------------------------------------------------------------------------------
 
 def hf_llama(**changes):
@@ -222,6 +237,15 @@ def test_export_replaces_only_an_exported_folder(tokenizer, tmp_path, refused):
 def test_export_without_a_checkpoint_leaves_nothing(tmp_path, refused):
     refused(export.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", f"--out_path={tmp_path / 'out'}"], "none.pt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pattern", [r"(?P<a>x)\w+", r"\p{Script=Greek}+"])
+def test_a_pattern_that_tokenizers_does_not_support_is_refused(pattern, tokenizer, tmp_path, refused):
+    user = Tokenizer(tokenizer.ranks, pattern, tokenizer.special_tokens)
+    save_checkpoint(tmp_path / "gpt.pt", random_model().to_checkpoint() | {"tokenizer": user.to_json()})
+    refused(export.main, [f"--checkpoint_path={tmp_path / 'gpt.pt'}", f"--out_path={tmp_path / 'new' / 'out'}"],
+            "gpt.pt", "the tokenizer's --pattern cannot be exported", "Oniguruma")
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt.pt"]
 
 
 def test_either_out_path_or_import_path(refused):

@@ -316,8 +316,8 @@ def test_resumed_run_keeps_its_flags(finished, refused, flag):
 
 
 def test_only_the_script_that_wrote_a_checkpoint_resumes_it(finished, base, refused):
-    refused(train.main, [f"--checkpoint_path={finished}", "--resume_checkpoint"], "was written by finetune.py")
-    refused(finetune.main, [f"--out_path={base}", "--resume_checkpoint"], "was written by train.py")
+    refused(train.main, [f"--checkpoint_path={finished}", "--resume_checkpoint"], "is a checkpoint of finetune.py")
+    refused(finetune.main, [f"--out_path={base}", "--resume_checkpoint"], "is a checkpoint of train.py")
 
 
 def test_resumed_run_refuses_other_conversations(run, tmp_path, refused):

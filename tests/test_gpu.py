@@ -158,7 +158,7 @@ def test_rational_functions_equal_their_torch_versions(card, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_chunked_loss_equals_that_of_all_logits(card, monkeypatch, softcap, dtype):
     require_units(card, dtype)
-    monkeypatch.setitem(loss.CHUNK_BYTES, card.type, 4 * 37 * 7)  # rows of logits at a time: 7 of 30
+    monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, card.type, 4 * 37 * 7)  # rows of logits at a time: 7 of 30
     x, weight, targets = loss_example(scale=1.0)
     want = full_logits_loss(x, weight, targets, softcap)
     want = want, *torch.autograd.grad(want, (x, weight))
@@ -282,13 +282,13 @@ def test_too_little_memory_ends_with_one_line(card, run_train, little_memory, mo
                   "--val_iter=1", "--compile_model=0")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert stop.value.code == 1 and len(lines) == 1
-    assert all(words in lines[0] for words in ("too little memory", "--batch_size=", "--gradient_checkpointing"))
+    assert all(words in lines[0] for words in ("out of memory", "--batch_size=", "--gradient_checkpointing"))
 
 
 @pytest.mark.parametrize("preset", [None, "gpt2"])
 def test_peak_memory_equals_the_traced_one(card, monkeypatch, preset):
     """The figure of bench/memory.py for the 12 x 768 shape, within a tenth."""
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", loss.CHUNK_BYTES["cuda"])
+    monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, "cpu", loss.LOGIT_CHUNK_BYTES["cuda"])
     is_gpu = card.type == "cuda"
     shape = {"n_layer": 12, "n_head": 12, "block_size": 1024, "vocab_size": 50_257} if is_gpu else {
         "n_layer": 2, "n_head": 2, "block_size": 128, "vocab_size": 1000}

@@ -12,7 +12,7 @@ import write_flags
 
 import train
 from conftest import REPO, TINY_MODEL
-from runtime.config import flags_of
+from runtime.config import declared_flags
 
 # Scripts import only scripts to their left.
 ORDER = ["tokenizer", "shards", "model", "optimizer", "dataloader", "sampling", "chat", "generate", "trainer", "evaluate",
@@ -149,14 +149,14 @@ def test_help_fits_the_terminal_and_has_every_flag(helps):
     for script, configs in write_flags.COMMANDS.items():
         assert max(map(len, helps[script].splitlines())) <= 80, script
         listed = re.findall(r"^  --(\w+)", helps[script], re.MULTILINE)
-        assert [*flags_of(*configs)] == listed[:len(flags_of(*configs))], script
-    assert set(flags_of(train.RunConfig)) - set(re.findall(r"--(\w+)", helps["compare"])) <= {
-        name for name, field in flags_of(train.RunConfig).items() if field.metadata["flag"].scope == "run"}
+        assert [*declared_flags(*configs)] == listed[:len(declared_flags(*configs))], script
+    assert set(declared_flags(train.RunConfig)) - set(re.findall(r"--(\w+)", helps["compare"])) <= {
+        name for name, field in declared_flags(train.RunConfig).items() if field.metadata["flag"].scope == "run"}
 
 
 def test_the_users_flags_are_there():
     for script, names in USERS_FLAGS.items():
-        assert set(names.split()) <= flags_of(*write_flags.COMMANDS[script]).keys()
+        assert set(names.split()) <= declared_flags(*write_flags.COMMANDS[script]).keys()
 
 
 def test_the_page_of_flags_is_up_to_date():
@@ -174,11 +174,11 @@ def commands_in(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_in_documents_have_real_flags(page):
-    training = set(flags_of(*write_flags.COMMANDS["train"])) | set(flags_of(*write_flags.COMMANDS["finetune"]))
+    training = set(declared_flags(*write_flags.COMMANDS["train"])) | set(declared_flags(*write_flags.COMMANDS["finetune"]))
     for script, flags in commands_in(page):
         if script == "SCRIPT":
             continue  # stands for any
-        known = set(flags_of(*write_flags.COMMANDS[script])) | (training if script == "compare" else set()) | {"help"}
+        known = set(declared_flags(*write_flags.COMMANDS[script])) | (training if script == "compare" else set()) | {"help"}
         unknown = set(re.findall(r"--(\w+)", flags)) - known
         assert not unknown, f"{page.name}: {script}.py --{min(unknown)}"
 

@@ -13,7 +13,7 @@ B, T, C, V = 3, 10, 12, 37
 @pytest.fixture(params=[1, 7, 1000])
 def rows(request, monkeypatch) -> int:
     """Rows of logits in a chunk."""
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * V * request.param)
+    monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, "cpu", 4 * V * request.param)
     return request.param
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime import memory
-from runtime.memory import disable_malloc_trim, free_memory, is_out_of_memory, peak_memory, process_peak
+from runtime.memory import disable_malloc_trim, free_memory, is_out_of_memory, peak_memory, peak_resident_bytes
 
 REPO = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -25,13 +25,13 @@ def test_free_memory_is_less_than_the_machine_has():
 def test_the_peak_of_a_process_is_that_of_its_tensors():
     program = """if True:
         import torch
-        from runtime.memory import peak_memory, process_peak, reset_peak_memory
+        from runtime.memory import peak_memory, peak_resident_bytes, reset_peak_memory
         cpu = torch.device("cpu")
         before = peak_memory(cpu)
         torch.ones(64 << 18)  # 64 MiB of fp32, freed at once
         after = peak_memory(cpu)
         reset_peak_memory(cpu)
-        print(after - before, peak_memory(cpu) - before, process_peak() == peak_memory(cpu))"""
+        print(after - before, peak_memory(cpu) - before, peak_resident_bytes() == peak_memory(cpu))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
     rise, after_reset, is_same = done.stdout.split()
     assert 60 << 20 < int(rise) < 80 << 20 and int(after_reset) < 20 << 20 and is_same == "True"
@@ -44,7 +44,7 @@ def test_where_proc_is_missing_the_peak_comes_from_getrusage(monkeypatch):
     def no_proc(path, *args, **kwargs):
         raise FileNotFoundError(path)
     monkeypatch.setattr(memory.Path, "read_text", no_proc)
-    assert 0.5 * from_proc < process_peak() < 50 * from_proc  # ru_maxrss may start from the parent's
+    assert 0.5 * from_proc < peak_resident_bytes() < 50 * from_proc  # ru_maxrss may start from the parent's
     assert free_memory(CPU) == 4 * 2**30
 
 

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
-from layers.attention import Rotary, rotate
+from layers.attention import Attention, Rotary, rotate
 from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.linear import linear_layers
 from layers.norm import rms_norm
 from layers.shift import TokenShift, TokenShiftFunction
-from model import GPT, INITIAL_LOGIT_STD, GPTConfig
+from model import GPT, INITIAL_LOGIT_STD, MIXERS_BY_LETTER, GPTConfig, upgrade_config, upgrade_weights
 from runtime.config import BadInput, read_flags
 from train import PRESETS
 
@@ -62,7 +62,7 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
 
 def set_chunk_rows(monkeypatch, n: int):
     """The loss holds `n` rows of logits at a time."""
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * V * n)
+    monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, "cpu", 4 * V * n)
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +160,15 @@ def test_packed_documents_do_not_leak(model, idx):
     changed[0, :5] = (changed[0, :5] + 1) % V
     other = model(changed, targets, reduction="none", doc_starts=doc_starts)
     assert torch.allclose(other[0, 5:], losses[0, 5:], atol=1e-6) and not torch.allclose(other[0, :5], losses[0, :5])
+
+
+def test_a_new_mixer_that_needs_the_mask_gets_it(idx, monkeypatch):
+    class Local(Attention):
+        letter = "L"
+    monkeypatch.setitem(MIXERS, "local", Local)
+    monkeypatch.setitem(MIXERS_BY_LETTER, "L", Local)
+    test_packed_documents_do_not_leak(random_model(mixer="local"), idx)
+    test_a_batch_of_different_lengths_decodes_like_each_row_alone(random_model(mixer="DL"), idx, [9, 3, 9])
 
 
 def test_doc_position_ids_by_hand():
@@ -499,6 +508,16 @@ def test_checkpoint_round_trip(model, idx):
     assert torch.equal(other(idx), model(idx))
     with pytest.raises(BadInput, match="do not fit its config"):
         GPT.from_checkpoint({"config": model.to_checkpoint()["config"] | {"n_layer": 3}, "model": model.state_dict()})
+
+
+def test_the_names_of_format_2_by_hand():
+    w = torch.ones(2)
+    weights = upgrade_weights({"blocks.0.shifts.1.share": w, "blocks.1.shortcut": w, "embed.weight": w})
+    assert list(weights) == ["blocks.0.shifts.1.shift_coeff", "blocks.1.x0_mix", "embed.weight"]
+    assert upgrade_config({"embed_shortcut": True, "n_layer": 2}) == {"x0_residual": True, "n_layer": 2}
+    checkpoint = random_model().to_checkpoint()  # of the present format
+    assert upgrade_config(checkpoint["config"]) == checkpoint["config"]
+    assert list(upgrade_weights(checkpoint["model"])) == list(checkpoint["model"])
 
 
 @pytest.mark.parametrize("values, message", [

@@ -1,7 +1,8 @@
-"""experiments/plots.py: the curves of train.py --plot."""
+"""experiments/plots.py: the curves of train.py --plot, and the statistics of prepared text."""
+import numpy as np
 import pytest
 
-from experiments.plots import draw_curves
+from experiments.plots import draw_corpus_stats, draw_curves
 
 
 @pytest.mark.integration  # matplotlib takes 2 s to import
@@ -24,3 +25,10 @@ def test_every_run_has_a_curve_of_its_own_color(tmp_path):
     assert two_runs[0] > 500 and two_runs[1] > 200
     assert 0 < one_row[0] < one_run[0]
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.integration
+def test_corpus_statistics_are_drawn_for_one_empty_document_too(tmp_path):
+    for i, (lengths, counts) in enumerate((([5, 0, 300], [9, 0, 4, 4]), ([0], [1, 0]))):
+        draw_corpus_stats(np.array(lengths), np.array(counts), "a title", tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")

@@ -104,7 +104,7 @@ def test_diverged_cell_has_a_row_and_an_exit_code(tmp_path, capsys):
         probes.main(flags)
     assert stop.value.code == runtime.cli.DIVERGED
     path, = (tmp_path / "cells").iterdir()
-    row = probes.read_row(path)
+    row = probes.read_cell_row(path)
     assert row["status"] == "diverged" and row["accuracy_1x"] is None and "lower --learning_rate" in row["reason"]
 
 
@@ -178,7 +178,7 @@ def test_command_writes_its_report_and_runs_no_cell_twice(fake_cells, tmp_path, 
 
 
 @pytest.mark.parametrize("mode, status, reason", [
-    ("dies", "killed", "by SIGKILL"), ("fails", "failed", "RuntimeError: no kernel"),
+    ("dies", "killed", "by signal 9"), ("fails", "failed", "RuntimeError: no kernel"),
     ("vanishes", "failed", "its row is missing")])
 def test_failed_cells_are_reported_and_run_again(fake_cells, tmp_path, capsys, mode, status, reason):
     flags = ["--seeds=1", "--tasks", "parity", "--arms", "mlp=gelu", "mlp=relu2", f"--out_path={tmp_path}"]
@@ -209,7 +209,7 @@ def test_damaged_row_is_trained_again(fake_cells, tmp_path):
     path, = (tmp_path / "cells").iterdir()
     path.write_text('{"status": ')
     probes.main(flags)
-    assert probes.read_row(path)["status"] == "solved" and len(fake_cells.ran) == 2
+    assert probes.read_cell_row(path)["status"] == "solved" and len(fake_cells.ran) == 2
 
 
 @pytest.mark.parametrize("flags, words", [

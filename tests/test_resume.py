@@ -15,8 +15,9 @@ import generate
 import train
 from conftest import assert_same, run_rows, saved_training, signal_in_step, train_tiny
 from layers import LINEARS, MIXERS, MLPS
+from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
-from runtime.config import BadInput, flags_of, value_type
+from runtime.config import BadInput, declared_flags, flag_names, value_type
 from runtime.run import STOP_FLAGS, is_finished, override_horizon
 from runtime.signals import StopSignals
 from trainer import LoopConfig
@@ -31,7 +32,7 @@ COMMANDS = {command.script: command for command in (train.PRETRAINING, finetune.
 def flag_cases(*on_resume: str) -> list:
     """(command, flag) for every flag of train.py and finetune.py that is declared so."""
     return [pytest.param(command, name, id=f"{script}-{name}") for script, command in COMMANDS.items()
-            for kind in on_resume for name in sorted(command.names(kind))]
+            for kind in on_resume for name in sorted(flag_names(*command.classes, on_resume=kind))]
 
 
 # -- bit for bit ------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def saved(trained, finetuned):
 
 def another_value(command, name: str, value):
     """A value of the flag that is not `value`."""
-    field = flags_of(*command.classes)[name]
+    field = declared_flags(*command.classes)[name]
     if choices := field.metadata["flag"].choices:
         return next(choice for choice in choices if choice != value)
     kind = value_type(field)
@@ -235,10 +236,10 @@ def another_value(command, name: str, value):
 
 def test_every_flag_is_saved_or_declared_unsaved():
     for command in COMMANDS.values():
-        kinds = [command.names(kind) for kind in ("fixed", "warn", "free", "unsaved")]
-        assert sum(map(len, kinds)) == len(set().union(*kinds)) == len(flags_of(*command.classes))
-        assert {"resume_checkpoint", "overwrite", "verbose", command.out} <= command.names("unsaved")
-        assert set(STOP_FLAGS) <= command.names("warn")
+        kinds = [flag_names(*command.classes, on_resume=kind) for kind in ("fixed", "warn", "free", "unsaved")]
+        assert sum(map(len, kinds)) == len(set().union(*kinds)) == len(declared_flags(*command.classes))
+        assert {"resume_checkpoint", "overwrite", "verbose", command.out_flag} <= kinds[-1]
+        assert set(STOP_FLAGS) <= kinds[1]
 
 
 @pytest.mark.parametrize("command, name", flag_cases("fixed"))
@@ -285,7 +286,7 @@ FREE = {"data_path": None, "dataloader_num_workers": 1, "gradient_checkpointing"
 
 @pytest.mark.parametrize("name", FREE)
 def test_a_free_flag_does_not_change_the_numbers(run_train, trained, tmp_path, data_path, name):
-    assert train.PRETRAINING.names("free") == {*FREE, "device", "dtype"}
+    assert flag_names(*train.PRETRAINING.classes, on_resume="free") == {*FREE, "device", "dtype"}
     value = FREE[name] if name != "data_path" else shutil.copytree(data_path, tmp_path / "moved")
     runs = []
     for flags in ([], [f"--{name}={value}"]):
@@ -371,7 +372,8 @@ def test_format_2_without_training_state_is_a_model(trained, tmp_path, refused):
     checkpoint = load_checkpoint(trained)
     del checkpoint["training"]
     torch.save(downgrade(checkpoint), tmp_path / "old.pt")
-    assert_same(load_checkpoint(tmp_path / "old.pt"), checkpoint)
+    assert_same(GPT.from_checkpoint(load_checkpoint(tmp_path / "old.pt")).to_checkpoint(),
+                {"config": checkpoint["config"], "model": dict(checkpoint["model"])})
     refused(train.main, [f"--resume_checkpoint={tmp_path / 'old.pt'}"], "old.pt", "no training state")
 
 
@@ -420,8 +422,9 @@ def test_weights_of_another_shape_are_refused(trained, tmp_path, refused):
 
 
 def test_a_checkpoint_of_another_command_is_refused(trained, finetuned, refused, tmp_path):
-    refused(train.main, [f"--resume_checkpoint={finetuned}"], "was written by finetune.py")
-    refused(finetune.main, [f"--resume_checkpoint={trained}", f"--out_path={tmp_path / 'a.pt'}"], "was written by train.py")
+    refused(train.main, [f"--resume_checkpoint={finetuned}"], "is a checkpoint of finetune.py")
+    refused(finetune.main, [f"--resume_checkpoint={trained}", f"--out_path={tmp_path / 'a.pt'}"],
+            "is a checkpoint of train.py")
 
 
 @pytest.mark.parametrize("main, flag, part", [

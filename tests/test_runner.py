@@ -13,6 +13,7 @@ import pytest
 
 from conftest import REPO
 from experiments.runner import JobResult, Runner, TrainingJob, error_line, interpret_exit
+from runtime.files import folder_lock
 from runtime.signals import StopSignals
 
 
@@ -52,7 +53,7 @@ def test_results_are_read_from_exit_codes_not_words():
             FakeJob("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")]
     assert run_jobs(*jobs, n_parallel=2) == [
         JobResult("finished"), JobResult("diverged", "what"), JobResult("failed", diverged_in_words[9:]),
-        JobResult("bad input", "bad"), JobResult("killed", "by SIGKILL")]
+        JobResult("bad input", "bad"), JobResult("killed", "by signal 9")]
     assert all(len(job.completed) == 1 for job in jobs)
 
 
@@ -82,8 +83,9 @@ def test_error_line(stderr, line):
     assert error_line(stderr, Path("/somewhere/train.py")) == line
 
 
-def test_unknown_exit_code_is_a_failure():
+def test_unknown_exit_codes_and_signals():
     assert interpret_exit(77, "why") == JobResult("failed", "why")
+    assert interpret_exit(-200, "why") == JobResult("killed", "by signal 200")
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------
@@ -206,8 +208,26 @@ def test_failed_job_keeps_its_checkpoint_and_runs_again(job, status):
 
 def test_unreadable_checkpoint_is_deleted(job):
     """The job would fail forever."""
+    assert "--resume_checkpoint" in job.command()
     assert job.complete(JobResult("bad input", "damaged")) == JobResult("failed", "damaged")
-    assert not job.checkpoint.exists()
+    assert not job.checkpoint.exists() and not job.folder.exists()
+
+
+def test_bad_input_of_a_new_run_deletes_nothing(job):
+    """Another process may have begun to write there since."""
+    job.checkpoint.unlink()
+    assert "--overwrite" in job.command()
+    job.checkpoint.write_text("another process's")
+    assert job.complete(JobResult("bad input", "locked")) == JobResult("failed", "locked")
+    assert job.checkpoint.exists() and job.rows() == [FINAL_ROW]
+
+
+def test_checkpoint_of_a_running_process_is_not_deleted(job):
+    """As when compare.py was killed and its runs were not: their checkpoints cannot be resumed, nor are they damaged."""
+    job.command()
+    with folder_lock(job.folder, "--checkpoint_path"):
+        assert job.complete(JobResult("bad input", "another process is writing there")).status == "failed"
+        assert job.checkpoint.exists() and job.rows() == [FINAL_ROW]
 
 
 @pytest.mark.parametrize("damage", ["no rows", "no final row", "truncated result"])

@@ -11,8 +11,19 @@ from test_model import GPT2, LLAMA, random_model
 
 import sampling
 from model import GPT
+from runtime.checkpoint import save_checkpoint
 from runtime.config import BadInput
-from sampling import GREEDY, SamplingConfig, TextStream, encode_prompt, generate, generate_text, generate_texts, sample
+from sampling import (
+    GREEDY,
+    SamplingConfig,
+    TextStream,
+    encode_prompt,
+    generate,
+    generate_text,
+    generate_texts,
+    load_pretrained,
+    sample,
+)
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "default")  # every byte is a token: é takes two
@@ -253,3 +264,28 @@ def test_prompt_must_fit_into_the_context(attention_model):
     assert encode_prompt(attention_model, BYTES, "a" * 39) == [START, *b"a" * 39]
     with pytest.raises(BadInput, match="--prompt=aaaaaaaaaaaaaaaaaaaa…: has 40 tokens, .* holds 39: shorten it"):
         next(generate_text(attention_model, BYTES, "a" * 40, 5, GREEDY))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+def test_a_pretrained_model_comes_with_its_tokenizer_and_flags(attention_model, tmp_path):
+    path, checkpoint = tmp_path / "gpt.pt", attention_model.to_checkpoint() | {"tokenizer": BYTES.to_json()}
+    save_checkpoint(path, checkpoint)
+    model, tokenizer, flags = load_pretrained(path, chat=True)
+    assert model.config == attention_model.config and flags == {}  # an imported model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), attention_model.parameters(), strict=True))
+    assert tokenizer.to_json() == BYTES.to_json()
+    trained = checkpoint | {"training": {"settings": {"optimizer": "muon"}}}
+    assert load_pretrained(path, trained)[2] == {"optimizer": "muon"}
+
+
+def test_a_tokenizer_that_lacks_tokens_is_refused_with_the_file(attention_model, tmp_path):
+    path = tmp_path / "gpt.pt"
+    bare = Tokenizer.from_ranks(BYTES.ranks, "default", ["<|endoftext|>", "<|a|>", "<|b|>", "<|c|>", "<|d|>"])
+    checkpoint = attention_model.to_checkpoint() | {"tokenizer": bare.to_json()}
+    load_pretrained(path, checkpoint)
+    with pytest.raises(BadInput, match="gpt.pt: the tokenizer has no <.system.> token"):
+        load_pretrained(path, checkpoint, chat=True)
+    none = Tokenizer.from_ranks(BYTES.ranks, "default", ["<|a|>"])
+    with pytest.raises(BadInput, match="gpt.pt: the tokenizer has no <.endoftext.> token"):
+        load_pretrained(path, checkpoint | {"tokenizer": none.to_json()})

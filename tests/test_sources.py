@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 
 from hub import damage_row_group
-from runtime.config import BadInput
+from runtime.config import BadInput, flag_names
 from text import formats, sources
 from text.builtin import builtin_documents
 from text.documents import PackedDocuments
-from text.sources import SourceConfig, open_source, take_text
+from text.sources import SourceConfig, open_source, source_flags, take_text
 
 TEXTS = ["first text", "zweiter Text: ä", "第三", "four\r\nlines\n"]
 
@@ -151,6 +151,14 @@ def test_invalid_mixes_are_refused(tmp_path, flags, words):
         open_source(SourceConfig(**{"dataset": f"{tmp_path / 'a.parquet'},{tmp_path / 'a.parquet'}"} | flags))
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_flags_that_identify_a_text_are_those_declared_fixed(tmp_path):
+    identifying = source_flags(SourceConfig(dataset="org/a,org/b", mix="1,1"))
+    assert identifying.keys() == flag_names(SourceConfig, on_resume="fixed")
+    (tmp_path / "a.txt").write_text("x")
+    for dataset in ("builtin", "org/a", str(tmp_path / "a.txt")):
+        assert source_flags(SourceConfig(dataset=dataset)).keys() < identifying.keys()
 
 
 def test_a_file_with_a_comma_in_its_name_is_not_a_mix(tmp_path):

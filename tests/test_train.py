@@ -189,7 +189,7 @@ def test_a_closed_pipe_loses_no_checkpoint(run_train, monkeypatch, tmp_path):
     def closed(bar, evaluate, row, progress):
         if row["step"] == 3:
             raise BrokenPipeError
-    monkeypatch.setattr(trainer, "show", closed)
+    monkeypatch.setattr(trainer, "update_progress", closed)
     with pytest.raises(SystemExit), monkeypatch.context() as patch:
         patch.setattr("os.dup2", lambda *args: None)
         run_train()
@@ -222,7 +222,7 @@ def test_running_out_of_memory_is_one_line_with_advice(run_train, monkeypatch, c
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried …")
     before_batch(monkeypatch, 3, allocate)
     error = fails(capsys, run_train)
-    for words in ("too little memory, ", "--batch_size=4 blocks of 16 tokens", "--batch_size=auto",
+    for words in ("out of memory (peak ", "--batch_size=4 blocks of 16 tokens", "--batch_size=auto",
                   "--gradient_checkpointing", "holds step 0"):
         assert words in error
 
@@ -304,7 +304,8 @@ def test_a_preset_may_name_the_checkpoint(data_path, tmp_path, monkeypatch, refu
     assert load_checkpoint(path)["training"]["step"] == 2
     train.main(["--preset=quickstart", "--plot"])
     assert (run_folder(path) / "curves.png").exists()
-    refused(train.main, ["--preset=quickstart", f"--checkpoint_path={tmp_path / 'other.pt'}", "--plot"], "holds no rows")
+    refused(train.main, ["--preset=quickstart", f"--checkpoint_path={tmp_path / 'other.pt'}", "--plot"],
+            "holds no validation rows")
 
 
 # -- the horizon ------------------------------------------------------------------------------------------------------
@@ -357,11 +358,12 @@ def test_plot_draws_finished_runs(plotted, capsys):
 
 
 def test_plot_needs_rows_of_validations(plotted, refused, tmp_path):
-    refused(train.main, [f"--plot={plotted[0]},{tmp_path / 'none.pt'}"], "--plot=", "none/metrics.jsonl holds no rows")
-    refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no rows")
+    refused(train.main, [f"--plot={plotted[0]},{tmp_path / 'none.pt'}"], "--plot=",
+            "none/metrics.jsonl holds no validation rows")
+    refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no validation rows")
     refused(train.main, ["--plot="], "--plot=: is empty")
     (tmp_path / "incomplete.jsonl").write_text('{"step": 1, "val_loss": 3.0}\n')
-    refused(train.main, [f"--plot={tmp_path / 'incomplete.jsonl'}"], "holds no rows")
+    refused(train.main, [f"--plot={tmp_path / 'incomplete.jsonl'}"], "holds no validation rows")
     assert not (tmp_path / "none").exists()
 
 

@@ -18,7 +18,7 @@ from runtime.device import Machine
 from runtime.metrics import MetricsLog, read_rows
 from shards import open_data
 from tokenizer import SPECIAL_TOKENS, Tokenizer
-from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, new_state, next_token_loss
+from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss
 
 VOCAB_SIZE, BLOCK_SIZE = 32, 12
 
@@ -66,7 +66,7 @@ def make_run(loader=None, path: Path | None = None) -> tuple[TrainState, TrainSe
         "writer": CheckpointWriter(path, run_folder(path)), "metrics": MetricsLog(run_folder(path), [])}
     setup = TrainSetup(Machine(torch.device("cpu"), "fp32"), OptimizerConfig(learning_rate=0.02, warmup_iter=0),
                        step_tokens=4 * BLOCK_SIZE, **outputs)
-    return new_state(model, loader or CountingLoader(), setup), setup
+    return init_state(model, loader or CountingLoader(), setup), setup
 
 
 def loop_of(max_iter: int, val_intervals: int) -> LoopConfig:
@@ -177,7 +177,7 @@ def test_stop_when_can_end_the_run_before_its_first_step(tmp_path):
 
 def test_the_checkpoint_of_an_early_stop_is_on_disk_when_fit_returns(tmp_path, monkeypatch):
     """Though checkpoints between are written by a thread."""
-    monkeypatch.setattr(CheckpointWriter, "PAUSE", -1)
+    monkeypatch.setattr(CheckpointWriter, "MAX_PAUSE_SECONDS", -1)
     path = tmp_path / "gpt.pt"
     state, setup = make_run(path=path)
     fit(state, loop_of(100, 3), next_token_loss, Evaluation(counting_loss), setup, lambda state, row: state.step == 6)

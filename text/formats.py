@@ -91,19 +91,20 @@ class PendingChunk:
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
-class Unreadable(BadInput):
-    """A part of a file that `--skip_errors` skips. row: the first one in it."""
-
-    def __init__(self, message: str, row: int = 0):
-        super().__init__(message)
-        self.row = row
+@dataclass(frozen=True)
+class Unreadable:
+    """A part of a file that cannot be read; the readers of a format yield it in place of its rows. `read_files` and
+    `read_records` then raise BadInput with `message`, which names file and part, or skip it (--skip_errors). row: its first
+    one."""
+    message: str
+    row: int
 
 
 class WrongColumn(BadInput):
     """--text_column names a column that does not exist or does not hold text."""
 
 
-class Rows(NamedTuple):
+class RowBatch(NamedTuple):
     """Consecutive rows of a file, empty ones included. fraction: how much of the file precedes them, 0 to 1."""
     documents: PackedDocuments
     first_row: int
@@ -122,7 +123,7 @@ class TextFile:
     def suffix(self) -> str:
         return "." + self.name.rsplit(".", 1)[-1].lower()
 
-    def read(self, row: int, byte: int, text_column: str) -> Iterator[Rows | Unreadable]:
+    def read(self, row: int, byte: int, text_column: str) -> Iterator[RowBatch | Unreadable]:
         """The rows from `row` on, which starts at `byte` (ignored for parquet); see READERS. Raises OSError naming the file
         when a local disk fails."""
         with naming_disk_errors(self.name):
@@ -156,9 +157,9 @@ def read_files(files: list[TextFile], text_column: str, state: dict | None, skip
                 if rows.row % row_part[1] != row_part[0]:
                     continue  # another node reports it
                 if not skip_errors:
-                    raise BadInput(f"{rows}: --skip_errors=1 skips it")
+                    raise BadInput(f"{rows.message}: --skip_errors=1 skips it")
                 yield from pending.flush()
-                pending.skipped.append(str(rows))
+                pending.skipped.append(rows.message)
                 continue
             lengths = np.diff(rows.documents.offsets)
             wanted = (lengths > 0) & ((rows.first_row + np.arange(len(lengths))) % row_part[1] == row_part[0])
@@ -197,7 +198,7 @@ def read_records(file: TextFile) -> Iterator[tuple[str, dict]]:
     with naming_disk_errors(file.name):
         for found in RECORD_READERS[file.suffix](file):
             if isinstance(found, Unreadable):
-                raise BadInput(f"{found}: fix or remove it")
+                raise BadInput(f"{found.message}: fix or remove it")
             yield found
 
 
@@ -251,8 +252,7 @@ def row_group_batches(parquet, group: int, first: int, start_row: int, text_colu
 
 
 def rows_per_batch(row_group, text_column: str) -> int:
-    """So few rows that they fit into memory even if some are much longer than others, or repeat and so take no room in the
-    file."""
+    """Few enough rows to fit into memory even if some are much longer than others, or compress to almost nothing."""
     for i in range(row_group.num_columns):
         column = row_group.column(i)
         if column.path_in_schema == text_column:
@@ -269,7 +269,7 @@ def as_unreadable(error: Exception, message: str, row: int) -> Unreadable:
     return Unreadable(f"{message} ({' '.join(str(error).split())[:200]})", row)
 
 
-def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[Rows | Unreadable]:
+def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[RowBatch | Unreadable]:
     convert = lambda batch: column_documents(batch.column(0), text_column, file.name)
     for found in parquet_batches(file, row, text_column, convert):
         if isinstance(found, Unreadable):
@@ -284,7 +284,7 @@ def read_parquet(file: TextFile, row: int, byte: int, text_column: str) -> Itera
                                  first + before)
             start = before + 1
             if start < stop:
-                yield Rows(documents.slice(start, stop), first + start, 0, (first + start) / n_rows)
+                yield RowBatch(documents.slice(start, stop), first + start, 0, (first + start) / n_rows)
         del documents  # before the next ones are read
 
 
@@ -359,7 +359,7 @@ def parse_json_object(line: bytes, where: str) -> dict | None:
     return record
 
 
-def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[Rows | Unreadable]:
+def read_jsonl(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[RowBatch | Unreadable]:
     def get_text(record: dict | None, where: str) -> bytes:
         if record is None:
             return b""
@@ -381,7 +381,7 @@ def jsonl_records(file: TextFile) -> Iterator[tuple[str, dict] | Unreadable]:
 
 # -- txt --------------------------------------------------------------------------------------------------------------
 
-def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[Rows | Unreadable]:
+def read_txt(file: TextFile, row: int, byte: int, text_column: str) -> Iterator[RowBatch | Unreadable]:
     """The file in pieces that, joined, are the file."""
     with file.open() as opened:
         opened.seek(byte)
@@ -419,11 +419,11 @@ def txt_pieces(opened: io.IOBase) -> Iterator[bytes]:
 
 # -- shared by the formats --------------------------------------------------------------------------------------------
 
-def batch_rows(values: Iterator[tuple], file: TextFile, row: int, byte: int) -> Iterator[Rows | Unreadable]:
+def batch_rows(values: Iterator[tuple], file: TextFile, row: int, byte: int) -> Iterator[RowBatch | Unreadable]:
     """Joins rows into batches of about CHUNK_BYTES. values: for each row its text, UTF-8 bytes, or Unreadable; and the byte
     at which the next row starts."""
     batch, first, n_bytes = [], (row, byte), 0
-    rows = lambda: Rows(PackedDocuments.from_utf8(batch), *first, first[1] / max(1, file.size))
+    rows = lambda: RowBatch(PackedDocuments.from_utf8(batch), *first, first[1] / max(1, file.size))
     for value, next_byte in values:
         failure = value if isinstance(value, Unreadable) else None
         if failure is None:

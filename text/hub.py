@@ -1,10 +1,11 @@
-"""Datasets of the Hugging Face hub, read over a network that fails now and then.
+"""Datasets of the Hugging Face hub, read over an unreliable network.
 
     revision, read = open_hub("roneneldan/TinyStories", None, "text")
 
 Parquet files are read by `text.formats`, a few pages at a time, so that reading can continue at any row without what
 precedes it. Other formats are read by `datasets`, which continues from its `state_dict`.
 """
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -15,7 +16,7 @@ from text.documents import PackedDocuments
 from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, require_column, require_text, split_files
 
 REQUEST_BYTES = 1 << 24  # read-ahead: how much of a file one request fetches
-# Seconds. huggingface_hub retries a request by itself, for about 20 seconds; these are the pauses after that.
+# Seconds. huggingface_hub itself retries a request for about 20 seconds; these are the pauses after that.
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
 # Seconds in which the hub must describe a dataset, and list its files, which can be many thousands.
 ANSWER_SECONDS, LISTING_SECONDS = 60, 300
@@ -26,8 +27,8 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
              part: tuple[int, int] = (0, 1)) -> tuple[str, Callable]:
     """The `train` split of a dataset: its revision, and `read(state)`, which yields its chunks.
 
-    revision: of a preparation that is resumed; by default the latest. part: (k, n) is the k-th of n disjoint parts. Raises
-    BadInput when the dataset or its column does not exist, or the hub cannot be reached at the first contact;
+    revision: the one that a resumed preparation started with; by default the latest. part: (k, n) is the k-th of n disjoint
+    parts. Raises BadInput when the dataset or its column does not exist, or the hub cannot be reached at the first contact;
     ConnectionError when it has not answered for `retry_seconds`.
     """
     configure_libraries()
@@ -41,8 +42,8 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
         files = [hub_file(path, streaming) for path in chosen]
         read = lambda state: read_files(files, text_column, state, skip_errors, row_part)
     else:
-        read = lambda state: read_rows(load_rows(dataset, dataset_config, revision, streaming), text_column, dataset, state,
-                                       part)
+        read = lambda state: dataset_chunks(load_rows(dataset, dataset_config, revision, streaming), text_column, dataset,
+                                            state, part)
     read = policy.retry_reading(read)
     if is_new and next(read(None), None) is None:  # a resumed preparation does not fetch the beginning again
         raise BadInput(f"{flags}: the dataset is empty")
@@ -51,7 +52,7 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
 
 def configure_libraries():
     """Silences the hub's libraries, which log as an error what they also raise, and leaves retrying to RetryPolicy:
-    `datasets` would retry 20 times without a word."""
+    `datasets` would silently retry 20 times."""
     import datasets
     import huggingface_hub
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -67,24 +68,28 @@ def dataset_flags(dataset: str, dataset_config: str | None) -> str:
     return f"--dataset={dataset}" + (f" --dataset_config={dataset_config}" if dataset_config else "")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form of a repository's id on the hub: a name, or owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", text) is not None
+
+
 def find_revision(dataset: str, revision: str | None, flags: str, policy: "RetryPolicy") -> str:
-    """The commit that `revision` names, by default the latest: a preparation reads one state of the dataset. Asked first, as
-    it fails at once."""
+    """The commit that `revision` names, by default the latest: a preparation reads one state of the dataset. Looked up
+    first, because without a network that fails at once."""
     import huggingface_hub
     was_reached = revision is not None
 
-    def ask() -> str:
+    def look_up() -> str:
         nonlocal was_reached
         try:
             return call_with_timeout(
                 lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha, ANSWER_SECONDS)
         except Exception as error:
             if not was_reached and is_network_error(error) and http_status(error) is None:  # perhaps no network at all
-                raise BadInput(f"{flags}: the hub cannot be reached ({brief(error)}): check the network, or give a local "
-                               f"file or `builtin`") from None
+                raise hub_unreachable(flags, error, "a local file or `builtin`") from None
             was_reached = True
             raise
-    return policy.call(ask)
+    return policy.call(look_up)
 
 
 def parquet_paths(dataset: str, dataset_config: str | None, revision: str) -> list[str]:
@@ -117,7 +122,7 @@ def load_rows(dataset: str, dataset_config: str | None, revision: str, streaming
     return call_with_timeout(load, LISTING_SECONDS) if streaming else load()
 
 
-def read_rows(rows, text_column: str, dataset: str, state: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
+def dataset_chunks(rows, text_column: str, dataset: str, state: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
     """Chunks of the rows of `load_rows`. state: a `state_dict` of the IterableDataset."""
     from datasets import Dataset
     from datasets.distributed import split_dataset_by_node
@@ -155,15 +160,15 @@ def call_with_timeout(function: Callable, seconds: float):
 
 
 class RetryPolicy:
-    """Retries network failures after pauses of FIRST_PAUSE to LONGEST_PAUSE seconds, each with a line on stderr, until
-    nothing has come for `seconds`. flags: name the dataset in messages."""
+    """Retries network failures after pauses of FIRST_PAUSE to LONGEST_PAUSE seconds, each with a line on stderr, for at
+    most `seconds` in all. flags: those that name the dataset, for messages."""
 
     def __init__(self, flags: str, seconds: int):
         self.flags, self.seconds = flags, seconds
 
     def call(self, function: Callable):
-        """function(), once it succeeds. Raises ConnectionError when it is time to give up; failures that are not the
-        network's at once, as `hub_error` explains them."""
+        """function(), once it succeeds. Raises ConnectionError on giving up; failures that are not the network's at once, as
+        `hub_error` explains them."""
         import tenacity
 
         def attempt():
@@ -177,7 +182,7 @@ class RetryPolicy:
                 raise hub_error(error, self.flags) from None
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_network_error), stop=tenacity.stop_after_delay(self.seconds),
+            retry=tenacity.retry_if_exception(is_network_error), stop=tenacity.stop_before_delay(self.seconds),
             wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE), before_sleep=self.report,
             retry_error_callback=self.give_up)
         return retrying(attempt)
@@ -190,7 +195,7 @@ class RetryPolicy:
         raise ConnectionError(f"{self.flags}: the hub stopped answering ({brief(state.outcome.exception())})") from None
 
     def retry_reading(self, read: Callable) -> Callable:
-        """`read(state)` whose chunks continue after a failure; every chunk renews the patience."""
+        """`read(state)` whose chunks continue after a failure; every chunk restarts the clock."""
         def read_with_retries(state) -> Iterator[Chunk]:
             position, stream = {"at": state, "skip": 0}, None
 
@@ -212,7 +217,7 @@ class RetryPolicy:
 # -- what went wrong --------------------------------------------------------------------------------------------------
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether the failure may pass by itself. The HTTP libraries below `datasets` have changed over its versions, and their
+    """Whether a later attempt may succeed. The HTTP libraries below `datasets` have changed over its versions, and their
     exceptions have no common base class, so they are recognised by the package that defines them."""
     from huggingface_hub import errors
     if isinstance(error, errors.LocalEntryNotFoundError):  # could not be downloaded
@@ -228,9 +233,15 @@ def http_status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def hub_unreachable(flags: str, error: Exception, alternative: str) -> BadInput:
+    """The exception to raise when the first request already fails for want of a network. alternative: what the user could
+    give instead."""
+    return BadInput(f"{flags}: the hub cannot be reached ({brief(error)}): check the network, or give {alternative}")
+
+
 def hub_error(error: Exception, flags: str) -> Exception:
     """The exception to raise for an `error` of `datasets`, or of a library below it, that is not the network's: OSError for
-    a failing local disk, otherwise BadInput, as the dataset cannot be read."""
+    a failing local disk, otherwise BadInput. flags: those that name the repository, for the message."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
     from huggingface_hub import errors
     if isinstance(error, DatasetGenerationError) and error.__cause__:
@@ -240,7 +251,7 @@ def hub_error(error: Exception, flags: str) -> Exception:
     elif isinstance(error, errors.RevisionNotFoundError):
         reason = "the hub no longer has the revision that this preparation started with: choose another --data_path"
     elif isinstance(error, (DatasetNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError)):
-        reason = "neither a local file or folder nor a dataset on the hub that you may read"
+        reason = "neither a local file or folder nor a repository on the hub that you may read"
     elif type(error) is ValueError or isinstance(error, DatasetsError):
         reason = brief(error)  # written for the user: which configurations and splits there are
     elif isinstance(error, OSError) and error.errno is not None:

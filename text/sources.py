@@ -9,7 +9,6 @@ position, from which reading can continue without what precedes it: this is how 
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from runtime.config import BadInput, check_flags, flag
 from text.builtin import builtin_revision, builtin_texts
 from text.documents import PackedDocuments
 from text.formats import CHUNK_BYTES, READERS, Chunk, TextFile, read_files, read_from, split_files
-from text.hub import open_hub
+from text.hub import is_hub_id, open_hub
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 
@@ -31,15 +30,17 @@ class SourceConfig:
     """Where text comes from."""
     dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, txt), or `builtin`: the "
                                  "documentation inside Python, numpy and torch, several MB, no network; several, separated "
-                                 "by commas, are mixed")
-    mix: str = flag(None, "share of the bytes of text for each of several datasets, such as 0.8,0.2")
-    dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)")
-    text_column: str = flag("text", "column or JSON key that holds the text; in a mix, one for all datasets or one for each")
+                                 "by commas, are mixed", on_resume="fixed")
+    mix: str = flag(None, "share of the bytes of text for each of several datasets, such as 0.8,0.2", on_resume="fixed")
+    dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)",
+                               on_resume="fixed")
+    text_column: str = flag("text", "column or JSON key that holds the text; in a mix, one for all datasets or one for each",
+                            on_resume="fixed")
     streaming: bool = flag(True, "1 reads a hub dataset over the network while it is prepared, 0 downloads its files first "
-                                 "and keeps them in the HF_HOME folder")
-    retry_seconds: int = flag(600, "seconds to keep retrying a hub that does not answer", at_least=0)
+                                 "and keeps them in the HF_HOME folder", on_resume="free")
+    retry_seconds: int = flag(600, "seconds to keep retrying a hub that does not answer", at_least=0, on_resume="free")
     skip_errors: bool = flag(False, "1 skips what cannot be read in local files and in parquet files of the hub: a row "
-                                    "group, a line or a file; the manifest counts them")
+                                    "group, a line or a file; the manifest counts them", on_resume="free")
     __post_init__ = check_flags
 
 
@@ -105,7 +106,7 @@ def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, in
         if not any(len(chunk.documents) for chunk in read(None)):
             raise BadInput(f"--dataset={path}: contains no text")
         return files_revision(files), read
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", config.dataset) or config.dataset.endswith(tuple(READERS)):
+    if not is_hub_id(config.dataset) or config.dataset.endswith(tuple(READERS)):
         raise BadInput(f"--dataset={config.dataset}: no such file or folder")
     return open_hub(config.dataset, source_flags(config)["dataset_config"], config.text_column, streaming=config.streaming,
                     skip_errors=config.skip_errors, retry_seconds=config.retry_seconds, revision=revision, part=part)
