@@ -48,6 +48,7 @@ from runtime.signals import StopSignals
 from sampling import pretraining_flags
 from shards import DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
+from tokenizer import ROLES
 from train import PRESETS, PRETRAINING, RunConfig
 from trainer import LoopConfig
 
@@ -141,7 +142,7 @@ def load_shards(common: dict) -> TrainingData:
 def load_conversations(common: dict) -> TrainingData:
     """common: the flags that all runs share. Raises BadInput."""
     source = read_flags(ConversationConfig, select_fields(ConversationConfig, common))
-    splits = [[conversation.messages for conversation in part] for part in read_conversations(source)]
+    splits = [[conversation.messages for conversation in part] for part in read_conversations(source, ROLES)]
     fingerprint = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
     return TrainingData(f"conversations of {source.dataset}", fingerprint, (fingerprint,))
 

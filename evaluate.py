@@ -30,7 +30,7 @@ from sampling import GREEDY, generate_texts, load_model, load_pretrained
 from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_all
 from tasks.multiple_choice import Choice, read_choices
 from text.sources import SourceConfig, local_path, open_source, take_text
-from tokenizer import Tokenizer
+from tokenizer import ROLES, Tokenizer
 
 PROMPTS_PER_BATCH = 64
 # (dataset, split) of each task where the flags do not give them
@@ -274,7 +274,7 @@ def read_questions(config: EvaluateConfig) -> list[Conversation]:
                                 config.answer_column)
     if config.dataset == "builtin":
         return builtin_held_out(config.limit or source.val_conversations)
-    return list(itertools.islice(read_all(source), config.limit))
+    return list(itertools.islice(read_all(source, ROLES), config.limit))
 
 
 def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversations: list[Conversation],

@@ -34,6 +34,7 @@ from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from sampling import load_pretrained
 from tasks.conversations import ConversationConfig, read_conversations
+from tokenizer import ROLES
 from trainer import (
     Evaluation,
     LoopConfig,
@@ -228,7 +229,7 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint, chat=True)
     if not checkpoint:
         schedule = schedule.for_model(pretraining_flags)
-    conversations, held_out = read_conversations(configs.source)
+    conversations, held_out = read_conversations(configs.source, ROLES)
     block_size = model.config.block_size
     seed_everything(run.seed)
     batches = PackedBatches(tokenizer, conversations, run.batch_size, block_size, run.seed)

@@ -29,12 +29,13 @@ from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable
 from runtime.threads import available_cores, map_in_threads
 from text.documents import PackedDocuments, to_utf8
-from text.messages import ROLES, check_messages
+from text.messages import check_messages
 from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # precedes every document
 # Every new vocabulary has the tokens of a chat, so that finetuning on conversations never resizes an embedding.
+ROLES = "system", "user", "assistant"  # of a message in a conversation
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
 END_OF_MESSAGE = "<|end|>"
 SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END_OF_MESSAGE)
@@ -193,7 +194,7 @@ class Tokenizer:
         """
         role_ids, end_id = self.chat_token_ids()
         ids, assistant_mask = [self.separator_id], [False]
-        check_messages(messages)
+        check_messages(messages, ROLES)
         for message in messages:
             content = self.encode(message["content"])
             ids += [role_ids[message["role"]], *content, end_id]

@@ -3,7 +3,7 @@
 Rows are {"messages": [{"role": "user", "content": …}, …]}, or a question and an answer: see `parse_messages`.
 """
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,16 +52,17 @@ class Conversation:
     task: str = ""
 
 
-def read_conversations(config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
+def read_conversations(config: ConversationConfig, roles: Collection[str]) -> tuple[list[Conversation], list[Conversation]]:
     """Those to train on, and those held out. Conversations that start with the same user's message stay together.
 
-    The split goes by a hash of that message, so it does not depend on the order of the rows. Raises BadInput.
+    roles: those that a message may have, the tokenizer's. The split goes by a hash of that first message, so it does not
+    depend on the order of the rows. Raises BadInput.
     """
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     if config.dataset == "builtin":
         return builtin_conversations(), builtin_held_out(config.val_conversations)
-    conversations = list(read_all(config))
+    conversations = list(read_all(config, roles))
     digests = [hashlib.sha256(first_message(one).encode("utf-8", "replace")).digest() for one in conversations]
     ranked = sorted(set(digests))
     if len(ranked) < 2:
@@ -77,13 +78,13 @@ def first_message(conversation: Conversation) -> str:
     return next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
 
 
-def read_all(config: ConversationConfig) -> Iterator[Conversation]:
+def read_all(config: ConversationConfig, roles: Collection[str]) -> Iterator[Conversation]:
     """Every conversation of a dataset. Raises BadInput, which names the row."""
     n = 0
     for where, row in read_dataset(config.dataset, config.dataset_config, config.split):
         try:
             messages = parse_messages(row, config)
-            check_messages(messages)
+            check_messages(messages, roles)
             if not messages:
                 raise BadInput("has no messages in its conversation: add some, or remove the row")
         except BadInput as error:

@@ -22,6 +22,7 @@ from runtime.config import BadInput
 from runtime.signals import StopSignals
 from sampling import GREEDY, SamplingConfig, sample
 from tasks.conversations import ConversationConfig, read_conversations
+from tokenizer import ROLES
 
 SYSTEM, USER, ASSISTANT = (BYTES.chat_token_ids()[0][role] for role in ("system", "user", "assistant"))
 
@@ -201,7 +202,7 @@ def test_saved_conversations_can_be_finetuned_on(attention_model, monkeypatch, t
     chat.save(tmp_path / "b.jsonl")
     with pytest.raises(BadInput, match=r"/save .*a.jsonl: exists: choose another name"):
         chat.save(tmp_path / "a.jsonl")
-    train, held_out = read_conversations(ConversationConfig(dataset=str(tmp_path)))
+    train, held_out = read_conversations(ConversationConfig(dataset=str(tmp_path)), ROLES)
     assert sorted([message["content"] for message in one.messages] for one in train + held_out) == [
         ["be kind", "and?", "two"], ["be kind", "é\ufffd", "wé"]]
     assert [message["role"] for message in train[0].messages] == ["system", "user", "assistant"]

@@ -11,6 +11,7 @@ from tasks.builtin_questions import MAKERS, is_held_out, make_questions
 from tasks.conversations import MAX_TURNS, ConversationConfig, parse_messages, read_conversations
 from tasks.multiple_choice import parse_choice, read_choices
 from tasks.rows import read_dataset
+from tokenizer import ROLES
 
 MESSAGES = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
 HELLASWAG = {"ctx": "If x is None, the", "endings": ["sea", "default is used", "cat", "dog runs"], "label": "1"}
@@ -86,7 +87,7 @@ def test_held_out_questions_are_apart_whatever_the_seeds(few_documents):
 
 @pytest.mark.integration  # all 60,000 questions, from all of the built-in text
 def test_built_in_conversations():
-    train, held_out = read_conversations(ConversationConfig(dataset="builtin", val_conversations=120))
+    train, held_out = read_conversations(ConversationConfig(dataset="builtin", val_conversations=120), ROLES)
     n_turns = [len(one.messages) // 2 for one in train]
     assert set(n_turns) == set(range(1, MAX_TURNS + 1)) and sum(n_turns) > 50_000
     assert len(held_out) == 120 and all(len(one.messages) == 2 for one in held_out)
@@ -117,7 +118,7 @@ def test_context_is_appended_to_the_question():
     ({"kind": "maths"}, ("maths", ""))], ids=str)
 def test_kind_and_task_are_fields_of_the_row(fields, expected, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": "yes"} | fields for i in range(4)])
-    train, held_out = read_conversations(ConversationConfig(dataset=str(path)))
+    train, held_out = read_conversations(ConversationConfig(dataset=str(path)), ROLES)
     assert {(one.kind, one.task) for one in train + held_out} == {expected}
 
 
@@ -127,7 +128,7 @@ def test_local_files_and_the_hub_give_the_same(tmp_path, hub):
     write_jsonl(tmp_path / "files" / "a.jsonl", rows[:12])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[12:]), tmp_path / "files" / "b.parquet")
     hub.add("org/talk", {"default": [rows]})
-    local, remote = (read_conversations(ConversationConfig(dataset=dataset, val_conversations=5))
+    local, remote = (read_conversations(ConversationConfig(dataset=dataset, val_conversations=5), ROLES)
                      for dataset in (str(tmp_path / "files"), "org/talk"))
     assert [[one.messages for one in part] for part in local] == [[one.messages for one in part] for part in remote]
     train, held_out = local
@@ -138,7 +139,7 @@ def test_local_files_and_the_hub_give_the_same(tmp_path, hub):
 def test_conversations_with_the_same_first_message_stay_together(tmp_path):
     rows = [{"question": f"{i // 4}?", "answer": str(i)} for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    train, held_out = read_conversations(ConversationConfig(str(path), val_conversations=3))
+    train, held_out = read_conversations(ConversationConfig(str(path), val_conversations=3), ROLES)
     questions = lambda part: {one.messages[0]["content"] for one in part}
     assert len(held_out) == 12 and not questions(train) & questions(held_out)
 
@@ -153,7 +154,7 @@ def test_conversations_with_the_same_first_message_stay_together(tmp_path):
 def test_bad_row_is_named(row, words, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES}, row])
     with pytest.raises(BadInput, match=words) as error:
-        read_conversations(ConversationConfig(dataset=str(path)))
+        read_conversations(ConversationConfig(dataset=str(path)), ROLES)
     assert str(error.value).startswith(f"{path}: line 2: ")
 
 
@@ -164,7 +165,7 @@ def test_bad_row_is_named(row, words, tmp_path):
 def test_bad_file_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=words):
-        read_conversations(ConversationConfig(dataset=str(tmp_path / name)))
+        read_conversations(ConversationConfig(dataset=str(tmp_path / name)), ROLES)
 
 
 @pytest.mark.parametrize("dataset, words", [
@@ -173,7 +174,7 @@ def test_bad_file_is_named(tmp_path, name, content, words):
 def test_bad_dataset_is_named(hub, dataset, words):
     hub.add("org/text", {"default": [[{"text": "hi"}]]})
     with pytest.raises(BadInput, match=words):
-        read_conversations(ConversationConfig(dataset=dataset))
+        read_conversations(ConversationConfig(dataset=dataset), ROLES)
 
 
 def test_column_flags_go_together_and_must_exist(tmp_path):
@@ -181,7 +182,7 @@ def test_column_flags_go_together_and_must_exist(tmp_path):
     with pytest.raises(BadInput, match="give both or none"):
         ConversationConfig(question_column="q")
     with pytest.raises(BadInput, match="columns q and a"):
-        read_conversations(ConversationConfig(dataset=str(path), question_column="q", answer_column="a"))
+        read_conversations(ConversationConfig(dataset=str(path), question_column="q", answer_column="a"), ROLES)
     with pytest.raises(BadInput, match="--dataset_config=x"):
         list(read_dataset(str(path), "x", "train"))
 
