@@ -213,7 +213,8 @@ def test_every_page_can_be_reached_from_readme():
 def test_quick_start_is_one_block_of_two_lines():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     section = re.search(r"^## Quick start$(.*?)^## ", readme, re.MULTILINE | re.DOTALL).group(1)
-    run, tests = re.search(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL).group(1).splitlines()
+    (block,) = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    run, tests = block.splitlines()
     assert "download_data.py --dataset=builtin" in run and "train.py --preset=quickstart" in run
     assert "tests/requirements.txt" in tests and tests.endswith("pytest -n 2")
 
