@@ -5,7 +5,7 @@
     python bench/gpu.py --out_path=runs/gpu --readme       runs nothing: writes the latest results into docs/benchmarks.md
 
 STAGES in bench/gpu_stages.py lists the stages, most important first. Each is a process with a time limit that appends a row
-to results.jsonl in --out_path after each measurement; the last 100 lines of its output go to <stage>.txt. So a stage that
+to results.jsonl in --out_path after each measurement; the last 300 lines of its output go to <stage>.txt. So a stage that
 fails, hangs or is killed affects no other. Besides torch with CUDA it needs numpy, numba, regex, tqdm, filelock, safetensors
 and pytest (and pyarrow, if --text is parquet), and no network.
 """
@@ -42,7 +42,7 @@ from text.sources import find_text_files  # noqa: E402
 SCRIPT = REPO / "bench" / "gpu_stages.py"
 LEAST = 15    # seconds that must be left to start a stage
 LEEWAY = 10   # seconds after its time limit at which a stage is killed
-OUTPUT = 100  # last lines of a stage's output that are kept
+OUTPUT = 300  # last lines of a stage's output that are kept
 
 
 @dataclass(frozen=True)
