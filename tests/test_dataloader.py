@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +16,6 @@ import torch
 import train
 from dataloader import BlockBatches, PackedBatches, permute_index, shard_loader, val_batches
 from runtime.config import BadInput
-from runtime.signals import StopSignals, sigint_blocked
 from shards import Manifest, ShardWriter, documents_to_reach, open_data
 from tasks.conversations import Conversation
 from tokenizer import Tokenizer
@@ -353,25 +350,3 @@ def test_a_tokenizer_without_chat_tokens_is_not_the_conversations_fault():
     plain = Tokenizer.from_ranks(BYTES.ranks, "gpt2", ("<|endoftext|>",))
     with pytest.raises(BadInput, match=r"^the tokenizer has no <\|system\|> token"):
         PackedBatches(plain, [conversation("a", "b")], 1, 16, 0)
-
-
-# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_ctrl_c_is_not_lost_while_processes_start(inside):
-    """They ignore it; this process receives it once they have started, even if it came just before."""
-    with StopSignals() as stop:
-        if not inside:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            signal.raise_signal(signal.SIGINT)
-        with sigint_blocked():
-            if inside:
-                signal.raise_signal(signal.SIGINT)
-            time.sleep(0.01)
-            assert stop.signal is None
-            child = subprocess.run([sys.executable, "-c", "import signal; signal.raise_signal(signal.SIGINT); print(5)"],
-                                   capture_output=True, text=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        time.sleep(0.01)
-        assert stop.signal == signal.SIGINT and child.stdout == "5\n"
