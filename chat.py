@@ -61,6 +61,7 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.role_ids, self.end_id = tokenizer.chat_token_ids()
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+        system = valid_unicode(system)  # a command line may hold lone surrogates
         self.system_messages = [{"role": "system", "content": system}] if system else []
         self.system_ids, _ = tokenizer.encode_chat(self.system_messages)  # the separator alone, if there is none
         if self.max_turn_tokens() < 4:

@@ -13,6 +13,7 @@ is a process that checkpoints: the same command continues where it was stopped, 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the metrics of the cells
 stay in its folder `runs`.
 """
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import shlex
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +40,8 @@ from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
-from runtime.cli import Parser, add_flags, command
-from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, value_type
+from runtime.cli import Parser, add_flags, command, command_line, ignore_output_errors, parse_float
+from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.run import TrainingCommand
@@ -97,10 +98,10 @@ class CompareConfig:
     def limit(self) -> tuple[str, float]:
         """--budget as unit and amount: ("tokens", 1e7). Raises BadInput."""
         unit, _, amount = self.budget.partition("=")
-        with suppress(ValueError):
-            if unit in ("tokens", "flops", "seconds") and 0 < float(amount) < math.inf:
-                return unit, float(amount)
-        raise BadInput(f"--budget={self.budget}: give tokens=N, flops=N or seconds=N")
+        with suppress(argparse.ArgumentTypeError):
+            if unit in ("tokens", "flops", "seconds") and 0 < parse_float(amount) < math.inf:
+                return unit, parse_float(amount)
+        raise BadInput(f"--budget={shorten(self.budget)}: give tokens=N, flops=N or seconds=N")
 
     @property
     def spec(self) -> "ScriptSpec":
@@ -307,10 +308,12 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
 def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
     """The model of these flags on torch's meta device, without weights. vocab_size: None where the model exists, as the
     checkpoint that finetuning starts from."""
+    if vocab_size is None:
+        config = read_pretrained(values["checkpoint_path"]).config
+    else:
+        config = read_flags(GPTConfig, select_fields(GPTConfig, values) | {"vocab_size": vocab_size})
     with torch.device("meta"):
-        if vocab_size is None:
-            return GPT(read_pretrained(values["checkpoint_path"]).config)
-        return GPT(read_flags(GPTConfig, select_fields(GPTConfig, values) | {"vocab_size": vocab_size}))
+        return GPT(config)
 
 
 def match_parameters(values: dict, target: int, vocab_size: int) -> dict:
@@ -340,7 +343,7 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     command = config.spec.command
     values = config.spec.cell_defaults | arm.flags | own | {"learning_rate": arm.base_lr * lr_multiple, "seed": seed}
     digest = cell_digest(values, config.spec, environment, stage)
-    readable = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"{arm.name}-{arm.size}".strip("-"))[:80]
+    readable = re.sub(r"[^a-zA-Z0-9=.-]", "_", f"{arm.name}-{arm.size}".strip("-"))[:80]  # bytes: names have up to 255
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
     job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag)
     return Cell(arm, stage, lr_multiple, seed, budget_frac, job)
@@ -467,11 +470,12 @@ def save_plan(config: CompareConfig, plan: dict):
     path, before = config.out_path / "plan.json", plan
     check_writable(path, f"--out_path={config.out_path}")
     if path.exists() and not config.overwrite:
-        with suppress(ValueError):  # damaged
-            before = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(ValueError, RecursionError):  # damaged
+            found = json.loads(path.read_text(encoding="utf-8"))
+            before = found if isinstance(found, dict) else plan
     if different := [name for name in {**before, **plan} if before.get(name) != plan.get(name)]:
-        raise BadInput(f"--out_path={config.out_path}: holds a comparison that differs in {different[0]}: choose another "
-                       f"path, or replace its results with --overwrite (identical runs are kept)")
+        raise BadInput(f"--out_path={config.out_path}: holds a comparison that differs in {shorten(different[0])}: choose "
+                       f"another path, or replace its results with --overwrite (identical runs are kept)")
     with atomic_write(path, "w") as file:
         json.dump(plan, file, indent=1)
 
@@ -479,13 +483,14 @@ def save_plan(config: CompareConfig, plan: dict):
 @command
 def main(argv=None):
     """Compares architectures at an equal budget."""
+    ignore_output_errors()
     config, common = read_command_line(argv)
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
     for arm in arms:
         make_cell(arm, config, environment, "lr_grid", 1.0, 1)  # raises now if the budget is too small
-    line = shlex.join(["python", "compare.py", *(sys.argv[1:] if argv is None else argv)])
+    line = command_line("compare.py", argv)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
         save_plan(config, make_plan(config, common, data))
         start = time.perf_counter()

@@ -22,12 +22,15 @@ from torch.utils.data import DataLoader
 from runtime.config import BadInput
 from runtime.signals import sigint_blocked
 from shards import PREPARE_AGAIN, DataFolder, require_block
+from text.messages import has_loss
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tasks.conversations import Conversation
 
 IGNORE_INDEX = -100  # a target without loss; the value that F.cross_entropy skips by default
+# Rows of few conversations are shorter than the context, so that there are about MIN_ROWS, each of at least MIN_ROW tokens.
+MIN_ROWS, MIN_ROW = 16, 64
 
 
 # -- the order of an epoch --------------------------------------------------------------------------------------------
@@ -132,8 +135,11 @@ class TrainLoader:
         if state["data"] != self.fingerprint:
             raise BadInput(f"{self.batches.flag_name}: the training data ({self.fingerprint}) differs from what the "
                            f"checkpoint was trained on ({state['data']}): give the same data to resume")
-        if (state["seed"], state["block_size"]) != (self.batches.seed, self.batches.block_size):
-            raise ValueError(f"a position of seed {state['seed']} and block_size {state['block_size']}")
+        if state["seed"] != self.batches.seed or type(state["block_size"]) is not int:
+            raise ValueError(f"a position of seed {state['seed']!r} and block_size {state['block_size']!r}")
+        if state["block_size"] != self.batches.block_size:
+            raise BadInput(f"{self.batches.flag_name}: its rows have {self.batches.block_size:,} tokens here, and had "
+                           f"{state['block_size']:,} in the checkpoint's run: finish that with the version that began it")
         if type(state["blocks_seen"]) is not int or state["blocks_seen"] < 0:
             raise ValueError(f"blocks_seen is {state['blocks_seen']!r}")
         self.close()
@@ -222,26 +228,28 @@ class PackedBatches:
     """Batches of rows packed with whole conversations, shuffled in each epoch as in BlockBatches. Which conversations share
     a row is the same in all epochs, as none sees another.
 
-    conversations: (ids, assistant_mask) of each that has a target, truncated to block_size + 1 ids.
+    conversations: (ids, assistant_mask) of each that has a target, truncated to the model's context. block_size: the length
+    of a row, see `row_length`.
     """
     flag_name = "--dataset"
 
-    def __init__(self, tokenizer: Tokenizer, conversations: "list[Conversation]", batch_size: int, block_size: int,
-                 seed: int):
-        """Raises BadInput for a malformed conversation, if none has a target, or if the tokenizer has no chat tokens."""
-        self.batch_size, self.block_size, self.seed, self.pad_id = batch_size, block_size, seed, tokenizer.separator_id
+    def __init__(self, tokenizer: Tokenizer, conversations: "list[Conversation]", batch_size: int, context: int, seed: int):
+        """context: of the model, in tokens. Raises BadInput for a malformed conversation, if none has a target, or if the
+        tokenizer has no chat tokens."""
+        self.batch_size, self.seed, self.pad_id = batch_size, seed, tokenizer.separator_id
         self.conversations, self.n_truncated = [], 0
         tokenizer.chat_token_ids()  # raises here, rather than as an error of the first conversation
         for conversation in conversations:
-            ids, assistant_mask = encode_conversation(tokenizer, conversation)
-            self.n_truncated += len(ids) > block_size + 1
-            if any(assistant_mask[:block_size + 1]):
-                self.conversations.append((np.array(ids[:block_size + 1]), np.array(assistant_mask[:block_size + 1])))
+            ids, assistant_mask = encode_conversation(tokenizer, conversation, context + 2)
+            self.n_truncated += len(ids) > context + 1
+            if any(assistant_mask[:context + 1]):
+                self.conversations.append((np.array(ids[:context + 1]), np.array(assistant_mask[:context + 1])))
         if not self.conversations:
             raise BadInput(f"{self.flag_name}: no conversation has a message of the assistant that starts within the "
-                           f"{block_size} tokens of the model's context")
-        # a conversation of n tokens takes n - 1 inputs
-        self.rows = pack_rows([len(ids) - 1 for ids, _ in self.conversations], block_size, seed)
+                           f"{context} tokens of the model's context")
+        lengths = [len(ids) - 1 for ids, _ in self.conversations]  # a conversation of n tokens takes n - 1 inputs
+        self.block_size = row_length(lengths, context)
+        self.rows = pack_rows(lengths, self.block_size, seed)
         self.n_blocks = len(self.rows)
 
     def fingerprint(self) -> str:
@@ -282,16 +290,23 @@ class PackedBatches:
             yield self.read(range(first, min(first + self.batch_size, self.n_blocks)))
 
 
-def encode_conversation(tokenizer: Tokenizer, conversation: "Conversation") -> tuple[list[int], list[bool]]:
-    """Ids and assistant mask of a conversation. Raises BadInput, which starts with `conversation.where`, if it is malformed
-    or the assistant says nothing in it."""
+def encode_conversation(tokenizer: Tokenizer, conversation: "Conversation", max_tokens: int) -> tuple[list[int], list[bool]]:
+    """The first `max_tokens` ids of a conversation, and their assistant mask. Raises BadInput, which starts with
+    `conversation.where`, if it is malformed or has nothing to learn."""
     try:
-        ids, assistant_mask = tokenizer.encode_chat(conversation.messages)
+        ids_and_mask = tokenizer.encode_chat(conversation.messages, max_tokens=max_tokens)
     except BadInput as error:
         raise BadInput(f"{conversation.where}: {error}") from None
-    if not any(assistant_mask):
+    if not any(map(has_loss, conversation.messages)):
         raise BadInput(f"{conversation.where}: has no message of the assistant, so there is nothing to learn")
-    return ids, assistant_mask
+    return ids_and_mask
+
+
+def row_length(lengths: Sequence[int], context: int) -> int:
+    """Tokens in a row for conversations of `lengths`: the context, or the smallest power of two that holds the longest of
+    them, and all of them in about MIN_ROWS rows. It does not depend on the batch size, which a resumed run may change."""
+    needed = max(max(lengths), sum(lengths) // MIN_ROWS, MIN_ROW)
+    return min(context, 1 << (needed - 1).bit_length())
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:

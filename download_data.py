@@ -2,14 +2,18 @@
 
     python download_data.py                          FineWeb-Edu 10BT, streamed from the hub, into data/
     python download_data.py --dataset=builtin        several MB of documentation, no network
-    python download_data.py --dataset=my_texts/      a folder of parquet, jsonl or txt files
+    python download_data.py --dataset=my_texts/      a folder of parquet, jsonl, json, csv or txt files
     python download_data.py --verify                 checks the shards in data/ against their manifest
     python download_data.py --stats                  draws what they contain: data/stats.png
 
-The first documents of the stream become the validation split, the rest the training split. Finished shards survive any
-interruption, and the same command resumes after the last of them. One thread reads, one per core encodes, one writes.
+The first documents of the stream become the validation split, the rest the training split, without documents that are in the
+validation split too. Files that are named after a validation or test split are the validation split instead. Finished shards
+survive any interruption, and the same command resumes after the last of them. One thread reads, one per core encodes, one
+writes.
 """
 import csv
+import hashlib
+import itertools
 import shlex
 import sys
 import time
@@ -26,6 +30,7 @@ from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.threads import available_cores, map_ahead
 from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, open_data, verify
+from text.documents import DocumentSet, PackedDocuments
 from text.formats import CHUNK_BYTES, Chunk
 from text.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
@@ -102,10 +107,12 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: 
         try:
             if is_new:
                 source, tokenizer, manifest = start_preparation(config, source_config)
+                chunks = source.chunks()
             else:
                 source, tokenizer = resume_preparation(config, source_config, manifest)
-            write_shards(config, manifest, tokenizer, source.chunks(manifest.position or None))
-            manifest.position, manifest.complete = {}, True
+                chunks = resume_chunks(folder, source, manifest)
+            write_shards(config, manifest, tokenizer, chunks)
+            manifest.position, manifest.last_document, manifest.complete = {}, "", True
             manifest.save(folder)
         except (BadInput, OSError, KeyboardInterrupt) as error:
             if is_new and not has_progress(folder, isinstance(error, BadInput)):
@@ -122,6 +129,9 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
             raise BadInput(f"--data_path={folder}: holds {stray[0].name} but no manifest.json: choose another folder")
         return None
     manifest = Manifest.load(folder)
+    if not manifest.complete and not manifest.matches_checksum():
+        raise BadInput(f"{folder / 'manifest.json'}: was changed: its shards and its place in the text do not match its "
+                       f"checksum: restore it, or choose another --data_path")
     given = config.settings() | source_flags(source_config) | {"vocab_size": config.vocab_size}
     stored = manifest.settings | {"vocab_size": manifest.vocab_size} | {
         name: value for name, value in manifest.source.items() if name != "revisions"}
@@ -144,6 +154,8 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
 def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, Tokenizer, Manifest]:
     """Opens the source, chooses a tokenizer and writes it and an empty manifest."""
     source = open_source(source_config, part=(config.node, config.num_nodes))
+    for note in source.notes:
+        log_line(note)
     tokenizer = choose_tokenizer(config, source_config, source)
     manifest = Manifest(source.description, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                         tokenizer.dtype.name)
@@ -158,9 +170,38 @@ def resume_preparation(config: PrepareConfig, source_config: SourceConfig,
     """Opens the source and the tokenizer of an unfinished folder. Raises BadInput if the text has changed."""
     source = open_source(source_config, manifest.source["revisions"], part=(config.node, config.num_nodes))
     if source.description != manifest.source:  # such as the built-in text after an update of torch
-        raise BadInput(f"--data_path={config.data_path}: was started with {manifest.source}, but the text is now "
-                       f"{source.description}: choose another --data_path")
+        raise OtherText(f"--data_path={config.data_path}: was started with {manifest.source}, but the text is now "
+                        f"{source.description}: choose another --data_path")
     return source, Tokenizer.load(config.data_path / "tokenizer.json")
+
+
+class OtherText(BadInput):
+    """An unfinished folder cannot be resumed, because its manifest does not fit the text."""
+
+
+def resume_chunks(folder: Path, source: Source, manifest: Manifest) -> Iterator[Chunk]:
+    """The chunks after the finished shards. Raises OtherText unless the document before them is the one that it was."""
+    position, refusal = manifest.position or None, OtherText(
+        f"{folder / 'manifest.json'}: the place in the text from which to resume is not where its shards end: the text or "
+        f"the manifest was changed: choose another --data_path")
+    is_known = manifest.last_document != ""
+    if any(manifest.shards.values()) if position is None else is_known and position["skip"] == 0:
+        raise refusal
+    chunks = source.chunks(position | {"skip": position["skip"] - 1} if is_known else position)
+    try:
+        first = next(chunks, None)
+    except (LookupError, TypeError, AttributeError):  # a position of another kind of source
+        raise refusal from None
+    if is_known:
+        if first is None or not len(first.documents) or checksum_of(first.documents, 0) != manifest.last_document:
+            raise refusal
+        first = first.drop_first(1)
+    return chunks if first is None else itertools.chain([first], chunks)
+
+
+def checksum_of(documents: PackedDocuments, i: int) -> str:
+    """16 hex digits of the text of document `i`."""
+    return hashlib.sha256(documents.utf8[documents.offsets[i]:documents.offsets[i + 1]]).hexdigest()[:16]
 
 
 def choose_tokenizer(config: PrepareConfig, source_config: SourceConfig, source: Source) -> Tokenizer:
@@ -170,7 +211,7 @@ def choose_tokenizer(config: PrepareConfig, source_config: SourceConfig, source:
     if path is None:
         if config.num_nodes > 1:  # the same for all nodes: on the start of the whole stream
             source = open_source(source_config, source.description["revisions"])
-        texts = (text for chunk in source.chunks() for text in chunk.documents.strings())
+        texts = (text for chunk in source.read(source.train_state) for text in chunk.documents.strings())
         vocab_size = config.vocab_size or dataset_defaults(source_config)["vocab_size"]
         return Tokenizer.train(take_text(texts, config.tokenizer_bytes), vocab_size, progress=True)
     tokenizer = Tokenizer.load(path)
@@ -203,6 +244,8 @@ def delete_preparation(folder: Path, keep_tokenizer: bool):
 
 def with_resume_advice(error: BaseException, folder: Path, resume_command: str) -> BaseException:
     """An exception with the same exit code as `error`, whose message names the folder and the shards that stay in it."""
+    if isinstance(error, OtherText):
+        return error
     message = str(error) or "interrupted"
     if getattr(error, "errno", None) is not None:  # the system's own message, which names no file when a disk is full
         message = f"{folder}: {error.strerror}"
@@ -217,7 +260,8 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
 
 def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, chunks: Iterator[Chunk]):
     """Writes documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
-    stream = StreamWriter(config, manifest)
+    stream = StreamWriter(config, manifest, tokenizer)
+    chunks = (chunk for chunk in chunks if not stream.leaves_out(chunk))  # so that it is not encoded
     try:
         with closing(Progress(config, manifest)) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
             while not stream.is_full and (batch := next(encoded, None)):
@@ -229,52 +273,90 @@ def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer
 
 
 class StreamWriter:
-    """Cuts a stream of encoded documents into the validation and the training split, and these into shards."""
+    """Cuts a stream of encoded documents into the validation and the training split, and these into shards. Documents of the
+    validation split are left out of the training split."""
 
-    def __init__(self, config: PrepareConfig, manifest: Manifest):
+    def __init__(self, config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer):
         self.config, self.manifest = config, manifest
         self.writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest)
                         for split in SPLITS}
         self.n_tokens = {split: manifest.total(split, "tokens") for split in SPLITS}
+        self.val_documents = DocumentSet()
+        for shard in manifest.shards["val"]:
+            self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
 
     @property
     def is_full(self) -> bool:
         return sum(self.n_tokens.values()) > self.config.tokens_threshold
 
-    def choose_split(self) -> tuple[str, int]:
-        """The split of the next document, and how many tokens it still takes."""
-        if self.n_tokens["val"] < self.config.val_tokens:
+    @property
+    def val_is_full(self) -> bool:
+        return self.n_tokens["val"] >= self.config.val_tokens
+
+    def leaves_out(self, chunk: Chunk) -> bool:
+        """Whether it is held-out text beyond --val_tokens, which nobody uses."""
+        return chunk.split == "val" and self.val_is_full
+
+    def choose_split(self, chunk: Chunk) -> tuple[str, int]:
+        """The split of the next document, which is of `chunk`, and how many tokens it still takes."""
+        if not self.val_is_full and chunk.split != "train":
             return "val", self.config.val_tokens - self.n_tokens["val"]
         return "train", self.config.tokens_threshold + 1 - sum(self.n_tokens.values())
 
     def write(self, chunk: Chunk, ids: np.ndarray, starts: np.ndarray, progress: "Progress"):
         """Writes the documents of a chunk, or those before the threshold; see `encode_ahead`."""
+        if self.leaves_out(chunk):  # it was not yet when it was read
+            return
+        if chunk.split == "train":
+            self.writers["val"].close()  # before the position moves on
         for message in chunk.skipped:
             log_line(f"skipped: {message}")
         self.manifest.n_skipped += len(chunk.skipped)
         if not len(chunk.documents):
-            self.manifest.position = chunk.position_after(0)  # else resuming would count the skipped parts again
-        at = 0
-        while at < len(chunk.documents) and not self.is_full:
-            split, n_missing = self.choose_split()
-            writer = self.writers[split]
-            stop = documents_to_reach(starts, at, min(n_missing, writer.room))
-            n_tokens, n_bytes = int(starts[stop] - starts[at]), len(chunk.documents.slice(at, stop).utf8)
+            self.advance(chunk, 0)  # else resuming would count the skipped parts again
+        at, duplicates = 0, None
+        while at < len(chunk.documents) and not self.is_full and not self.leaves_out(chunk):
+            split, n_missing = self.choose_split(chunk)
+            writer, stop = self.writers[split], len(chunk.documents)
+            if split == "train":
+                if duplicates is None:  # not before the last of the validation documents is known
+                    duplicates = np.flatnonzero(self.val_documents.contains(chunk.documents))
+                stop = int(np.append(duplicates, stop)[np.searchsorted(duplicates, at)])
+                if stop == at:
+                    self.manifest.n_duplicates += 1
+                    at += 1
+                    self.advance(chunk, at)
+                    continue
+            stop = min(stop, documents_to_reach(starts, at, min(n_missing, writer.room)))
+            documents = chunk.documents.slice(at, stop)
+            n_tokens, n_bytes = int(starts[stop] - starts[at]), len(documents.utf8)
             progress.add(chunk, writer.name, stop - at, n_tokens, n_bytes)
             writer.add(ids[starts[at]:starts[stop]], stop - at, n_bytes)
+            if split == "val":
+                self.val_documents.add(documents)
             self.n_tokens[split] += n_tokens
-            self.manifest.position = chunk.position_after(stop)
+            self.advance(chunk, stop)
             at = stop
-            if writer.room <= 0 or (split == "val" and self.n_tokens["val"] >= self.config.val_tokens):
+            if writer.room <= 0 or (split == "val" and self.val_is_full):
                 writer.close()
 
+    def advance(self, chunk: Chunk, n: int):
+        """Moves the position in the text to behind the first n documents of `chunk`."""
+        self.manifest.position = chunk.position_after(n)
+        self.manifest.last_document = checksum_of(chunk.documents, n - 1) if n else ""
+
     def close(self):
-        """Closes the open shards. Raises BadInput if nothing is left for the training split."""
+        """Closes the open shards. Raises BadInput if nothing is left for the training split, or nothing was held out."""
+        if self.n_tokens["val"] == 0:
+            raise BadInput("--dataset: the files that are named as held out contain no text: remove or rename them")
         if self.n_tokens["train"] == 0:
             if self.is_full:
                 raise BadInput(f"--tokens_threshold={self.config.tokens_threshold}: the documents that fill "
                                f"--val_tokens={self.config.val_tokens} already hold {self.n_tokens['val']:,} tokens: give a "
                                f"larger number")
+            if self.manifest.n_duplicates:
+                raise BadInput(f"--dataset: the {self.manifest.n_duplicates:,} documents that would be trained on are all "
+                               f"in the validation split too: give more text")
             raise BadInput(f"--val_tokens={self.config.val_tokens}: takes all {self.n_tokens['val']:,} tokens of the text: "
                            f"give more text or a smaller number (a document is never divided between the splits)")
         for writer in self.writers.values():
@@ -283,6 +365,13 @@ class StreamWriter:
     def discard(self):
         for writer in self.writers.values():
             writer.discard()
+
+
+def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> PackedDocuments:
+    """The text of the documents in a shard, which are each led by the separator."""
+    bounds = np.append(np.flatnonzero(ids == tokenizer.separator_id), len(ids))
+    return PackedDocuments.from_utf8(tokenizer.decode_bytes(ids[start + 1:stop].tolist())
+                                     for start, stop in itertools.pairwise(bounds))
 
 
 def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
@@ -340,6 +429,8 @@ def describe_data(data: DataFolder) -> Iterator[str]:
     yield f"words that are a single token: {data.tokenizer.single_token_words(sample):.1%} of the validation split"
     if data.manifest.n_skipped:
         yield f"skipped, as unreadable: {data.manifest.n_skipped}"
+    if data.manifest.n_duplicates:
+        yield f"left out of the training split: {data.manifest.n_duplicates:,} documents that are in the validation split"
 
 
 def count_lengths_and_ids(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
@@ -365,6 +456,8 @@ def count_lengths_and_ids(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
 def write_stats(data: DataFolder):
     """Writes stats.png, document lengths and token frequencies, and stats.csv, the frequencies, into the folder; prints a
     summary."""
+    for name in ("stats.png", "stats.csv"):
+        check_writable(data.path / name, f"{data.path / name}")
     lengths, counts = count_lengths_and_ids(data)
     if not len(lengths):
         raise BadInput(f"--data_path={data.path}: holds no finished shard yet")

@@ -27,8 +27,10 @@ from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
 from sampling import GREEDY, generate_texts, load_model, load_pretrained
-from tasks.conversations import Conversation, ConversationConfig, builtin_held_out, read_all
-from tasks.multiple_choice import Choice, read_choices
+from tasks.conversations import Conversation, ConversationConfig, ReadReport, builtin_held_out, read_all
+from tasks.multiple_choice import Choice, ChoiceColumns, read_choices
+from tasks.rows import local_splits
+from text.messages import has_loss
 from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import ROLES, Tokenizer
 
@@ -50,12 +52,16 @@ class EvaluateConfig:
                               "for answers the questions that finetune.py holds out (default: builtin; for choice "
                               "Rowan/hellaswag)")
     dataset_config: str = flag(None, "configuration of a hub dataset")
-    split: str = flag(None, "split of a hub dataset; text reads only train (default: train; for choice validation)")
+    split: str = flag(None, "split of a hub dataset, or of a local folder whose files are named train, validation, test; "
+                            "text reads only train (default: train; for choice validation; of such a folder what it holds "
+                            "out)")
     text_column: str = flag("text", "for text, the column or JSON key that holds it")
     question_column: str = flag(None, "column with questions, for choice with the contexts (default: the first of ctx, "
-                                      "query, question; for answers as in finetune.py)")
-    answer_column: str = flag(None, "column with answers, for choice with the index of the right ending (default: the first "
-                                    "of label, answerKey, gold, answer; for answers as in finetune.py)")
+                                      "query, question …; for answers as in finetune.py)")
+    endings_column: str = flag(None, "for choice, the column with the list of endings (default: the first of endings, "
+                                     "choices, options, or the columns of well-known datasets)")
+    answer_column: str = flag(None, "column with answers, for choice with the index or letter of the right ending (default: "
+                                    "the first of label, answerKey, gold, answer …; for answers as in finetune.py)")
     limit: int = flag(None, "use only the first documents, rows or conversations (default: all; of the built-in questions "
                             "as many as finetune.py holds out)", at_least=1)
     max_bytes: int = flag(1_000_000, "for text, stop reading at the document that reaches this many bytes", at_least=1)
@@ -63,20 +69,30 @@ class EvaluateConfig:
     answer_tokens: int = flag(64, "for answers, maximum number of tokens in an answer", at_least=1)
     out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model")
     overwrite: bool = flag(False, "replace --out_path if it exists")
+    skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
 
     def __post_init__(self):
         check_flags(self)
         if self.dataset == "":
             raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
-        for name, default in zip(("dataset", "split"), DEFAULT_DATASETS[self.task]):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        dataset, split = DEFAULT_DATASETS[self.task]
+        if self.dataset is None:
+            object.__setattr__(self, "dataset", dataset)
+        if self.split is None:
+            object.__setattr__(self, "split", split if self.task == "text" else default_split(self.dataset, split))
         if self.task == "text" and self.split != "train":
             raise BadInput(f"--split={self.split}: text is read from the train split of a hub dataset: give a local file")
         if self.task == "text" and "," in self.dataset and not local_path(self.dataset):
             raise BadInput(f"--dataset={self.dataset}: give one at a time")
         if self.task == "choice" and self.dataset == "builtin":
             raise BadInput("--dataset=builtin: has no endings to choose from: give a dataset of the hub, or a local path")
+
+
+def default_split(dataset: str, split: str) -> str:
+    """`split` of a hub dataset; of a local folder that which finetune.py holds out, or train where no file names another."""
+    if dataset == "builtin" or not local_path(dataset):
+        return split
+    return next((name for name in ("validation", "test") if name in local_splits(dataset)), "train")
 
 
 @dataclass(frozen=True)
@@ -161,10 +177,10 @@ def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Ite
 
 # -- text -------------------------------------------------------------------------------------------------------------
 
-def read_texts(config: EvaluateConfig) -> list[str]:
-    """Documents, up to the one that reaches --max_bytes. Raises BadInput."""
-    source = open_source(SourceConfig(config.dataset, dataset_config=config.dataset_config,
-                                      text_column=config.text_column))
+def read_texts(config: EvaluateConfig, report: ReadReport) -> list[str]:
+    """Documents, up to the one that reaches --max_bytes. What is skipped is logged. Raises BadInput."""
+    source = open_source(SourceConfig(config.dataset, dataset_config=config.dataset_config, text_column=config.text_column,
+                                      skip_errors=config.skip_errors))
     documents = itertools.islice(source.documents(), config.limit)
     if not (texts := list(take_text(documents, config.max_bytes))):
         raise BadInput(f"--dataset={config.dataset}: holds no text")
@@ -225,16 +241,27 @@ def bits_per_byte(documents: Sequence[LossSums]) -> Score:
 
 # -- multiple choice --------------------------------------------------------------------------------------------------
 
-def read_choice_rows(config: EvaluateConfig) -> list[Choice]:
-    return read_choices(config.dataset, config.dataset_config, config.split, config.question_column, config.answer_column,
-                        config.limit)
+def read_choice_rows(config: EvaluateConfig, report: ReadReport) -> list[Choice]:
+    columns = ChoiceColumns(config.question_column, config.endings_column, config.answer_column)
+    return read_choices(config.dataset, config.dataset_config, config.split, columns, config.limit,
+                        report.skipped if config.skip_errors else None)
 
 
 def score_choices(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: list[Choice],
                   config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
     """An ending's score is the log-probability of its tokens; acc picks the largest, acc_norm the largest per character of
     the ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
-    windows = [window for choice in choices for window in ending_windows(choice, tokenizer, model.config.block_size)]
+    windows, fitting = [], []
+    for choice in choices:
+        try:
+            windows += list(ending_windows(choice, tokenizer, model.config.block_size))
+            fitting.append(choice)
+        except BadInput:
+            if not config.skip_errors:
+                raise
+    if not fitting:
+        raise BadInput(f"--dataset={config.dataset}: no question has endings that fit into the model's context")
+    n_left_out, choices = len(choices) - len(fitting), fitting
     logprobs = [0.0] * len(windows)
     for i, losses in token_losses(model, machine, windows, config.batch_size):
         logprobs[i] = -losses.sum().item()
@@ -247,34 +274,35 @@ def score_choices(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: l
     chance = sum(1 / len(choice.endings) for choice in choices) / len(choices)
     return {"acc": proportion([row["chosen"] == row["label"] for row in rows]),
             "acc_norm": proportion([row["chosen_norm"] == row["label"] for row in rows]),
-            "chance": Score(chance, format=".1%")}, rows
+            "chance": Score(chance, format=".1%")} | (
+                {"questions longer than the context, left out": count(n_left_out)} if n_left_out else {}), rows
 
 
 def ending_windows(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterator[Window]:
     """A window for each ending, after the separator and the context, which is truncated at its beginning where it is too
     long for the model. Raises BadInput where not even the ending fits."""
-    context = choice.context.rstrip()  # the space belongs to the ending: a word's token starts with it
-    n_context = len(tokenizer.encode(context))
-    for ending in choice.endings:
+    for context, ending in zip(choice.contexts or [choice.context] * len(choice.endings), choice.endings):
+        context = context.rstrip()  # the space belongs to the ending: a word's token starts with it
+        n_context = len(tokenizer.encode(context))
         # encode both as one text, then split, as lm-eval does: a token may span the boundary
         ids = [tokenizer.separator_id, *tokenizer.encode(f"{context} {ending}")]
         n_ending = max(1, len(ids) - 1 - n_context)
         if n_ending > block_size:
             raise BadInput(f"{choice.where}: an ending has {n_ending:,} tokens, the model's context holds {block_size:,}: "
-                           f"leave the row out")
+                           f"--skip_errors=1 leaves such rows out")
         yield Window(np.array(ids[-block_size - 1:]), n_ending)
 
 
 # -- questions --------------------------------------------------------------------------------------------------------
 
-def read_questions(config: EvaluateConfig) -> list[Conversation]:
+def read_questions(config: EvaluateConfig, report: ReadReport) -> list[Conversation]:
     """All conversations of a dataset, which nothing is trained on here; of the built-in ones those that finetune.py holds
     out. Raises BadInput."""
     source = ConversationConfig(config.dataset, config.dataset_config, config.split, config.question_column,
-                                config.answer_column)
+                                config.answer_column, skip_errors=config.skip_errors)
     if config.dataset == "builtin":
         return builtin_held_out(config.limit or source.val_conversations)
-    return list(itertools.islice(read_all(source, ROLES), config.limit))
+    return list(itertools.islice(read_all(source, ROLES, report), config.limit))
 
 
 def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversations: list[Conversation],
@@ -312,11 +340,11 @@ def eval_prompts(conversations: list[Conversation], tokenizer: Tokenizer, block_
     prompts = []
     for conversation in conversations:
         messages = conversation.messages
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        last = max((i for i, message in enumerate(messages) if has_loss(message)), default=0)
         if last:
-            ids, _ = tokenizer.encode_chat(messages[:last], add_generation_prompt=True)
+            ids, _ = tokenizer.encode_chat(messages[:last], add_generation_prompt=True, max_tokens=block_size + 1)
             question, answer = messages[last - 1]["content"], messages[last]["content"]
-            if len(ids) + len(tokenizer.encode(answer)) <= block_size:
+            if len(ids) <= block_size and len(ids) + len(tokenizer.encode(answer)) <= block_size:
                 prompts.append(EvalPrompt(ids, question, answer, conversation.kind, conversation.task))
     return prompts
 
@@ -368,8 +396,8 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-# task -> read(config) -> examples; score(model, tokenizer, machine, examples, config) -> (scores, rows of --out_path); what
-# an example is called
+# task -> read(config, report) -> examples; score(model, tokenizer, machine, examples, config) -> (scores, rows of
+# --out_path); what an example is called
 EVALUATIONS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
                "answers": (read_questions, score_answers, "conversations")}
 
@@ -401,7 +429,7 @@ def main(argv=None):
     check_out_path(config)
     check_checkpoints(config)
     read, score, unit = EVALUATIONS[config.task]
-    examples, machine = read(config), open_machine(device_config)
+    examples, machine = read(config, report := ReadReport()), open_machine(device_config)
     start, scores, rows = time.perf_counter(), {}, []
     with explain_failures(lambda: f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
@@ -410,9 +438,11 @@ def main(argv=None):
             rows += [{"checkpoint": str(path)} | row for row in new_rows]
             del model  # or the next would be loaded beside it
     print(markdown(score_table(scores)))
-    split = f", {config.split}" if config.dataset != "builtin" and not local_path(config.dataset) else ""
+    has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
+    split = f", {config.split}" if has_splits else ""
     print(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
           f"{time.perf_counter() - start:.1f} s on {machine}")
+    print(*report.lines(), sep="\n", end="\n" * bool(report.lines()))
     if config.out_path:
         with atomic_write(config.out_path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

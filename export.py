@@ -18,7 +18,7 @@ from convert.hf_mapping import hf_architecture
 from convert.hf_out import export_model
 from convert.hf_tokenizer import to_hf_pattern
 from runtime.checkpoint import explain_damage, save_checkpoint
-from runtime.cli import command, parse_flags
+from runtime.cli import command, parse_flags, read_path
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
@@ -115,7 +115,7 @@ def import_checkpoint(config: ExportConfig):
 
 def download(source: str) -> Path:
     """The folder `source`, or where the hub's library keeps the model of that id. Raises BadInput if there is neither."""
-    path = Path(source).expanduser()
+    path = read_path(source, f"--import_path={source}")
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(source):

@@ -33,7 +33,7 @@ from runtime.files import atomic_write
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from sampling import load_pretrained
-from tasks.conversations import ConversationConfig, read_conversations
+from tasks.conversations import ConversationConfig, ReadReport, read_conversations
 from tokenizer import ROLES
 from trainer import (
     Evaluation,
@@ -49,7 +49,8 @@ from trainer import (
 )
 
 LR_RATIO = 0.5  # of pretraining's learning rate: finetuning should redirect what the model knows, not overwrite it
-ANSWER_FIELDS = {"step", "kind", "task", "question", "answer", "output", "correct"}  # of a row of answers.jsonl
+# Of a row of answers.jsonl
+ANSWER_FIELDS = {"step": int, "kind": str, "task": str, "question": str, "answer": str, "output": str, "correct": bool}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class FinetuneConfig(RunFlags):
                                 "with _finetuned added to its name)", on_resume="unsaved", scope="run")
     epochs: float = flag(3.0, "passes over the conversations, unless --max_iter, --max_tokens or --max_seconds is given",
                          above=0, scope="run")
-    batch_size: int = flag(16, "rows in a batch; a row holds as many conversations as fit into the model's context",
+    batch_size: int = flag(16, "rows in a batch; a row holds as many conversations as fit into the model's context, or into "
+                               "less where there are few",
                            at_least=1, at_most=1_000_000, on_resume="warn")
     answer_tokens: int = flag(64, "maximum number of tokens in an answer to a held-out question", at_least=1,
                               on_resume="warn")
@@ -120,14 +122,16 @@ def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The conversations that are not trained on: their batches, and the questions that the model answers."""
+    """The conversations that are not trained on: their batches, and the questions that the model answers. report: of the
+    reading of the dataset."""
     batches: PackedBatches
     prompts: list[EvalPrompt]
+    report: ReadReport
 
 
 def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int) -> dict:
     """val_loss and val_bpb of the right answers; exact_match, the accuracy of the model's own, which go into answers.jsonl,
-    overall and for each kind of question."""
+    overall and for each kind of question; skipped_rows, where rows of the dataset could not be read."""
     row = mean_losses(state.model, setup.tokenizer, setup.machine, held_out.batches.sequential())
     with setup.machine.autocast():
         answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens)
@@ -136,7 +140,7 @@ def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tok
         row["exact_match"] = accuracy(answers)
     if len(by_kind := group_by_kind(answers)) > 1:
         row |= {f"exact_match/{kind}": accuracy(rows) for kind, rows in by_kind.items()}
-    return row
+    return row | ({"skipped_rows": n} if (n := len(held_out.report.skipped)) else {})
 
 
 def write_answers(path: Path, step: int, answers: list[dict]):
@@ -152,12 +156,12 @@ def read_answers(path: Path) -> list[dict]:
     rows = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and {"said", "right", "task"} <= row.keys():
-                    kind, _, task = row["task"].partition(": ")
+                    kind, _, task = str(row["task"]).partition(": ")
                     row |= {"output": row.pop("said"), "correct": row.pop("right"), "kind": kind, "task": task or kind}
-                if isinstance(row, dict) and row.keys() >= ANSWER_FIELDS:
+                if isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in ANSWER_FIELDS.items()):
                     rows.append(row)
     return rows
 
@@ -229,12 +233,12 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint, chat=True)
     if not checkpoint:
         schedule = schedule.for_model(pretraining_flags)
-    conversations, held_out = read_conversations(configs.source, ROLES)
-    block_size = model.config.block_size
+    conversations, held_out = read_conversations(configs.source, ROLES, report := ReadReport())
+    context = model.config.block_size
     seed_everything(run.seed)
-    batches = PackedBatches(tokenizer, conversations, run.batch_size, block_size, run.seed)
-    val = HeldOut(PackedBatches(tokenizer, held_out, run.batch_size, block_size, 0),
-                  eval_prompts(held_out, tokenizer, block_size))
+    batches = PackedBatches(tokenizer, conversations, run.batch_size, context, run.seed)
+    val = HeldOut(PackedBatches(tokenizer, held_out, run.batch_size, context, 0),
+                  eval_prompts(held_out, tokenizer, context), report)
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     step_rows = run.batch_size * loop.num_batch_accum
@@ -242,7 +246,7 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
         loop = dataclasses.replace(loop, max_iter=max(1, math.ceil(run.epochs * batches.n_blocks / step_rows)))
     configs = configs._replace(optimizer=schedule, loop=loop)
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
-    state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * block_size,
+    state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * batches.block_size,
                                  FINETUNING.settings(*configs) | vars(model.config))
     evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens))
     return Run(configs, state, setup, answer_loss, evaluate, partial(dry_run, state, machine, run.batch_size),
@@ -260,13 +264,14 @@ def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: Finetu
     batches, run = state.loader.batches, configs.run
     n_targets = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.conversations)
     n_tokens = sum(len(ids) - 1 for ids, _ in batches.conversations)
-    n_truncated = batches.n_truncated
-    truncated = f"\n         {n_truncated:,} are longer than the context and truncated" if n_truncated else ""
+    notes = [f"{n:,} are longer than the context and truncated"] if (n := batches.n_truncated) else []
+    notes = "".join(f"\n         {note}" for note in notes + val.report.lines())
     return [f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
             f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
-            f"data     {configs.source.dataset}: {len(batches.conversations):,} conversations in {batches.n_blocks:,} rows, "
-            f"{n_tokens / batches.n_blocks / batches.block_size:.0%} full; {n_targets / n_tokens:.0%} of the tokens are the "
-            f"assistant's; {len(val.batches.conversations):,} held out, with {len(val.prompts):,} questions{truncated}",
+            f"data     {configs.source.dataset}: {len(batches.conversations):,} conversations in {batches.n_blocks:,} rows "
+            f"of {batches.block_size:,} tokens, {n_tokens / batches.n_blocks / batches.block_size:.0%} full; "
+            f"{n_targets / n_tokens:.0%} of the tokens are the assistant's; {len(val.batches.conversations):,} held out, "
+            f"with {len(val.prompts):,} questions{notes}",
             f"machine  {setup.machine}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows until "
             f"{configs.loop.horizon()}"]
 

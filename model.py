@@ -7,6 +7,7 @@ linear layer and norm are chosen by name from the dicts in layers/.
     loss = model(idx, targets)
 """
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,13 +24,14 @@ from layers.shift import ShiftCache, TokenShift
 from runtime.config import BadInput, check_flags, flag
 
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
+MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The model."""
-    n_layer: int = flag(12, "blocks", at_least=1, at_most=10_000)
+    n_layer: int = flag(12, "blocks", at_least=1, at_most=1000)
     n_head: int = flag(12, "attention heads; the width is n_head * head_size", at_least=1, at_most=10_000)
     head_size: int = flag(64, "channels per head, an even number", at_least=2, at_most=10_000)
     n_kv_head: int = flag(None, "heads of keys and values, each shared by a group of attention heads (default: as many as "
@@ -50,13 +52,13 @@ class GPTConfig:
                            at_most=1)
     positions: str = flag("rotary", "position embeddings", choices=("rotary", "learned"))
     rotary_base: float = flag(10_000.0, "base of the rotary angles; the slowest one completes a turn in about 6 times as "
-                                        "many tokens", above=1)
+                                        "many tokens", above=1, at_most=1e12)
     qk_norm: bool = flag(True, "normalise queries and keys")
     value_residual: bool = flag(True, "mix the first layer's values into those of later layers")
     x0_residual: bool = flag(True, "mix the embedding into the input of each block")
     token_shift: bool = flag(True, "add a learned per-channel multiple of the previous token to the input of mixers and "
                                    "feed-forward layers")
-    softcap: float = flag(15.0, "caps logits at softcap * tanh(logits / softcap); 0: no cap", at_least=0)
+    softcap: float = flag(15.0, "caps logits at softcap * tanh(logits / softcap); 0: no cap", at_least=0, at_most=1e6)
     tied: bool = flag(True, "share one matrix between embedding and head")
     bias: bool = flag(False, "biases in linear layers and LayerNorm")
     init: str = flag("zero", "initialisation; zero: the matrices that write into the residual stream start at zero; gpt2: "
@@ -75,6 +77,9 @@ class GPTConfig:
         if self.n_kv_head not in (None, self.n_head) and any(
                 self.mixer_class(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
             raise BadInput(f"--n_kv_head={self.n_kv_head}: needs attention in every layer, not --mixer={self.mixer}")
+        if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
+            raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
+                           f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")
         if self.head_size % 2:
             raise BadInput(f"--head_size={self.head_size}: must be even, because rotary embeddings rotate pairs of channels")
 
@@ -111,6 +116,12 @@ class Cache:
         at slot `length`."""
         for block, source in zip(self.blocks, other.blocks):
             block.copy_rows_from(rows, source, other_rows, self.length, other.length)
+
+    def select_rows(self, rows: list[int]):
+        """Row i becomes what row rows[i] was, as beam search needs it. rows: as many as the cache has."""
+        self.copy_rows_from(list(range(len(rows))), self, rows)
+        if self.left_pad is not None:
+            self.left_pad = self.left_pad[rows]
 
 
 class Block(nn.Module):
@@ -308,14 +319,30 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: dict) -> "GPT":
         """The inverse of `to_checkpoint`, for checkpoints of format 2 too. Raises BadInput when the weights do not fit the
-        config."""
-        model = cls(GPTConfig(**upgrade_config(checkpoint["config"])))
-        try:
-            model.load_state_dict(upgrade_weights(checkpoint["model"]))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise BadInput(f"the checkpoint's weights do not fit its config {checkpoint['config']} ({reason})") from None
+        config, before any memory is allocated for it."""
+        config, weights = GPTConfig(**upgrade_config(checkpoint["config"])), upgrade_weights(checkpoint["model"])
+        require_weights(config, {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()})
+        model = cls(config)
+        model.load_state_dict(weights)
         return model
+
+
+def require_weights(config: GPTConfig, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
+    """Raises BadInput unless `found`, name -> shape and dtype, are the parameters of a model of this config."""
+    if config.vocab_size is None:
+        raise BadInput("its config has no vocab_size")
+    if config.n_layer > len(found):  # or it would take long to find out
+        raise BadInput(f"{len(found)} weights are too few for the {config.n_layer:,} layers of its config")
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise BadInput(f"its config calls for {name}, which is not among the weights" if name in expected else
+                       f"its config does not call for {name}, which is among the weights")
+    for name, (shape, dtype) in found.items():
+        if shape != tuple(expected[name].shape):
+            raise BadInput(f"{name} is {shape}, its config calls for {tuple(expected[name].shape)}: use another checkpoint")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise BadInput(f"{name} is of {dtype}: weights must be floating-point numbers of at least 16 bits")
 
 
 def group_by_length(prompts: list[Tensor]) -> dict[int, dict[tuple[int, ...], list[int]]]:
@@ -338,5 +365,9 @@ def upgrade_config(config: dict) -> dict:
 
 def upgrade_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict by its present names, in the same order; one of the present format is returned unchanged."""
-    rename = lambda name: re.sub(r"\.shortcut$", ".x0_mix", re.sub(r"(shifts\.\d)\.share$", r"\1.shift_coeff", name))
-    return {rename(name): value for name, value in weights.items()}
+    return {upgrade_name(name): value for name, value in weights.items()}
+
+
+def upgrade_name(name: str) -> str:
+    """The present name of a parameter."""
+    return re.sub(r"\.shortcut$", ".x0_mix", re.sub(r"(shifts\.\d)\.share$", r"\1.shift_coeff", name))

@@ -174,8 +174,10 @@ class CombinedOptimizer:
             if len(part.state) not in (0, len(parameters)):
                 raise ValueError(f"averages for {len(part.state)} of {len(parameters)} parameters")
             for p, averages in part.state.items():
-                if any(value.shape not in ((), p.shape) for value in averages.values()):
-                    raise ValueError("averages of another shape than the parameter")  # fused kernels do not check
+                if averages.keys() != part.STATE or any(  # fused kernels do not check
+                        value.shape != (() if name == "step" else p.shape) or not value.is_floating_point()
+                        or not value.is_contiguous() for name, value in averages.items()):
+                    raise ValueError("averages of another shape or kind than the parameter")
 
 
 def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = CRITICAL_BATCH_TOKENS,
@@ -196,6 +198,7 @@ NS_MAX_NUMEL = 2**25  # numbers in the matrices stacked for one iteration: 64 Mi
 
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, with a step that can be skipped on the device."""
+    STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
 
     def __init__(self, groups: list[dict], config: OptimizerConfig, ns_dtype: torch.dtype):
         super().__init__(groups, betas=BETAS, fused=True)
@@ -212,6 +215,7 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Parameters of one shape are stacked, because many
     small products would leave a GPU idle.
     """
+    STATE = {"momentum"}
 
     def __init__(self, groups: list[dict], config: OptimizerConfig, ns_dtype: torch.dtype):
         """ns_dtype: of the matrix products of the iteration."""

@@ -9,8 +9,8 @@ is not trained again. Writes probes.md, probes.csv, probes.png and probes.svg.
 import dataclasses
 import hashlib
 import json
+import os
 import re
-import shlex
 import sys
 import time
 from contextlib import suppress
@@ -29,10 +29,11 @@ from experiments.probe_report import ProbeStudy, write_probe_report
 from experiments.runner import JobResult, Runner, flag_texts
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.cli import command, explain_failures, log_line, parse_flags
+from runtime.cli import command, command_line, explain_failures, ignore_output_errors, log_line, parse_flags
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags
 from runtime.device import DeviceConfig, Machine, open_machine, seed_everything
 from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.metrics import is_finite_number
 from runtime.signals import StopSignals
 from tasks.synthetic import TASKS, Task
 from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss
@@ -107,7 +108,7 @@ class ProbeCell:
     def name(self, code: str) -> str:
         """Of its file: readable, with a digest of what its numbers depend on. code: hash of the source."""
         inputs = json.dumps([code, self.arm, self.task, self.seed, self.flags], sort_keys=True)
-        readable = re.sub(r"[^\w.=-]+", "_", f"{self.task}-{self.seed}-{self.arm}")[:80]
+        readable = re.sub(r"[^a-zA-Z0-9_.=-]+", "_", f"{self.task}-{self.seed}-{self.arm}")[:80]
         return f"{readable}-{hashlib.sha256(inputs.encode()).hexdigest()[:10]}"
 
 
@@ -234,17 +235,39 @@ def empty_row(cell: ProbeCell) -> dict:
             "seconds": None, "reason": ""}
 
 
-def read_cell_row(path: Path) -> dict | None:
-    """The row of a finished cell; None if it is missing or damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        return row if row["status"] in FINAL_CELL_STATUSES else None
+def read_cell_row(path: Path, cell: ProbeCell) -> dict | None:
+    """The row of a finished cell; None if it is missing, damaged, or that of another one."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if os.path.isfile(path):
+            row = json.loads(path.read_text(encoding="utf-8"))
+            checksum = row.pop("checksum", None)
+            if is_finished_row(row, cell) and checksum in (None, row_checksum(row)):
+                return row
     return None
+
+
+def is_finished_row(row: dict, cell: ProbeCell) -> bool:
+    """Whether `row` is what `run_cell` writes for this cell. May raise TypeError."""
+    expected, n_steps = empty_row(cell), row["steps"]
+    if row.keys() != expected.keys() or any(row[name] != expected[name] for name in ("arm", "task", "seed", "chance")):
+        return False
+    numbers = [row["seconds"], *(row[f"accuracy_{scale}x"] for scale in SCALES)]
+    if row["status"] == "diverged":
+        numbers = [number for number in [*numbers, row["parameters"]] if number is not None]
+    else:
+        numbers.append(row["parameters"])
+    return (row["status"] in FINAL_CELL_STATUSES and isinstance(row["reason"], str) and all(map(is_finite_number, numbers))
+            and row["solved"] is (row["status"] == "solved")
+            and (type(n_steps) is int if row["solved"] else n_steps is None))
 
 
 def write_cell_row(path: Path, row: dict):
     with atomic_write(path, "w") as file:
-        json.dump(row, file, indent=1)
+        json.dump(row | {"checksum": row_checksum(row)}, file, indent=1)
+
+
+def row_checksum(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
@@ -258,19 +281,20 @@ class CellJob:
     script: Path
 
     def previous_result(self) -> JobResult | None:
-        return JobResult("finished") if read_cell_row(self.path) else None
+        return JobResult("finished") if read_cell_row(self.path, self.cell) else None
 
     def command(self) -> list[str]:
         return [sys.executable, str(self.script), "--arms", self.cell.arm, "--tasks", self.cell.task,
                 f"--cell={self.cell.seed}", *self.flags]
 
     def complete(self, result: JobResult) -> JobResult:
-        if result.status in ("finished", "diverged") and read_cell_row(self.path) is None:
+        if result.status in ("finished", "diverged") and read_cell_row(self.path, self.cell) is None:
             return JobResult("failed", "its row is missing: the code has changed meanwhile")
         return JobResult("failed", result.reason) if result.status == "bad input" else result
 
     def row(self, result: JobResult) -> dict:
-        return read_cell_row(self.path) or empty_row(self.cell) | {"status": result.status, "reason": result.reason}
+        failed = empty_row(self.cell) | {"status": result.status, "reason": result.reason}
+        return read_cell_row(self.path, self.cell) or failed
 
 
 def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str) -> list[dict]:
@@ -298,6 +322,7 @@ def row_path(probe: ProbeConfig, cell: ProbeCell, code: str) -> Path:
 @command
 def main(argv=None):
     """Trains small models on synthetic tasks with known answers: what can an architecture compute?"""
+    ignore_output_errors()
     probe, common = parse_flags(main.__doc__, argv, ProbeConfig, CellConfig)
     cells, code = build_cells(probe, common), code_hash(SCRIPT)
     if probe.cell is not None:
@@ -310,9 +335,8 @@ def main(argv=None):
     with folder_lock(probe.out_path, given):
         check_writable(probe.out_path / "probes.md", given)
         rows = run_cells(cells, probe, common, code)
-        command_line = shlex.join(["python", "probes.py", *(sys.argv[1:] if argv is None else argv)])
         study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, SOLVED_ACCURACY,
-                           EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line)
+                           EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line("probes.py", argv))
         print(write_probe_report(rows, study, probe.out_path))
     if failed := sum(row["status"] in ("failed", "killed") for row in rows):
         log_line(f"{failed} of {len(rows)} cells were not trained: the same command trains them again")

@@ -99,7 +99,12 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
         keep &= scaled.cumsum(dim=-1) - scaled < math.ceil(sampling.top_p * 2**40)
     if sampling.min_p > 0:
         keep &= probs >= sampling.min_p * probs.amax(dim=-1, keepdim=True)
-    drawn = torch.multinomial(probs * keep, 1, generator=generator)
+    try:
+        drawn = torch.multinomial(probs * keep, 1, generator=generator)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise FloatingPointError("the model's logits are not finite: use another checkpoint") from None
     return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
@@ -133,8 +138,8 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens:
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
                    sampling: SamplingConfig, stop: Sequence[str] = (), seed: int = 0) -> Iterator[tuple[int, str]]:
-    """Yields (row, piece of text) as tokens are generated, until every row has ended at a special token, a stop string or
-    `max_new_tokens`. prompts: ids."""
+    """Yields (row, piece of text) as tokens are generated, until every row has ended at a token that ends texts, a stop
+    string or `max_new_tokens`. prompts: ids."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     streams = [TextStream(tokenizer, stop) for _ in prompts]
@@ -152,10 +157,12 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]
 
 class TextStream:
     """Turns the tokens of one row into text as they arrive. Holds back incomplete characters and anything that may become a
-    stop string. Ends at the stop string that is complete first, which it drops, or at a special token."""
+    stop string. Ends at the stop string that is complete first, which it drops, or at a token that ends texts. Other special
+    tokens, and ids that the tokenizer lacks, are no text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop, self.end_ids = tokenizer, stop, set(tokenizer.special_tokens.values())
+        self.tokenizer, self.stop, self.end_ids = tokenizer, stop, tokenizer.end_ids
+        self.special_ids = set(tokenizer.special_tokens.values())
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.pending, self.is_done = "", False
 
@@ -163,6 +170,8 @@ class TextStream:
         """Adds a token; returns the text that is final now."""
         if token_id in self.end_ids:
             return self.finish()
+        if token_id in self.special_ids or token_id >= self.tokenizer.vocab_size:
+            return ""
         return self.release(self.decoder.decode(self.tokenizer.decode_bytes([token_id])))
 
     def finish(self) -> str:
@@ -209,7 +218,11 @@ def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = Fal
         _ = tokenizer.separator_id
         if chat:
             tokenizer.chat_token_ids()
-        return GPT.from_checkpoint(checkpoint), tokenizer, pretraining_flags(checkpoint)
+        model = GPT.from_checkpoint(checkpoint)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise BadInput(f"its tokenizer has {tokenizer.vocab_size:,} ids, its model {model.config.vocab_size:,}: they do "
+                           f"not belong together")
+        return model, tokenizer, pretraining_flags(checkpoint)
 
 
 def pretraining_flags(checkpoint: dict) -> dict:

@@ -10,6 +10,7 @@ and checksum).
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from runtime.cli import log_line, progress_bar
 from runtime.config import BadInput
-from runtime.files import atomic_write, fsync_folder
+from runtime.files import atomic_write, fsync_folder, require_regular_file
 from tokenizer import Tokenizer
 
 FORMAT = "gpt-workbench shards 2"
@@ -51,9 +52,12 @@ class Manifest:
     dtype: str         # "uint16" or "uint32"
     complete: bool = False
     n_skipped: int = 0  # parts of the text that could not be read
+    n_duplicates: int = 0  # documents that were left out of the training split, as they are in the validation split
     position: dict = field(default_factory=dict)  # where the text after the shards starts; empty at both ends of the text
+    last_document: str = ""  # checksum of the document before `position`; "" if there is none
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     format: str = FORMAT
+    checksum: str = ""  # of what a preparation resumes from; "" in folders of earlier versions
 
     def total(self, split: str, quantity: str) -> int:
         """Sum over the shards of `split`; quantity: "tokens", "bytes" or "documents"."""
@@ -64,7 +68,14 @@ class Manifest:
         facts = [self.tokenizer, self.dtype, *(shard.sha256 for shard in self.shards["train"])]
         return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
 
+    def compute_checksum(self) -> str:
+        """Of what belongs together: the shards, and where the text after them starts."""
+        facts = [self.position, self.last_document, self.n_skipped, self.n_duplicates,
+                 [asdict(shard) for split in SPLITS for shard in self.shards[split]]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def save(self, data_path: Path):
+        self.checksum = self.compute_checksum()
         with atomic_write(data_path / "manifest.json", "w") as file:
             json.dump({JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}, file, indent=1)
 
@@ -72,6 +83,8 @@ class Manifest:
     def load(cls, data_path: Path) -> "Manifest":
         """Raises BadInput when there is none, or one of another format."""
         path = data_path / "manifest.json"
+        if path.exists():
+            require_regular_file(path, str(path))
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
@@ -90,8 +103,8 @@ class Manifest:
             raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
                            f"run `python download_data.py --data_path={data_path}`") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(f"{path}: not a manifest of this program ({type(error).__name__}: {error}): "
-                           f"prepare the data again into another --data_path") from None
+            raise BadInput(f"{path}: not a manifest of this program ({type(error).__name__}: "
+                           f"{str(error)[:300]}): prepare the data again into another --data_path") from None
 
     def check(self):
         """Raises ValueError or another exception for values that no preparation writes."""
@@ -99,14 +112,28 @@ class Manifest:
             for i, shard in enumerate(self.shards[split]):
                 if shard.file != shard_name(split, i):
                     raise ValueError(f"shard {i} of {split} is {shard.file!r}")
-        if self.dtype not in ("uint16", "uint32") or type(self.source["revisions"]) is not list:
-            raise ValueError(f"dtype {self.dtype!r}, source {self.source}")
-        if self.position and (self.position.keys() != {"at", "skip"} or type(self.position["skip"]) is not int):
+                if not 0 < shard.documents <= shard.tokens < 2 ** 50 or not 0 <= shard.bytes < 2 ** 60 or not re.fullmatch(
+                        "[0-9a-f]{64}", shard.sha256):
+                    raise ValueError(f"{shard.file} is {shard}")
+        revisions = self.source["revisions"]
+        if type(revisions) is not list or not {type(value) for value in [*revisions, *self.source.values()]
+                                               if value is not revisions} <= {str, type(None)}:
+            raise ValueError(f"source {self.source}")
+        if self.dtype not in ("uint16", "uint32") or not 0 < self.vocab_size <= np.iinfo(self.dtype).max + 1:
+            raise ValueError(f"dtype {self.dtype!r}, vocab_size {self.vocab_size}")
+        if self.position and (self.position.keys() != {"at", "skip"} or type(self.position["skip"]) is not int
+                              or self.position["skip"] < 0):
             raise ValueError(f"position {self.position}")
-        if not {type(self.settings.get(name, 0)) for name in ("num_nodes", "node")} == {int}:
+        if not {type(value) for value in self.settings.values()} <= {int, type(None)} or not (
+                0 <= self.settings.get("node", 0) < self.settings.get("num_nodes", 1)):
             raise ValueError(f"settings {self.settings}")
         if self.complete and not all(self.shards.values()):
             raise ValueError("it is complete without shards")
+        if min(self.n_skipped, self.n_duplicates) < 0:
+            raise ValueError(f"left_out is {self.n_skipped}, n_duplicates {self.n_duplicates}")
+
+    def matches_checksum(self) -> bool:
+        return self.checksum in ("", self.compute_checksum())
 
 
 JSON_NAMES = {"n_skipped": "left_out", "position": "place"}  # attribute of Manifest -> its key in manifest.json
@@ -118,7 +145,7 @@ def from_json(dataclass_type: type, values: dict):
     for declared in fields(dataclass_type):
         value = getattr(instance, declared.name)
         if declared.type in (int, str, bool, dict) and type(value) is not declared.type:
-            raise TypeError(f"{JSON_NAMES.get(declared.name, declared.name)} is {value!r}")
+            raise TypeError(f"{JSON_NAMES.get(declared.name, declared.name)} is {value!r}"[:200])
     return instance
 
 
@@ -250,15 +277,18 @@ def unlisted_files(paths: list[Path], split: str) -> set[Path]:
 def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
     """Raises BadInput unless `path` is a .npy file of `tokens` tokens of this vocabulary that starts with a document. Reads
     only its first CHECKED_TOKENS: a shard may hold gigabytes."""
+    if not path.exists():
+        raise BadInput(f"{path}: listed in manifest.json but missing: {PREPARE_AGAIN}")
+    require_regular_file(path, str(path))
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: listed in manifest.json but missing: {PREPARE_AGAIN}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path}: cut off, or not a .npy file ({error}): {PREPARE_AGAIN}") from None
+    except Exception as error:  # numpy reads the header, a Python literal, with Python's parser
+        raise BadInput(f"{path}: cut off, or not a .npy file ({str(error)[:200]}): {PREPARE_AGAIN}") from None
     if getattr(found, "dtype", None) != np.dtype(manifest.dtype) or found.shape != (tokens,):
         raise BadInput(f"{path}: holds {getattr(found, 'dtype', 'no array')} {getattr(found, 'shape', '')}, "
                        f"manifest.json says {manifest.dtype} ({tokens},): {PREPARE_AGAIN}")
+    if (extra := path.stat().st_size - found.offset - found.nbytes) != 0:
+        raise BadInput(f"{path}: holds {extra:,} bytes after its tokens: {PREPARE_AGAIN}")
     if tokens and (found[0] != separator_id or found[:CHECKED_TOKENS].max() >= manifest.vocab_size):
         raise BadInput(f"{path}: not tokens of this vocabulary, or does not start with the document separator: "
                        f"{PREPARE_AGAIN}")
@@ -327,7 +357,8 @@ def merge_manifests(data_path: Path, folders: list[Path], manifests: list[Manife
     shards = {split: [replace(shard, file=f"{folder.name}/{shard.file}") for folder, manifest in zip(folders, manifests)
                       for shard in manifest.shards[split]] for split in SPLITS}
     return replace(first, shards=shards, complete=all(manifest.complete for manifest in manifests),
-                   n_skipped=sum(manifest.n_skipped for manifest in manifests))
+                   n_skipped=sum(manifest.n_skipped for manifest in manifests),
+                   n_duplicates=sum(manifest.n_duplicates for manifest in manifests), checksum="")
 
 
 def require_block(data: DataFolder, split: str, block_size: int) -> ShardedTokens:
@@ -344,6 +375,8 @@ def require_block(data: DataFolder, split: str, block_size: int) -> ShardedToken
 def find_corruption(data: DataFolder) -> Iterator[str]:
     """Reads every token and yields a message for each difference from the manifest."""
     manifest = data.manifest
+    if not manifest.matches_checksum():
+        yield f"{data.path / 'manifest.json'}: its shards and its place in the text do not match its checksum"
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     n_bytes = sum(shard.tokens for shard in shards) * np.dtype(manifest.dtype).itemsize
     with progress_bar(total=n_bytes, desc="verifying", unit="B", unit_scale=True) as bar:

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from tqdm import tqdm
 from kernels import bpe
 from runtime.cli import command, parse_flags
 from runtime.config import BadInput, check_flags, flag
-from runtime.files import atomic_write, check_writable
+from runtime.files import atomic_write, check_writable, require_regular_file
 from runtime.threads import available_cores, map_in_threads
 from text.documents import PackedDocuments, to_utf8
-from text.messages import check_messages
+from text.messages import check_messages, has_loss
 from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
@@ -39,12 +40,16 @@ ROLES = "system", "user", "assistant"  # of a message in a conversation
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ROLES}
 END_OF_MESSAGE = "<|end|>"
 SPECIAL_TOKENS = (SEPARATOR, *ROLE_TOKENS.values(), END_OF_MESSAGE)
-# What `encode_chat` does, as a Jinja template for other programs.
+# What `encode_chat` does, as a Jinja template for other programs. transformers takes the assistant mask from what stands
+# between the `generation` tags, which are its own: programs that know only Jinja get the template without them.
 CHAT_TEMPLATE = (
     "{{ '" + SEPARATOR + "' }}{% for message in messages %}{% if message['role'] not in ['" + "', '".join(ROLES) + "'] %}"
-    "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END_OF_MESSAGE + "' }}{% endfor %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' and message['weight'] != 0 %}"
+    "{% generation %}{{ message['content'] + '" + END_OF_MESSAGE + "' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '" + END_OF_MESSAGE + "' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + ROLE_TOKENS["assistant"] + "' }}{% endif %}")
+PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 PATTERNS = {
     # GPT-4's, but with at most two digits in a word: at 32k ids, nanochat measured 0.965 bits per byte, 0.972 with three
     "default": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -57,28 +62,51 @@ TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_
 MAX_VOCAB_SIZE = 10_000_000
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
 BATCH_CHARACTERS = 1 << 20    # characters of text encoded or counted in one call
+# Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound
+# ones split ten million a second.
+SPLIT_SECONDS = 10, 30
 
 
 class Tokenizer:
     """A byte-level BPE vocabulary.
 
-    ranks: token bytes -> id, including all 256 single bytes; the lower id is merged first.
+    ranks: token bytes -> id; the lower id is merged first. Of the 256 single bytes a foreign vocabulary may lack some: then
+        text that holds one of these bytes is refused.
     pattern: a name in PATTERNS or any regular expression; text between its matches is a word too, so nothing is lost.
     special_tokens: name -> id. `encode` never returns them, whatever the text contains.
+    added_tokens: text -> id, of a foreign vocabulary. They are found in a text before it is split, the leftmost first and of
+        these the longest, and are text in every other way. Their ids may be those of equal tokens in `ranks`.
+    added_later: those of added_tokens that are looked for when all others have been found.
+    eos_ids: ids of a foreign model's own that end a generated text; see `end_ids`.
     """
 
-    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int]):
-        self.ranks, self.special_tokens = dict(ranks), dict(special_tokens)
+    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int],
+                 added_tokens: Mapping[str, int] | None = None, added_later: Iterable[str] = (),
+                 eos_ids: Iterable[int] = ()):
+        self.ranks, self.special_tokens, self.added_tokens = dict(ranks), dict(special_tokens), dict(added_tokens or {})
+        ours = {self.special_tokens.get(name) for name in SPECIAL_TOKENS}
+        self.eos_ids = sorted(set(eos_ids) - ours)
         self.pattern = PATTERNS.get(pattern, pattern)
         self.split_regex = compile_pattern(self.pattern)
-        by_id = {token_id: token for token, token_id in self.ranks.items()}
+        added = {text.encode(): token_id for text, token_id in self.added_tokens.items()}
+        new = {token: token_id for token, token_id in added.items() if self.ranks.get(token) != token_id}
+        by_id = {token_id: token for token, token_id in (*self.ranks.items(), *new.items())}
         by_id |= {token_id: name.encode() for name, token_id in self.special_tokens.items()}
-        if len(by_id) < len(self.ranks) + len(self.special_tokens):
+        if len(by_id) < len(self.ranks) + len(new) + len(self.special_tokens):
             raise BadInput("two tokens share an id: give every rank and every special token its own")
         if min(by_id, default=0) < 0 or max(by_id, default=0) >= MAX_VOCAB_SIZE:
             raise BadInput(f"token ids must lie between 0 and {MAX_VOCAB_SIZE - 1:,}")
-        if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
-            raise BadInput(f"no token for byte {missing[0]} alone: a byte-level vocabulary has all 256")
+        if b"" in added or not by_id.keys() >= set(self.eos_ids):
+            raise BadInput("an added token is empty, or an id that ends texts is no token's")
+        self.lacks_byte = np.array([bytes([byte]) not in self.ranks for byte in range(256)])
+        if self.lacks_byte.all():
+            raise BadInput("no token is a single byte: not a byte-level vocabulary")
+        self.is_complete = not self.lacks_byte.any()
+        self.added_later = sorted(self.added_tokens.keys() & {*added_later})
+        later = {text.encode() for text in self.added_later}
+        # named lists, which `regex` looks up by hash: the leftmost match, and of these the longest
+        self.added_regexes = [regex.compile(rb"\L<added>", added=list(group))
+                              for group in (added.keys() - later, later) if group]
         # id -> bytes, the name for special tokens; empty for ids that a foreign vocabulary does not use
         self.tokens = [by_id.get(token_id, b"") for token_id in range(max(by_id) + 1)]
         self.splitter = find_splitter(self.pattern)
@@ -94,6 +122,12 @@ class Tokenizer:
         if SEPARATOR not in self.special_tokens:
             raise BadInput(f"the tokenizer has no {SEPARATOR} token to separate documents with")
         return self.special_tokens[SEPARATOR]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a generated text: the separator, the tokens of a chat, and a foreign model's own."""
+        ours = (self.special_tokens[name] for name in SPECIAL_TOKENS if name in self.special_tokens)
+        return frozenset((*ours, *self.eos_ids))
 
     # -- creating and storing -----------------------------------------------------------------------------------------
 
@@ -136,6 +170,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads what `save` wrote. Raises BadInput naming the file when it is missing or is something else."""
+        if os.path.lexists(path):
+            require_regular_file(Path(path), str(path))
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -151,11 +187,13 @@ class Tokenizer:
             file.write(self.to_json())
 
     def to_json(self) -> str:
-        """One JSON object. `tokens` lists the tokens by id, each character one byte (Latin-1), null for an unused id."""
+        """One JSON object. `tokens` lists the tokens by id, each character one byte (Latin-1), null for an unused id. Only
+        foreign vocabularies have `added_tokens`, `added_later` and `eos_ids`."""
         by_id = {token_id: token.decode("latin-1") for token, token_id in self.ranks.items()}
         tokens = [by_id.get(token_id) for token_id in range(max(by_id) + 1)]
+        foreign = {"added_tokens": self.added_tokens, "added_later": self.added_later, "eos_ids": self.eos_ids}
         return json.dumps({"format": FORMAT, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                           "tokens": tokens}, indent=0)
+                           "tokens": tokens} | {name: value for name, value in foreign.items() if value}, indent=0)
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -170,9 +208,12 @@ class Tokenizer:
         ranks = {token.encode("latin-1"): token_id for token_id, token in by_id.items()}
         if len(ranks) < len(by_id) or b"" in ranks:
             raise ValueError("a token is empty or occurs twice")
-        if not all(type(token_id) is int for token_id in values["special_tokens"].values()):
+        added_tokens, added_later, eos_ids = (
+            values.get(name, empty) for name, empty in (("added_tokens", {}), ("added_later", []), ("eos_ids", [])))
+        if not all(type(token_id) is int for token_id in
+                   (*values["special_tokens"].values(), *added_tokens.values(), *eos_ids)):
             raise ValueError("an id is not an integer")
-        return cls(ranks, values["pattern"], values["special_tokens"])
+        return cls(ranks, values["pattern"], values["special_tokens"], added_tokens, added_later, eos_ids)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, id, special token or the pattern."""
@@ -184,25 +225,30 @@ class Tokenizer:
         """Ids of `text`. Special tokens written in it are ordinary text; what is not valid Unicode becomes U+FFFD."""
         return self.encode_documents(PackedDocuments.from_strings([text]))[0].tolist() if text else []
 
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False,
+                    max_tokens: int | None = None) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, [{"role": …, "content": …}, …], and the assistant mask: which of them the assistant
-        generates, that is the content of its messages and the token that ends each.
+        generates, that is the content of its messages and the token that ends each, but not of those with "weight": 0.
 
         The separator, then for each message its role's token, the content and the end token. add_generation_prompt: ends
-        with the assistant's role token, where its next message starts. Raises BadInput naming the message that is malformed,
-        or if this vocabulary has no chat tokens.
+        with the assistant's role token, where its next message starts. max_tokens: returns the first so many; the rest of a
+        long conversation is not encoded. Raises BadInput naming the message that is malformed, or if this vocabulary has no
+        chat tokens.
         """
         role_ids, end_id = self.chat_token_ids()
         ids, assistant_mask = [self.separator_id], [False]
         check_messages(messages, ROLES)
         for message in messages:
-            content = self.encode(message["content"])
+            if max_tokens is not None and len(ids) >= max_tokens:
+                return ids[:max_tokens], assistant_mask[:max_tokens]
+            content, _ = self.encode_documents(PackedDocuments.from_strings([message["content"]]))
+            content = content[:max_tokens].tolist()  # a list takes ten times the memory of an array
             ids += [role_ids[message["role"]], *content, end_id]
-            assistant_mask += [False, *[message["role"] == "assistant"] * (len(content) + 1)]
+            assistant_mask += [False, *[has_loss(message)] * (len(content) + 1)]
         if add_generation_prompt:
             ids.append(role_ids["assistant"])
             assistant_mask.append(False)
-        return ids, assistant_mask
+        return ids[:max_tokens], assistant_mask[:max_tokens]
 
     def chat_token_ids(self) -> tuple[dict[str, int], int]:
         """role -> id of its token, and the id of the token that ends a message. Raises BadInput if this vocabulary has no
@@ -229,25 +275,45 @@ class Tokenizer:
 
     def encode_documents(self, documents: PackedDocuments, add_separators: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `documents` end to end, (n,) uint16 or uint32, and offsets, (documents + 1,) int64. Runs in the calling
-        thread; several threads may call it. add_separators: the separator precedes each document."""
+        thread; several threads may call it. add_separators: the separator precedes each document. Raises BadInput for a byte
+        that the vocabulary has no token for."""
+        pieces, is_start = documents, np.ones(len(documents), bool)
+        prefixes = np.full(len(documents), self.separator_id if add_separators else bpe.NONE, np.int64)
+        for added_regex in self.added_regexes:
+            pieces, is_start, prefixes = self.split_added_tokens(added_regex, pieces, is_start, prefixes)
         if self.splitter is not None:
-            pieces, is_start = split_long_documents(documents)
-        else:
-            pieces, is_start = documents, np.ones(len(documents), bool)
+            pieces, is_first = split_long_documents(pieces)
+            if not is_first.all():
+                whole = is_first.cumsum() - 1  # the index of the piece that each one is now part of
+                is_start, prefixes = is_first & is_start[whole], np.where(is_first, prefixes[whole], bpe.NONE)
         # encode runs of pieces of about PIECE_BYTES together
         bounds = [0, *np.flatnonzero(np.diff(pieces.offsets[:-1] // PIECE_BYTES)) + 1, len(pieces)]
-        encoded = [self.encode_pieces(pieces.slice(start, stop), is_start[start:stop] & add_separators)
+        encoded = [self.encode_pieces(pieces.slice(start, stop), prefixes[start:stop])
                    for start, stop in itertools.pairwise(bounds)]
         ids = encoded[0][0] if len(encoded) == 1 else np.concatenate([ids for ids, _ in encoded])
         ends = np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)]).cumsum()
         return ids, ends[np.flatnonzero(np.append(is_start, True))]
 
-    def encode_pieces(self, pieces: PackedDocuments, add_separator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode_documents`, for pieces that together fit into memory several times over. add_separator, (pieces,) bool:
-        the pieces that the separator precedes."""
+    def split_added_tokens(self, added_regex: regex.Pattern, pieces: PackedDocuments, is_start: np.ndarray,
+                           prefixes: np.ndarray) -> tuple[PackedDocuments, np.ndarray, np.ndarray]:
+        """Cuts pieces of documents at the added tokens that the pattern finds. is_start, (pieces,) bool: which pieces start
+        a document; prefixes, (pieces,) int64: the id that precedes each, or NONE. Returns the three for the new pieces."""
+        utf8, parts, starts, ids = pieces.utf8.tobytes(), [], [], []
+        for (start, stop), *first in zip(itertools.pairwise(pieces.offsets.tolist()), is_start.tolist(), prefixes.tolist()):
+            matches = [*added_regex.finditer(utf8, start, stop)]
+            cuts = [start, *(i for match in matches for i in match.span()), stop]
+            parts += [utf8[i:j] for i, j in zip(cuts[::2], cuts[1::2])]
+            starts += [first[0], *[False] * len(matches)]
+            ids += [first[1], *(self.added_tokens[match.group().decode()] for match in matches)]
+        return PackedDocuments.from_utf8(parts), np.array(starts, bool), np.array(ids, np.int64)
+
+    def encode_pieces(self, pieces: PackedDocuments, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_documents`, for pieces that together fit into memory several times over. prefixes, (pieces,) int64: the
+        id that precedes each piece, or NONE."""
+        if not self.is_complete:
+            self.check_bytes(pieces.utf8)
         text, offsets = bpe.pad_text([pieces.utf8]), pieces.offsets
         ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
-        prefixes = np.where(add_separator, self.separator_id if add_separator.any() else 0, bpe.NONE)
         cache = self.acquire_cache()
         if self.splitter is not None:
             bpe.encode_documents(text, offsets, prefixes, self.splitter, self.vocabulary, cache, ids, id_offsets)
@@ -256,9 +322,18 @@ class Tokenizer:
                 at = id_offsets[i]
                 ids[at] = prefixes[i]
                 id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids,
-                                                     at + add_separator[i])
+                                                     at + (prefixes[i] != bpe.NONE))
         self.caches.append(cache)
         return ids[:id_offsets[-1]].astype(self.dtype), id_offsets
+
+    def check_bytes(self, utf8: np.ndarray):
+        """Raises BadInput if the text, (bytes,) uint8, holds a byte that has no token."""
+        is_missing = self.lacks_byte[utf8]
+        if is_missing.any():
+            at = int(is_missing.argmax())
+            before = utf8[max(0, at - 3):at + 4].tobytes().decode(errors="ignore")
+            raise BadInput(f"the tokenizer has no token for the byte 0x{utf8[at]:02X}, which the text holds near "
+                           f"{before!r}: leave such text out, or use another tokenizer")
 
     @functools.cached_property
     def vocabulary(self) -> bpe.Vocabulary:
@@ -334,7 +409,7 @@ def compile_pattern(pattern: str) -> regex.Pattern:
         raise BadInput(refusal)  # a misspelt name would be a pattern that hardly ever matches
     try:
         compiled = regex.compile(pattern)
-    except (regex.error, ValueError, RecursionError) as error:
+    except (regex.error, ValueError, OverflowError, RecursionError) as error:
         raise BadInput(f"{refusal} ({error})") from None
     if compiled.flags & regex.REVERSE:
         raise BadInput(f"{refusal}: it matches from the end")
@@ -371,16 +446,22 @@ def find_word_ends(pattern: regex.Pattern, text: np.ndarray, offsets: np.ndarray
 
 
 def split_words(pattern: regex.Pattern, text: str) -> list[str]:
-    """The words of `text`, which join to `text`: what lies between matches of `pattern` is a word too."""
-    if not pattern.groups:  # with groups, findall would return those instead of the match
-        words = pattern.findall(text)
-        if sum(map(len, words)) == len(text):
-            return [word for word in words if word]  # a pattern may match the empty string between others
-    words, at = [], 0
-    for match in pattern.finditer(text):
-        if match.group():
-            words += [text[at:match.start()], match.group()]
-            at = match.end()
+    """The words of `text`, which join to `text`: what lies between matches of `pattern` is a word too. Raises BadInput when
+    that takes longer than SPLIT_SECONDS."""
+    seconds = SPLIT_SECONDS[0] + SPLIT_SECONDS[1] * len(text) / 1e6
+    try:
+        if not pattern.groups:  # with groups, findall would return those instead of the match
+            words = pattern.findall(text, timeout=seconds)
+            if sum(map(len, words)) == len(text):
+                return [word for word in words if word]  # a pattern may match the empty string between others
+        words, at = [], 0
+        for match in pattern.finditer(text, timeout=seconds):
+            if match.group():
+                words += [text[at:match.start()], match.group()]
+                at = match.end()
+    except TimeoutError:
+        raise BadInput(f"the pattern {pattern.pattern[:100]!r} has not split {len(text):,} characters within "
+                       f"{seconds:.0f} s: use a tokenizer with another --pattern") from None
     words.append(text[at:])
     return [word for word in words if word]
 

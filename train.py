@@ -20,8 +20,8 @@ from experiments.plots import draw_curves
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, run_folder
-from runtime.cli import command
-from runtime.config import BadInput, check_flags, flag
+from runtime.cli import command, read_path
+from runtime.config import BadInput, check_flags, flag, shorten
 from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
 from runtime.memory import largest_batch
 from runtime.metrics import read_rows
@@ -200,7 +200,7 @@ def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
 def plot(value: str, default: Path):
     """Draws the runs that --plot={value} names, separated by commas: checkpoints, their folders, or files of metrics; "1" is
     the checkpoint `default`. The picture goes beside the first one's metrics."""
-    paths = [default] if value == "1" else [Path(name.strip()).expanduser() for name in value.split(",")]
+    paths = [default] if value == "1" else [read_path(name.strip(), f"--plot={shorten(value)}") for name in value.split(",")]
     runs, pictures = {}, []
     for path in paths:
         rows_path = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
@@ -208,8 +208,8 @@ def plot(value: str, default: Path):
         pictures.append(rows_path.parent / "curves.png" if is_standard else rows_path.with_suffix(".png"))
         runs[str(path)] = read_rows(rows_path)
         if not any({"val_loss", "tokens", "seconds"} <= row.keys() for row in runs[str(path)]):
-            raise BadInput(f"--plot={value}: {rows_path} holds no validation rows: give checkpoints of runs that have "
-                           f"started")
+            raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)} holds no validation rows: give checkpoints of "
+                           f"runs that have started")
     draw_curves(runs, pictures[0])
     print(pictures[0])
 

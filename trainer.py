@@ -21,11 +21,10 @@ from tqdm import tqdm
 
 from model import GPT
 from optimizer import CombinedOptimizer, OptimizerConfig, make_optimizer, set_rates
-from runtime.checkpoint import CheckpointWriter, explain_damage, run_folder
-from runtime.cli import explain_failures, log_line, progress_bar
+from runtime.checkpoint import CheckpointWriter, explain_damage, run_folder, run_lock
+from runtime.cli import explain_failures, ignore_output_errors, log_line, progress_bar
 from runtime.config import check_flags, flag
 from runtime.device import DeviceConfig, Machine, can_compile, compile_in_place, open_machine, rng_state, set_rng_state
-from runtime.files import folder_lock
 from runtime.memory import disable_malloc_trim, peak_memory
 from runtime.metrics import MetricsLog, NonFiniteGuard, read_rows
 from runtime.run import TrainingCommand, is_finished
@@ -108,6 +107,8 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         if (scaler := saved["scaler"]) and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
+        if saved["guard"].shape != self.guard.counts.shape:
+            raise ValueError("counts of skipped steps of another shape")  # copy_ would repeat them
         self.guard.counts.copy_(saved["guard"])
         self.reported_skips = self.guard.read()["skipped"]
         set_rng_state(saved["rng"])
@@ -153,8 +154,6 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
     """
     if not torch.isfinite(get_total_norm(state.model.parameters())):
         raise divergence_error(state, setup, "the weights are no longer finite")
-    if setup.metrics is not None:
-        setup.metrics.open()
     if setup.writer is not None:
         assert setup.tokenizer is not None, "a checkpoint holds the tokenizer"
         machine = {"machine": str(setup.machine), "dtype": setup.machine.dtype}
@@ -162,6 +161,8 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
             "tokenizer": setup.tokenizer.to_json(),
             "training": state.state_dict() | machine | {"settings": setup.settings, "script": setup.script,
                                                         "is_best": is_best}}, state.step, is_best, blocking)
+    if setup.metrics is not None:
+        setup.metrics.open()  # after the checkpoint: where that cannot be written, the files of an earlier run stay
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -189,8 +190,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             loss, n_tokens = train_step(state, loop, loss_fn, setup.machine)
             state.step += 1
             state.tokens += n_tokens
-            with suppress(OSError):  # a terminal that is gone: its SIGHUP saves
-                bar.update()
+            bar.update()
             stopped = signals.signal
             progress = loop.progress(state.step, state.tokens, state.seconds + time.perf_counter() - last_row[0])
             is_val = state.step % loop.val_intervals == 0 or progress >= 1
@@ -208,7 +208,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
             if setup.writer is not None:
                 setup.writer.check()
             if is_log:
-                update_progress(bar, evaluate, row, progress)  # last: a closed pipe ends the run here
+                update_progress(bar, evaluate, row, progress)
             if is_solved:
                 return stopped
             last_row = time.perf_counter(), state.tokens
@@ -366,7 +366,8 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
     the resumed run. open_run(configs, checkpoint, resumed) -> Run, before which nothing is written. Raises BadInput, and
     what `explain_failures` raises; SystemExit when a signal stops it.
     """
-    with folder_lock(run_folder(path), f"--{command.out_flag}={path}"):
+    ignore_output_errors()
+    with run_lock(path, f"--{command.out_flag}={path}"):
         start, checkpoint = command.read_checkpoint(resumed, given) if resumed else ({}, None)
         values = resolve(start, given) | {command.out_flag: path,
                                           "resume_checkpoint": str(resumed) if resumed else None}
@@ -397,9 +398,8 @@ def fit_and_close(command: TrainingCommand, run: Run):
         with suppress(OSError, MemoryError):  # of a write in progress; where that matters, `fit` has waited for it
             setup.writer.wait()
     if stopped_by:
-        with suppress(OSError):  # the terminal may be what is gone
-            print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
-                  f"{setup.writer.path} --resume_checkpoint` continues", file=sys.stderr)
+        print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
+              f"{setup.writer.path} --resume_checkpoint` continues", file=sys.stderr)
         raise SystemExit(128 + stopped_by)
 
 

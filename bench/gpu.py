@@ -37,7 +37,7 @@ from runtime.config import BadInput, check_flags, flag  # noqa: E402
 from runtime.files import check_writable  # noqa: E402
 from runtime.signals import StopSignals  # noqa: E402
 from shards import open_data  # noqa: E402
-from text.sources import find_text_files  # noqa: E402
+from text.folders import find_data_files  # noqa: E402
 
 SCRIPT = REPO / "bench" / "gpu_stages.py"
 LEAST = 15    # seconds that must be left to start a stage
@@ -69,7 +69,7 @@ class GpuConfig:
 def require_text(path: Path):
     """Raises BadInput when --text cannot be read on this machine."""
     try:
-        files = find_text_files(path)
+        files = find_data_files(path).files
     except BadInput as error:
         raise BadInput(str(error).replace("--dataset=", "--text=", 1)) from None
     if any(file.suffix.lower() == ".parquet" for file in files) and not importlib.util.find_spec("pyarrow"):

@@ -14,7 +14,7 @@ from convert.hf_tokenizer import has_chat_tokens, recover_merges, to_byte_level
 from model import GPT, GPTConfig
 from runtime.config import BadInput
 from runtime.device import DTYPES
-from tokenizer import CHAT_TEMPLATE, END_OF_MESSAGE, PATTERNS, Tokenizer
+from tokenizer import END_OF_MESSAGE, PATTERNS, PLAIN_CHAT_TEMPLATE, Tokenizer
 
 # Our patterns that llama.cpp can split by -> its names for them
 GGUF_PATTERNS = {PATTERNS["gpt4"]: "llama-bpe", PATTERNS["gpt2"]: "gpt-2"}
@@ -61,12 +61,14 @@ def add_config(writer, config: GPTConfig, dtype: str):
 
 def add_tokenizer(writer, tokenizer: Tokenizer):
     import gguf
-    special = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    written = {token_id: (name, gguf.TokenType.USER_DEFINED) for name, token_id in tokenizer.added_tokens.items()}
+    written |= {token_id: (name, gguf.TokenType.CONTROL) for name, token_id in tokenizer.special_tokens.items()}
     names, types = [], []
     for token_id, token in enumerate(tokenizer.tokens):
-        if token_id in special:
-            names.append(special[token_id])
-            types.append(gguf.TokenType.CONTROL)
+        if token_id in written:
+            name, token_type = written[token_id]
+            names.append(name)
+            types.append(token_type)
         elif token:
             names.append(to_byte_level(token))
             types.append(gguf.TokenType.NORMAL)
@@ -82,7 +84,7 @@ def add_tokenizer(writer, tokenizer: Tokenizer):
     writer.add_eos_token_id(tokenizer.special_tokens.get(END_OF_MESSAGE, tokenizer.separator_id))
     writer.add_add_bos_token(True)
     if has_chat_tokens(tokenizer):
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(PLAIN_CHAT_TEMPLATE)
 
 
 def add_weight(writer, name: str, weight: Tensor, dtype: str):

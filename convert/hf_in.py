@@ -1,5 +1,7 @@
 """Models in Hugging Face's format to ours: Llama's, Mistral's and GPT-2's architecture, and what `hf_out.py` wrote."""
 import dataclasses
+from collections.abc import Callable, Collection
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from convert.hf_mapping import GPT2, GPT2_ACTIVATIONS, LLAMA, hf_buffers, hf_parameters, read_json
 from convert.hf_tokenizer import add_chat_tokens, load_hf_tokenizer
-from model import GPT, GPTConfig, upgrade_config, upgrade_weights
+from model import GPT, GPTConfig, upgrade_config, upgrade_name
 from runtime.checkpoint import explain_damage
 from runtime.config import BadInput
 from tokenizer import Tokenizer
@@ -21,15 +23,15 @@ def import_model(folder: Path, chat_tokens: bool) -> tuple[GPT, Tokenizer]:
     """
     path = folder / "config.json"
     hf_config = read_json(path)
-    model_type = hf_config.get("model_type")
-    if model_type not in CONFIG_READERS:
-        raise BadInput(f"{path}: model_type is {model_type!r}: only {', '.join(CONFIG_READERS)} can be imported")
-    architecture, from_config = CONFIG_READERS[model_type]
-    tokenizer = load_hf_tokenizer(folder, hf_config)
     with explain_damage(path):
-        config = GPTConfig(**from_config(hf_config) | {"vocab_size": hf_config["vocab_size"]})
-    weights = from_hf_state_dict(load_weights(folder), config, architecture, folder / "model.safetensors")
+        architecture, config = read_config(hf_config)
+    files = find_weights(folder, config, architecture)
+    tokenizer = load_hf_tokenizer(folder, hf_config)
     n_rows = tokenizer.vocab_size  # the files' matrices may have more, which no token uses
+    if n_rows > config.vocab_size:
+        raise BadInput(f"{folder}: its tokenizer has {n_rows:,} ids, config.json a vocab_size of {config.vocab_size:,}: "
+                       f"they do not belong together")
+    weights = from_hf_state_dict(load_weights(files), config, architecture)
     if chat_tokens:
         tokenizer = add_chat_tokens(tokenizer)
     for name in ("embed.weight", "head.weight"):
@@ -41,6 +43,17 @@ def import_model(folder: Path, chat_tokens: bool) -> tuple[GPT, Tokenizer]:
 
 
 # -- configs ----------------------------------------------------------------------------------------------------------
+
+def read_config(hf_config: dict) -> tuple[str | None, GPTConfig]:
+    """The architecture, as in hf_mapping.py, and our config. Raises BadInput for variants that our model does not have."""
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_READERS:
+        raise BadInput(f"model_type is {str(model_type)[:40]!r}: only {', '.join(CONFIG_READERS)} can be imported")
+    architecture, from_config = CONFIG_READERS[model_type]
+    if hf_config.get("vocab_size") is None:
+        raise BadInput("has no vocab_size")
+    return architecture, GPTConfig(**from_config(hf_config) | {"vocab_size": hf_config["vocab_size"]})
+
 
 def from_llama_config(hf_config: dict) -> dict:
     """Fields of GPTConfig. Raises BadInput for variants of Llama that our model does not have."""
@@ -93,45 +106,101 @@ def require_supported(hf_config: dict, supported: dict[str, list]):
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that its index names, in fp32. Raises BadInput naming the file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    weights = {}
+# safetensors' names of the dtypes that weights may have
+WEIGHT_DTYPES = "F64", "F32", "F16", "BF16"
+
+
+def find_weights(folder: Path, config: GPTConfig, architecture: str | None) -> dict[Path, list[str]]:
+    """The files with the weights of the model, and the names of those that it needs in each. Reads only headers. Raises
+    BadInput naming the file that cannot be used, or when the weights are not those that `config` calls for."""
+    found, files = {}, {path: [] for path in weight_files(folder)}
+    for path, names in files.items():
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                part = file.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+                names.append(name)
+    path, rename = folder / "model.safetensors", renaming(found, architecture)
+    if config.n_layer > len(found):  # or it would take long to find out
+        raise BadInput(f"{path}: {len(found)} weights are too few for the {config.n_layer:,} layers of config.json")
+    needed = check_weights({rename(name): kind for name, kind in found.items()}, config, architecture, path)
+    return {path: [name for name in names if rename(name) in needed] for path, names in files.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that its index names. Raises BadInput naming a file that is missing."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise BadInput(f"{index}: has no weight_map of parameters to files: give a complete model")
+        names = sorted(set(places.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise BadInput(f"{index}: names {name[:80]!r}, which is no safetensors file beside it")
     for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise BadInput(f"{path}: missing: give a model whose weights are in safetensors")
-        try:
-            weights |= {key: tensor.float() for key, tensor in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path}: damaged, or not safetensors ({str(error)[:80]})") from None
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: missing: give a model whose weights are in safetensors")
+    return [folder / name for name in names]
+
+
+def load_weights(files: dict[Path, list[str]]) -> dict[str, Tensor]:
+    """The tensors of these names in each file, in fp32. Raises BadInput naming a file that is damaged."""
+    weights = {}
+    for path, names in files.items():
+        with open_safetensors(path) as file:
+            weights |= {name: file.get_tensor(name).float() for name in names}
     return weights
 
 
-def from_hf_state_dict(theirs: dict[str, Tensor], config: GPTConfig, architecture: str | None,
-                       file: Path) -> dict[str, Tensor]:
-    """Our state_dict from theirs. Raises BadInput naming `file` when it does not hold the model that `config` describes."""
+@contextmanager
+def open_safetensors(path: Path):
+    """Yields a `safetensors.safe_open`. Raises BadInput naming the file when it is damaged."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: damaged, or not safetensors ({' '.join(str(error).split())[:80]})") from None
+
+
+def renaming(names: Collection[str], architecture: str | None) -> Callable[[str], str]:
+    """How the names of a file become those of the present format, and of transformers' class."""
     if architecture is None:
-        theirs = upgrade_weights(theirs)
-    if architecture == "gpt2" and "wte.weight" in theirs:  # OpenAI's files are of the model without its head
-        theirs = {f"transformer.{name}": weight for name, weight in theirs.items()}
-    parameters = hf_parameters(architecture, config)
-    needed = {name for parameter in parameters.values() for name in parameter.names}
-    if missing := [name for name in needed if name not in theirs]:
-        raise BadInput(f"{file}: has no {min(missing)}, which config.json calls for")
-    ours = {name: parameter.from_hf(theirs) for name, parameter in parameters.items()}
+        return upgrade_name
+    if architecture == "gpt2" and "wte.weight" in names:  # OpenAI's files are of the model without its head
+        return lambda name: f"transformer.{name}"
+    return lambda name: name
+
+
+def check_weights(found: dict[str, tuple[tuple[int, ...], str]], config: GPTConfig, architecture: str | None,
+                  file: Path) -> set[str]:
+    """The names of the weights that the model calls for. found: name -> shape and dtype. Raises BadInput naming `file` when
+    these are not the weights of the model that `config` describes."""
     with torch.device("meta"):
-        expected = GPT(config).state_dict()
-    for name, weight in ours.items():
-        if weight.shape != expected[name].shape:
-            raise BadInput(f"{file}: {' + '.join(parameters[name].names)} is {tuple(weight.shape)}, config.json calls for "
-                           f"{tuple(expected[name].shape)}: the two files do not belong together")
+        ours = GPT(config).state_dict()
+    expected = {}
+    for name, parameter in hf_parameters(architecture, config).items():
+        expected |= {theirs: tuple(weight.shape) for theirs, weight in parameter.to_hf(ours[name]).items()}
+    if missing := expected.keys() - found.keys():
+        raise BadInput(f"{file}: has no {min(missing)}, which config.json calls for")
+    ignored = hf_buffers(architecture, config.n_layer) | ({"lm_head.weight"} if config.tied else set())
+    if foreign := found.keys() - expected.keys() - ignored:
+        raise BadInput(f"{file}: holds {min(foreign)}, which config.json does not call for: another architecture")
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            raise BadInput(f"{file}: {name} is {found[name][0]}, config.json calls for {shape}: the two files do not belong "
+                           f"together")
+        if found[name][1] not in WEIGHT_DTYPES:
+            raise BadInput(f"{file}: {name} is of {found[name][1]}: weights must be of {', '.join(WEIGHT_DTYPES)}")
+    return expected.keys()
+
+
+def from_hf_state_dict(theirs: dict[str, Tensor], config: GPTConfig, architecture: str | None) -> dict[str, Tensor]:
+    """Our state_dict from theirs, whose shapes have been checked."""
+    rename = renaming(theirs, architecture)
+    theirs = {rename(name): weight for name, weight in theirs.items()}
+    ours = {name: parameter.from_hf(theirs) for name, parameter in hf_parameters(architecture, config).items()}
     if config.tied:
         ours["head.weight"] = ours["embed.weight"]
-    ignored = hf_buffers(architecture, config.n_layer) | ({"lm_head.weight"} if config.tied else set())
-    if foreign := theirs.keys() - needed - ignored:
-        raise BadInput(f"{file}: holds {min(foreign)}, which config.json does not call for: another architecture")
     return ours

@@ -14,6 +14,7 @@ from torch import Tensor
 from layers import MIXERS
 from model import GPT, GPTConfig
 from runtime.config import BadInput
+from runtime.files import require_regular_file
 
 # -- architectures ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,7 @@ def hf_buffers(architecture: str | None, n_layer: int) -> set[str]:
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises BadInput naming it."""
+    require_regular_file(path, str(path))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,7 +12,7 @@ from convert.hf_tokenizer import has_chat_tokens, to_hf_tokenizer
 from layers import LINEARS
 from model import GPT, GPTConfig
 from runtime.device import DTYPES
-from tokenizer import CHAT_TEMPLATE, END_OF_MESSAGE, SEPARATOR, Tokenizer
+from tokenizer import CHAT_TEMPLATE, SEPARATOR, Tokenizer
 
 REPO = Path(__file__).parent.parent
 # In place of layers/kan.py for a model without KAN layers, which then does not need numba
@@ -23,11 +23,15 @@ BSplineKAN = ChebyshevKAN = RationalKAN = None
 
 def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32"):
     """Writes into `folder` what AutoModelForCausalLM and AutoTokenizer load. dtype: a key of DTYPES, of the weights."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     architecture = hf_architecture(model.config)
     weights = to_hf_state_dict(model, architecture)
-    save_file({name: weight.to(DTYPES[dtype]).contiguous() for name, weight in weights.items()},
-              folder / "model.safetensors", {"format": "pt"})
+    try:
+        save_file({name: weight.to(DTYPES[dtype]).contiguous() for name, weight in weights.items()},
+                  folder / "model.safetensors", {"format": "pt"})
+    except SafetensorError as error:  # a full disk; nothing of ours can be wrong with the tensors
+        raise OSError(str(error)) from None
     write_configs(model.config, architecture, tokenizer, folder, dtype)
     write_tokenizer(tokenizer, folder, model.config.block_size)
     if architecture is None:
@@ -56,9 +60,9 @@ def write_configs(config: GPTConfig, architecture: str | None, tokenizer: Tokeni
     write_json(folder / "config.json", to_config(config) | ids | {
         "vocab_size": config.vocab_size, "tie_word_embeddings": config.tied,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")})
-    stop_ids = [tokenizer.special_tokens[name] for name in (SEPARATOR, END_OF_MESSAGE) if name in tokenizer.special_tokens]
     write_json(folder / "generation_config.json", ids | {
-        "eos_token_id": stop_ids, "do_sample": True, "temperature": 0.8, "top_k": 50, "max_length": config.block_size})
+        "eos_token_id": sorted(tokenizer.end_ids), "do_sample": True, "temperature": 0.8, "top_k": 50,
+        "max_length": config.block_size})
 
 
 def to_llama_config(config: GPTConfig) -> dict:
@@ -93,7 +97,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int):
     """tokenizer.json and tokenizer_config.json, and the chat template if the vocabulary has tokens for it."""
     (folder / "tokenizer.json").write_text(to_hf_tokenizer(tokenizer).to_str(pretty=True), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SEPARATOR, "eos_token": SEPARATOR,
-              "pad_token": SEPARATOR, "model_max_length": block_size, "clean_up_tokenization_spaces": False}
+              "pad_token": SEPARATOR, "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+              "model_input_names": ["input_ids", "attention_mask"]}
     if has_chat_tokens(tokenizer):
         config["chat_template"] = CHAT_TEMPLATE
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -116,6 +121,10 @@ def bundle_code(config: GPTConfig) -> dict[str, str]:
     if not has_kan:
         files["layers_kan.py"] = NO_KAN
         del files["kernels_rational.py"]
+    # Of a local folder, transformers before 5.9 copies only the files that the model's own file imports.
+    files["modeling_gpt_workbench.py"] += "\n" + "".join(
+        f"from .{name.removesuffix('.py')} import __doc__ as _  # noqa: E402, F401\n" for name in sorted(files)
+        if name != "modeling_gpt_workbench.py")
     # Within a process transformers takes code with an equal configuration file for the same code.
     digest = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16]
     files["configuration_gpt_workbench.py"] += f"\n# code {digest}\n"

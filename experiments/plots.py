@@ -9,8 +9,11 @@ import io
 import itertools
 import math
 import statistics
+import textwrap
+import warnings
 from pathlib import Path
 
+from runtime.config import shorten
 from runtime.files import atomic_write
 
 COLORS = ["#3366aa", "#cc6633", "#339966", "#aa3377", "#888888", "#bb9922", "#4499bb", "#774488", "#995544", "#668833"]
@@ -30,15 +33,16 @@ def draw_curves(runs: dict[str, list[dict]], path: Path):
             train = [(row[x_name] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
             val = [(row[x_name] / unit, row["val_loss"], row.get("val_bpb", math.nan)) for row in rows if "val_loss" in row]
             color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()
-            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color, label=name)
+            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color,
+                           label=literal(name))
             last = f": {val[-1][2]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
             bpb_axis.plot([x for x, _, _ in val], [y for _, _, y in val], "o-", markersize=3, color=color,
-                          label=name + (last if val else ""))
+                          label=literal(name) + (last if val else ""))
             loss_axis.set(xlabel=AXIS_LABELS[x_name], ylabel="nats/token", title=f"Loss against {x_name}")
             bpb_axis.set(xlabel=AXIS_LABELS[x_name], ylabel="bits/byte", title=f"Bits per byte against {x_name}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8).set_in_layout(False)  # a long name would leave no room for the curves
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
@@ -62,7 +66,7 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> str:
         for axis, (x_name, (unit, _)) in zip(axes, units.items()):
             x = [statistics.mean(row[x_name] for row in rows) / unit for rows in evaluations]
             axis.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
-            axis.plot(x, means, ".-", color=color, label=name, linewidth=1.3)
+            axis.plot(x, means, ".-", color=color, label=literal(name), linewidth=1.3)
     for axis, (x_name, (_, label)) in zip(axes, units.items()):
         axis.set(xlabel=label, ylabel="validation loss, nats/token",
                  title=f"Loss against {x_name.replace('flops', 'FLOPs')}")
@@ -91,7 +95,8 @@ def draw_pareto_fronts(results: dict[str, dict]) -> str:
                   label="Pareto front")
         for (name, (x, y)), color in zip(points.items(), COLORS * 9):
             margin = results[name]["bpb_margin"]
-            axis.errorbar(x, y, yerr=margin if math.isfinite(margin) else None, fmt="o", color=color, capsize=3, label=name)
+            axis.errorbar(x, y, yerr=margin if math.isfinite(margin) else None, fmt="o", color=color, capsize=3,
+                          label=literal(name))
         axis.set(xlabel=label, ylabel="bits per byte",
                  title=f"Bits per byte against {label.split(',')[0]} (lower left is better)")
     axes[0].legend(fontsize=8, frameon=False)
@@ -111,7 +116,8 @@ def draw_scaling(fits: dict[str, tuple]) -> str:
     for (name, (points, a, b)), color in zip(fits.items(), COLORS * 9):
         x = [x for x, _ in points]
         axis.plot(x, [y for _, y in points], "o", color=color)
-        axis.plot(x, [a * value ** -b for value in x], "-", color=color, linewidth=1.2, label=f"{name}: FLOPs^-{b:.4f}")
+        axis.plot(x, [a * value ** -b for value in x], "-", color=color, linewidth=1.2,
+                  label=f"{literal(name)}: FLOPs^-{b:.4f}")
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
              title="Loss against FLOPs")
     axis.yaxis.set_major_formatter("{x:.4g}")  # 1.6, where a logarithmic axis writes 1.6 x 10^0
@@ -133,7 +139,9 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
     import numpy as np
     plt = import_pyplot()
     tasks, n = list(columns), len(next(iter(columns.values())))
-    figure, axis = plt.subplots(figsize=(max(5.5, 2.0 + 1.75 * len(tasks)), 1.6 + 0.95 * len(arms)), layout="constrained")
+    long_names = max(0, min(40, max(map(len, arms))) - 20) / 12  # inches beyond the usual
+    width = max(5.5, 2.0 + 1.75 * len(tasks)) + long_names
+    figure, axis = plt.subplots(figsize=(width, 1.6 + 0.95 * len(arms)), layout="constrained")
     above_chance = lambda accuracy, task: math.nan if accuracy is None else \
         max(0.0, (accuracy - chance[task]) / (1 - chance[task]))
     shades = np.array([[above_chance(x, task) for task in tasks for x in accuracies[arm, task]] for arm in arms])
@@ -158,7 +166,7 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
 def label_matrix(axis, arms: list[str], columns: dict[str, list[str]]):
     """Names the rows, the tasks and their columns, and draws white lines between arms and between tasks."""
     n = len(next(iter(columns.values())))
-    axis.set_yticks(range(len(arms)), arms)
+    axis.set_yticks(range(len(arms)), [textwrap.fill(literal(arm), 40) for arm in arms])
     axis.set_xticks(range(n * len(columns)), list(itertools.chain(*columns.values())), fontsize=8)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -191,7 +199,7 @@ def draw_corpus_stats(lengths, counts, title: str, path: Path):
     right.set(xscale="log", yscale="log", xlabel="rank", ylabel="occurrences",
               title=f"{len(falling):,} of {len(counts):,} tokens of the vocabulary occur")
     right.legend()
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
@@ -204,7 +212,15 @@ def import_pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box in the picture says it too
     return plt
+
+
+def literal(text: str) -> str:
+    """`text` as matplotlib draws it without reading anything into it: $ would begin a formula, and a legend leaves out what
+    begins with an underscore. What cannot be printed, and would not be valid SVG, becomes a question mark."""
+    text = "".join(c if c.isprintable() else "?" for c in shorten(text)).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def make_axes(columns: int, height: float = 4.0) -> tuple:

@@ -6,6 +6,7 @@ continues; after a second one nothing keeps running. How a job ended is read fro
     with StopSignals() as stop:
         results = Runner(n_parallel=2, stop=stop).run(jobs, "runs", on_end=lambda i, result: print(jobs[i], result.status))
 """
+import hashlib
 import json
 import os
 import shutil
@@ -113,8 +114,8 @@ class Runner:
             if self.stop.signal or self.is_over:
                 return JobResult("stopped")
             process = subprocess.Popen(
-                job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment,
-                start_new_session=True)  # a terminal's Ctrl-C reaches this process alone, which forwards it
+                job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+                env=self.environment, start_new_session=True)  # a terminal's Ctrl-C reaches this process, which forwards it
             self.processes.add(process)
         _, stderr = process.communicate()
         with self.lock:
@@ -163,12 +164,17 @@ class TrainingJob:
         return [sys.executable, str(self.script), f"--{self.out_flag}={self.checkpoint}", *flags, "--verbose=0"]
 
     def previous_result(self) -> JobResult | None:
-        with suppress(OSError, ValueError, KeyError):  # missing, or truncated by a crash
-            saved = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        path = self.folder / "result.json"
+        if not os.path.isfile(path):
+            return None
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # truncated by a crash, or damaged
+            saved = json.loads(path.read_text(encoding="utf-8"))
             result = JobResult(saved["status"], saved["reason"])
-            if result.status in FINAL_STATUSES and (result.status != "finished" or self.has_final_row()):
+            if result.status in FINAL_STATUSES and isinstance(result.reason, str) and \
+                    saved["flags"] == list(self.flags) and saved.get("metrics", digest := self.rows_digest()) == digest and (
+                    result.status != "finished" or self.is_complete()):
                 return result
-            self.delete()
+        self.delete()
         return None
 
     def complete(self, result: JobResult) -> JobResult:
@@ -177,22 +183,31 @@ class TrainingJob:
                 with suppress(BadInput), folder_lock(self.folder, str(self.folder)):  # unless it is another process's
                     self.delete()
             return JobResult("failed", result.reason)
-        if result.status == "finished" and not self.has_final_row():
+        if result.status == "finished" and not self.is_complete():
             self.delete()
             return JobResult("failed", "its last metrics are missing")
         if result.status in FINAL_STATUSES:
             self.save_result(result)
         return result
 
-    def has_final_row(self) -> bool:
-        """Whether the metrics are complete: a power cut may lose rows that the checkpoint survives."""
+    def is_complete(self) -> bool:
+        """Whether the metrics hold what experiments/analysis.py reads: a power cut may lose rows that the checkpoint
+        survives."""
         rows = self.rows()
-        return bool(rows) and "val_bpb" in rows[-1] and "tok_per_sec" in rows[-1]
+        return bool(rows) and all({"tokens", "seconds", "flops"} <= row.keys() for row in rows) and \
+            {"val_loss", "val_bpb"} <= rows[-1].keys() and all(
+                rows[-1].get(name, 0) > 0 for name in ("tokens", "seconds", "tok_per_sec"))
+
+    def rows_digest(self) -> str:
+        """16 hex digits of metrics.jsonl: what was a result stays that result."""
+        path = self.folder / "metrics.jsonl"
+        return hashlib.sha256(path.read_bytes() if os.path.isfile(path) else b"").hexdigest()[:16]
 
     def save_result(self, result: JobResult):
         """Writes result.json, and deletes the checkpoints, which nothing needs any more."""
         with atomic_write(self.folder / "result.json", "w") as file:
-            json.dump({"status": result.status, "reason": result.reason, "flags": self.flags}, file, indent=1)
+            json.dump({"status": result.status, "reason": result.reason, "flags": self.flags,
+                       "metrics": self.rows_digest()}, file, indent=1)
         for path in (self.checkpoint, *self.folder.glob("*.pt"), *self.folder.glob("events.*")):
             path.unlink(missing_ok=True)
 

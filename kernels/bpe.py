@@ -712,7 +712,7 @@ def power_of_two(n: int) -> int:
 
 
 def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
-    """tokens: bytes by id, including all 256 single bytes; b"" for an id that text never encodes to."""
+    """tokens: bytes by id; b"" for an id that text never encodes to. A byte that is no token must not occur in text."""
     starts = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum([len(token) for token in tokens], out=starts[1:])
     n_tokens = sum(map(bool, tokens))

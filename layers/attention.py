@@ -31,8 +31,8 @@ class KVCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def copy_rows_from(self, rows: list[int], other: "KVCache", other_rows: list[int], stop: int, n: int):
-        """Copies the first `n` positions of rows `other_rows` of another cache to rows `rows` of this one, where they end
-        before position `stop`."""
+        """Copies the first `n` positions of rows `other_rows` of another cache, or of this one, to rows `rows` of this one,
+        where they end before position `stop`."""
         self.keys[rows, :, stop - n:stop] = other.keys[other_rows, :, :n]
         self.values[rows, :, stop - n:stop] = other.values[other_rows, :, :n]
 

@@ -1,5 +1,6 @@
 """Normalisation layers, (B, T, C) -> (B, T, C): the classes in the dict NORMS, and the function `rms_norm`."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = torch.finfo(torch.float32).eps
@@ -33,6 +34,10 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config):
         super().__init__(config.n_embd, eps=config.norm_eps or 1e-5, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 def rms_norm(x: Tensor, save_input: bool = False, eps: float = EPS) -> Tensor:

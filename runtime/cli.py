@@ -14,8 +14,10 @@ import argparse
 import contextlib
 import difflib
 import functools
+import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
@@ -23,9 +25,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.config import BadInput, declared_flags, read_flags, takes_several, value_type
+from runtime.config import BadInput, declared_flags, read_flags, shorten, takes_several, value_type
 
 BAD_INPUT, DIVERGED = 2, 3  # exit codes that other programs here read
+MAX_PATH = 3500             # bytes; the limit of Linux, 4096, less what a command appends
+MAX_MESSAGE = 1500          # characters of the line that a command ends with, which may quote a flag of any length
 
 
 def log_line(line: str):
@@ -45,12 +49,13 @@ def parse_bool(text: str) -> bool:
     """'1', 'true', 'yes', 'on' -> True; '0', 'false', 'no', 'off' -> False."""
     known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is neither 1 nor 0")
     return known[text.lower()]
 
 
 def parse_int(text: str) -> int:
     """'250', '10_000' and '1e9' are whole numbers; '1.5' is not."""
+    require_ascii(text, "a whole number")
     try:
         value = int(text)
     except ValueError:
@@ -59,23 +64,45 @@ def parse_int(text: str) -> int:
         except ValueError:
             value = None
     if value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a whole number")
     if abs(value) >= 2**63:  # int64 in numpy and torch
-        raise argparse.ArgumentTypeError(f"{text!r} is too large")
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is too large")
     return value
 
 
 def parse_float(text: str) -> float:
+    require_ascii(text, "a number")
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a number") from None
+
+
+def require_ascii(text: str, what: str):
+    """Python's int and float also read the digits of other scripts."""
+    if not text.isascii():
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not {what} in the digits 0 to 9")
+
+
+def parse_text(text: str) -> str:
+    """Any text that can be written to a file, and that is not part of something binary."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("has a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that Python could not decode arrive as lone surrogates
+        encoding = sys.getfilesystemencoding()
+        advice = "" if encoding == "utf-8" else ": set PYTHONUTF8=1"
+        raise argparse.ArgumentTypeError(f"is not valid {encoding.upper()}{advice}") from None
+    return text
 
 
 def parse_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty, give a path")  # Path("") would be the current folder
-    if max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > 255:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("has a NUL character, which no path has")
+    if len(os.fsencode(text)) > MAX_PATH or any(len(os.fsencode(part)) > 255 for part in Path(text).parts):
         raise argparse.ArgumentTypeError("is longer than file names can be")
     try:
         return Path(text).expanduser()  # a shell does not expand the ~ of --data_path=~/data
@@ -83,7 +110,16 @@ def parse_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is in the home of a user that does not exist") from None
 
 
-PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: parse_path}
+def read_path(text: str, flag_text: str) -> Path:
+    """The path in `text`, which may begin with ~. For flags of type str whose value is sometimes a path. Raises BadInput,
+    which starts with `flag_text`, the flag as typed."""
+    try:
+        return parse_path(text)
+    except argparse.ArgumentTypeError as error:
+        raise BadInput(f"{flag_text}: {error}") from None
+
+
+PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: parse_text, Path: parse_path}
 
 
 def or_auto(parse: Callable) -> Callable:
@@ -108,6 +144,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise BadInput(message.removeprefix("argument ").replace(": expected one argument", ": give it a value"))
+
+    def _get_values(self, action, arg_strings):
+        if arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")  # --flag=--, which argparse takes for the end of flags: python/cpython#59317
+        return [value] if action.nargs == "+" else value
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -167,6 +209,12 @@ def parse_flags(description: str | None, argv, *configs: type) -> list:
     return [read_flags(config, values) for config in configs]
 
 
+def command_line(script: str, argv) -> str:
+    """The command as typed, for a report. argv: None for the command line's."""
+    text = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    return os.fsencode(text).decode("utf-8", "replace")  # names of files may be in another encoding
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 @contextmanager
@@ -199,17 +247,55 @@ def explain_failures(oom_advice: Callable[[], str], status: Callable[[], str] = 
         raise
 
 
+def ignore_output_errors():
+    """From now on this process goes on when its output cannot be written: a training of hours does not end because the
+    terminal is gone, `| head` has read enough or the disk of its log is full. What nobody can read is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):  # not a test's
+            with contextlib.suppress(OSError):
+                stream.flush()
+            raw = LossyFile(stream.fileno(), "wb", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors,
+                                                line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
+class LossyFile(io.FileIO):
+    """A file that drops what cannot be written."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def open_missing_streams():
+    """Python has None for a stream that was closed before it started, as by `>&-`. Its number goes to the next file that is
+    opened, into which a library could then print."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, it stays open
+            try:
+                os.fstat(number)  # raises OSError where nothing has taken the number yet
+            except OSError:
+                os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
+
+
 def command(main):
     """Decorates a script's `main(argv=None)`: failures end it with one line and the exit code of the table above."""
     @functools.wraps(main)
     def run(argv=None):
+        open_missing_streams()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # an untrained model writes characters that not every terminal has
         code, message = run_main(main, argv)
         if message:
-            name = Path(sys.modules[main.__module__].__file__).name
-            print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+            name, message = Path(sys.modules[main.__module__].__file__).name, " ".join(message.split())
+            with contextlib.suppress(OSError):  # nobody may be left to read it
+                print(f"{name}: {message[:MAX_MESSAGE]}{'…' * (len(message) > MAX_MESSAGE)}", file=sys.stderr)
         if argv is None and "pyarrow" in sys.modules:
             # Its threads may still be reading ahead of a stream that we have left, and would abort the process when the
             # interpreter is taken down under them: https://github.com/apache/arrow/issues/45214

@@ -10,8 +10,10 @@ carries no argparse.
 """
 import dataclasses
 import math
+import reprlib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 # What a resumed run does with a flag that is given again:
 ON_RESUME = {"fixed": "the run keeps its value; another one is refused",
@@ -22,6 +24,8 @@ ON_RESUME = {"fixed": "the run keeps its value; another one is refused",
 SCOPES = {"arm": "an arm, or all arms alike",
           "shared": "the comparison, for all arms alike",
           "run": "compare.py itself, for each run"}
+# What a value of each type is called; bool is a kind of int, so it has to be told apart from both kinds of number.
+TYPE_WORDS = {bool: "1 or 0", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 class BadInput(ValueError):
@@ -81,13 +85,34 @@ def flag_names(*configs: type, on_resume: str | None = None, scope: str | None =
 
 
 def check_flags(config):
-    """Raises BadInput for the first flag of `config` outside its declared range. Use as __post_init__."""
-    for name, field in declared_flags(type(config)).items():
-        value, declared = getattr(config, name), field.metadata["flag"]
-        if value is None or (declared.auto and value == "auto"):
+    """Raises BadInput for the first field of `config` whose value is not of its type, or outside the range of its flag. Use
+    as __post_init__: values come from files too. None is a value where it is the default."""
+    for field in dataclasses.fields(config):
+        value, declared, kind = getattr(config, field.name), field.metadata.get("flag"), value_type(field)
+        is_auto = declared is not None and declared.auto and isinstance(value, str) and value == "auto"
+        if kind not in TYPE_WORDS or is_auto or value is None and field.default is None:
             continue
-        for item in value if isinstance(value, tuple) else (value,):
-            declared.check(f"--{name}={item}", item)
+        if takes_several(field) and not isinstance(value, tuple):
+            raise BadInput(f"--{field.name}={shorten(value)}: must be a list of several")
+        for item in value if takes_several(field) else (value,):
+            text = f"--{field.name}={shorten(item)}"
+            if not is_of_type(item, kind):
+                raise BadInput(f"{text}: must be {TYPE_WORDS[kind]}")
+            if kind in (int, float) and isinstance(item, int) and abs(item) >= 2**63:  # int64 in numpy and torch
+                raise BadInput(f"{text}: is too large")
+            if declared is not None:
+                declared.check(text, item)
+
+
+def is_of_type(value, kind: type) -> bool:
+    """Whether `value` is of type `kind`; a float may be a whole number."""
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+
+
+def shorten(value) -> str:
+    """`value` as text for a message, at most about 100 characters of it."""
+    text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def read_flags(config: type, values: dict):

@@ -5,6 +5,7 @@
 """
 import os
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def atomic_write(path: Path, mode: str = "wb"):
     """
     path = Path(os.path.realpath(path))  # writes through a symbolic link instead of replacing it
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with explain_write_failure(path), delete_on_failure(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
@@ -27,28 +28,45 @@ def atomic_write(path: Path, mode: str = "wb"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)
-    except OSError as error:  # a full disk names no file
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write_failure(path: Path):
+    """Turns the OSError of a block that writes `path` into one that names it: a full disk names no file, and a read-only
+    disk the temporary one."""
+    try:
+        yield
+    except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def delete_on_failure(temporary: Path):
+    try:
+        yield
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses even to look
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def replace_with_link(path: Path, other: Path):
-    """Replaces `other` by a hard link to the file `path`, or by a copy where the file system has no links."""
+    """Replaces `other` by a hard link to the file `path`, or by a copy where the file system has no links. Raises OSError
+    naming `other`."""
     temporary = other.with_name(other.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    other.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_failure(other):
+        temporary.unlink(missing_ok=True)
+        other.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(os.path.realpath(path), temporary)
     except OSError:
         with open(path, "rb") as old, atomic_write(other) as new:
             shutil.copyfileobj(old, new)
         return
-    os.replace(temporary, other)
-    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are links to one file
-    fsync_folder(other.parent)
+    with explain_write_failure(other):
+        os.replace(temporary, other)
+        temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are links to one file
+        fsync_folder(other.parent)
 
 
 def fsync_folder(folder: Path):
@@ -97,6 +115,21 @@ def folder_lock(folder: Path, flag_text: str):
         with suppress(OSError):  # not empty
             for made in created:
                 made.rmdir()
+
+
+def require_regular_file(path: Path, flag_text: str):
+    """Raises BadInput unless `path` is a file that has an end. Opening a named pipe would wait for somebody to write to it,
+    and reading a device such as /dev/zero never ends.
+
+    flag_text: the flag as typed, `--tokenizer_path=t.json`, or the path alone, for the message.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise BadInput(f"{flag_text}: cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise BadInput(f"{flag_text}: is {kind}: give a file")
 
 
 def check_writable(path: Path, flag_text: str):

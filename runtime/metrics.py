@@ -9,6 +9,7 @@ of skipped steps so far. TensorBoard events beside it hold the same numbers.
 """
 import json
 import math
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.cli import log_line
-from runtime.files import atomic_write
+from runtime.files import atomic_write, explain_write_failure
 
 
 @dataclass
@@ -103,15 +104,23 @@ class MetricsLog:
             return
         with atomic_write(self.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()
         self.is_open = True
+        with explain_write_failure(self.folder):
+            for old in self.folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.open_events()
+
+    def open_events(self):
         try:
             from torch.utils.tensorboard import SummaryWriter  # 0.2 s to import
         except ImportError:
             log_line(f"TensorBoard is not installed: metrics go only to {self.folder / 'metrics.jsonl'}")
             return
-        self.events = SummaryWriter(self.folder)
+        try:
+            self.events = SummaryWriter(self.folder)
+        except UnicodeError:
+            log_line(f"TensorBoard writes to no path that is not UTF-8: metrics go only to {self.folder / 'metrics.jsonl'}")
+            return
         for row in self.rows:
             self.write_events(row)
 
@@ -120,14 +129,12 @@ class MetricsLog:
         self.open()
         row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         path = self.folder / "metrics.jsonl"
-        try:
+        with explain_write_failure(path):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if self.events is not None:
                 self.write_events(row)
                 self.events.flush()
-        except OSError as error:
-            raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
 
     def write_events(self, row: dict):
         for name, value in row.items():
@@ -141,15 +148,22 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, sorted by step; the last one where a step has several. [] if the file does not exist.
+    """The rows of a metrics.jsonl, sorted by step; the last one where a step has several. [] if there is no such file.
 
-    Lines that a crash cut off, or that are not rows, are ignored.
+    Every value of a row is a finite number: a file may be damaged, or another program's. What is none is left out, as are
+    lines that a crash cut off, or that are not rows.
     """
     rows = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and type(row.get("step")) is int:
-                    rows[row["step"]] = row
+    if os.path.isfile(path):  # not a named pipe, which may never end
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and type(step := row.get("step")) is int and 0 <= step < 2**63:
+                        rows[step] = {name: value for name, value in row.items() if is_finite_number(value)}
     return [rows[step] for step in sorted(rows)]
+
+
+def is_finite_number(value) -> bool:
+    """Whether a value read from JSON, which has true, NaN and 10**400 too, is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300

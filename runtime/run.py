@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoint import CheckpointWriter, explain_damage, load_resumable, owning_checkpoint, run_folder
-from runtime.cli import Parser, add_flags, parse_bool
-from runtime.config import BadInput, declared_flags, flag_names, read_flags
+from runtime.cli import Parser, add_flags, parse_bool, read_path
+from runtime.config import BadInput, declared_flags, flag_names, read_flags, shorten
 from runtime.files import check_writable
-from runtime.metrics import read_rows
+from runtime.metrics import is_finite_number, read_rows
 
 # The flags that end a run, and the counter of TrainState that each limits.
 STOP_FLAGS = {"max_iter": "step", "max_tokens": "tokens", "max_seconds": "seconds"}
+# Flags that were added after checkpoints of this format had been written, with what a run did before there was the flag.
+LATER_FLAGS = {"skip_errors": False}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class TrainingCommand:
         try:
             return path, (path if resume is not None and parse_bool(resume) else None)
         except argparse.ArgumentTypeError:  # neither yes nor no: a path
-            resumed = Path(resume).expanduser()
+            resumed = read_path(resume, f"--resume_checkpoint={shorten(resume)}")
             return given.get(self.out_flag) or owning_checkpoint(resumed) or resumed, resumed
 
     def read_checkpoint(self, path: Path, given: dict) -> tuple[dict, dict]:
@@ -63,8 +65,8 @@ class TrainingCommand:
             training = checkpoint["training"]
             if training["script"] != self.script:
                 raise BadInput(f"is a checkpoint of {training['script']}: resume it with that")
-            if type(training["step"]) is not int or training["step"] < 0:
-                raise ValueError(f"step is {training['step']!r}")
+            check_counters(training)
+            training["settings"] = LATER_FLAGS | training["settings"]
             if missing := defaults.keys() - flag_names(*self.classes, on_resume="unsaved") - training["settings"].keys():
                 raise BadInput(f"does not record --{min(missing)}: resume it with the version that wrote it")
             saved = {name: Path(value) if isinstance(defaults[name], Path) else value
@@ -112,6 +114,19 @@ class TrainingCommand:
                 print(f"changed on resuming: {name} {before} -> {now}{note}")
         if machine != training.get("machine"):
             print(f"changed on resuming: machine {training.get('machine')} -> {machine}")
+
+
+def check_counters(training: dict):
+    """Raises ValueError or KeyError for a counter that is no number, and for what is said of the machine that is no text."""
+    for name in ("step", "tokens", "seconds", "best"):
+        value = training[name]
+        is_valid = value is None if name == "best" and value is None else is_finite_number(value) and (
+            name == "best" or 0 <= value < 2**63) and (type(value) is int or name in ("seconds", "best"))
+        if not is_valid:
+            raise ValueError(f"{name} is {shorten(value)}")
+    for name in ("machine", "dtype"):
+        if not isinstance(training.get(name, ""), str):
+            raise ValueError(f"{name} is {shorten(training[name])}")
 
 
 def override_horizon(start: dict, given: dict) -> dict:

@@ -1,40 +1,46 @@
 """Conversations to finetune on and to evaluate with: from the hub, local files, or the built-in questions.
 
-Rows are {"messages": [{"role": "user", "content": …}, …]}, or a question and an answer: see `parse_messages`.
+    train, held_out = read_conversations(ConversationConfig("mine.jsonl"), ROLES)
+
+Which rows are read: see chat_rows.py.
 """
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from runtime.config import BadInput, check_flags, flag
 from tasks.builtin_questions import make_questions
-from tasks.rows import read_dataset
-from text.messages import check_messages
+from tasks.chat_rows import UnknownForm, name_list, parse_row
+from tasks.rows import local_splits, read_dataset
+from text.documents import valid_unicode
+from text.messages import check_messages, has_loss
 
 DOLLY = "databricks/databricks-dolly-15k"
 N_BUILTIN_QUESTIONS, MAX_TURNS = 60_000, 4
-# (question, answer) columns of well-known datasets; the first pair that a row has is used.
-COLUMNS = ("question", "answer"), ("instruction", "response"), ("instruction", "output"), ("prompt", "response"), \
-    ("prompt", "completion"), ("prompt", "answer"), ("problem", "solution"), ("input", "output")
-EXTRA_CONTEXT_COLUMNS = "context", "input"  # appended to the question, where a row has them
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+HELD_OUT_RATIO = 10  # at most one conversation in 10 is held out
 
 
 @dataclass(frozen=True)
 class ConversationConfig:
     """Conversations."""
-    dataset: str = flag(DOLLY, "a dataset on the Hugging Face hub by its id, a local file or folder (jsonl, parquet), or "
-                               "`builtin`: questions about numbers, words and built-in text, no network. Rows have "
-                               "messages, [{\"role\": …, \"content\": …}, …], or a question and an answer", scope="shared")
+    dataset: str = flag(DOLLY, "a dataset on the Hugging Face hub by its id, a local file or folder (jsonl, json, csv, "
+                               "parquet), or `builtin`: questions about numbers, words and built-in text, no network. Rows "
+                               "have messages, [{\"role\": …, \"content\": …}, …], or a question and an answer, in any of "
+                               "the usual forms", scope="shared")
     dataset_config: str = flag(None, "configuration of a hub dataset", scope="shared")
-    split: str = flag("train", "split of a hub dataset", scope="shared")
+    split: str = flag("train", "split of a hub dataset, or of a local folder whose files are named train, validation, test",
+                      scope="shared")
     question_column: str = flag(None, "column with questions (default: the first of question, instruction, prompt …)",
                                 scope="shared")
     answer_column: str = flag(None, "column with answers (default: the one that belongs to the question's)", scope="shared")
-    val_conversations: int = flag(240, "conversations held out for validation, always the same ones", at_least=1,
-                                  scope="shared")
+    val_conversations: int = flag(240, "conversations held out for validation, always the same ones, and at most a tenth",
+                                  at_least=1, scope="shared")
+    skip_errors: bool = flag(False, "1 leaves out and counts rows that cannot be read, such as those with pictures or tool "
+                                    "calls, or without an answer", on_resume="free", scope="shared")
 
     def __post_init__(self):
         check_flags(self)
@@ -52,70 +58,136 @@ class Conversation:
     task: str = ""
 
 
-def read_conversations(config: ConversationConfig, roles: Collection[str]) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to train on, and those held out. Conversations that start with the same user's message stay together.
+@dataclass
+class ReadReport:
+    """What was not used of a dataset. skipped: a message for each row, or part of a file, that could not be read. unused:
+    names of columns. notes: what else to say of the reading."""
+    skipped: list[str] = field(default_factory=list)
+    unused: dict[str, None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    roles: those that a message may have, the tokenizer's. The split goes by a hash of that first message, so it does not
-    depend on the order of the rows. Raises BadInput.
+    def lines(self) -> list[str]:
+        return [*([f"left out {len(self.skipped):,} that cannot be read, the first: {self.skipped[0]}"]
+                  if self.skipped else []),
+                *([f"columns not used: {name_list(self.unused)}"] if self.unused else []), *self.notes]
+
+
+def read_conversations(config: ConversationConfig, roles: Collection[str],
+                       report: ReadReport | None = None) -> tuple[list[Conversation], list[Conversation]]:
+    """Those to train on, and those held out: of the validation or test files of a local folder that has some, else as in
+    `hold_out`.
+
+    roles: those that a message may have, the tokenizer's. report: is added to. Raises BadInput.
     """
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
     if config.dataset == "builtin":
         return builtin_conversations(), builtin_held_out(config.val_conversations)
-    conversations = list(read_all(config, roles))
-    digests = [hashlib.sha256(first_message(one).encode("utf-8", "replace")).digest() for one in conversations]
-    ranked = sorted(set(digests))
-    if len(ranked) < 2:
-        raise BadInput(f"--dataset={config.dataset}: has only {len(ranked)} different first messages, too few to hold some "
-                       f"out: give more conversations")
-    last = ranked[min(config.val_conversations, len(ranked) // 2) - 1]
-    train = [one for one, digest in zip(conversations, digests) if digest > last]
-    return train, [one for one, digest in zip(conversations, digests) if digest <= last]
+    report = report or ReadReport()
+    splits = local_splits(config.dataset) if config.split == "train" else set()
+    split = next((name for name in ("validation", "test") if name in splits), None)
+    conversations = list(read_all(config, roles, report, {split}))
+    if split is None:
+        return hold_out(conversations, config)
+    candidates = sorted(read_all(replace(config, split=split), roles, report, None), key=question_digest)
+    held_out = candidates[:config.val_conversations]
+    questions = set(map(question_digest, held_out))
+    train = [one for one in conversations if question_digest(one) not in questions]
+    report.notes.append(f"held out: {len(held_out):,} of the {len(candidates):,} conversations in its {split} files")
+    if len(train) < len(conversations):
+        report.notes.append(f"not trained on: {len(conversations) - len(train):,} conversations whose question is held out")
+    if not train:
+        raise BadInput(f"--dataset={config.dataset}: all questions of its train files are in its {split} files too")
+    return train, held_out
 
 
-def first_message(conversation: Conversation) -> str:
-    """The first message of the user, "" without one."""
-    return next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
-
-
-def read_all(config: ConversationConfig, roles: Collection[str]) -> Iterator[Conversation]:
-    """Every conversation of a dataset. Raises BadInput, which names the row."""
-    n = 0
-    for where, row in read_dataset(config.dataset, config.dataset_config, config.split):
+def read_all(config: ConversationConfig, roles: Collection[str], report: ReadReport | None = None,
+             also_read: Collection[str] | None = ()) -> Iterator[Conversation]:
+    """Every conversation of a dataset. also_read: see `read_dataset`. Raises BadInput, which names the row; with
+    --skip_errors, adds that to `report`."""
+    n, report = 0, report or ReadReport()
+    rows = read_dataset(config.dataset, config.dataset_config, config.split,
+                        report.skipped if config.skip_errors else None, also_read)
+    for where, row in rows:
         try:
-            messages = parse_messages(row, config)
+            messages, unused = parse_row(row, config.question_column, config.answer_column)
             check_messages(messages, roles)
             if not messages:
-                raise BadInput("has no messages in its conversation: add some, or remove the row")
+                raise BadInput("has no messages in its conversation")
+            if not any(map(has_loss, messages)):
+                raise BadInput("has no message of the assistant, so there is nothing to learn")
         except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
+            if not config.skip_errors:
+                advice = "" if isinstance(error, UnknownForm) and not n else "; --skip_errors=1 leaves such rows out"
+                raise BadInput(f"{where}: {error}{advice}") from None
+            report.skipped.append(f"{where}: {error}")
+            continue
         n += 1
-        task = str(row.get("task") or row.get("category") or "")
-        yield Conversation(messages, where, str(row.get("kind") or task), task)
+        report.unused |= dict.fromkeys(unused)
+        task = group_name(row.get("task") or row.get("category"))
+        yield Conversation(messages, where, group_name(row.get("kind")) or task, task)
     if not n:
-        raise BadInput(f"--dataset={config.dataset}: holds no conversations")
+        raise BadInput(f"--dataset={config.dataset}: holds no conversations"
+                       + (f" that can be read, the first: {report.skipped[0]}" if report.skipped else ""))
 
 
-def parse_messages(row: dict, config: ConversationConfig) -> list[dict]:
-    """The messages of a row: its `messages`, ShareGPT's `conversations`, or a question, with its context, and an answer.
-    Raises BadInput when it has none of them."""
-    if config.question_column is None:
-        if "messages" in row:
-            return row["messages"]
-        if "conversations" in row:
-            return [{"role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
-                    if isinstance(turn, dict) and "from" in turn else turn for turn in row["conversations"] or []]
-    pairs = [(config.question_column, config.answer_column)] if config.question_column else COLUMNS
-    question, answer = next((pair for pair in pairs if set(pair) <= row.keys()), (None, None))
-    if question is None:
-        wanted = f"columns {' and '.join(pairs[0])}" if config.question_column else "messages, nor question and answer"
-        raise BadInput(f"has no {wanted}: its columns are {', '.join(row)}: name them with --question_column and "
-                       f"--answer_column")
-    content = row[question]
-    if isinstance(content, str):
-        contexts = [row[name] for name in EXTRA_CONTEXT_COLUMNS if name not in (question, answer) and row.get(name)]
-        content = "\n\n".join([content, *(context for context in contexts if isinstance(context, str))])
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
+def group_name(value) -> str:
+    """The name of a kind or a task; "" where a row has none."""
+    return valid_unicode(str(value))[:100] if value and isinstance(value, (str, int, float)) else ""
+
+
+# -- held-out conversations -------------------------------------------------------------------------------------------
+
+def hold_out(conversations: list[Conversation], config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
+    """Those to train on, and --val_conversations held-out ones, at most a tenth of all, which depend neither on the order of
+    the rows nor on a seed.
+
+    Conversations with the same system message and opening stay together. Where so many share these that they would be more
+    than all the held-out ones, as after a greeting, those with the same further questions stay together. Raises BadInput
+    when all have the same.
+    """
+    n_held_out = max(1, min(config.val_conversations, len(conversations) // HELD_OUT_RATIO))
+    sizes = Counter(groups := [opening_digest(one) for one in conversations])
+    groups = [group if sizes[group] <= n_held_out else follow_up_digest(one) for group, one in zip(groups, conversations)]
+    sizes, chosen, n = Counter(groups), set(), 0
+    if len(sizes) < 2:
+        raise BadInput(f"--dataset={config.dataset}: all its conversations ask the same, so none can be held out: give "
+                       f"more of them")
+    for group in sorted(sizes):
+        if n + sizes[group] <= n_held_out:
+            chosen.add(group)
+            n += sizes[group]
+    if not chosen:  # every group is larger
+        chosen.add(min(sizes, key=lambda group: (sizes[group], group)))
+    in_group = list(zip(groups, conversations))
+    return [one for group, one in in_group if group not in chosen], [one for group, one in in_group if group in chosen]
+
+
+def opening_digest(conversation: Conversation) -> bytes:
+    """Equal where the user's first message and the system message before it are."""
+    first = next(iter(user_messages(conversation)), "")
+    system = "\0".join(message["content"] for message in conversation.messages if message["role"] == "system")
+    return digest(first) + (digest(system) if system else b"")  # the first message decides the order
+
+
+def follow_up_digest(conversation: Conversation) -> bytes:
+    """Equal where all the user's messages but the first are; of a single question, where the opening is."""
+    return digest("\0".join(later)) if (later := user_messages(conversation)[1:]) else opening_digest(conversation)
+
+
+def question_digest(conversation: Conversation) -> bytes:
+    """Equal where everything before the assistant's last message is."""
+    messages = conversation.messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return digest("\0".join(itertools.chain(*((message["role"], message["content"]) for message in messages[:last]))))
+
+
+def user_messages(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == "user"]
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 # -- built-in questions -----------------------------------------------------------------------------------------------

@@ -2,19 +2,26 @@
 
     for where, row in read_dataset("questions.jsonl", None, "train"): ...
 """
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+from runtime.cli import log_line
 from runtime.config import BadInput
-from text.formats import RECORD_READERS, read_records
+from text.folders import find_data_files, local_path
+from text.formats import read_records
 from text.hub import configure_libraries, dataset_flags, hub_error, hub_unreachable, is_network_error
-from text.sources import find_text_files, local_file, local_path
+from text.sources import local_file, require_hub_id
 
 
-def read_dataset(dataset: str, dataset_config: str | None, split: str) -> Iterator[tuple[str, dict]]:
+def read_dataset(dataset: str, dataset_config: str | None, split: str,
+                 skipped: list[str] | None = None,
+                 also_read: Collection[str] | None = ()) -> Iterator[tuple[str, dict]]:
     """Yields (where, row); where: file and line, for error messages.
 
-    dataset: a local file or folder (jsonl, parquet), or a hub dataset, whose `split` is downloaded into the HF_HOME folder.
-    Raises BadInput naming what cannot be read.
+    dataset: a local file or folder (jsonl, json, csv, parquet), or a hub dataset, whose `split` is downloaded into the
+    HF_HOME folder. A folder whose files are named after splits has splits too, see `local_splits`. A line on stderr says
+    what of a folder is not read; also_read: splits that the caller reads as well, None for no line. Raises BadInput naming
+    what cannot be read; with `skipped`, the messages about rows, row groups and files that cannot be read are added to it
+    instead, and reading goes on.
     """
     path = local_path(dataset)
     if path is None:
@@ -22,15 +29,26 @@ def read_dataset(dataset: str, dataset_config: str | None, split: str) -> Iterat
         return
     if dataset_config:
         raise BadInput(f"--dataset_config={dataset_config}: only hub datasets have configurations: drop it")
-    for file in find_text_files(path):
-        yield from read_records(local_file(file))
+    found = find_data_files(path)
+    if not (files := found.of_split(split)):
+        raise BadInput(f"--split={split}: no file of {path} is named so; it has {', '.join(sorted(found.named_splits()))}")
+    if also_read is not None and (note := found.describe_left_out(found.named_splits() - {split, *also_read})):
+        log_line(note)
+    for file in files:
+        yield from read_records(local_file(file), skipped)
+
+
+def local_splits(dataset: str) -> set[str]:
+    """The splits, of "train", "validation" and "test", that the names in a local folder say; files whose names say none
+    belong to "train". Empty for a folder where no name says one, a file, and a hub dataset."""
+    path = local_path(dataset)
+    return find_data_files(path).named_splits() if path else set()
 
 
 def read_hub(dataset: str, dataset_config: str | None, split: str) -> Iterator[tuple[str, dict]]:
     import datasets
     flags = dataset_flags(dataset, dataset_config)
-    if dataset.endswith(tuple(RECORD_READERS)):
-        raise BadInput(f"{flags}: no such file")
+    require_hub_id(dataset)
     configure_libraries()
     try:
         rows = datasets.load_dataset(dataset, dataset_config, split=split)

@@ -193,7 +193,7 @@ def type_lines(monkeypatch, *lines: str):
 
 
 def test_saved_conversations_can_be_finetuned_on(attention_model, monkeypatch, tmp_path):
-    chat = Chat(attention_model, BYTES, GREEDY, 9, "be kind")
+    chat = Chat(attention_model, BYTES, GREEDY, 9, "be \udce9")
     check_logits(monkeypatch, chat, "wé|two|")
     ask(chat, "é\udce9")  # a lone surrogate, as terminals deliver bytes that are not UTF-8
     chat.save(tmp_path / "a.jsonl")
@@ -204,7 +204,7 @@ def test_saved_conversations_can_be_finetuned_on(attention_model, monkeypatch, t
         chat.save(tmp_path / "a.jsonl")
     train, held_out = read_conversations(ConversationConfig(dataset=str(tmp_path)), ROLES)
     assert sorted([message["content"] for message in one.messages] for one in train + held_out) == [
-        ["be kind", "and?", "two"], ["be kind", "é\ufffd", "wé"]]
+        ["be \ufffd", "and?", "two"], ["be \ufffd", "é\ufffd", "wé"]]
     assert [message["role"] for message in train[0].messages] == ["system", "user", "assistant"]
 
 

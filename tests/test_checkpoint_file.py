@@ -1,11 +1,13 @@
 """runtime/checkpoint.py: the file format, the writer of a run's checkpoints, and damaged files."""
 import io
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import assert_same
 from runtime.checkpoint import (
     FORMAT,
     CheckpointWriter,
@@ -19,6 +21,7 @@ from runtime.checkpoint import (
 )
 from runtime.config import BadInput
 from runtime.device import rng_state
+from runtime.memory import peak_resident_bytes
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -53,6 +56,92 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BadInput, match="a.pt: damaged, or not a checkpoint"):
         load_checkpoint(path)
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A checkpoint of a few hundred bytes of tensors, two of which share their memory."""
+    w = torch.arange(40.0).view(4, 10)
+    model = {"w": w, "tied": w, "rows": w[1:3], "bf16": w.bfloat16(), "empty": w[:0]}
+    save_checkpoint(tmp_path / "small.pt", {"model": model, "step": 3, "rng": torch.arange(5, dtype=torch.uint8)})
+    return tmp_path / "small.pt"
+
+
+@pytest.mark.integration
+def test_every_flipped_bit_is_refused_or_harmless(small):
+    """Also those of the zip directory: 0x10 among the attributes of a tensor's entry makes a folder of it, which torch then
+    leaves unfilled without a word."""
+    original, data = load_checkpoint(small), small.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    torch.full((1000,), 7.0)  # memory that is not zero, to be found by a tensor that is left unfilled
+    n_refused = 0
+    for i in [*range(0, directory, 23), *range(directory, len(data))]:
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[i] ^= 1 << bit
+            small.write_bytes(damaged)
+            try:
+                assert_same(load_checkpoint(small), original)
+            except BadInput as error:
+                n_refused += 1
+                assert "\n" not in str(error)
+    assert n_refused > 3000
+
+
+def test_tensors_go_on_sharing_their_memory_and_leave_the_file(small):
+    model = load_checkpoint(small)["model"]
+    small.write_bytes(bytes(small.stat().st_size))
+    assert model["w"].data_ptr() == model["tied"].data_ptr() and model["w"].sum() == 780
+    model["w"][1] = -1
+    assert (model["rows"][0] == -1).all() and (model["bf16"][1] >= 10).all()
+
+
+def rezip(path: Path, change):
+    """Rewrites a checkpoint's zip: change(name, content) -> (content, how it is compressed)."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, *change(name, content))
+
+
+@pytest.mark.parametrize("content", [
+    torch.zeros(1).expand(2**31), [torch.zeros(1000).expand(2**20, 1000)] * 2, torch.zeros(3, dtype=torch.complex64),
+    torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")], ids=["expanded", "twice", "complex", "sparse", "meta"])
+def test_a_small_file_does_not_become_large_and_all_tensors_are_plain(small, content):
+    torch.save({"format": FORMAT, "model": content}, small)
+    before = peak_resident_bytes()
+    with pytest.raises(BadInput, match="small.pt: damaged, or not a checkpoint"):
+        load_checkpoint(small)
+    assert peak_resident_bytes() - before < 2**28
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(small, tmp_path):
+    rezip(small, lambda name, content: (content if "data.pkl" not in name else content + bytes(2**28), zipfile.ZIP_DEFLATED))
+    assert small.stat().st_size < 2**20
+    before = peak_resident_bytes()
+    with pytest.raises(BadInput, match="small.pt: damaged, or not a checkpoint"):
+        load_checkpoint(small)
+    assert peak_resident_bytes() - before < 2**27
+
+
+def test_a_storage_ends_where_its_entry_ends(small):
+    """torch would read what lies behind it in memory."""
+    rezip(small, lambda name, content: (content,))
+    load_checkpoint(small)
+    rezip(small, lambda name, content: (content[:-8] if name.endswith("data/0") else content,))
+    with pytest.raises(BadInput, match="small.pt: damaged, or not a checkpoint"):
+        load_checkpoint(small)
+
+
+def test_containers_that_hold_themselves_or_many_copies_are_read(small):
+    nested = [1]
+    for _ in range(60):
+        nested = [nested, nested]
+    nested.append(nested)
+    torch.save({"format": FORMAT, "nested": nested}, small)
+    loaded = load_checkpoint(small)["nested"]
+    assert loaded[2] is loaded and loaded[0] is loaded[1]
 
 
 class Evil:
@@ -200,7 +289,7 @@ def test_an_error_of_an_asynchronous_write_is_raised_once(writer, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "MAX_PAUSE_SECONDS", -1)
     write(writer, 1)
 
-    def full(*args):
+    def full(*args, **options):
         raise OSError("gpt.pt: cannot be written (No space left on device)")
     with monkeypatch.context() as patch:
         patch.setattr("runtime.checkpoint.save_checkpoint", full)

@@ -15,7 +15,7 @@ import runtime.checkpoint
 import train
 import trainer
 from conftest import REPO, TINY_MODEL, assert_same, before_batch, run_rows, saved_training, signal_in_step
-from runtime.checkpoint import CheckpointWriter, load_checkpoint, run_folder, save_checkpoint
+from runtime.checkpoint import CheckpointWriter, load_checkpoint, run_folder, run_lock, save_checkpoint
 from runtime.files import folder_lock
 
 
@@ -154,9 +154,9 @@ def test_background_writes_change_nothing(run_train, monkeypatch):
     expected = run_train("--val_intervals=1", checkpoint="a/gpt.pt")
     blocking = []
 
-    def slow(path, checkpoint):
+    def slow(path, checkpoint, **options):
         time.sleep(0.03)
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, **options)
         blocking.append(threading.current_thread() is threading.main_thread())
     monkeypatch.setattr(CheckpointWriter, "MAX_PAUSE_SECONDS", -1)
     monkeypatch.setattr(runtime.checkpoint, "save_checkpoint", slow)
@@ -177,9 +177,9 @@ def test_each_background_write_holds_the_weights_of_its_step(run_train, monkeypa
         seen[state.step + 1] = {name: weight.clone() for name, weight in state.model.state_dict().items()}
         return done
 
-    def slow(path, checkpoint):
+    def slow(path, checkpoint, **options):
         time.sleep(0.05)
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, **options)
         written[checkpoint["training"]["step"]] = load_checkpoint(path)
     monkeypatch.setattr(trainer, "train_step", recorded)
     monkeypatch.setattr(runtime.checkpoint, "save_checkpoint", slow)
@@ -206,10 +206,10 @@ def test_a_stopped_run_with_background_writes_resumes_bit_for_bit(run_train, mon
     (MemoryError("too little memory to copy"), "too little memory to copy")])
 def test_a_failed_background_write_ends_the_run_in_one_line(run_train, monkeypatch, tmp_path, capsys, write_async, error,
                                                             words):
-    def full(path, checkpoint):
+    def full(path, checkpoint, **options):
         if checkpoint["training"]["step"] == 3:
             raise error
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, **options)
     monkeypatch.setattr(runtime.checkpoint, "save_checkpoint", full)
     with pytest.raises(SystemExit) as stop:
         run_train("--max_iter=30", "--val_intervals=3")
@@ -231,6 +231,22 @@ def test_two_processes_do_not_share_a_checkpoint(run_train, tmp_path, refused, d
     assert {file: left[file] for file in before} == before and not [file for file in left if file.suffix == ".tmp"]
     run_train("--resume_checkpoint", "--max_iter=6")
     assert step_of(path) == 6
+
+
+def test_a_checkpoint_has_one_run_whatever_its_name(run_train, tmp_path, refused, data_path):
+    """Two runs would share the temporary file of the file behind a link."""
+    path = run_train("--max_iter=1")
+    (tmp_path / "linked").symlink_to(path.parent)
+    (tmp_path / "link.pt").symlink_to(path)
+    (tmp_path / "second.pt").symlink_to("link.pt")
+    before = contents(tmp_path)
+    for first, second in ((path, "link.pt"), ("link.pt", "second.pt"), ("second.pt", path), (path, "linked/gpt.pt")):
+        with run_lock(tmp_path / first, "held by the test"):
+            refused(train.main, [f"--checkpoint_path={tmp_path / second}", f"--data_path={data_path}", "--overwrite"],
+                    f"--checkpoint_path={tmp_path / second}: another process")
+        assert contents(tmp_path) == before
+    run_train("--overwrite", "--max_iter=2", checkpoint="link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and step_of(path) == 2
 
 
 def test_a_run_locks_its_checkpoint_while_it_trains(run_train, monkeypatch, capsys):

@@ -37,7 +37,9 @@ class Example:
     (["--resume"], Example(resume="1")), (["--resume=a.pt"], Example(resume="a.pt")),
     (["--many=auto", "--quick=auto"], Example(many="auto", quick="auto")),
     (["--many=7", "--quick=0"], Example(many=7, quick=False)), (["--quick"], Example(quick=True)),
-    (["--steps", "3", "0.25", "--size=2"], Example(2, steps=(3.0, 0.25))), (["--steps=4"], Example(steps=(4.0,)))],
+    (["--steps", "3", "0.25", "--size=2"], Example(2, steps=(3.0, 0.25))), (["--steps=4"], Example(steps=(4.0,))),
+    (["--resume=--"], Example(resume="--")), (["--path=--"], Example(path=Path("--"))),
+    (["--size=1", "--size=2"], Example(2))],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_flags_are_parsed(argv, expected):
     assert parse_flags("", argv, Example) == [expected]
@@ -59,7 +61,14 @@ def test_whole_numbers_are_parsed(text, expected):
     (["--rate=inf"], "--rate=inf: must be finite"), (["--rate=x"], "'x' is not a number"),
     (["--kind=c"], "--kind=c: choose one of a, b"), (["--fast=perhaps"], "neither 1 nor 0"),
     (["--path="], "--path: is empty, give a path"), (["--path=" + "x" * 300], "--path: is longer than"),
-    (["--path=~nobody_here/x"], "a user that does not exist"),
+    (["--path=~nobody_here/x"], "a user that does not exist"), (["--path=" + "x/" * 2000], "--path: is longer than"),
+    (["--path=a\0b"], "--path: has a NUL"), (["--kind=a\0b"], "--kind: has a NUL"), (["--kind=\udcff"], "not valid UTF-8"),
+    (["--size=١٢"], "'١٢' is not a whole number in the digits 0 to 9"),
+    (["--rate=٠.٥"], "'٠.٥' is not a number in the digits"), (["--fast=--"], "neither 1 nor 0"),
+    (["--size=--"], "'--' is not a whole number"), (["--steps=--"], "'--' is not a number"), (["--size==3"], "'=3' is not"),
+    (["--path=--", "--sise=3"], "--sise=3: no such flag"), (["--=3"], "--=3: no such flag"),
+    (["-"], "-: no such flag"), (["-3"], "-3: no such flag"), (["--size="], "'' is not a whole number"),
+    (["--size=" + "9" * 5000], "9…' is not a whole number"), (["--size", "3", "4"], "4: not a flag"),
     (["--sise=3"], "--sise=3: no such flag, did you mean --size?"),
     (["--siz=3"], "--siz=3: no such flag, did you mean --size?"),
     (["--zzz"], "--zzz: no such flag, see --help"),
@@ -121,6 +130,20 @@ def test_a_closed_pipe_ends_a_command_without_a_line(tmp_path):
     done = subprocess.run(f"{sys.executable} {tmp_path / 'prints.py'} | head -1", shell=True, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
     assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("redirect, code, shown", [(">&-", 2, "line of stderr"), ("2>&-", 2, ""), ("<&- >&- 2>&-", 2, "")])
+def test_a_stream_that_is_closed_from_the_start_does_not_matter(tmp_path, redirect, code, shown):
+    """Python has None for it, and the next file that is opened gets its number."""
+    (tmp_path / "prints.py").write_text(
+        "import os, sys\nfrom runtime.cli import command\nfrom runtime.config import BadInput\n@command\n"
+        "def main(argv=None):\n    print('line')\n    with open('file', 'w') as file:\n        assert file.fileno() > 2\n"
+        "    os.write(1, b'by a library')\n    raise BadInput('line of stderr')\nmain()\n")
+    done = subprocess.run(f"{sys.executable} prints.py {redirect}", shell=True, capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert done.returncode == code and shown in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 @pytest.mark.parametrize("error", [

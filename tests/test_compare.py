@@ -389,11 +389,22 @@ def test_unreadable_checkpoint_is_reported_once(fake_train, flags):
     (["--budget=tokens=600"], "less than a step"),
     (["--budget=cups=2"], "give tokens=N"), (["--budget=seconds=9", "--jobs=2"], "only one run at a time"),
     (["--data_path=/nowhere"], "no shards to read"), (["--batch_size=auto"], "give a number"), (["--rates", "0"], "above 0"),
+    (["--budget=tokens=١٢٠٠"], "give tokens=N"), (["--budget=tokens=1e999"], "give tokens=N"),
+    (["--sizes", "n_layer=9999"], "--n_layer=9999: must be at most 1000"),
     (["--max_iter=5"], "no such flag"), (["--block_size=100000"], "--block_size=100000"),
     (["--device=cuda:77"], "not on this")])
 def test_bad_input_is_refused_in_a_line(fake_train, refused, flags, tmp_path, more, words):
     refused(compare.main, [*flags, *more], words)
     assert not fake_train.log() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("plan", ["", "[]", "3", "null", '{"arms": ', "[" * 100_000])
+def test_a_plan_that_cannot_be_read_is_written_again(fake_train, flags, tmp_path, plan):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text(plan)
+    compare.main(flags)
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["budget"] == "tokens=15360"
 
 
 @pytest.mark.integration

@@ -8,8 +8,8 @@ import pytest
 from runtime.config import BadInput
 from tasks import builtin_questions
 from tasks.builtin_questions import MAKERS, is_held_out, make_questions
-from tasks.conversations import MAX_TURNS, ConversationConfig, parse_messages, read_conversations
-from tasks.multiple_choice import parse_choice, read_choices
+from tasks.conversations import MAX_TURNS, ConversationConfig, ReadReport, read_conversations
+from tasks.multiple_choice import read_choices
 from tasks.rows import read_dataset
 from tokenizer import ROLES
 
@@ -98,24 +98,11 @@ def test_built_in_conversations():
 
 # -- conversations ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("row, config", [
-    ({"messages": MESSAGES}, {}), ({"question": "who?", "answer": "me"}, {}), ({"instruction": "who?", "output": "me"}, {}),
-    ({"instruction": "who?", "context": "", "response": "me"}, {}), ({"prompt": "who?", "completion": "me"}, {}),
-    ({"q": "who?", "a": "me", "question": 1, "answer": 2}, {"question_column": "q", "answer_column": "a"}),
-    ({"conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}]}, {})], ids=str)
-def test_row_formats(row, config):
-    assert parse_messages(row, ConversationConfig(**config)) == MESSAGES
-
-
-def test_context_is_appended_to_the_question():
-    row = {"instruction": "Sum up.", "input": "A long text.", "output": "Text."}
-    assert parse_messages(row, ConversationConfig())[0]["content"] == "Sum up.\n\nA long text."
-
-
 @pytest.mark.parametrize("fields, expected", [
     ({}, ("", "")), ({"task": "sums"}, ("sums", "sums")), ({"category": "open_qa"}, ("open_qa", "open_qa")),
     ({"kind": "maths", "task": "sums"}, ("maths", "sums")), ({"kind": "m: easy", "task": "a: b"}, ("m: easy", "a: b")),
-    ({"kind": "maths"}, ("maths", ""))], ids=str)
+    ({"kind": "maths"}, ("maths", "")), ({"task": 7, "kind": ["x"]}, ("7", "7")),
+    ({"task": "half \ud83d"}, ("half \ufffd",) * 2)], ids=ascii)
 def test_kind_and_task_are_fields_of_the_row(fields, expected, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": "yes"} | fields for i in range(4)])
     train, held_out = read_conversations(ConversationConfig(dataset=str(path)), ROLES)
@@ -123,7 +110,7 @@ def test_kind_and_task_are_fields_of_the_row(fields, expected, tmp_path):
 
 
 def test_local_files_and_the_hub_give_the_same(tmp_path, hub):
-    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)]
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(50)]
     (tmp_path / "files").mkdir()
     write_jsonl(tmp_path / "files" / "a.jsonl", rows[:12])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[12:]), tmp_path / "files" / "b.parquet")
@@ -132,35 +119,75 @@ def test_local_files_and_the_hub_give_the_same(tmp_path, hub):
                      for dataset in (str(tmp_path / "files"), "org/talk"))
     assert [[one.messages for one in part] for part in local] == [[one.messages for one in part] for part in remote]
     train, held_out = local
-    assert len(train) == 15 and len(held_out) == 5
+    assert len(train) == 45 and len(held_out) == 5
     assert train[0].where.startswith(f"{tmp_path / 'files' / 'a.jsonl'}: line ")
 
 
-def test_conversations_with_the_same_first_message_stay_together(tmp_path):
-    rows = [{"question": f"{i // 4}?", "answer": str(i)} for i in range(40)]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    train, held_out = read_conversations(ConversationConfig(str(path), val_conversations=3), ROLES)
-    questions = lambda part: {one.messages[0]["content"] for one in part}
-    assert len(held_out) == 12 and not questions(train) & questions(held_out)
+def read(rows: list[dict], tmp_path, n: int) -> tuple[list, list]:
+    """What is trained on and what is held out of `rows`, each conversation as the contents of its messages."""
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    parts = read_conversations(ConversationConfig(str(path), val_conversations=n), ROLES)
+    return tuple([tuple(message["content"] for message in one.messages) for one in part] for part in parts)
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"messages": []}, "has no messages in its conversation"), ({"messages": "hi"}, "not a list"),
-    ({"text": "hi"}, "has no messages, nor question"), ({"messages": [{"role": "user"}]}, "no role and content"),
-    ({"messages": ["hi"]}, "no role and content"), ({"messages": [{"role": "x", "content": ""}]}, "unknown role 'x'"),
-    ({"messages": [{"role": "user", "content": None}]}, "type NoneType"),
-    ({"question": "who?", "answer": None}, "type NoneType"), ({"question": None, "answer": "me"}, "type NoneType"),
-    ({"conversations": None}, "has no messages in its conversation")], ids=str)
-def test_bad_row_is_named(row, words, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES}, row])
-    with pytest.raises(BadInput, match=words) as error:
-        read_conversations(ConversationConfig(dataset=str(path)), ROLES)
-    assert str(error.value).startswith(f"{path}: line 2: ")
+GREETINGS = [["hi", "hello", f"{i // 2} plus {i % 2}?", "1"] for i in range(1000)]
+
+
+@pytest.mark.parametrize("rows, n, expected", [
+    ([{"question": f"{i}?", "answer": "a"} for i in range(3000)], 240, 240),
+    ([{"question": f"{i}?", "answer": "a"} for i in range(100)], 240, 10),
+    ([{"question": f"{i}?", "answer": "a"} for i in range(3)], 240, 1),
+    ([{"question": f"{i // 4}?", "answer": str(i)} for i in range(400)], 40, 40),
+    ([{"question": f"{i // 4}?", "answer": str(i)} for i in range(12)], 3, 4),   # every group is larger than the share
+    ([{"question": "0?" if i < 50 else f"{i}?", "answer": str(i)} for i in range(100)], 20, 10),
+    ([{"system": f"{i}", "question": "the same?", "answer": "a"} for i in range(100)], 240, 10),
+    ([{"data": [f"hi {i % 7}", *turns[1:]]} for i, turns in enumerate(GREETINGS)], 240, 100)], ids=[
+        "many", "few", "three", "of 4 answers", "few of 4 answers", "half ask the same", "system texts", "7 greetings"])
+def test_held_out_share_and_what_leaks(rows, n, expected, tmp_path):
+    """At most --val_conversations and a tenth are held out; what is asked there is not trained on."""
+    train, held_out = read(rows, tmp_path, n)
+    assert len(held_out) == expected and len(train) == len(rows) - expected
+    asked = [{turns[:-1] if "hi" not in turns[0] else turns[2:-1] for turns in part} for part in (train, held_out)]
+    assert not asked[0] & asked[1]
+    again = read(rows[::-1], tmp_path, n)
+    assert [sorted(part) for part in again] == [sorted(train), sorted(held_out)]
+
+
+def test_conversations_that_ask_the_same_cannot_be_held_out(tmp_path):
+    with pytest.raises(BadInput, match="ask the same"):
+        read([{"question": "?", "answer": str(i)} for i in range(9)], tmp_path, 3)
+
+
+def test_held_out_files_of_a_folder(tmp_path):
+    """A folder's validation files, else its test files, are what is held out; their questions are not trained on."""
+    write_jsonl(tmp_path / "train.jsonl", [{"question": f"{i}?", "answer": "a"} for i in range(30)])
+    write_jsonl(tmp_path / "test.jsonl", [{"question": f"{i}?", "answer": "a"} for i in range(28, 50)])
+    for files, n, n_train in (("test", 100, 28), ("validation", 5, 30)):
+        report = ReadReport()
+        train, held_out = read_conversations(ConversationConfig(str(tmp_path), val_conversations=n), ROLES, report)
+        assert len(train) == n_train and all(f"{files}.jsonl" in one.where for one in held_out)
+        assert f"conversations in its {files} files" in report.notes[0]
+        write_jsonl(tmp_path / "validation.jsonl", [{"question": f"v{i}?", "answer": "a"} for i in range(9)])
+    assert len(held_out) == 5 and "held out: 5 of the 9" in report.notes[0]
+
+
+def test_rows_that_cannot_be_read_are_counted(tmp_path):
+    good = [{"messages": [{"role": "user", "content": f"{i}?"}, MESSAGES[1]], "id": i} for i in range(5)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES[:1]}, *good, {"messages": None}])
+    with pytest.raises(BadInput, match="a.jsonl: line 1: has no message of the assistant.*--skip_errors=1 leaves such rows"):
+        read_conversations(ConversationConfig(str(path)), ROLES)
+    train, held_out = read_conversations(ConversationConfig(str(path), skip_errors=True), ROLES, report := ReadReport())
+    assert len(train) + len(held_out) == 5 and len(report.skipped) == 2
+    assert report.lines()[0].startswith(f"left out 2 that cannot be read, the first: {path}: line 1: has no message")
+    assert report.lines()[1:] == ["columns not used: id"]
+    write_jsonl(path, [{"messages": None}])
+    with pytest.raises(BadInput, match="holds no conversations that can be read, the first: .*line 1: has no messages"):
+        read_conversations(ConversationConfig(str(path), skip_errors=True), ROLES)
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"hi", "a.txt"), ("bad.jsonl", b'{"messages"\n', "bad.jsonl: line 1"), ("list.jsonl", b"[1]\n", "JSON object"),
-    ("bad.parquet", b"PAR1", "bad.parquet"), ("one.jsonl", json.dumps({"messages": MESSAGES}).encode(), "too few"),
+    ("bad.parquet", b"PAR1", "bad.parquet"), ("one.jsonl", json.dumps({"messages": MESSAGES}).encode(), "ask the same"),
     ("empty.jsonl", b"", "holds no conversations")])
 def test_bad_file_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -169,7 +196,7 @@ def test_bad_file_is_named(tmp_path, name, content, words):
 
 
 @pytest.mark.parametrize("dataset, words", [
-    ("", "is empty"), ("org/text", "--dataset=org/text: row 1: has no messages"), ("org/none", "org/none"),
+    ("", "is empty"), ("org/text", "--dataset=org/text: row 1: has text.*its columns are text.$"), ("org/none", "org/none"),
     ("gone.jsonl", "no such file")])
 def test_bad_dataset_is_named(hub, dataset, words):
     hub.add("org/text", {"default": [[{"text": "hi"}]]})
@@ -189,36 +216,15 @@ def test_column_flags_go_together_and_must_exist(tmp_path):
 
 # -- multiple choice --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("row, context, endings, label", [
-    (HELLASWAG, HELLASWAG["ctx"], HELLASWAG["endings"], 1),
-    (HELLASWAG | {"label": 3}, HELLASWAG["ctx"], HELLASWAG["endings"], 3),
-    (ARC, "Which is a number?", ["dog", "one", "cat"], 1),
-    (ARC | {"choices": {"text": ["dog", "one"], "label": ["1", "2"]}, "answerKey": "2"}, "Which is a number?",
-     ["dog", "one"], 1),
-    ({"query": "Go on", "choices": ["a", "b"], "gold": 1}, "Go on", ["a", "b"], 1),
-    ({"question": "Which?", "choices": ["a", "b"], "answer": 0}, "Which?", ["a", "b"], 0)], ids=str)
-def test_choice_formats(row, context, endings, label):
-    choice = parse_choice(row, "here")
-    assert (choice.context, choice.endings, choice.label, choice.where) == (context, endings, label, "here")
-
-
-def test_choice_columns_by_name():
-    row = {"text": "Go on", "ctx": "not this", "endings": ["a", "b"], "label": 0, "right": "1"}
-    choice = parse_choice(row, "", question_column="text", answer_column="right")
-    assert (choice.context, choice.label) == ("Go on", 1)
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"label": ""}, "the label is '': must be one of 0, 1, 2, 3"), ({"label": "4"}, "the label is '4'"),
-    ({"label": -1}, "the label is '-1'"), ({"label": None}, "the label is 'None'"), ({"label": "B"}, "the label is 'B'"),
-    ({"endings": ["one"]}, "has 1 endings: give at least 2"), ({"endings": "one"}, "has no list of endings"),
-    ({"endings": {"label": ["A"]}}, "has no list of endings"), ({"endings": ["a", ""]}, "an ending is empty"),
-    ({"endings": ["a", 5]}, "is not text"), ({"ctx": None}, "is not text")], ids=str)
-def test_bad_choice_is_named(changes, words, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [HELLASWAG, HELLASWAG | changes])
-    with pytest.raises(BadInput, match=words) as error:
+def test_choices_that_cannot_be_used_are_counted(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [HELLASWAG | {"label": ""}, HELLASWAG, {"ctx": "no endings"}])
+    with pytest.raises(BadInput, match="a.jsonl: line 1: the label is ''.*--skip_errors=1 leaves such rows out"):
         read_choices(str(path), None, "train")
-    assert str(error.value).startswith(f"{path}: line 2: ")
+    assert len(read_choices(str(path), None, "train", skipped=(skipped := []))) == 1
+    assert [message.split(": ")[1] for message in skipped] == ["line 1", "line 3"]
+    write_jsonl(path, [HELLASWAG | {"label": ""}])
+    with pytest.raises(BadInput, match="has no rows that can be used, the first: .*line 1"):
+        read_choices(str(path), None, "train", skipped=[])
 
 
 def test_limit_stops_before_a_bad_choice(tmp_path):

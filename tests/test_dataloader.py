@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import train
-from dataloader import BlockBatches, PackedBatches, permute_index, shard_loader, val_batches
+from dataloader import (
+    IGNORE_INDEX,
+    BlockBatches,
+    PackedBatches,
+    TrainLoader,
+    permute_index,
+    row_length,
+    shard_loader,
+    val_batches,
+)
 from runtime.config import BadInput
 from shards import Manifest, ShardWriter, documents_to_reach, open_data
 from tasks.conversations import Conversation
@@ -339,6 +348,9 @@ def conversation(user: str, assistant: str | None = None) -> Conversation:
 @pytest.mark.parametrize("messages, words", [
     ([{"role": "robot", "content": "x"}], "chat.jsonl: line 7: message 1 has the unknown role 'robot'"),
     ([{"role": "user"}], "chat.jsonl: line 7: message 1 has no role and content"),
+    ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}],
+     "chat.jsonl: line 7: has no message of the assistant"),
+    ([{"role": "assistant", "content": "y", "weight": 0.5}], "chat.jsonl: line 7: message 1 has the weight '0.5': give"),
     ([{"role": "user", "content": "x"}], "chat.jsonl: line 7: has no message of the assistant")], ids=str)
 def test_a_malformed_conversation_is_named(messages, words):
     with pytest.raises(BadInput) as error:
@@ -350,3 +362,45 @@ def test_a_tokenizer_without_chat_tokens_is_not_the_conversations_fault():
     plain = Tokenizer.from_ranks(BYTES.ranks, "gpt2", ("<|endoftext|>",))
     with pytest.raises(BadInput, match=r"^the tokenizer has no <\|system\|> token"):
         PackedBatches(plain, [conversation("a", "b")], 1, 16, 0)
+
+
+def test_a_message_of_weight_0_is_context_without_loss():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "no", "weight": 0},
+                {"role": "user", "content": "b"}, {"role": "assistant", "content": "yes", "weight": 1}]
+    inputs, targets, _ = PackedBatches(BYTES, [Conversation(messages, "")], 1, 32, 0)[0]
+    _, end = BYTES.chat_token_ids()
+    assert targets[targets != IGNORE_INDEX].tolist() == [*b"yes", end]
+    assert b"no" in bytes(min(token_id, 255) for token_id in inputs[0].tolist())
+
+
+@pytest.mark.parametrize("lengths, context, expected", [
+    ([10, 12, 9], 8192, 64), ([10, 12, 9], 32, 32), ([10, 65], 8192, 128), ([128] * 9, 8192, 128), ([129] * 9, 8192, 256),
+    ([8000], 8192, 8192), ([5000], 6000, 6000), ([100] * 1000, 8192, 8192), ([100] * 100, 8192, 1024)], ids=str)
+def test_rows_are_as_long_as_what_they_hold(lengths, context, expected):
+    assert row_length(lengths, context) == expected
+
+
+def test_few_conversations_make_short_rows_whatever_the_batch():
+    """So that a resumed run may change the batch size, and a compiled model sees one shape."""
+    conversations = [conversation("who?" * (i % 3), "me") for i in range(6)]
+    loaders = [TrainLoader(PackedBatches(BYTES, conversations, n, 8192, 1), "data") for n in (2, 16)]
+    assert [loader.next_batch()[0].shape for loader in loaders] == [(2, 64), (16, 64)]
+    loaders[1].load_state_dict(loaders[0].state_dict())
+    loaders[0].next_batch()
+    assert torch.equal(loaders[0].next_batch()[1], loaders[1].next_batch()[1][2:4])
+    with pytest.raises(BadInput, match="--dataset: its rows have 64 tokens here, and had 8,192 in the checkpoint's run"):
+        loaders[0].load_state_dict(loaders[0].state_dict() | {"block_size": 8192})
+    for loader in loaders:
+        loader.close()
+
+
+def test_the_rest_of_a_long_conversation_is_not_encoded(monkeypatch):
+    """Its ids would take gigabytes; the first ones are as they would be."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "x" * 20} for i in range(40)]
+    ids, assistant_mask = BYTES.encode_chat(messages)
+    for n in (1, 2, 21, 22, 23, 44, 200, 10_000):
+        assert BYTES.encode_chat(messages, max_tokens=n) == (ids[:n], assistant_mask[:n])
+    encoded, encode = [], BYTES.encode_documents
+    monkeypatch.setattr(BYTES, "encode_documents", lambda texts: encoded.append(len(texts.utf8)) or encode(texts))
+    batches = PackedBatches(BYTES, [Conversation(messages, "")], 1, 64, 0)
+    assert sum(encoded) <= 100 and batches.n_truncated == 1 and len(batches.conversations[0][0]) == 65

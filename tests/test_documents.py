@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from text.documents import PackedDocuments
+from text.documents import DocumentSet, PackedDocuments
 
 TEXTS = ["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"]
 STRINGS = ["one", "", "zwei ä", "b\ufffdad", "🙂 \ufffd"]  # invalid bytes and lone surrogates are replaced
@@ -39,3 +39,30 @@ def test_batches_are_concatenated(documents):
     joined = PackedDocuments.concat([documents, PackedDocuments.from_utf8([]), documents.slice(0, 1)])
     assert list(joined.strings()) == [*STRINGS, "one"]
     assert PackedDocuments.concat([documents]) is documents
+
+
+SPACE = " \t\n" * 30
+
+
+@pytest.mark.parametrize("text, is_in", [
+    ("one", True), ("  one\n", True), (f"{SPACE}one{SPACE}", True), ("on", False), ("one.", False), ("One", False),
+    ("", True), (SPACE, True), ("x" * 100 + "y" + "x" * 100, True), ("x" * 100 + "z" + "x" * 100, False),
+    ("ä\u00a0", True), ("ä", False), ("12345678", True), ("123456789", False)])
+def test_a_set_of_documents(text, is_in):
+    """White space of ASCII at the ends does not count; the middle of a text does."""
+    documents = DocumentSet()
+    assert not documents.contains(PackedDocuments.from_strings([text])).any()
+    documents.add(PackedDocuments.from_strings([" one ", "x" * 100 + "y" + "x" * 100, "\n"]))
+    documents.add(PackedDocuments.from_strings(["ä\u00a0", "12345678"]))
+    for others in ([], ["two", "three"]):
+        found = documents.contains(PackedDocuments.from_strings([*others, text, *others]))
+        assert found.tolist() == [False] * len(others) + [is_in] + [False] * len(others)
+
+
+def test_a_set_of_documents_is_that_of_their_stripped_bytes():
+    rng = np.random.default_rng(0)
+    texts = [bytes(rng.choice(list(b"ab \n"), rng.integers(0, 12))) for _ in range(2000)]
+    documents, known = DocumentSet(), {text.strip() for text in texts[:300]}
+    documents.add(PackedDocuments.from_utf8(texts[:300]))
+    assert documents.contains(PackedDocuments.from_utf8(texts)).tolist() == [text.strip() in known for text in texts]
+    assert len(documents.contains(PackedDocuments.from_utf8([]))) == 0

@@ -19,6 +19,7 @@ import download_data
 import shards
 import train
 from conftest import REPO, TINY_MODEL, stderr_lines
+from runtime.config import BadInput
 from runtime.files import folder_lock
 from shards import Manifest, open_data
 from text import formats, sources
@@ -405,7 +406,8 @@ def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, token
     monkeypatch.setattr(formats, "CHUNK_BYTES", chunk_bytes)
     tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
     tokenizer.save(tmp_path / "tokenizer.json")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * (n - 1)}) + "\n" for n in (3, 4, 2, 9, 2, 2)))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * (n - 1)}) + "\n"  # no document twice
+                                              for letter, n in zip("abcdef", (3, 4, 2, 9, 2, 2))))
     download_data.main([f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}",
                         f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={val_tokens}",
                         f"--shard_size_threshold={shard_size}", f"--tokens_threshold={tokens}"])
@@ -501,6 +503,114 @@ def test_verify_an_unfinished_folder(tmp_path, text, capsys):
     assert "the preparation has not finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda data: data + b"\0\0", "holds 2 bytes after its tokens"), (lambda data: data + data, "bytes after its tokens"),
+    (lambda data: data[:10] + bytes([data[10] ^ 4]) + data[11:], "not a .npy file"),
+    (lambda data: data[:60] + b"\0" + data[61:], "not a .npy file"), (lambda data: b"", "not a .npy file"),
+    (lambda data: data.replace(b"'shape': (", b"'shape': [", 1), "not a .npy file"),
+    (lambda data: data.replace(b"<u2", b"|O2", 1), "not a .npy file")], ids=range(7))
+def test_damaged_shards_are_refused(tmp_path, text, refused, change, words):
+    """By --verify, and on opening."""
+    shard = prepare(tmp_path, text) / "train_000001.npy"
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(BadInput, match=f"train_000001.npy: .*{words}"):
+        open_data(shard.parent).split("train")
+    with pytest.raises(BadInput, match="does not match its manifest.json"):
+        shards.verify(shard.parent)
+
+
+def test_a_flipped_bit_anywhere_in_a_header_is_refused_or_harmless(tmp_path, text):
+    shard = prepare(tmp_path, text) / "val_000000.npy"
+    data, ids = shard.read_bytes(), np.load(shard)
+    for bit in range(0, 8 * 128, 3):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(damaged)
+        try:
+            tokens = open_data(shard.parent).split("val")
+        except BadInput as error:
+            assert "val_000000.npy: " in str(error)
+        else:
+            assert np.array_equal(tokens.read(0, len(tokens)), ids)
+
+
+@pytest.mark.parametrize("place", [{}, {"at": {"file": 0, "row": 0, "byte": 0}, "skip": 0}, {"at": None, "skip": 9},
+                                   {"at": {"file": 7, "row": 0, "byte": 0}, "skip": 1}, {"at": 3, "skip": 1},
+                                   {"at": {}, "skip": 1}, {"at": {"file": 0, "row": 0, "byte": 7}, "skip": 1},
+                                   "later", "the text was edited"], ids=str)
+@pytest.mark.parametrize("has_checksum", [False, True])
+def test_a_wrong_place_in_the_text_is_refused(tmp_path, text, texts, monkeypatch, refused, place, has_checksum):
+    """It would end with other tokens than an uninterrupted preparation, and call them complete."""
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 5000)
+    interrupt_after_shards(monkeypatch, tmp_path, text, 2)
+    manifest = Manifest.load(tmp_path / "data")
+    if place == "the text was edited":  # without a change of its size
+        file = tmp_path / "text" / "a.jsonl"
+        file.write_text(file.read_text().replace("e", "i").replace("tixt", "text"))
+    else:
+        manifest.position = manifest.position | {"skip": manifest.position["skip"] + 5} if place == "later" else place
+    checksum = manifest.checksum
+    manifest.save(tmp_path / "data")
+    if not has_checksum:  # only the place was changed
+        path = tmp_path / "data" / "manifest.json"
+        path.write_text(path.read_text().replace(Manifest.load(tmp_path / "data").checksum, checksum))
+    before = contents(tmp_path / "data")
+    words = ["cannot be parsed as JSON"] if has_checksum and "'byte': 7" in str(place) else ["manifest.json: ", "changed"]
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+                                 "--shard_size_threshold=9000", "--tokens_threshold=40000"], *words)
+    assert contents(tmp_path / "data") == before
+
+
+def interrupt_after_shards(monkeypatch, tmp_path, text, n: int):
+    """Prepares `data` up to Ctrl-C while the shard after the first n is written."""
+    open_shard, opened = shards.ShardWriter._open, iter(range(10**6))
+
+    def stop(self):
+        open_shard(self)
+        if next(opened) == n:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shards.ShardWriter, "_open", stop)
+        prepare(tmp_path, text)
+
+
+def test_a_manifest_of_an_earlier_version_is_resumed(tmp_path, text, monkeypatch):
+    expected = contents(prepare(tmp_path, text, folder="whole"))
+    interrupt_after_shards(monkeypatch, tmp_path, text, 2)
+    path = tmp_path / "data" / "manifest.json"
+    values = json.loads(path.read_text())
+    for name in ("checksum", "last_document", "n_duplicates"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    prepare(tmp_path, text)
+    assert contents(tmp_path / "data") == expected
+
+
+@pytest.mark.parametrize("change", [
+    {"vocab_size": None}, {"vocab_size": 1.5}, {"vocab_size": 10**30}, {"vocab_size": -1}, {"vocab_size": 70_000},
+    {"tokenizer": 3}, {"left_out": -1}, {"n_duplicates": "1"}, {"shards": []}, {"shards": {"val": {}, "train": 3}},
+    {"complete": 1}, {"settings": {"val_tokens": "many"}}, {"settings": {"num_nodes": 0}},
+    {"source": {"dataset": 3, "revisions": []}}, {"source": {"revisions": [3]}}, {"place": []},
+    {"place": {"at": 0, "skip": -1}}, {"checksum": 3}, {"extra": 1},
+    *({"shard": {name: value}} for name, values in {
+        "tokens": [-1, 0, 1.5, "9", None, 10**40], "bytes": [-1, 2**63], "documents": [0, 10**9],
+        "sha256": ["", "x" * 64, None], "file": ["../x.npy", 3]}.items() for value in values)], ids=str)
+def test_manifests_with_other_values_are_refused(data_path, tmp_path, change):
+    values = json.loads((data_path / "manifest.json").read_text())
+    values["shards"]["train"][0] |= change.get("shard", {})
+    values |= {name: value for name, value in change.items() if name != "shard"}
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match="manifest.json: not a manifest of this program"):
+        Manifest.load(tmp_path)
+
+
+def test_stats_that_cannot_be_written_are_refused_first(tmp_path, text, refused, monkeypatch):
+    path = prepare(tmp_path, text)
+    monkeypatch.setattr(download_data, "count_lengths_and_ids", None)
+    (path / "stats.csv").mkdir()
+    refused(download_data.main, [f"--data_path={path}", "--stats"], f"{path / 'stats.csv'}: cannot be written")
+
+
 def test_stats_count_and_draw(tmp_path, text, capsys, refused):
     path = prepare(tmp_path, text)
     data = open_data(path)
@@ -589,7 +699,7 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
     manifest.complete = False
     manifest.save(path)
     before = contents(path)
-    (tmp_path / "text" / "b.txt").write_text(english[50], encoding="utf-8")
+    (tmp_path / "text" / "b.jsonl").write_text(json.dumps({"text": english[50]}))
     flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
              "--tokens_threshold=40000"]
     refused(download_data.main, flags, "--dataset=", "its files have changed", "choose another --data_path")

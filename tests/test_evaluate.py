@@ -37,7 +37,7 @@ from runtime.device import Machine
 from runtime.metrics import LossSums
 from sampling import GREEDY, generate_texts
 from tasks.builtin_questions import make_questions
-from tasks.conversations import Conversation
+from tasks.conversations import Conversation, ReadReport
 from tasks.multiple_choice import Choice, parse_choice
 from tokenizer import Tokenizer
 
@@ -211,10 +211,28 @@ def test_ending_that_merges_with_the_context_still_has_a_token():
     assert window.ids.tolist() == [tokenizer.separator_id, 257] and window.n_scored == 1
 
 
-def test_ending_longer_than_the_context_is_refused(tokenizer):
-    choice = Choice("x", ["a", "one two three"], 0, "file: line 3")
-    with pytest.raises(BadInput, match="file: line 3: an ending has .* tokens, the model's context holds 2: leave the row"):
-        score_choices(make_model(2, tokenizer.vocab_size), tokenizer, CPU, [choice], EvaluateConfig(task="choice"))
+def test_each_ending_may_have_its_own_context(tokenizer):
+    """WinoGrande's options: what follows the gap is scored after each of them, as in lm-eval."""
+    row = {"sentence": "The array is sorted and the _ is returned here.", "option1": "list", "option2": "copy", "answer": 2}
+    model = make_model(64, tokenizer.vocab_size)
+    _, (scored,) = score_choices(model, tokenizer, CPU, [parse_choice(row, "")], EvaluateConfig(task="choice"))
+    for score, option in zip(scored["scores"], ("list", "copy")):
+        context = [tokenizer.separator_id, *tokenizer.encode(f"The array is sorted and the {option}")]
+        ids = context + tokenizer.encode(" is returned here.")
+        assert score == pytest.approx(sum(next_logprobs(model, ids[:i])[ids[i]].item()
+                                          for i in range(len(context), len(ids))), rel=1e-5)
+
+
+def test_ending_longer_than_the_context_is_refused_or_left_out(tokenizer):
+    long, short = Choice("x", ["a", "one two three"], 0, "file: line 3"), Choice("x", ["a", "b"], 0, "file: line 4")
+    model = make_model(2, tokenizer.vocab_size)
+    score = lambda choices, **flags: score_choices(model, tokenizer, CPU, choices, EvaluateConfig(task="choice", **flags))
+    with pytest.raises(BadInput, match="line 3: an ending has .* tokens, the model's context holds 2: --skip_errors=1"):
+        score([long, short])
+    scores, rows = score([long, short], skip_errors=True)
+    assert len(rows) == 1 and scores["questions longer than the context, left out"].value == 1
+    with pytest.raises(BadInput, match="no question has endings that fit"):
+        score([long], skip_errors=True)
 
 
 # -- questions --------------------------------------------------------------------------------------------------------
@@ -286,7 +304,7 @@ def test_mean_losses_of_answers_equal_a_loop_over_positions(byte_tokenizer):
 def test_all_conversations_of_a_dataset_are_read(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"q": f"{i}?", "a": f"{i}"} for i in range(30)])
     config = EvaluateConfig(task="answers", dataset=str(rows), question_column="q", answer_column="a")
-    assert [one.messages[1]["content"] for one in read_questions(config)] == [str(i) for i in range(30)]
+    assert [one.messages[1]["content"] for one in read_questions(config, ReadReport())] == [str(i) for i in range(30)]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -326,6 +344,40 @@ def test_choice_from_a_local_file(trained, capsys, tmp_path):
     assert parse_table(printed)["acc"] == ["higher", str(acc)] and "4 questions" in printed
     assert [(row["question"], row["label"], len(row["scores"])) for row in results] == [
         ("The array is", 0, 4), ("If x is None, the", 1, 4), ("Returns", 2, 4), ("Which is a number?", 1, 3)]
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(trained, chat_model, capsys, refused, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [HELLASWAG[0] | {"label": ""}, {"q": "a?", "e": [3, 4], "a": "B"}])
+    flags = [f"--checkpoint_path={trained}", "--task=choice", f"--dataset={rows}", "--device=cpu"]
+    columns = ["--question_column=q", "--endings_column=e", "--answer_column=a"]
+    refused(evaluate.main, [*flags, *columns], "line 1: has no column q", "--skip_errors=1 leaves such rows out")
+    evaluate.main([*flags, *columns, "--skip_errors"])
+    printed = capsys.readouterr().out
+    assert "1 questions" in printed and f"left out 1 that cannot be read, the first: {rows}: line 1: has no col" in printed
+    write_jsonl(rows, [{"messages": None}, {"messages": [{"role": "user", "content": "\ud83d"}]}, {"text": "x"},
+                       {"question": "\ud83d", "answer": "\ud83d", "task": "\ud83d", "id": 7}])
+    flags = [f"--checkpoint_path={chat_model}", "--task=answers", f"--dataset={rows}", "--device=cpu"]
+    refused(evaluate.main, flags, "line 1: has no messages", "--skip_errors=1 leaves such rows out")
+    evaluate.main([*flags, "--skip_errors", f"--out_path={tmp_path / 'out.jsonl'}"])
+    printed = capsys.readouterr().out
+    assert "1 conversations" in printed and "left out 3 that" in printed and "columns not used: id" in printed
+    assert [row["question"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["\ufffd"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "good"}\n{"text"\n')
+    flags = [f"--checkpoint_path={trained}", f"--dataset={texts}", "--device=cpu"]
+    refused(evaluate.main, flags, "texts.jsonl: line 2", "--skip_errors=1")
+    evaluate.main([*flags, "--skip_errors"])
+    assert "texts.jsonl: 1 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("files, read", [
+    (("train", "test"), "test"), (("train", "valid", "test"), "valid"), (("a", "b"), "a")], ids=str)
+def test_of_a_folder_the_held_out_files_are_read(files, read, trained, capsys, tmp_path):
+    for name in files:
+        write_jsonl(tmp_path / f"{name}.jsonl", [HELLASWAG[0] | {"ctx": name}] * 3)
+    evaluate.main([f"--checkpoint_path={trained}", "--task=choice", f"--dataset={tmp_path}", "--device=cpu", "--limit=3",
+                   f"--out_path={tmp_path / 'out' / 'rows.jsonl'}"])
+    assert {row["question"] for row in read_jsonl(tmp_path / "out" / "rows.jsonl")} == {read}
 
 
 def test_choice_from_the_hub(trained, hub, capsys):
@@ -388,7 +440,7 @@ def test_every_checkpoint_is_checked_before_the_first_is_scored(trained, refused
             f"{bare}: the tokenizer has no <|user|> token")
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(tmp_path / "gone.pt")], "gone.pt: no checkpoint to read")
     save_checkpoint(bare, checkpoint | {"model": {}})
-    refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--device=cpu"], f"{bare}: ", "weights do not fit")
+    refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--device=cpu"], f"{bare}: ", "weights")
 
 
 @pytest.mark.parametrize("flags, words", [

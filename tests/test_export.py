@@ -14,6 +14,7 @@ from test_model import ARCHITECTURES, GPT2, LLAMA  # noqa: E402
 import export  # noqa: E402
 from convert import gguf, hf_mapping, hf_out  # noqa: E402
 from convert.hf_tokenizer import to_hf_tokenizer  # noqa: E402
+from layers import LINEARS, MIXERS, MLPS, NORMS  # noqa: E402
 from runtime.checkpoint import save_checkpoint  # noqa: E402
 from runtime.device import DTYPES  # noqa: E402
 from sampling import GREEDY, generate  # noqa: E402
@@ -78,17 +79,45 @@ def test_our_code_in_transformers_has_loss_and_gradients(tokenizer, tmp_path, id
     assert hf_model.gpt.embed.weight.grad.abs().sum() > 0 and hf_model.gpt.head.weight is hf_model.gpt.embed.weight
 
 
-@torch.no_grad()
-def test_our_code_in_transformers_can_be_saved_again(tokenizer, tmp_path, idx):
-    hf_model = load_exported(run_export(random_model(), tokenizer, tmp_path))
-    hf_model.save_pretrained(tmp_path / "again")
-    assert torch.allclose(load_exported(tmp_path / "again")(idx).logits, hf_model(idx).logits)
+@pytest.mark.integration
+def test_transformers_trainer_may_accumulate_gradients(tokenizer, tmp_path, idx):
+    """Loss and gradient norm of a step do not depend on how its rows, of different numbers of targets, are divided."""
+    pytest.importorskip("accelerate")
+    folder = run_export(random_model(), tokenizer, tmp_path)
+    idx = idx.repeat(3, 1)[:8]
+    rows = [{"input_ids": row, "labels": row.where(torch.arange(T) < 3 + 2 * i, -100)} for i, row in enumerate(idx)]
+    logged = []
+    for steps in (1, 2, 8):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "trainer"), per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps,
+            max_steps=1, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+        trainer = transformers.Trainer(load_exported(folder), arguments, train_dataset=rows)
+        trainer.train()
+        logged.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4) and logged[2] == pytest.approx(logged[0], rel=1e-4)
 
 
 def test_our_code_in_transformers_refuses_more_than_its_context(tokenizer, tmp_path):
     hf_model = load_exported(run_export(random_model(), tokenizer, tmp_path))
     with pytest.raises(ValueError, match="25 tokens exceed the context of 24"):
         hf_model(torch.zeros(1, 25, dtype=torch.int64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("architecture", [
+    *({"mixer": mixer} for mixer in MIXERS), *({"mlp": mlp} for mlp in MLPS), *({"linear": linear} for linear in LINEARS),
+    *({"norm": norm, "bias": True} for norm in NORMS), {"positions": "learned", "tied": False}], ids=str)
+def test_our_code_runs_in_the_dtype_of_the_weights(architecture, dtype, tokenizer, tmp_path, idx):
+    """That of config.json, which transformers 5 loads them in: near fp32, with and without the cache."""
+    model = random_model(**architecture | {"n_layer": 1})
+    folder = run_export(model, tokenizer, tmp_path, f"--weights={dtype}")
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    assert hf_model.dtype == DTYPES[dtype]
+    logits = hf_model(idx).logits.float()
+    assert (logits - model(idx)).square().mean().sqrt() < 0.03 * logits.std()
+    ids = hf_model.generate(idx[:, :4], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ids.shape == (3, 8)
 
 
 @torch.no_grad()
@@ -120,6 +149,14 @@ def test_an_exported_folder_carries_only_the_code_of_its_model(switches, package
     optional = {"kernels"}  # rational_triton, which kernels/rational.py does without
     assert imported - sys.stdlib_module_names - optional == packages
     assert "argparse" not in imported
+
+
+def test_the_models_own_file_imports_all_others(tokenizer, tmp_path):
+    """Older versions of transformers copy only these."""
+    folder = run_export(random_model(linear="grkan"), tokenizer, tmp_path)
+    tree = ast.parse((folder / "modeling_gpt_workbench.py").read_text(encoding="utf-8"))
+    imported = {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert imported == {path.name for path in folder.glob("*.py")} - {"modeling_gpt_workbench.py"}
 
 
 def test_a_folder_exported_by_the_previous_version_is_imported(tokenizer, tmp_path, idx):
@@ -239,6 +276,21 @@ def test_export_without_a_checkpoint_leaves_nothing(tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_named(tokenizer, tmp_path, monkeypatch, capsys):
+    """What safetensors raises there is no OSError."""
+    import safetensors
+    import safetensors.torch
+
+    def full(*args):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SystemExit) as stop:
+        run_export(random_model(), tokenizer, tmp_path)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and f"{tmp_path / 'out'}: cannot be written (" in line and "No space left" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt.pt"]
+
+
 @pytest.mark.parametrize("pattern", [r"(?P<a>x)\w+", r"\p{Script=Greek}+"])
 def test_a_pattern_that_tokenizers_does_not_support_is_refused(pattern, tokenizer, tmp_path, refused):
     user = Tokenizer(tokenizer.ranks, pattern, tokenizer.special_tokens)
@@ -289,7 +341,15 @@ def test_import_replaces_no_checkpoint(tmp_path, refused):
     ({"intermediate_size": 96}, ["model.safetensors", "(80, 48)", "(96, 48)"]),
     ({"num_hidden_layers": 2}, ["model.safetensors", "model.layers.2", "another architecture"]),
     ({"num_hidden_layers": 4}, ["model.safetensors", "has no model.layers.3"]),
-    ({"num_hidden_layers": None}, ["config.json"])], ids=str)
+    ({"num_hidden_layers": None}, ["config.json"]), ({"vocab_size": None}, ["config.json", "vocab_size"]),
+    ({"vocab_size": 10**8}, ["model.safetensors", "(600, 48)", "(100000000, 48)"]),
+    ({"vocab_size": 599}, ["model.safetensors", "(599, 48)"]),
+    ({"vocab_size": 1.5}, ["config.json", "vocab_size"]), ({"num_attention_heads": 0}, ["config.json"]),
+    ({"num_hidden_layers": 999}, ["model.safetensors", "too few for the 999 layers"]),
+    ({"max_position_embeddings": 10**9}, ["config.json", "1000000000"]),
+    ({"rope_parameters": [1]}, ["config.json"]), ({"rope_parameters": {"rope_theta": "x"}}, ["config.json"]),
+    ({"rms_norm_eps": "1e-5"}, ["config.json"]), ({"model_type": ["llama"]}, ["config.json", "model_type"]),
+    ({"eos_token_id": "</s>"}, ["config.json", "eos_token_id"])], ids=str)
 def test_a_config_that_is_unsupported_or_does_not_fit_the_weights(changes, words, tokenizer, tmp_path, refused):
     folder = save_hf(hf_llama(), tokenizer, tmp_path / "theirs")
     hf_config = json.loads((folder / "config.json").read_text())
@@ -302,6 +362,7 @@ def test_a_config_that_is_unsupported_or_does_not_fit_the_weights(changes, words
     ("config.json", "{", ["config.json", "not JSON"]), ("config.json", None, ["config.json", "cannot be read"]),
     ("model.safetensors", "xxxxxxxxxxxx", ["model.safetensors", "damaged"]),
     ("model.safetensors", None, ["model.safetensors", "missing"]),
+    ("generation_config.json", "[]", ["generation_config.json", "not a JSON object"]),
     ("tokenizer.json", "[]", ["tokenizer.json"]), ("tokenizer.json", "{}", ["tokenizer.json"]),
     ("tokenizer.json", '{"model": {"type": "Unigram"}}', ["tokenizer.json", "not a byte-level BPE"])])
 def test_a_damaged_file_is_named(name, content, words, tokenizer, tmp_path, refused):
@@ -310,6 +371,40 @@ def test_a_damaged_file_is_named(name, content, words, tokenizer, tmp_path, refu
     if content is not None:
         (folder / name).write_text(content)
     refused(export.main, [f"--import_path={folder}", f"--checkpoint_path={tmp_path / 'in.pt'}"], *words)
+
+
+@pytest.mark.parametrize("index, words", [
+    ([], "not a JSON object"), ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"),
+    ({"weight_map": {}}, "no weight_map"), ({"weight_map": {"a": 7}}, "no weight_map"),
+    ({"weight_map": {"a": "none.safetensors"}}, "none.safetensors: missing"),
+    ({"weight_map": {"a": "../theirs/model.safetensors"}}, "no safetensors file beside it"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "no safetensors file beside it"),
+    ({"weight_map": {"a": "config.json"}}, "no safetensors file beside it")], ids=str)
+def test_an_index_names_only_files_beside_it(index, words, tokenizer, tmp_path, refused):
+    folder = save_hf(hf_gpt2(), tokenizer, tmp_path / "theirs")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(export.main, [f"--import_path={folder}", f"--checkpoint_path={tmp_path / 'in.pt'}"], words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_must_be_floating_point_numbers(dtype, tokenizer, tmp_path, refused):
+    from safetensors.torch import load_file, save_file
+    path = save_hf(hf_gpt2(), tokenizer, tmp_path / "theirs") / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"transformer.wpe.weight": weights["transformer.wpe.weight"].to(dtype)}, path, {"format": "pt"})
+    refused(export.main, [f"--import_path={path.parent}", f"--checkpoint_path={tmp_path / 'in.pt'}"], str(path),
+            "transformer.wpe.weight is of")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path, refused):
+    larger = Tokenizer(tokenizer.ranks, tokenizer.pattern, tokenizer.special_tokens | {"<|more|>": 600})
+    folder = save_hf(hf_gpt2(), larger, tmp_path / "theirs")
+    refused(export.main, [f"--import_path={folder}", f"--checkpoint_path={tmp_path / 'in.pt'}"],
+            "its tokenizer has 601 ids, config.json a vocab_size of 600")
+    save_checkpoint(tmp_path / "gpt.pt", random_model().to_checkpoint() | {"tokenizer": larger.to_json()})
+    refused(export.main, [f"--checkpoint_path={tmp_path / 'gpt.pt'}", f"--out_path={tmp_path / 'out'}"],
+            "gpt.pt: its tokenizer has 601 ids, its model 600")
+    assert not (tmp_path / "out").exists()
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
@@ -329,6 +424,16 @@ def test_a_gguf_file_holds_config_vocabulary_and_weights(dtype, gpt4, tmp_path):
     down = tensors["blk.1.ffn_down.weight"]
     expected = model.blocks[1].mlp.proj.weight.detach().to(DTYPES[dtype]).float()
     assert torch.equal(torch.from_numpy(dequantize(down.data, down.tensor_type).copy()), expected)
+
+
+def test_added_tokens_in_a_gguf_file(gpt4, tmp_path):
+    """llama.cpp finds tokens of this type in a text before it splits it, as we do."""
+    from gguf import GGUFReader, TokenType
+    added = Tokenizer(gpt4.ranks, "gpt4", gpt4.special_tokens, {"<think>": 600, "  ": 601})
+    reader = GGUFReader(run_export(random_model(602, **LLAMA), added, tmp_path, "--gguf") / "model.gguf")
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[599:] == ["<|end|>", "<think>", "  "]
+    assert reader.get_field("tokenizer.ggml.token_type").contents()[599:] == [
+        TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.USER_DEFINED]
 
 
 def test_gguf_rotary_channels_by_hand():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.config import BadInput
-from runtime.files import atomic_write, check_writable, folder_lock, replace_with_link
+from runtime.files import atomic_write, check_writable, folder_lock, replace_with_link, require_regular_file
 
 REPO = Path(__file__).parent.parent
 
@@ -41,6 +41,19 @@ def test_a_full_disk_names_the_file(tmp_path):
             atomic_write(tmp_path / "a.txt", "w"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_disk_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch):
+    """Such a disk refuses to delete a file even where there is none."""
+    def read_only(path, *args, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    (tmp_path / "a").touch()
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    for write in (lambda: atomic_write(tmp_path / "a.png").__enter__(),
+                  lambda: replace_with_link(tmp_path / "a", tmp_path / "b")):
+        with pytest.raises(OSError, match=r"(a.png|b): cannot be written \(Read-only file system\)$"):
+            write()
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -80,6 +93,18 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch, path, r
         check_writable(Path(path), "--x=it")
 
 
+def test_a_file_to_read_is_a_file_with_an_end(tmp_path):
+    (tmp_path / "file").touch()
+    require_regular_file(tmp_path / "file", "")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name, words in {"pipe": "is a pipe or a device: give a file", "link": "is a pipe or a device",
+                        ".": "is a folder: give a file", "none": "cannot be read .No such file",
+                        "a\0b": "cannot be read .embedded null", "x" * 300: "cannot be read .File name too long"}.items():
+        with pytest.raises(BadInput, match=f"^--x=it: {words}"):
+            require_regular_file(tmp_path / name, "--x=it")
+
+
 # -- locks ------------------------------------------------------------------------------------------------------------
 
 def assert_locked(folder: Path, given: str = "--data_path=x"):
@@ -95,6 +120,13 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     with folder_lock(folder, "--data_path=x"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_has_one_writer_whatever_its_name(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with folder_lock(tmp_path / "real" / "a", ""):
+        assert_locked(tmp_path / "link" / "a")
 
 
 def test_a_created_folder_that_stays_empty_is_removed(tmp_path):

@@ -97,8 +97,8 @@ def test_missing_datasets_are_refused(prepare_from_hub, tmp_path, flags, words):
 
 
 def test_a_damaged_file_on_the_hub(prepare_from_hub, hub, tmp_path):
-    rows = [{"text": f"Document {i} of many is about the number {i * i}."} for i in range(40)]
-    hub.add("someone/damaged", {"default": [rows, rows]})
+    rows, more = [[{"text": f"Document {i} of file {j} is about the number {i * i}."} for i in range(40)] for j in (0, 1)]
+    hub.add("someone/damaged", {"default": [rows, more]})
     damage_row_group(hub.folder / "someone" / "damaged" / "default" / "001.parquet", 2)
     flags = ["--dataset=someone/damaged", f"--data_path={tmp_path / 'data'}", "--tokenizer_bytes=1000",
              "--shard_size_threshold=100"]
@@ -108,7 +108,7 @@ def test_a_damaged_file_on_the_hub(prepare_from_hub, hub, tmp_path):
     assert done.returncode == 0, done.err
     assert "skipped: datasets/someone/damaged" in done.err and "skipped, as unreadable: 1" in done.out
     found = documents_in(tmp_path / "data", "val") + documents_in(tmp_path / "data", "train")
-    assert found == [row["text"] for row in [*rows, *rows[:14], *rows[21:]]]  # of seven rows each
+    assert found == [row["text"] for row in [*rows, *more[:14], *more[21:]]]  # of seven rows each
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["left_out"] == 1
 
 

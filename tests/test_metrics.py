@@ -1,7 +1,9 @@
 """runtime/metrics.py: bits per byte, the guard against non-finite steps, metrics.jsonl."""
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,8 +85,22 @@ def test_rows_come_back_and_the_last_row_of_a_step_counts(tmp_path):
     assert all(json.loads(line) for line in path.read_bytes().splitlines()[:3])
 
 
-def test_a_missing_file_has_no_rows(tmp_path):
-    assert read_rows(tmp_path / "none.jsonl") == []
+@pytest.mark.parametrize("line, row", [
+    ('{"step": 1, "val_loss": "5.0", "lr": 0.1}', {"step": 1, "lr": 0.1}), ('{"step": 1, "a": null}', {"step": 1}),
+    ('{"step": 1, "a": true, "b": [1], "c": {"d": 1}, "e": NaN, "f": -Infinity}', {"step": 1}),
+    ('{"step": 1, "a": 1' + "0" * 400 + ', "flops": 1' + "0" * 30 + "}", {"step": 1, "flops": 10**30}),
+    *((f'{{"step": {step}, "lr": 0.1}}', None) for step in ("true", "1.0", '"1"', "null", "-1", "1" * 30, "1" * 5000)),
+    ("[" * 100_000, None), ("3", None), ('{"step": 1', None)], ids=lambda value: str(value)[:40])
+def test_what_is_no_number_is_left_out(tmp_path, line, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0, "lr": 1}}\n{line}\n')
+    assert read_rows(path) == [{"step": 0, "lr": 1}, *([row] if row else [])]
+
+
+def test_a_missing_file_or_one_without_an_end_has_no_rows(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none.jsonl", tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        assert read_rows(path) == []
 
 
 def test_a_row_that_cannot_be_written_names_the_file(tmp_path):

@@ -122,6 +122,20 @@ def test_a_batch_of_different_lengths_decodes_like_each_row_alone(model, idx, le
 
 
 @torch.no_grad()
+def test_rows_of_a_cache_are_selected_as_beam_search_needs_it(model, idx):
+    """Of texts of one length and of several; rows may be repeated and dropped."""
+    for lengths in ([5, 5, 5], [4, 9, 6]):
+        prompts = [row[:n] for row, n in zip(idx, lengths)]
+        _, cache = model.prefill(prompts, T)
+        model(idx[:, -1:], cache=cache)
+        cache.select_rows([2, 0, 0])
+        logits = model(idx[:, :1], cache=cache)[:, -1]
+        for row, source in enumerate([2, 0, 0]):
+            text = torch.cat((prompts[source], idx[source, -1:], idx[row, :1]))
+            assert torch.allclose(logits[row], model(text[None])[0, -1], atol=3e-5)
+
+
+@torch.no_grad()
 def test_prefill_computes_a_repeated_prompt_once(model, idx, monkeypatch):
     """And afterwards its rows are independent."""
     shapes, forward = [], model.forward
@@ -506,8 +520,32 @@ def test_checkpoint_round_trip(model, idx):
     other = GPT.from_checkpoint(model.to_checkpoint())
     assert other.config == model.config
     assert torch.equal(other(idx), model(idx))
-    with pytest.raises(BadInput, match="do not fit its config"):
+    with pytest.raises(BadInput, match="its config calls for blocks.2.*, which is not among the weights"):
         GPT.from_checkpoint({"config": model.to_checkpoint()["config"] | {"n_layer": 3}, "model": model.state_dict()})
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"vocab_size": 10**8}, r"embed.weight is \(96, 16\), its config calls for \(100000000, 16\)"),
+    ({"n_layer": 1000}, "weights are too few for the 1,000 layers"), ({"vocab_size": None}, "no vocab_size"),
+    ({"n_layer": 1}, "its config does not call for blocks.1.*, which is among the weights"),
+    ({"head_size": 10_000, "n_head": 10_000, "block_size": 24}, "its config calls for")], ids=str)
+def test_weights_that_do_not_fit_the_config_are_refused_before_memory_is_taken(changes, message, monkeypatch):
+    checkpoint, build = random_model().to_checkpoint(), GPT.__init__
+
+    def build_on_meta(model, config):
+        assert torch.get_default_device().type == "meta"
+        build(model, config)
+    monkeypatch.setattr(GPT, "__init__", build_on_meta)
+    with pytest.raises(BadInput, match=message):
+        GPT.from_checkpoint(checkpoint | {"config": checkpoint["config"] | changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_must_be_floating_point_numbers(dtype):
+    checkpoint = random_model().to_checkpoint()
+    checkpoint["model"]["embed.weight"] = checkpoint["model"]["embed.weight"].to(dtype)
+    with pytest.raises(BadInput, match=f"embed.weight is of {dtype}"):
+        GPT.from_checkpoint(checkpoint)
 
 
 def test_the_names_of_format_2_by_hand():
@@ -527,6 +565,7 @@ def test_the_names_of_format_2_by_hand():
     ({"mlp": "kan?"}, "--mlp=kan?: choose one of auto, relu2"), ({"init": "ones"}, "--init=ones: choose one of zero, gpt2"),
     ({"positions": "none"}, "--positions=none: choose one of rotary, learned"),
     ({"mixer": "rnn"}, "--mixer=rnn: choose one of attention"), ({"mixer": "DA", "n_layer": 1}, "at most --n_layer=1"),
+    ({"block_size": 10_000_000}, "--block_size=10000000: with --head_size=64, rotary embeddings support at most 2,097,152"),
     ({"n_head": 4, "n_kv_head": 3}, "--n_kv_head=3: must divide --n_head=4"),
     ({"mixer": "DA", "n_kv_head": 1}, "--n_kv_head=1: needs attention in every layer")])
 def test_impossible_configs_are_refused(values, message):

@@ -1,6 +1,7 @@
 """probes.py: cells in this process, and the command on tiny arms. Tasks: test_synthetic.py, processes: test_runner.py."""
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def build_cell(task: str, arm: str = "mixer=attention", **common) -> probes.Prob
 
 def run_cell(cell: probes.ProbeCell, path) -> dict:
     probes.run_cell(cell, path)
-    return json.loads(path.read_text())
+    return {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
 
 
 def read_csv(folder) -> list[dict]:
@@ -104,7 +105,7 @@ def test_diverged_cell_has_a_row_and_an_exit_code(tmp_path, capsys):
         probes.main(flags)
     assert stop.value.code == runtime.cli.DIVERGED
     path, = (tmp_path / "cells").iterdir()
-    row = probes.read_cell_row(path)
+    row = json.loads(path.read_text())
     assert row["status"] == "diverged" and row["accuracy_1x"] is None and "lower --learning_rate" in row["reason"]
 
 
@@ -132,7 +133,8 @@ if mode == "fails":
     sys.exit(1)
 if mode != "vanishes":
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    json.dump(row | {"status": "diverged", "reason": "loss is nan"} if mode == "diverges" else row, open(path, "w"))
+    diverged = {"status": "diverged", "solved": False, "steps": None, "reason": "loss is nan"}
+    json.dump(row | diverged if mode == "diverges" else row, open(path, "w"))
 sys.exit(3 if mode == "diverges" else 0)
 """
 
@@ -203,13 +205,20 @@ def test_diverged_cells_are_reported_and_not_run_again(fake_cells, tmp_path, cap
     assert read_csv(tmp_path)[0]["status"] == "diverged"
 
 
-def test_damaged_row_is_trained_again(fake_cells, tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda row: None, lambda row: [row], lambda row: row | {"accuracy_1x": "high"}, lambda row: row | {"accuracy_1x": None},
+    lambda row: row | {"seconds": math.nan}, lambda row: row | {"steps": None}, lambda row: row | {"steps": 1.5},
+    lambda row: row | {"arm": "mlp=gelu"}, lambda row: row | {"chance": 0.9}, lambda row: row | {"solved": False},
+    lambda row: row | {"more": 1}, lambda row: row | {"reason": 3}, lambda row: row | {"parameters": [1]},
+    lambda row: row | {"checksum": "0123456789"}, lambda row: {"status": "solved"}])
+def test_damaged_row_is_trained_again(fake_cells, tmp_path, change):
     flags = ["--seeds=1", "--tasks", "parity", f"--out_path={tmp_path}"]
     probes.main(flags)
     path, = (tmp_path / "cells").iterdir()
-    path.write_text('{"status": ')
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(change(row)))
     probes.main(flags)
-    assert probes.read_cell_row(path)["status"] == "solved" and len(fake_cells.ran) == 2
+    assert json.loads(path.read_text()) == row and len(fake_cells.ran) == 2
 
 
 @pytest.mark.parametrize("flags, words", [

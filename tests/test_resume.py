@@ -26,6 +26,17 @@ from trainer import LoopConfig
 GPT2 = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in train.PRESETS["gpt2"].items()
         if name in ("mlp", "norm", "positions", "qk_norm", "value_residual", "x0_residual", "token_shift", "softcap",
                     "bias", "init", "optimizer", "weight_decay", "schedule", "grad_clip")]
+WRONG_VALUES = {
+    "step": [None, "3", 1.5, True, -1, 10**30, math.nan], "tokens": [None, "3", 1.5, -1, [3]],
+    "seconds": [None, "3", math.nan, -1.0], "best": ["3", math.inf, [3]], "machine": [3], "dtype": [3, ["fp32"]],
+    "settings": [None, 3, [], {"seed": 1}],
+    "script": [None, 3, ["train.py"]], "loader": [None, 3, {}], "rng": [None, {}], "guard": [None, 3, torch.zeros(2)],
+    "optimizer": [None, {}, {"muon": 3}]}
+WRONG_SETTINGS = {
+    "seed": [None, "1", 1.5, True, 10**30, 10**400], "val_iter": [[20], "20", math.nan],
+    "softcap": ["15", True, math.nan, 10**400],
+    "mlp": [3, None, ["gelu"]], "tied": [1, None, "yes"], "n_layer": [2.0, "2", [2]], "data_path": [3, None],
+    "preset": [3, "x"], "learning_rate": ["high", True, []], "val_batch": ["4", 4.5, True]}
 COMMANDS = {command.script: command for command in (train.PRETRAINING, finetune.FINETUNING)}
 
 
@@ -33,6 +44,25 @@ def flag_cases(*on_resume: str) -> list:
     """(command, flag) for every flag of train.py and finetune.py that is declared so."""
     return [pytest.param(command, name, id=f"{script}-{name}") for script, command in COMMANDS.items()
             for kind in on_resume for name in sorted(flag_names(*command.classes, on_resume=kind))]
+
+
+# -- what a checkpoint says of its run --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part, name, value", [
+    *((None, name, value) for name, values in WRONG_VALUES.items() for value in values),
+    *(("settings", name, value) for name, values in WRONG_SETTINGS.items() for value in values)],
+    ids=lambda value: str(value)[:20])
+def test_a_checkpoint_with_values_of_wrong_types_is_refused(trained, refused, data_path, tmp_path, part, name, value):
+    path = tmp_path / "gpt.pt"
+    checkpoint = load_checkpoint(trained)
+    training = checkpoint["training"]
+    (training[part] if part else training)[name] = value
+    save_checkpoint(path, checkpoint)
+    shutil.copytree(run_folder(trained), run_folder(path))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    refused(train.main, [f"--checkpoint_path={path}", "--resume_checkpoint", f"--data_path={data_path}", "--max_iter=4",
+                         "--verbose=0"], "gpt.pt")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 # -- bit for bit ------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ print(run_jobs(FakeJob(SLEEPER.format(path={str(path)!r}, saves=True)))[0].statu
 
 # -- training jobs ----------------------------------------------------------------------------------------------------
 
-FINAL_ROW = {"step": 3, "val_bpb": 1.5, "tok_per_sec": 10.0}
+FINAL_ROW = {"step": 3, "tokens": 30, "seconds": 3.0, "flops": 90, "val_loss": 3.0, "val_bpb": 1.5, "tok_per_sec": 10.0}
 
 
 @pytest.fixture
@@ -230,17 +230,31 @@ def test_checkpoint_of_a_running_process_is_not_deleted(job):
         assert job.checkpoint.exists() and job.rows() == [FINAL_ROW]
 
 
-@pytest.mark.parametrize("damage", ["no rows", "no final row", "truncated result"])
-def test_damaged_results_are_run_again(job, damage):
-    """As a power cut leaves them: metrics are not flushed to disk row by row."""
+@pytest.mark.parametrize("result", [
+    '{"status": "fin', "", "[]", "3", "null", '{"status": ["finished"], "reason": "", "flags": ["--seed=1"]}',
+    '{"status": "finished", "reason": 3, "flags": ["--seed=1"]}',
+    '{"status": "finished", "reason": "", "flags": ["--seed=2"]}',
+    '{"status": "finished", "reason": ""}', "[" * 100_000], ids=lambda text: text[:50])
+def test_damaged_results_are_run_again(job, result):
     job.complete(JobResult("finished"))
-    if damage == "truncated result":
-        (job.folder / "result.json").write_text('{"status": "fin')
-    else:
-        (job.folder / "metrics.jsonl").write_text("" if damage == "no rows" else json.dumps({"step": 1, "tok_per_sec": 9.0}))
-    assert job.previous_result() is None
-    if damage != "truncated result":
-        assert not job.folder.exists()
+    (job.folder / "result.json").write_text(result)
+    assert job.previous_result() is None and not job.folder.exists()
+
+
+@pytest.mark.parametrize("rows", [
+    [], [{"step": 1, "tok_per_sec": 9.0}], [FINAL_ROW | {"val_bpb": None}], [FINAL_ROW | {"val_bpb": "1.5"}],
+    [FINAL_ROW | {"tok_per_sec": 0}], [FINAL_ROW | {"step": 1, "flops": []}, FINAL_ROW], [FINAL_ROW | {"val_bpb": 1.4}]])
+@pytest.mark.parametrize("knows_digest", [True, False])
+def test_results_without_their_metrics_are_run_again(job, rows, knows_digest):
+    """As a power cut leaves them: metrics are not flushed to disk row by row. Earlier versions wrote no digest."""
+    job.complete(JobResult("finished"))
+    if not knows_digest:
+        result = json.loads((job.folder / "result.json").read_text())
+        (job.folder / "result.json").write_text(json.dumps({name: result[name] for name in ("status", "reason", "flags")}))
+        assert job.previous_result() == JobResult("finished")
+    (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if knows_digest or rows != [FINAL_ROW | {"val_bpb": 1.4}]:
+        assert job.previous_result() is None and not job.folder.exists()
 
 
 def test_exit_0_without_final_row_is_a_failure(job):

@@ -168,8 +168,9 @@ def test_sampling_by_hand(flags, expected):
 # -- streams of text --------------------------------------------------------------------------------------------------
 
 def make_stream(pieces: list[bytes], stop: list[str]) -> TextStream:
-    """Token i is the i-th piece; -1 is special."""
-    return TextStream(SimpleNamespace(special_tokens={"<|end|>": -1}, decode_bytes=lambda ids: pieces[ids[0]]), stop)
+    """Token i is the i-th piece; -1 ends the text, -2 is another special token."""
+    return TextStream(SimpleNamespace(special_tokens={"<|end|>": -1, "<pad>": -2}, end_ids={-1}, vocab_size=len(pieces),
+                                      decode_bytes=lambda ids: pieces[ids[0]]), stop)
 
 
 def stream_texts(*pieces: bytes, stop=()) -> list[str]:
@@ -185,6 +186,11 @@ def test_stream_holds_back_incomplete_characters():
     pieces = b"n\xc3", b"\xa9", b"\xf0\x9f", b"\x99", b"\x82!", b"\xc3"
     assert stream_texts(*pieces) == ["n", "é", "", "", "🙂!", "", "\ufffd"]
     assert stream_texts(b"a\xff", b"\xc3", b"b") == ["a\ufffd", "", "\ufffdb", ""]
+
+
+def test_other_special_tokens_and_unknown_ids_are_no_text():
+    stream = make_stream([b"\xc3", b"\xa9"], [])
+    assert [stream.push(i) for i in (0, -2, 700, 1, -1)] == ["", "", "", "é", ""] and stream.is_done
 
 
 @pytest.mark.parametrize("pieces, stop, expected", [
@@ -289,3 +295,10 @@ def test_a_tokenizer_that_lacks_tokens_is_refused_with_the_file(attention_model,
     none = Tokenizer.from_ranks(BYTES.ranks, "default", ["<|a|>"])
     with pytest.raises(BadInput, match="gpt.pt: the tokenizer has no <.endoftext.> token"):
         load_pretrained(path, checkpoint | {"tokenizer": none.to_json()})
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(attention_model, tmp_path):
+    larger = Tokenizer(BYTES.ranks, "default", BYTES.special_tokens | {"<|more|>": BYTES.vocab_size})
+    checkpoint = attention_model.to_checkpoint() | {"tokenizer": larger.to_json()}
+    with pytest.raises(BadInput, match="gpt.pt: its tokenizer has 262 ids, its model 261: they do not belong together"):
+        load_pretrained(tmp_path / "gpt.pt", checkpoint)

@@ -1,16 +1,14 @@
 """Reading text: formats, positions to resume from, mixes, parts for several nodes, damage, and what is refused."""
 import json
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from hub import damage_row_group
 from runtime.config import BadInput, flag_names
-from text import formats, sources
+from text import formats, parquet, sources
 from text.builtin import builtin_documents
-from text.documents import PackedDocuments
 from text.sources import SourceConfig, open_source, source_flags, take_text
 
 TEXTS = ["first text", "zweiter Text: ä", "第三", "four\r\nlines\n"]
@@ -85,10 +83,9 @@ def test_empty_and_missing_texts_are_skipped(tmp_path):
 
 def test_a_folder_is_read_in_name_order(tmp_path):
     (tmp_path / "b").mkdir()
-    write(tmp_path / "c.txt", ["last"])
+    write(tmp_path / "c.jsonl", ["last"])
     write(tmp_path / "b" / "x.jsonl", TEXTS[2:])
     write(tmp_path / "a.parquet", TEXTS[:2])
-    (tmp_path / "notes.md").write_text("not text")
     assert read(tmp_path) == [*TEXTS, "last"]
 
 
@@ -219,14 +216,15 @@ def test_skip_errors_skips_what_is_damaged(tmp_path, monkeypatch):
     damage_row_group(write(tmp_path / "a.parquet", rows), 2)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "c.jsonl").write_text('{bad\n{"text": "one"}\n["x"]\n{"text": "two"}\n{"text": "three"}\n{"text":')
-    (tmp_path / "d.txt").write_bytes(b"good\n\nb\xffad")
+    (tmp_path / "d.csv").write_bytes(b"text\ngood\nb\xffad\n\"open")
     monkeypatch.setattr(formats, "TXT_DOCUMENT_BYTES", 4)
     source = open_source(SourceConfig(dataset=str(tmp_path), skip_errors=True))
-    assert list(source.documents()) == [*rows[:4], *rows[6:], "one", "two", "three", "good\n\n"]
+    assert list(source.documents()) == [*rows[:4], *rows[6:], "one", "two", "three", "good"]
     chunks = list(source.chunks())
     for message, words in zip(messages(chunks), (
             ["a.parquet: row group 2 of 5"], ["b.parquet: not a readable parquet"], ["c.jsonl: line 1 cannot"],
-            ["c.jsonl: line 3 is"], ["c.jsonl: line 6"], ["d.txt: not UTF-8", "0xff at 7"]), strict=True):
+            ["c.jsonl: line 3 is"], ["c.jsonl: line 6"], ["d.csv: row 2 is not UTF-8", "0xff"],
+            ["d.csv: row 3 cannot be read"]), strict=True):
         assert all(word in message for word in words), message
     assert_resumes_everywhere(source)
     with pytest.raises(BadInput, match="row group 2 of 5 cannot be read .*: --skip_errors=1 skips it"):
@@ -246,7 +244,8 @@ def test_skipped_parts_of_a_mix_are_reported_once(tmp_path, monkeypatch):
 
 
 def test_documents_too_long_for_the_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 40)
+    for module in (formats, parquet):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 40)
     texts = ["one", "x" * 50, "two", "y" * 90, "z" * 41, "three"]
     for suffix, row in ((".parquet", "row 1 is longer"), (".jsonl", "line 2 is longer")):
         path = write(tmp_path / f"a{suffix}", texts)
@@ -273,9 +272,10 @@ def test_the_revision_changes_when_files_are_added(tmp_path):
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\r\n")
-    assert read(tmp_path) == ["one", "two\r\n"]
+    for name, content in (("a.jsonl", b'{"text": "one"}\n'), ("a.json", b'[{"text": "one"}]'), ("a.csv", b"text\none\n"),
+                          ("a.txt", b"one")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert read(tmp_path / name) == ["one"]
 
 
 def test_take_text_by_hand():
@@ -301,7 +301,7 @@ def test_builtin_text_is_english_megabytes_in_a_fixed_order(english):
     (b'{"text": "a"}\n{"body": "b"}', "text", ["--text_column=text", "line 2", "body"]),
     (b'{"text": "a"}', "body", ["--text_column=body: no such column in", "line 1"]),
     (b'{"text": "a"', "text", ["a.jsonl: line 1 cannot be parsed as JSON"]),
-    (b'["a"]', "text", ["a.jsonl: line 1 is not a JSON object"]),
+    (b'["a"]\n["b"]', "text", ["a.jsonl: line 1 is not a JSON object"]),
     (b'{"text": ' + b"[" * 100_000, "text", ["a.jsonl: line 1 cannot be parsed as JSON"]),
     (b'{"text": ' + b"9" * 5_000 + b"}", "text", ["a.jsonl: line 1 cannot be parsed as JSON"]),
     (b'{"text": "\xff"}', "text", ["a.jsonl: line 1 is not UTF-8", "0xff"]),
@@ -336,7 +336,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(BadInput, match=r"cannot read \.pdf"):
         read(tmp_path / "a.pdf")
-    with pytest.raises(BadInput, match=r"no \.parquet, \.jsonl, \.txt file in this folder"):
+    with pytest.raises(BadInput, match=r"no \.parquet, .*, \.txt file in this folder"):
         read(tmp_path)
 
 
@@ -363,24 +363,9 @@ def test_records_of_damaged_files_are_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"a": {"b": [1]}}\n\n{}\n[1]\n')
     records = formats.read_records(sources.local_file(tmp_path / "b.jsonl"))
     assert next(records)[1] == {"a": {"b": [1]}} and next(records) == (f"{tmp_path / 'b.jsonl'}: line 3", {})
-    with pytest.raises(BadInput, match="b.jsonl: line 4 is not a JSON object: fix or remove it"):
+    with pytest.raises(BadInput, match="b.jsonl: line 4 is not a JSON object: --skip_errors=1 skips it"):
         next(records)
     with pytest.raises(BadInput, match="a.parquet: row group 1 of 2 cannot be read from row 2 on"):
         list(formats.read_records(sources.local_file(damaged)))
-    with pytest.raises(BadInput, match="a.txt: holds no rows: give .jsonl or .parquet"):
+    with pytest.raises(BadInput, match="a.txt: holds no rows: give .parquet, .jsonl"):
         list(formats.read_records(sources.local_file(write(tmp_path / "a.txt", TEXTS))))
-
-
-# -- packed documents -------------------------------------------------------------------------------------------------
-
-def test_packed_documents():
-    documents = PackedDocuments.from_strings(["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"])
-    expected = ["one", "", "zwei ä", "b\ufffdad", "🙂 \ufffd"]
-    assert list(documents.strings()) == expected and len(documents) == 5
-    assert list(documents.slice(1, 4).strings()) == expected[1:4] and documents.slice(1, 4).offsets[0] == 0
-    assert list(documents.select(np.array([True, False, True, False, True])).strings()) == expected[::2]
-    assert documents.select(np.ones(5, bool)) is documents and len(documents.slice(2, 2)) == 0
-    empty = PackedDocuments.from_utf8([])
-    assert len(empty) == 0
-    assert list(PackedDocuments.from_utf8([b"a", np.frombuffer(b"bc", np.uint8)]).strings()) == ["a", "bc"]
-    assert list(PackedDocuments.concat([documents, empty, documents.slice(0, 1)]).strings()) == [*expected, "one"]

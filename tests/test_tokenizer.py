@@ -190,8 +190,69 @@ def test_invalid_vocabularies_are_refused():
         Tokenizer.from_ranks(ranks | {b"ab": 3}, "gpt2")
     with pytest.raises(BadInput, match="twice in x, x"):
         Tokenizer.from_ranks(ranks, "gpt2", ("x", "x"))
-    with pytest.raises(BadInput, match="byte 255"):
-        Tokenizer.from_ranks({token: rank for token, rank in ranks.items() if rank < 255}, "gpt2")
+    with pytest.raises(BadInput, match="no token is a single byte"):
+        Tokenizer.from_ranks({b"ab": 0}, "gpt2")
+    with pytest.raises(BadInput, match="an added token is empty"):
+        Tokenizer(ranks, "gpt2", {}, {"": 300})
+    with pytest.raises(BadInput, match="an id that ends texts is no token's"):
+        Tokenizer(ranks, "gpt2", {}, eos_ids=[256])
+
+
+BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}
+
+
+def test_added_tokens_are_found_before_text_is_split():
+    """The leftmost first, of these the longest; in documents of their own, beside separators, and in pieces."""
+    added = {"<think>": 257, "  ": 258, "    ": 259, "ab": 260, "abc": 261, "é": 262}
+    tokenizer = Tokenizer(BYTE_RANKS, "gpt4", {SEPARATOR: 256}, added)
+    assert tokenizer.encode("<think>xabcd     é") == [257, *b"x", 261, *b"d", 259, *b" ", 262]
+    later = Tokenizer(BYTE_RANKS, "gpt4", {}, {"ab": 257, "bcd": 258, "xa": 259}, added_later=["ab", "xa"])
+    for one in (later, Tokenizer.from_json(later.to_json())):
+        assert one.encode("xabcdab") == [259, 258, 257]
+    texts = ["abab", "", "plain <|endoftext|>", "<think>", "a<think>"]
+    ids, offsets = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators=True)
+    assert [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])] == [
+        [256, 260, 260], [256], [256, *b"plain <|endoftext|>"], [256, 257], [256, *b"a", 257]]
+    for text in [*texts, SCRIPTS]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes()[[256, 257, 262]].tolist() == [0, 7, 2]  # text, and counted as such
+    again = Tokenizer.from_json(tokenizer.to_json())
+    assert again.encode(SCRIPTS) == tokenizer.encode(SCRIPTS) and again.added_tokens == added
+    assert again.fingerprint() != Tokenizer(BYTE_RANKS, "gpt4", {SEPARATOR: 256}).fingerprint()
+
+
+def test_added_tokens_may_be_results_of_merging():
+    tokenizer = Tokenizer(BYTE_RANKS | {b"ab": 256, b"abc": 257}, "gpt2", {}, {"ab": 256})
+    assert tokenizer.encode("abc") == [256, ord("c")] and tokenizer.vocab_size == 258
+    with pytest.raises(BadInput, match="share an id"):
+        Tokenizer(BYTE_RANKS | {b"ab": 256}, "gpt2", {}, {"ac": 256})
+
+
+def test_encoding_with_added_tokens_in_pieces_changes_nothing(english, monkeypatch):
+    tokenizer = Tokenizer(BYTE_RANKS, "gpt4", {SEPARATOR: 256}, {"the ": 257, " a": 258})
+    texts = ["".join(english[:3]), "", "the  a the "]
+    expected = [part.tolist() for part in tokenizer.encode_documents(PackedDocuments.from_strings(texts), True)]
+    monkeypatch.setattr(tokenizer_script, "PIECE_BYTES", 500)
+    assert [part.tolist() for part in tokenizer.encode_documents(PackedDocuments.from_strings(texts), True)] == expected
+
+
+def test_a_byte_without_a_token_is_refused_when_it_occurs():
+    """As in SmolLM2's vocabulary."""
+    tokenizer = Tokenizer({token: rank for token, rank in BYTE_RANKS.items() if token not in (b"\xf0", b"\xc3")},
+                          "gpt2", {SEPARATOR: 256})
+    assert tokenizer.encode("plain ж") == [*"plain ж".encode()] and tokenizer.decode([100, 256]) == "d" + SEPARATOR
+    for text in ("a cat 🙂", "é", "x" * 70_000 + "é"):
+        with pytest.raises(BadInput, match="no token for the byte 0x(F0|C3), which the text holds near '.*[🙂é]'"):
+            tokenizer.encode(text)
+    assert Tokenizer.from_json(tokenizer.to_json()).to_json() == tokenizer.to_json()
+
+
+def test_ids_that_end_texts():
+    tokenizer = Tokenizer.from_ranks(BYTE_RANKS, "gpt2")
+    assert tokenizer.end_ids == set(tokenizer.special_tokens.values()) and "eos_ids" not in tokenizer.to_json()
+    foreign = Tokenizer(BYTE_RANKS, "gpt2", {SEPARATOR: 256, "<pad>": 257, "<eot>": 258}, eos_ids=[256, 258])
+    assert foreign.end_ids == {256, 258} and foreign.eos_ids == [258]
+    assert Tokenizer.from_json(foreign.to_json()).end_ids == {256, 258}
 
 
 # -- odd text and patterns --------------------------------------------------------------------------------------------
@@ -216,6 +277,15 @@ def test_invalid_patterns_are_refused(pattern):
     with pytest.raises(BadInput, match="neither one of default, gpt4, gpt2 nor a regular expression") as error:
         Tokenizer.train(["hello"], 262, pattern)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("pattern", [r"(x+)*(x+)*(x+)*y|(x)", r"(?:(?:x*)*)*z|."])
+def test_a_pattern_that_never_ends_is_refused(pattern, monkeypatch):
+    monkeypatch.setattr(tokenizer_script, "SPLIT_SECONDS", (0.2, 0))
+    tokenizer = Tokenizer(BYTE_RANKS, pattern, {})
+    assert tokenizer.encode("xxz") == [*b"xxz"]
+    with pytest.raises(BadInput, match="the pattern .* has not split 3,000 characters within 0 s"):
+        tokenizer.encode("x" * 3000)
 
 
 def test_encode_batch_keeps_texts_apart(trained):
@@ -379,11 +449,20 @@ def tokenizer_json(**changes) -> str:
                        "tokens": tokens + changes.pop("more", [])} | changes)
 
 
+def test_a_tokenizer_is_read_from_a_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("pipe", "a pipe or a device"), (".", "a folder"), ("none", "no tokenizer")):
+        with pytest.raises(BadInput, match=words):
+            Tokenizer.load(tmp_path / name)
+
+
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", '{"format": "other"}', '{"model": {"vocab": {}}}', "\x00", "[" * 100_000,
-    tokenizer_json(tokens=["a"]), tokenizer_json(more=["a"]), tokenizer_json(more=[""]),
+    tokenizer_json(tokens=["ab"]), tokenizer_json(more=["a"]), tokenizer_json(more=[""]),
     tokenizer_json(special_tokens={SEPARATOR: 256.5}), tokenizer_json(special_tokens={SEPARATOR: 3}),
-    tokenizer_json(special_tokens=[SEPARATOR]), tokenizer_json(pattern=None), tokenizer_json(pattern="([")])
+    tokenizer_json(special_tokens=[SEPARATOR]), tokenizer_json(pattern=None), tokenizer_json(pattern="(["),
+    tokenizer_json(added_tokens=["x"]), tokenizer_json(added_tokens={"x": "1"}), tokenizer_json(added_tokens={"x": 3}),
+    tokenizer_json(eos_ids=7), tokenizer_json(eos_ids=["7"]), tokenizer_json(eos_ids=[300])])
 def test_load_refuses_other_files(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
     assert Tokenizer.load(tmp_path / "tokenizer.json").vocab_size == 257

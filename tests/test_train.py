@@ -5,8 +5,13 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +20,7 @@ import torch
 
 import train
 import trainer
-from conftest import TINY_MODEL, assert_same, before_batch, run_rows, saved_training, train_tiny
+from conftest import REPO, TINY_MODEL, assert_same, before_batch, run_rows, saved_training, train_tiny
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
 from runtime.device import Machine
@@ -185,22 +190,74 @@ def fails(capsys, run_train, *flags: str) -> str:
     return line
 
 
-def test_a_closed_pipe_loses_no_checkpoint(run_train, monkeypatch, tmp_path):
-    def closed(bar, evaluate, row, progress):
-        if row["step"] == 3:
-            raise BrokenPipeError
-    monkeypatch.setattr(trainer, "update_progress", closed)
-    with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        patch.setattr("os.dup2", lambda *args: None)
-        run_train()
-    assert load_checkpoint(tmp_path / "run" / "gpt.pt")["training"]["step"] == 3
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="a shell")
+@pytest.mark.parametrize("redirect", ["| head -1", ">&-", "2>&-", ">/dev/full 2>&1", "2>&1 >/dev/null | head -c 1",
+                                      "<&- >&- 2>&-"])
+def test_a_training_goes_on_when_nobody_reads_its_output(data_path, tmp_path, redirect):
+    command = [sys.executable, str(REPO / "train.py"), *TINY_MODEL, f"--data_path={data_path}", "--checkpoint_path=gpt.pt",
+               "--device=cpu", "--dtype=fp32", "--batch_size=1", "--num_batch_accum=1", "--val_intervals=2", "--val_iter=1",
+               "--log_intervals=1", "--max_iter=6", "--dataloader_num_workers=0", "--sample_tokens=4"]
+    done = subprocess.run(f"({shlex.join(command)}; echo $? > code) {redirect}", shell=True, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert (tmp_path / "code").read_text().strip() == "0" and "Traceback" not in done.stderr
+    assert load_checkpoint(tmp_path / "gpt.pt")["training"]["step"] == 6 and len(run_rows(tmp_path / "gpt.pt")) == 7
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="a locale")
+def test_names_outside_ascii_work_in_the_c_locale(data_path, tmp_path):
+    """Without UTF-8 mode, which Python has by itself there: such bytes of the command line are then no valid text."""
+    shutil.copytree(data_path, tmp_path / "dätä")
+    train_py = [sys.executable, str(REPO / "train.py"), "--checkpoint_path=ü/mödel.pt"]
+    flags = [*TINY_MODEL, "--data_path=dätä", "--device=cpu", "--dtype=fp32", "--batch_size=1", "--num_batch_accum=1",
+             "--val_iter=1", "--max_iter=1", "--dataloader_num_workers=0"]
+    for own in (flags, ["--resume_checkpoint", "--max_iter=2"], ["--plot"]):
+        done = subprocess.run([*train_py, *own], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / "ü" / "mödel.pt")["training"]["step"] == 2
+    assert (tmp_path / "ü" / "mödel" / "curves.png").exists()
+
+
+@contextmanager
+def full_disk():
+    """For files that grow; a limit of the size of files stands for it."""
+    import resource
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield fill
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
+@pytest.mark.parametrize("when, name", [("start", "gpt.pt"), ("step 2", "gpt/metrics.jsonl"), ("plot", "curves.png")])
+def test_a_disk_that_fills_up_is_one_line_with_the_file(run_train, monkeypatch, capsys, tmp_path, when, name):
+    path = run_train("--max_iter=1")
+    before = contents(tmp_path)
+    with full_disk() as fill:
+        if when == "step 2":
+            before_batch(monkeypatch, 2, fill)
+        else:
+            fill()
+        plot = lambda: train.main([f"--checkpoint_path={path}", "--plot"])
+        line = fails(capsys, plot if when == "plot" else lambda: run_train("--overwrite"))
+    assert re.search(rf"{name}: cannot be written \(File too large\)", line), line
+    after = contents(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    if when != "step 2":  # nothing of the earlier run is lost
+        assert before.items() <= after.items()
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(run_train, monkeypatch, capsys):
-    def full(path, checkpoint):
+    def full(path, checkpoint, **options):
         if checkpoint["training"]["step"] == 6:
             raise OSError(f"{path}: cannot be written (No space left on device)")
-        save_checkpoint(path, checkpoint)
+        save_checkpoint(path, checkpoint, **options)
     monkeypatch.setattr("runtime.checkpoint.save_checkpoint", full)
     assert re.search(r"gpt.pt: cannot be written \(No space.*gpt.pt holds step 3, from which --resume_checkpoint",
                      fails(capsys, run_train))
@@ -362,6 +419,8 @@ def test_plot_needs_rows_of_validations(plotted, refused, tmp_path):
             "none/metrics.jsonl holds no validation rows")
     refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no validation rows")
     refused(train.main, ["--plot="], "--plot=: is empty")
+    refused(train.main, ["--plot=a,~nosuchuser/x"], "--plot=a,~nosuchuser/x:", "the home of a user that does not exist")
+    refused(train.main, ["--plot=" + "x" * 300], "--plot=xxx", "longer than file names can be")
     (tmp_path / "incomplete.jsonl").write_text('{"step": 1, "val_loss": 3.0}\n')
     refused(train.main, [f"--plot={tmp_path / 'incomplete.jsonl'}"], "holds no validation rows")
     assert not (tmp_path / "none").exists()

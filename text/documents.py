@@ -1,6 +1,8 @@
 """A batch of documents in memory, packed as files and kernels hold them: UTF-8, end to end, with offsets.
 
     PackedDocuments.from_strings(["one", "two"]).utf8.tobytes()      b"onetwo"
+
+and sets of documents, to find those that occur twice.
 """
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,72 @@ class PackedDocuments:
         for start, stop in pairwise(self.offsets.tolist()):
             yield self.utf8[start:stop].tobytes().decode()
 
+
+# -- sets of documents ------------------------------------------------------------------------------------------------
+
+WHITE_SPACE = b" \t\n\r\x0b\x0c"
+IS_WHITE_SPACE = np.isin(np.arange(256), list(WHITE_SPACE))
+KEY_BYTES = 8  # at each end of a document, from which its key is made
+KEY_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # any odd numbers
+
+
+class DocumentSet:
+    """A set of documents, which are equal if their texts are, white space at the ends aside.
+
+    Holds hashes of 64 bits. A document is only hashed if its length and its ends, which are compared for many documents at
+    once, are those of a document of the set.
+    """
+
+    def __init__(self):
+        self.hashes: set[int] = set()
+        self.keys = np.zeros(0, np.uint64)  # sorted
+
+    def add(self, documents: PackedDocuments):
+        starts, stops = strip_offsets(documents)
+        self.hashes.update(hash(documents.utf8[start:stop].tobytes()) for start, stop in zip(starts, stops))
+        self.keys = np.union1d(self.keys, end_keys(documents.utf8, starts, stops))
+
+    def contains(self, documents: PackedDocuments) -> np.ndarray:
+        """(documents,) bool: which of them are in the set."""
+        found = np.zeros(len(documents), bool)
+        if not len(self.keys):
+            return found
+        starts, stops = strip_offsets(documents)
+        keys = end_keys(documents.utf8, starts, stops)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        for i in np.flatnonzero(self.keys[at] == keys):
+            found[i] = hash(documents.utf8[starts[i]:stops[i]].tobytes()) in self.hashes
+        return found
+
+
+def strip_offsets(documents: PackedDocuments) -> tuple[np.ndarray, np.ndarray]:
+    """Where each document starts and stops, (documents,) each, without the white space at its ends."""
+    utf8, starts, stops = documents.utf8, documents.offsets[:-1].copy(), documents.offsets[1:].copy()
+    for offsets, at, step in ((starts, 0, 1), (stops, -1, -1)):
+        moving = np.flatnonzero(starts < stops)
+        for _ in range(8):
+            moving = moving[IS_WHITE_SPACE[utf8[offsets[moving] + at]]]
+            offsets[moving] += step
+            moving = moving[starts[moving] < stops[moving]]
+        for i in moving[IS_WHITE_SPACE[utf8[offsets[moving] + at]]]:  # the few with more of it
+            text = utf8[starts[i]:stops[i]].tobytes()
+            offsets[i] += step * (len(text) - len(text.lstrip(WHITE_SPACE) if step > 0 else text.rstrip(WHITE_SPACE)))
+    return starts, stops
+
+
+def end_keys(utf8: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """(documents,) uint64: a hash of the length of each text utf8[start:stop] and of KEY_BYTES bytes at each of its ends."""
+    if not len(utf8):
+        return np.zeros(len(starts), np.uint64)
+    offsets = np.arange(KEY_BYTES)
+    is_inside = offsets < (stops - starts)[:, None]
+    first = np.where(is_inside, utf8[np.minimum(starts[:, None] + offsets, len(utf8) - 1)], 0).astype(np.uint8)
+    last = np.where(is_inside, utf8[np.maximum(stops[:, None] - 1 - offsets, 0)], 0).astype(np.uint8)
+    ends = np.stack([first.view(np.uint64)[:, 0], last.view(np.uint64)[:, 0], (stops - starts).astype(np.uint64)], 1)
+    return (ends * KEY_FACTORS).sum(1, dtype=np.uint64)  # modulo 2**64
+
+
+# -- valid UTF-8 ------------------------------------------------------------------------------------------------------
 
 def to_utf8(text: str | bytes) -> bytes:
     """`text` as valid UTF-8; see `valid_unicode`."""

@@ -12,8 +12,9 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from runtime.cli import log_line
 from runtime.config import BadInput
+from text.columns import column_value, require_text
 from text.documents import PackedDocuments
-from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, require_column, require_text, split_files
+from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, split_files
 
 REQUEST_BYTES = 1 << 24  # read-ahead: how much of a file one request fetches
 # Seconds. huggingface_hub itself retries a request for about 20 seconds; these are the pauses after that.
@@ -38,9 +39,8 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
     revision = find_revision(dataset, revision, flags, policy)
     paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS))
     if paths:
-        chosen, row_part = split_files(paths, part)
-        files = [hub_file(path, streaming) for path in chosen]
-        read = lambda state: read_files(files, text_column, state, skip_errors, row_part)
+        parts = split_files([hub_file(path, streaming) for path in paths], part)
+        read = lambda state: read_files(parts, text_column, state, skip_errors)
     else:
         read = lambda state: dataset_chunks(load_rows(dataset, dataset_config, revision, streaming), text_column, dataset,
                                             state, part)
@@ -70,7 +70,7 @@ def dataset_flags(dataset: str, dataset_config: str | None) -> str:
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form of a repository's id on the hub: a name, or owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", text) is not None
+    return len(text) < 200 and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|[\w-]+", text) is not None
 
 
 def find_revision(dataset: str, revision: str | None, flags: str, policy: "RetryPolicy") -> str:
@@ -134,8 +134,7 @@ def dataset_chunks(rows, text_column: str, dataset: str, state: dict | None, par
         rows.load_state_dict(state)
     texts, n_characters = [], 0
     for row in rows:
-        require_column(text_column, row, dataset)
-        if text := require_text(row[text_column], text_column, dataset):
+        if text := require_text(column_value(row, text_column, dataset), text_column, dataset):
             texts.append(text)
             n_characters += len(text)
         if n_characters >= CHUNK_BYTES:

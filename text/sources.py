@@ -19,7 +19,8 @@ from runtime.cli import log_line
 from runtime.config import BadInput, check_flags, flag
 from text.builtin import builtin_revision, builtin_texts
 from text.documents import PackedDocuments
-from text.formats import CHUNK_BYTES, READERS, Chunk, TextFile, read_files, read_from, split_files
+from text.folders import FORMATS, DataFiles, find_data_files, local_path, open_file
+from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, split_files
 from text.hub import is_hub_id, open_hub
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
@@ -28,36 +29,41 @@ FINEWEB = "HuggingFaceFW/fineweb-edu"
 @dataclass(frozen=True)
 class SourceConfig:
     """Where text comes from."""
-    dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, txt), or `builtin`: the "
-                                 "documentation inside Python, numpy and torch, several MB, no network; several, separated "
-                                 "by commas, are mixed", on_resume="fixed")
+    dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, json, csv, txt; .gz, "
+                                 ".zst), or `builtin`: the documentation inside Python, numpy and torch, several MB, no "
+                                 "network; several, separated by commas, are mixed", on_resume="fixed")
     mix: str = flag(None, "share of the bytes of text for each of several datasets, such as 0.8,0.2", on_resume="fixed")
     dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)",
                                on_resume="fixed")
-    text_column: str = flag("text", "column or JSON key that holds the text; in a mix, one for all datasets or one for each",
-                            on_resume="fixed")
+    text_column: str = flag("text", "column or JSON key that holds the text, such as data.text for one inside another; in "
+                                    "a mix, one for all datasets or one for each", on_resume="fixed")
     streaming: bool = flag(True, "1 reads a hub dataset over the network while it is prepared, 0 downloads its files first "
                                  "and keeps them in the HF_HOME folder", on_resume="free")
     retry_seconds: int = flag(600, "seconds to keep retrying a hub that does not answer", at_least=0, on_resume="free")
     skip_errors: bool = flag(False, "1 skips what cannot be read in local files and in parquet files of the hub: a row "
-                                    "group, a line or a file; the manifest counts them", on_resume="free")
+                                    "group, a row, a line or a file; the manifest counts them", on_resume="free")
     __post_init__ = check_flags
 
 
 @dataclass(frozen=True)
 class Source:
     """An opened source. description: the flags and revisions that identify the text, for the manifest. read(state): its
-    chunks from a state on, None for the beginning."""
+    chunks from a state on, None for the beginning. train_state: where the text to train on starts, if held-out text comes
+    first. notes: lines about what is not read of local folders, and about what is held out."""
     description: dict
     read: Callable[[object], Iterator[Chunk]]
+    train_state: dict | None = None
+    notes: tuple[str, ...] = ()
 
     def chunks(self, position: dict | None = None) -> Iterator[Chunk]:
         """The chunks from `position` on, which Chunk.position_after returned; by default all."""
         return read_from(self.read, position)
 
     def documents(self) -> Iterator[str]:
-        """The text of every document; logs a line for each part that is skipped."""
-        for chunk in self.chunks():
+        """The text of every document that is not held out; logs the notes, and a line for each part that is skipped."""
+        for note in self.notes:
+            log_line(note)
+        for chunk in self.read(self.train_state):
             for message in chunk.skipped:
                 log_line(f"skipped: {message}")
             yield from chunk.documents.strings()
@@ -68,11 +74,17 @@ def open_source(config: SourceConfig, revisions: list[str] | None = None, part: 
     disjoint parts. Raises BadInput when there is no such dataset, file or column, or when it is empty."""
     configs = split_mix(config)
     opened = [open_dataset(one, revision, part) for one, revision in zip(configs, revisions or [None] * len(configs))]
+    description = source_flags(config) | {"revisions": [source.description["revision"] for source in opened]}
     if len(opened) == 1:
-        read = opened[0][1]
-    else:
-        read = functools.partial(interleave, [read for _, read in opened], mix_weights(config))
-    return Source(source_flags(config) | {"revisions": [revision for revision, _ in opened]}, read)
+        return replace(opened[0], description=description)
+    reads = [functools.partial(read_training_text, source) for source in opened]
+    return Source(description, functools.partial(interleave, reads, mix_weights(config)),
+                  notes=tuple(note for source in opened for note in source.notes))
+
+
+def read_training_text(source: Source, state: object) -> Iterator[Chunk]:
+    """A mix leaves out the held-out text of its sources."""
+    return source.read(source.train_state if state is None else state)
 
 
 def source_flags(config: SourceConfig) -> dict:
@@ -89,8 +101,8 @@ def source_flags(config: SourceConfig) -> dict:
     return {"dataset": config.dataset, "dataset_config": dataset_config, "text_column": config.text_column}
 
 
-def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, int]) -> tuple[str, Callable]:
-    """The revision and the `read` function of a single dataset."""
+def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, int]) -> Source:
+    """A single dataset; its description is the revision only."""
     if not config.dataset:
         raise BadInput("--dataset=: is empty: give a hub dataset, a local path, or `builtin`")
     path = local_path(config.dataset)
@@ -98,18 +110,20 @@ def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, in
         raise BadInput(f"--dataset_config={config.dataset_config}: only hub datasets have configurations: drop it "
                        f"(in a mix, leave the entry for {config.dataset} empty)")
     if config.dataset == "builtin":
-        return builtin_revision(), lambda state: read_builtin(state or 0, part)
+        return Source({"revision": builtin_revision()}, lambda state: read_builtin(state or 0, part))
     if path:
-        files = find_text_files(path)
-        chosen, row_part = split_files([local_file(file) for file in files], part)
-        read = lambda state: read_files(chosen, config.text_column, state, config.skip_errors, row_part)
-        if not any(len(chunk.documents) for chunk in read(None)):
-            raise BadInput(f"--dataset={path}: contains no text")
-        return files_revision(files), read
-    if not is_hub_id(config.dataset) or config.dataset.endswith(tuple(READERS)):
-        raise BadInput(f"--dataset={config.dataset}: no such file or folder")
-    return open_hub(config.dataset, source_flags(config)["dataset_config"], config.text_column, streaming=config.streaming,
-                    skip_errors=config.skip_errors, retry_seconds=config.retry_seconds, revision=revision, part=part)
+        return open_files(path, config, part)
+    require_hub_id(config.dataset)
+    revision, read = open_hub(
+        config.dataset, source_flags(config)["dataset_config"], config.text_column, streaming=config.streaming,
+        skip_errors=config.skip_errors, retry_seconds=config.retry_seconds, revision=revision, part=part)
+    return Source({"revision": revision}, read)
+
+
+def require_hub_id(dataset: str):
+    """Raises BadInput for what is no local path if it cannot be a dataset of the hub either."""
+    if not is_hub_id(dataset) or dataset.lower().endswith(FORMATS):
+        raise BadInput(f"--dataset={dataset}: no such file or folder")
 
 
 def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
@@ -216,48 +230,51 @@ def interleave(reads: list[Callable], weights: list[float], state: dict | None) 
 
 # -- local files and the built-in text --------------------------------------------------------------------------------
 
-def local_path(dataset: str) -> Path | None:
-    """The file or folder that `dataset` names; None if there is none."""
-    try:
-        path = Path(dataset).expanduser()
-        return path if path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # names that no file can have
-        return None
+def open_files(path: Path, config: SourceConfig, part: tuple[int, int]) -> Source:
+    """A local file or folder. What its names say is validation text, or else test text, comes first, held out."""
+    found = find_data_files(path)
+    train, held_out, notes = split_by_name(found)
+    first = split_files(list(map(local_file, held_out)), part, "val")
+    parts = first + split_files(list(map(local_file, train)), part, "train" if held_out else None)
+    read = lambda state: read_files(parts, config.text_column, state, config.skip_errors)
+    train_state = {"file": len(first), "row": 0, "byte": 0} if held_out else None
+    if not any(len(chunk.documents) for chunk in read(train_state)):
+        raise BadInput(f"--dataset={path}: contains no text")
+    return Source({"revision": files_revision([*held_out, *train])}, read, train_state, notes)
 
 
-def find_text_files(path: Path) -> list[Path]:
-    """`path` itself, or the parquet, jsonl and txt files below it, sorted by name. Raises BadInput if there are none."""
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise BadInput(f"--dataset={path}: cannot read {path.suffix or 'a file without an extension'}: "
-                           f"give {', '.join(READERS)} or a folder of such files")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    if not files:
-        raise BadInput(f"--dataset={path}: no {', '.join(READERS)} file in this folder")
-    return files
+def split_by_name(found: DataFiles) -> tuple[list[Path], list[Path], tuple[str, ...]]:
+    """The files to train on, the held-out ones, and lines about these and about what is left out. If no file is for
+    training, the names say nothing."""
+    splits = found.named_splits()
+    if "train" not in splits:
+        note = found.describe_left_out()
+        return list(found.files), [], (note,) if note else ()
+    held_out = next((split for split in ("validation", "test") if split in splits), None)
+    files = found.of_split(held_out) if held_out else []
+    notes = [found.describe_left_out(splits - {"train", held_out})]
+    if files:
+        notes.append(f"held out of {found.root}, for validation: {found.relative(files[0])}"
+                     + (f" and {len(files) - 1} more" if len(files) > 1 else ""))
+    return found.of_split("train"), files, tuple(filter(None, notes))
 
 
 def local_file(path: Path) -> TextFile:
     """Opening it raises BadInput naming the file when it cannot be opened."""
-    def open_file():
-        try:
-            return open(path, "rb")
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
-    return TextFile(str(path), path.stat().st_size, open_file)
+    return TextFile(str(path), path.stat().st_size, functools.partial(open_file, path))
 
 
 def files_revision(files: list[Path]) -> str:
     """Changes when a file is added, renamed or changes its size; hashing gigabytes of content would take minutes."""
-    listing = b"\n".join(os.fsencode(file.name) + b" %d" % file.stat().st_size for file in files)
+    listing = b"\n".join(os.fsencode(file.name) + b" %d" % file.stat().st_size for file in sorted(files))
     return hashlib.sha256(listing).hexdigest()[:16]
 
 
 def local_revisions(config: SourceConfig) -> list[str | None]:
     """The current revision of each dataset; None for those that are not local files."""
     paths = [local_path(one.dataset) for one in split_mix(config)]
-    return [files_revision(find_text_files(path)) if path else None for path in paths]
+    return [files_revision([file for files in split_by_name(find_data_files(path))[:2] for file in files]) if path else None
+            for path in paths]
 
 
 def read_builtin(first: int, part: tuple[int, int]) -> Iterator[Chunk]:
