@@ -24,7 +24,8 @@ from runtime.config import BadInput
 from runtime.files import atomic_write, fsync_folder, require_regular_file
 from tokenizer import Tokenizer
 
-FORMAT = "gpt-workbench shards 2"
+FORMAT = "gpt-workbench shards 3"
+EARLIER_FORMAT = "gpt-workbench shards 2"  # the same without `checksum`, which proves the place, and `last_document`
 SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
 PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
 CHECKED_TOKENS = 1 << 20   # tokens of each shard that are checked when training starts; --verify checks all
@@ -87,8 +88,11 @@ class Manifest:
             require_regular_file(path, str(path))
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
+            if values["format"] not in (FORMAT, EARLIER_FORMAT):
                 raise ValueError(f"its format is {values['format']!r}, expected {FORMAT!r}")
+            if values["format"] == FORMAT and not values["checksum"]:
+                raise ValueError("its checksum is empty")
+            values["format"] = FORMAT
             for name, json_name in JSON_NAMES.items():
                 if json_name in values:
                     values[name] = values.pop(json_name)

@@ -287,7 +287,7 @@ DAMAGES = {
     "complete without shards": (edit_manifest(shards={"val": [], "train": []}), [NOT_A_MANIFEST, "complete without shards"]),
     "manifest nested deeply": (write("manifest.json", b"[" * 100_000), [NOT_A_MANIFEST]),
     "manifest of another program": (write("manifest.json", b'{"name": "something else"}'), [NOT_A_MANIFEST]),
-    "newer manifest": (edit_text("manifest.json", "shards 2", "shards 9"), ["shards 9", "shards 2"]),
+    "newer manifest": (edit_text("manifest.json", "shards 3", "shards 9"), ["shards 9", "shards 3"]),
     "no manifest": (delete("manifest.json"), ["--data_path", "no manifest.json"]),
     "unfinished": (edit_text("manifest.json", '"complete": true', '"complete": false'), ["--data_path", "did not finish"]),
     "id of another vocabulary": (edit_shard(set_id_of_another_vocabulary),

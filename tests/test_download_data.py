@@ -581,7 +581,7 @@ def test_a_manifest_of_an_earlier_version_is_resumed(tmp_path, text, monkeypatch
     values = json.loads(path.read_text())
     for name in ("checksum", "last_document", "n_duplicates"):
         del values[name]
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values | {"format": shards.EARLIER_FORMAT}))
     prepare(tmp_path, text)
     assert contents(tmp_path / "data") == expected
 
