@@ -2,6 +2,7 @@
 
     for text in generate_text(model, tokenizer, "The history of", max_new_tokens=50, sampling=SamplingConfig()):
         print(text, end="")
+    logprobs = token_logprobs(model, torch.tensor([ids]))
 
 `generate.py` and `chat.py` are the commands.
 """
@@ -10,11 +11,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, Cache
 from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES, Machine
@@ -34,11 +36,24 @@ class SamplingConfig:
                                      at_most=100)
     __post_init__ = check_flags
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken. Dividing by a smaller temperature would overflow."""
+        return self.temperature < 1e-6
+
 
 GREEDY = SamplingConfig(temperature=0.0)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
+
+class Sampled(NamedTuple):
+    """The next token of each row, and two log-probabilities of it in nats: in the distribution that it was drawn from, after
+    temperature and filters, and by the model alone (temperature 1, no filters)."""
+    ids: Tensor             # (B,) int64
+    logprobs: Tensor        # (B,) fp32
+    model_logprobs: Tensor  # (B,) fp32
+
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, sampling: SamplingConfig = SamplingConfig(),
@@ -49,27 +64,58 @@ def generate(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, samplin
     The cache holds block_size positions. When it is full, it is rebuilt from the last half block of every row. So a new
     token costs a forward pass over one position, plus one over half a block every half block.
     """
-    block_size = model.config.block_size
-    contexts = [prompt[-block_size:] for prompt in prompts]
-    max_len = min(block_size, max(map(len, contexts)) + max_new_tokens - 1)
-    logits, cache = model.prefill(contexts, max_len, cache_dtype(model))
-    seen = token_mask(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    generated = []  # since the last prefill
+    decoder = Decoder(model, prompts, max_new_tokens, sampling)
     for i in range(max_new_tokens):
-        new = sample(logits, sampling, generator, seen)
+        new = sample(decoder.logits, sampling, generator, decoder.seen)
         yield new
-        if i == max_new_tokens - 1:
-            return
-        generated.append(new)
-        if seen is not None:
-            seen.scatter_(1, new[:, None], True)
-        if cache.length < max_len:
+        if i < max_new_tokens - 1:
+            decoder.append(new)
+
+
+@torch.inference_mode()
+def generate_with_logprobs(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int,
+                           sampling: SamplingConfig = SamplingConfig(),
+                           generator: torch.Generator | None = None) -> Iterator[Sampled]:
+    """The same tokens as `generate`, with their log-probabilities, as reinforcement learning needs them."""
+    decoder = Decoder(model, prompts, max_new_tokens, sampling)
+    for i in range(max_new_tokens):
+        new = sample_with_logprobs(decoder.logits, sampling, generator, decoder.seen)
+        yield new
+        if i < max_new_tokens - 1:
+            decoder.append(new.ids)
+
+
+class Decoder:
+    """Decodes a batch of prompts with the cache, a token of each row at a time.
+
+    logits: (B, V), of the next token. seen: (B, V) bool, the tokens that the repetition penalty applies to, or None.
+    """
+
+    def __init__(self, model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, sampling: SamplingConfig):
+        block_size = model.config.block_size
+        self.model = model
+        self.contexts = [prompt[-block_size:] for prompt in prompts]
+        self.max_len = min(block_size, max(map(len, self.contexts)) + max_new_tokens - 1)
+        self.logits, self.cache = self.prefill()
+        self.seen = token_mask(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+        self.generated: list[Tensor] = []  # since the last prefill
+
+    def prefill(self) -> tuple[Tensor, Cache]:
+        return self.model.prefill(self.contexts, self.max_len, cache_dtype(self.model))
+
+    def append(self, new: Tensor):
+        """new: (B,) int64. Computes the logits after it."""
+        self.generated.append(new)
+        if self.seen is not None:
+            self.seen.scatter_(1, new[:, None], True)
+        if self.cache.length < self.max_len:
             # eager: a compiled model would recompile for every new shape
-            logits = model.eager_forward(new[:, None], cache=cache, logits_to_keep=1)[:, 0]
-        else:
-            keep, rows = max(1, block_size // 2), torch.stack(generated, dim=1)
-            contexts, generated = [torch.cat((context, row))[-keep:] for context, row in zip(contexts, rows)], []
-            logits, cache = model.prefill(contexts, max_len, cache_dtype(model))
+            self.logits = self.model.eager_forward(new[:, None], cache=self.cache, logits_to_keep=1)[:, 0]
+            return
+        keep, rows = max(1, self.model.config.block_size // 2), torch.stack(self.generated, dim=1)
+        self.contexts = [torch.cat((context, row))[-keep:] for context, row in zip(self.contexts, rows)]
+        self.generated = []
+        self.logits, self.cache = self.prefill()
 
 
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None,
@@ -80,11 +126,34 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
     et al. 2019, section 4.1, arXiv:1909.05858; top-k, Fan et al. 2018, arXiv:1805.04833; top-p, Holtzman et al. 2019,
     arXiv:1904.09751; min-p, Nguyen et al. 2024, arXiv:2407.01082.
     """
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature < 1e-6:  # dividing by it would overflow
+    logits = penalize(logits, sampling, seen)
+    if sampling.is_greedy:
         return logits.argmax(dim=-1)
+    return draw(*filter_tokens(logits, sampling), generator)[0]
+
+
+def sample_with_logprobs(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None,
+                         seen: Tensor | None = None) -> Sampled:
+    """The same ids as `sample`, with their log-probabilities."""
+    penalized = penalize(logits, sampling, seen)
+    if sampling.is_greedy:
+        new, logprobs = penalized.argmax(dim=-1), logits.new_zeros(len(logits))
+    else:
+        new, logprobs = draw(*filter_tokens(penalized, sampling), generator)
+    return Sampled(new, logprobs, logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(dim=-1))
+
+
+def penalize(logits: Tensor, sampling: SamplingConfig, seen: Tensor | None) -> Tensor:
+    """The repetition penalty. logits: (B, V); seen: (B, V) bool or None."""
+    if seen is None:
+        return logits
+    penalty = sampling.repetition_penalty
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """(B, V) logits -> the probability of each token that may be drawn, (B, K), up to a factor for each row and 0 for what
+    the filters remove, and the ids of these tokens, (B, K), or None where they are 0..V-1."""
     logits, ids = logits / sampling.temperature, None
     if 0 < sampling.top_k < logits.size(-1):
         logits, ids = logits.topk(sampling.top_k, dim=-1)  # everything below then works on k sorted numbers
@@ -99,13 +168,31 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
         keep &= scaled.cumsum(dim=-1) - scaled < math.ceil(sampling.top_p * 2**40)
     if sampling.min_p > 0:
         keep &= probs >= sampling.min_p * probs.amax(dim=-1, keepdim=True)
+    return probs * keep, ids
+
+
+def draw(weights: Tensor, ids: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draws a token of each row from what `filter_tokens` returns: ids and log-probabilities, (B,) each. Raises
+    FloatingPointError when the weights are not finite."""
     try:
-        drawn = torch.multinomial(probs * keep, 1, generator=generator)
+        drawn = torch.multinomial(weights, 1, generator=generator)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise FloatingPointError("the model's logits are not finite: use another checkpoint") from None
-    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
+    logprobs = (weights.gather(1, drawn)[:, 0] / weights.sum(dim=-1)).log()
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0], logprobs
+
+
+def token_logprobs(model: GPT, ids: Tensor) -> Tensor:
+    """ids: (B, T) int64, T >= 2, at most block_size + 1 -> log-probability in nats of every token but the first, given those
+    before it in its row, (B, T - 1) fp32. It has a gradient, and never holds (B, T, V): see layers/loss.py. Raises
+    ValueError for other lengths; `evaluate.document_losses` takes texts of any length.
+    """
+    n, block_size = ids.size(1), model.config.block_size
+    if not 2 <= n <= block_size + 1:
+        raise ValueError(f"{n} tokens: give 2 to {block_size + 1}, the model's context and the token after it")
+    return -model.eager_forward(ids[:, :-1], ids[:, 1:], reduction="none")
 
 
 def token_mask(prompts: Sequence[Tensor], vocab_size: int) -> Tensor:

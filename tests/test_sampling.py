@@ -21,8 +21,10 @@ from sampling import (
     generate,
     generate_text,
     generate_texts,
+    generate_with_logprobs,
     load_pretrained,
     sample,
+    token_logprobs,
 )
 from tokenizer import Tokenizer
 
@@ -163,6 +165,51 @@ def test_sampling_by_hand(flags, expected):
     config = SamplingConfig(**{"temperature": 1.0, "top_k": 0} | flags)
     frequencies = sample_frequencies(torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log(), config)[0].tolist()
     assert frequencies == pytest.approx(expected, abs=0.015) and [f > 0 for f in frequencies] == [e > 0 for e in expected]
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_token_logprobs_equal_the_log_softmax_of_all_logits(model):
+    ids = torch.stack(random_prompts(20, 20))
+    expected = model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    assert torch.allclose(token_logprobs(model, ids), expected, atol=1e-5)
+
+
+def test_token_logprobs_train_the_model_and_fit_into_its_context(attention_model):
+    ids = torch.stack(random_prompts(41, 41))
+    token_logprobs(attention_model, ids).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in attention_model.parameters())
+    for n in (1, 42):
+        with pytest.raises(ValueError, match=f"{n} tokens: give 2 to 41"):
+            token_logprobs(attention_model, torch.zeros(1, n, dtype=torch.int64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", [
+    {}, {"temperature": 0.0}, {"temperature": 0.7}, {"top_k": 1}, {"top_k": 3, "temperature": 1.3}, {"top_p": 0.8},
+    {"min_p": 0.2}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.4}], ids=str)
+def test_logprobs_of_samples_equal_transformers(attention_model, flags):
+    """Of the distribution that a token was drawn from, and of the model alone, also where the cache was rebuilt (40 + 1
+    tokens); and the tokens are those of `generate`."""
+    oracle, config = logits_processors(), SamplingConfig(**{"temperature": 1.0, "top_k": 0} | flags)
+    prompts, n, V = random_prompts(6, 6, 6), 37, BYTES.vocab_size
+    rows = [torch.stack(part, dim=1) for part in zip(*generate_with_logprobs(
+        attention_model, prompts, n, config, torch.Generator().manual_seed(4)))]
+    ids, logprobs, model_logprobs = rows
+    assert ids.tolist() == generate_ids(attention_model, prompts, n, config, seed=4)
+    assert ids.shape == logprobs.shape == model_logprobs.shape == (3, n) and logprobs.dtype == torch.float32
+    processors = oracle.LogitsProcessorList([
+        oracle.RepetitionPenaltyLogitsProcessor(config.repetition_penalty),
+        oracle.TemperatureLogitsWarper(config.temperature or 1e-4), oracle.TopKLogitsWarper(config.top_k or V),
+        oracle.TopPLogitsWarper(config.top_p), oracle.MinPLogitsWarper(config.min_p)])
+    texts = torch.cat([torch.stack(prompts), ids], dim=1)
+    for i in (0, 20, 34, 35, 36):
+        context = texts[:, :6 + i]
+        logits = attention_model(context[:, -(40 if i < 35 else 20 + i - 35):])[:, -1]
+        for found, distribution in ((model_logprobs, logits), (logprobs, processors(context, logits.clone()))):
+            expected = distribution.log_softmax(-1).gather(1, ids[:, i:i + 1])[:, 0]
+            assert torch.allclose(found[:, i], expected, atol=1e-4)
 
 
 # -- streams of text --------------------------------------------------------------------------------------------------
