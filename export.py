@@ -17,11 +17,13 @@ from convert.hf_in import import_model
 from convert.hf_mapping import hf_architecture
 from convert.hf_out import export_model
 from convert.hf_tokenizer import to_hf_pattern
-from runtime.checkpoint import explain_damage, save_checkpoint
+from convert.model_card import CLASSES, load_lines, model_card
+from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
 from runtime.cli import command, parse_flags, read_path
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
+from runtime.metrics import read_rows
 from sampling import load_pretrained
 from text.hub import hub_error, hub_unreachable, is_hub_id, is_network_error
 
@@ -60,19 +62,25 @@ def main(argv=None):
 
 def export_checkpoint(config: ExportConfig):
     """--checkpoint_path -> --out_path. Raises BadInput, OSError."""
-    model, tokenizer, _ = load_pretrained(config.checkpoint_path)
-    with explain_damage(config.checkpoint_path):
+    path = config.checkpoint_path
+    checkpoint = load_checkpoint(path)
+    model, tokenizer, _ = load_pretrained(path, checkpoint)
+    with explain_damage(path):
         to_hf_pattern(tokenizer.pattern)  # raises before anything is written
+        card = model_card(config.out_path.name, model, tokenizer, checkpoint.get("training", {}),
+                          read_rows(run_folder(path) / "metrics.jsonl"))
+    del checkpoint  # its optimizer state is larger than the model
     if config.gguf:
         require_gguf(model, tokenizer)
     with atomic_folder(config.out_path, config.overwrite) as folder:
-        export_model(model, tokenizer, folder, config.weights)
+        export_model(model, tokenizer, folder, config.weights, card)
         if config.gguf:
             write_gguf(model, tokenizer, folder / "model.gguf", config.weights)
-    loads_as = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", None: "our own code, needs trust_remote_code=True"}
-    size = sum(file.stat().st_size for file in config.out_path.iterdir())
-    print(f"{config.out_path}: {loads_as[hf_architecture(model.config)]}, {model.n_parameters() / 1e6:.1f} M parameters, "
-          f"{size / 1e6:.1f} MB")
+    architecture, size = hf_architecture(model.config), sum(file.stat().st_size for file in config.out_path.iterdir())
+    own_code = ", our own code: trust_remote_code=True lets transformers run the .py files in the folder"
+    print(f"{config.out_path}: {CLASSES[architecture]}, {model.n_parameters() / 1e6:.1f} M parameters, {size / 1e6:.1f} MB"
+          f"{own_code if architecture is None else ''}; it is loaded by")
+    print(load_lines(str(config.out_path), architecture))
 
 
 @contextmanager

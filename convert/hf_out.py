@@ -21,8 +21,9 @@ BSplineKAN = ChebyshevKAN = RationalKAN = None
 '''
 
 
-def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32"):
-    """Writes into `folder` what AutoModelForCausalLM and AutoTokenizer load. dtype: a key of DTYPES, of the weights."""
+def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32", card: str = ""):
+    """Writes into `folder` what AutoModelForCausalLM and AutoTokenizer load. dtype: a key of DTYPES, of the weights; card:
+    the text of README.md."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     architecture = hf_architecture(model.config)
@@ -33,6 +34,9 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "f
     except SafetensorError as error:  # a full disk; nothing of ours can be wrong with the tensors
         raise OSError(str(error)) from None
     write_configs(model.config, architecture, tokenizer, folder, dtype)
+    # safetensors makes files that only their owner may read, whatever the umask
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_tokenizer(tokenizer, folder, model.config.block_size)
     if architecture is None:
         for name, source in bundle_code(model.config).items():

@@ -1,6 +1,7 @@
 """export.py: weights and configs to and from transformers, its code in an exported folder, GGUF files, refusals."""
 import ast
 import json
+import os
 import sys
 
 import pytest
@@ -12,8 +13,10 @@ from exporting import MIXED_TEXT, T, load_exported, random_model, run_export, ru
 from test_model import ARCHITECTURES, GPT2, LLAMA  # noqa: E402
 
 import export  # noqa: E402
+from conftest import run_rows  # noqa: E402
 from convert import gguf, hf_mapping, hf_out  # noqa: E402
 from convert.hf_tokenizer import to_hf_tokenizer  # noqa: E402
+from convert.model_card import training_figures  # noqa: E402
 from layers import LINEARS, MIXERS, MLPS, NORMS  # noqa: E402
 from runtime.checkpoint import save_checkpoint  # noqa: E402
 from runtime.device import DTYPES  # noqa: E402
@@ -118,6 +121,53 @@ def test_our_code_runs_in_the_dtype_of_the_weights(architecture, dtype, tokenize
     assert (logits - model(idx)).square().mean().sqrt() < 0.03 * logits.std()
     ids = hf_model.generate(idx[:, :4], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ids.shape == (3, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", [{}, LLAMA, GPT2], ids=["ours", "llama", "gpt2"])
+def test_the_two_lines_that_export_prints_load_the_folder(architecture, tokenizer, tmp_path, idx, capsys, monkeypatch):
+    """They are in the model card too. trust_remote_code is explained where it is needed, and asked for nowhere else."""
+    model = random_model(**architecture)
+    card = (run_export(model, tokenizer, tmp_path) / "README.md").read_text(encoding="utf-8")
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and card.count("\n".join(lines).replace(str(tmp_path) + "/", "")) == 1
+    assert {("trust_remote_code=True" in text) for text in (said, lines[1], card)} == {architecture == {}}
+    loaded = {}
+    exec("\n".join(lines), loaded)
+    assert (loaded["model"].eval()(idx).logits - model(idx)).abs().max() < 1e-4
+    assert loaded["tokenizer"](MIXED_TEXT[:20])["input_ids"][-5:] == tokenizer.encode(MIXED_TEXT[:20])[-5:]
+
+
+def test_the_model_card_has_the_figures_of_the_run(trained, tmp_path):
+    """Of the best validation, also where the exported weights are later ones; of an imported model those of the model."""
+    export.main([f"--checkpoint_path={trained}", f"--out_path={tmp_path / 'out'}"])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    last = run_rows(trained)[-1]
+    for figure in ("| parameters | ", "| context | 16 tokens |", "byte-level BPE, 512 ids", "train.py, 3 steps",
+                   f"| training tokens | {last['tokens']:,} |", "# license:",
+                   f"| best validation | {last['val_bpb']:.4f} bits/byte, {last['val_loss']:.4f} nats/token, at step 3 |"):
+        assert figure in card, figure
+    assert "these weights" not in card
+    rows = [{"step": step, "val_loss": loss, "val_bpb": loss / 2} for step, loss in ((0, 4.0), (3, 2.0), (6, 3.0))]
+    training = {"step": 6, "tokens": 5, "best": 2.0, "script": "finetune.py", "settings": {"checkpoint_path": "a/base.pt"}}
+    later = training_figures(training, rows)
+    assert later["best validation"] == "1.0000 bits/byte, 2.0000 nats/token, at step 3"
+    assert later["validation of these weights"] == "1.5000 bits/byte, 3.0000 nats/token, at step 6"
+    assert "from `base.pt`" in later["trained by"] and "not counting" in later["training tokens"]
+    assert training_figures(training, [])["best validation"] == "2.0000 nats/token"  # of a checkpoint that was moved
+    assert training_figures({}, rows) == {}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_an_exported_folder_may_be_read_by_whom_the_umask_says(umask, gpt4, tmp_path):
+    before = os.umask(umask)
+    try:
+        folder = run_export(random_model(**LLAMA), gpt4, tmp_path, "--gguf")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @torch.no_grad()
