@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dataloader import PackedBatches, TrainLoader
 from evaluate import EvalPrompt, accuracy, answer_prompts, eval_prompts, group_by_kind, group_by_task, mean_losses
-from experiments.plots import draw_mean_curves
+from experiments.plots import draw_finetuning
 from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
@@ -178,11 +178,13 @@ def report(state: TrainState, setup: TrainSetup):
         if table.rows:
             print("\n" + markdown(table))
     page = run_folder(path) / "finetuning.html"
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
     write_page(page, f"Finetuning {settings['checkpoint_path']} on {settings['dataset']}", [
         ("p", f"{state.step:,} steps of {setup.step_tokens:,} tokens, {state.seconds:,.0f} s on {setup.machine}; learning "
-              f"rate {setup.peak_lr():.3g}. Metrics: metrics.jsonl; answers: answers.jsonl."),
+              f"rate {setup.peak_lr():.3g}. The loss of held-out answers is lowest at step {best['step']:,}: best.pt. "
+              f"Metrics: metrics.jsonl; answers: answers.jsonl."),
         ("h2", "Before and after"), metrics, *([tasks] if tasks.rows else []), ("h2", "Loss of held-out answers"),
-        Figure(draw_mean_curves({path.name: [rows]}), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
+        Figure(draw_finetuning(rows), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
     print(f"\nsaved {path} and {page}; `python chat.py --checkpoint_path={path}` talks with it")
 
 

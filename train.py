@@ -16,7 +16,7 @@ import torch
 
 from dataloader import shard_loader, val_batches
 from evaluate import mean_losses
-from experiments.plots import draw_curves
+from experiments.plots import draw_curves, validation_note
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, run_folder
@@ -211,7 +211,7 @@ def plot(value: str, default: Path):
             raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)} holds no validation rows: give checkpoints of "
                            f"runs that have started")
     draw_curves(runs, pictures[0])
-    print(pictures[0])
+    print(pictures[0], *filter(None, [validation_note(runs)]), sep="\n")
 
 
 @command

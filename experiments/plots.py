@@ -1,106 +1,224 @@
 """Pictures of runs and of prepared text, by matplotlib, which is imported when the first one is drawn.
 
-    draw_curves({"gpt": read_rows(path)}, Path("curves.png"))       the curves of runs, as train.py --plot draws them
-    svg = draw_mean_curves({"mlp=gelu": [rows, rows]})              mean and range over the runs of each name
+    draw_curves({"gpt": read_rows(path)}, Path("curves.png"))         the curves of runs, as train.py --plot draws them
+    panels = draw_mean_curves({"mlp=gelu": [rows, rows]})             mean and range over the runs of each name
 
-Rows are those of metrics.jsonl.
+Rows are those of metrics.jsonl. Pictures for pages are lists of panels, each an SVG of its own, so that a page can place
+them side by side or one below the other. They have no background, and their text has the color of the page's.
 """
 import io
 import itertools
 import math
+import re
 import statistics
 import textwrap
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from runtime.config import shorten
 from runtime.files import atomic_write
 
-COLORS = ["#3366aa", "#cc6633", "#339966", "#aa3377", "#888888", "#bb9922", "#4499bb", "#774488", "#995544", "#668833"]
-AXIS_LABELS = {"tokens": "million tokens", "seconds": "seconds of training, without compiling, validation and writing"}
+# Readable on white and on a dark page: each has a contrast of at least 3 to both.
+COLORS = ["#3b7dd8", "#d9662b", "#2e9e6b", "#c2559a", "#808892", "#a8820f", "#2f94b8", "#9067c6", "#b0704f", "#6f9430"]
+INK = "#1c2430"       # text, axes and grid; in an SVG the text color of the page around it
+DARK_INK = "#d7dde5"  # of an SVG shown by itself where the reader prefers dark pages
+SVG_STYLE = (f"<style>svg {{ color: {INK}; color-scheme: light dark }} "
+             f"@media (prefers-color-scheme: dark) {{ svg {{ color: {DARK_INK} }} }}</style>")
+PANEL_INCHES = 5.0, 3.75
+# unit, label of the axis, words for the title
+X_AXES = {"tokens": (1e6, "million tokens", "tokens"), "flops": (1e12, "TFLOP of matrix products", "FLOPs"),
+          "bytes": (1e6, "million bytes of text, by validation's bytes per token", "bytes of text"),
+          "seconds": (1, "seconds of training", "seconds")}
+WARMUP = 0.1          # the part of a run, at its start, whose values may leave the picture
+SAME_RATIO = 0.01     # two runs whose bytes per token differ by more have different vocabularies, or other validation text
 
 
 # -- training curves of a few runs ------------------------------------------------------------------------------------
 
 def draw_curves(runs: dict[str, list[dict]], path: Path):
-    """Writes a PNG: loss (training faint, validation strong) and bits per byte of each run, against tokens and seconds.
+    """Writes a PNG: loss (training thin, validation with dots) and bits per byte of each run, against tokens and seconds.
+    Runs of different vocabularies share no axis in nats or tokens: they are drawn in bits per byte, against bytes of text.
     runs: name -> rows."""
     plt = import_pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for name, rows in runs.items():
-        rows = [row for row in rows if {"tokens", "seconds"} <= row.keys()]
-        for (loss_axis, bpb_axis), x_name, unit in zip(axes.T, ("tokens", "seconds"), (1e6, 1)):
-            train = [(row[x_name] / unit, row["train_loss"]) for row in rows if "train_loss" in row]
-            val = [(row[x_name] / unit, row["val_loss"], row.get("val_bpb", math.nan)) for row in rows if "val_loss" in row]
-            color = loss_axis.plot([x for x, _ in train], [y for _, y in train], linewidth=0.7, alpha=0.4)[0].get_color()
-            loss_axis.plot([x for x, _, _ in val], [y for _, y, _ in val], "o-", markersize=3, color=color,
-                           label=literal(name))
-            last = f": {val[-1][2]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
-            bpb_axis.plot([x for x, _, _ in val], [y for _, _, y in val], "o-", markersize=3, color=color,
-                          label=literal(name) + (last if val else ""))
-            loss_axis.set(xlabel=AXIS_LABELS[x_name], ylabel="nats/token", title=f"Loss against {x_name}")
-            bpb_axis.set(xlabel=AXIS_LABELS[x_name], ylabel="bits/byte", title=f"Bits per byte against {x_name}")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8).set_in_layout(False)  # a long name would leave no room for the curves
+    runs = {name: add_bytes([row for row in rows if {"tokens", "seconds"} <= row.keys()]) for name, rows in runs.items()}
+    is_same = have_same_vocabulary(runs.values())
+    quantities = (("loss", "nats/token", "Loss"), ("bpb", "bits/byte", "Bits per byte"))[0 if is_same else 1:]
+    x_names = "tokens" if is_same else "bytes", "seconds"
+    figure, axes = plt.subplots(len(quantities), 2, figsize=(12, 4 * len(quantities)), layout="constrained", squeeze=False)
+    for axis, ((name, unit, title), x_name) in zip(axes.flat, itertools.product(quantities, x_names)):
+        draw_runs(axis, runs, x_name, name, with_training=(name == "loss") == is_same)
+        axis.set(xlabel=X_AXES[x_name][1], ylabel=unit, title=f"{title} against {X_AXES[x_name][2]}")
+    if note := validation_note(runs):
+        figure.suptitle(textwrap.fill(escape(note), 150), fontsize=9)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 
-# -- comparisons, as SVG for pages ------------------------------------------------------------------------------------
+def draw_runs(axis, runs: dict[str, list[dict]], x_name: str, name: str, with_training: bool):
+    """One panel of draw_curves. name: "loss" or "bpb", as in the rows' train_loss and val_bpb."""
+    curves = []
+    for (label, rows), color in zip(runs.items(), COLORS * 9):
+        train = points(rows, x_name, f"train_{name}") if with_training else []
+        val = points(rows, x_name, f"val_{name}")
+        label = literal(label)
+        if val and name == "bpb":
+            label += f": {val[-1][1]:.4f} after {rows[-1]['tokens'] / 1e6:,.2f} M tokens, {rows[-1]['seconds']:,.0f} s"
+        plot_points(axis, train, color=color, linewidth=0.7, alpha=0.6)
+        plot_points(axis, val, marker="o", markersize=3, color=color, label=label)
+        curves += [train, val]
+    focus_y(axis, curves)
+    legend = axis.legend(fontsize=8, frameon=False, title_fontsize=8, alignment="left",
+                         title="thin: training, with dots: validation" if with_training else None)
+    legend.set_in_layout(False)  # a long name would leave no room for the curves
 
-def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> str:
-    """Validation loss of each name's runs, the mean with a band from the lowest to the highest, against tokens, FLOPs and
-    seconds. curves: name -> rows of each run. Returns SVG."""
-    figure, axes = make_axes(3)
-    units = {"tokens": (1e6, "million tokens"), "flops": (1e12, "TFLOP of matrix products"),
-             "seconds": (1, "seconds of training")}
-    lowest, early = math.inf, []
-    for (name, runs), color in zip(curves.items(), COLORS * 9):
-        evaluations = align_evaluations(runs)
-        losses = [[row["val_loss"] for row in rows] for rows in evaluations]
-        means, lows, highs = ([f(values) for values in losses] for f in (statistics.mean, min, max))
-        early += [mean for rows, mean in zip(evaluations, means) if rows[0]["tokens"] >= evaluations[-1][0]["tokens"] / 5]
-        lowest = min([lowest, *lows])
-        for axis, (x_name, (unit, _)) in zip(axes, units.items()):
-            x = [statistics.mean(row[x_name] for row in rows) / unit for rows in evaluations]
+
+def points(rows: list[dict], x_name: str, y_name: str) -> list[tuple[float, float]]:
+    """(x, y) of the rows that have both, in the units of X_AXES."""
+    unit = X_AXES[x_name][0]
+    return [(row[x_name] / unit, row[y_name]) for row in rows if x_name in row and y_name in row]
+
+
+def plot_points(axis, xy: Sequence[tuple[float, float]], **style):
+    axis.plot([x for x, _ in xy], [y for _, y in xy], **style)
+
+
+def focus_y(axis, curves: Iterable[Sequence[tuple[float, float]]], shown: Iterable[float] = ()):
+    """Sets the limits of the y axis to the values after each curve's warm-up, so that the high ones before it do not flatten
+    the rest. shown: values that are inside in any case."""
+    curves = [curve for curve in curves if curve]
+    late = [y for curve in curves for x, y in curve if x >= WARMUP * curve[-1][0]] + list(shown)
+    if not late:
+        return
+    low, high = min([y for curve in curves for _, y in curve] + late), max(late)
+    if axis.get_yscale() == "log" and low > 0:
+        margin = (high / low) ** 0.05
+        axis.set_ylim(low / margin / 1.001, high * margin * 1.001)
+    else:
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+
+
+# -- which runs compare -----------------------------------------------------------------------------------------------
+
+def bytes_per_token(rows: list[dict]) -> float:
+    """Of the text that a run was validated on, by its loss in both units; NaN where that is unknown."""
+    ratios = [row["val_loss"] / row["val_bpb"] / math.log(2) for row in rows if row.get("val_loss") and row.get("val_bpb")]
+    return statistics.median(ratios) if ratios else math.nan
+
+
+def add_bytes(rows: list[dict]) -> list[dict]:
+    """The rows with `bytes`, of the text trained on, and `train_bpb`, as far as they follow from `bytes_per_token`."""
+    if math.isnan(ratio := bytes_per_token(rows)):
+        return rows
+    return [row | ({"bytes": row["tokens"] * ratio} if "tokens" in row else {}) | (
+        {"train_bpb": row["train_loss"] / ratio / math.log(2)} if "train_loss" in row else {}) for row in rows]
+
+
+def have_same_vocabulary(runs: Iterable[list[dict]]) -> bool:
+    """Whether the runs' nats per token may be compared, as far as their rows tell."""
+    ratios = [ratio for rows in runs if not math.isnan(ratio := bytes_per_token(rows))]
+    return not ratios or max(ratios) <= min(ratios) * (1 + SAME_RATIO)
+
+
+def validation_note(runs: dict[str, list[dict]]) -> str:
+    """What to say of runs that were not validated on the same text; "" where nothing tells that they were not."""
+    covered = {}
+    for name, rows in runs.items():
+        last = next((row for row in reversed(rows) if "val_loss" in row), {})
+        covered[name] = last.get("val_bytes"), last.get("val_digest")
+    if len(set(covered.values())) > 1:
+        texts = "; ".join(f"{shorten(name)}: {f'{n_bytes:,.0f} bytes' if n_bytes else 'an unknown number of bytes'}"
+                          for name, (n_bytes, _) in covered.items())
+        return f"Not validated on the same text, so the values do not compare exactly ({texts})."
+    if not have_same_vocabulary(runs.values()) and (None, None) in covered.values():
+        return ("These runs may not have been validated on the same text: their vocabularies differ, and the metrics do not "
+                "say which bytes were covered.")
+    return ""
+
+
+# -- comparisons, for pages -------------------------------------------------------------------------------------------
+
+def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> list[str]:
+    """Bits per byte of validation of each name's runs, the mean with a band from the lowest to the highest, against tokens
+    (bytes of text where vocabularies differ), FLOPs and seconds. curves: name -> rows of each run. Returns panels."""
+    curves = {name: [add_bytes(rows) for rows in runs] for name, runs in curves.items()}
+    is_same = have_same_vocabulary(rows for runs in curves.values() for rows in runs)
+    x_names = "tokens" if is_same else "bytes", "flops", "seconds"
+    note = validation_note({name: runs[0] for name, runs in curves.items()})
+    axes = make_panels(len(x_names))
+    for axis, x_name in zip(axes, x_names):
+        drawn = []
+        for (name, runs), color in zip(curves.items(), COLORS * 9):
+            evaluations = align_evaluations(runs)
+            x = [statistics.mean(row[x_name] for row in rows) / X_AXES[x_name][0] for rows in evaluations]
+            means, lows, highs = ([f(row["val_bpb"] for row in rows) for rows in evaluations]
+                                  for f in (statistics.mean, min, max))
             axis.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
-            axis.plot(x, means, ".-", color=color, label=literal(name), linewidth=1.3)
-    for axis, (x_name, (_, label)) in zip(axes, units.items()):
-        axis.set(xlabel=label, ylabel="validation loss, nats/token",
-                 title=f"Loss against {x_name.replace('flops', 'FLOPs')}")
-        if early:  # the steep first fifth would flatten the rest
-            axis.set_ylim(lowest - 0.05 * (max(early) - lowest) - 1e-3, max(early) + 1e-3)
-    axes[0].legend(fontsize=8, frameon=False)
-    return to_svg(figure)
+            axis.plot(x, means, ".-", color=color, label=wrap_label(name), linewidth=1.3)
+            drawn += [list(zip(x, lows)), list(zip(x, highs))]
+        focus_y(axis, drawn)
+        axis.set(xlabel=X_AXES[x_name][1], ylabel="validation, bits per byte",
+                 title=f"Bits per byte against {X_AXES[x_name][2]}")
+        if note:
+            axis.set_xlabel(f"{axis.get_xlabel()}\n{textwrap.fill(escape(note), 54)}")
+        axis.legend(fontsize=8, frameon=False)
+    return to_svgs(axes)
+
+
+def draw_finetuning(rows: list[dict]) -> list[str]:
+    """A finetuning from before its first step to its end: the loss of held-out answers, beside that of training, and exact
+    match where it was measured, with the step of the lowest loss marked. Returns panels."""
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    matches = [(row["step"], row["exact_match"]) for row in rows if "exact_match" in row]
+    best_step, best_loss = min(val, key=lambda point: point[1])
+    axes = make_panels(1 + bool(matches))
+    plot_points(axes[0], train, color=COLORS[0], linewidth=0.7, alpha=0.6, label="training")
+    plot_points(axes[0], val, color=COLORS[0], marker="o", markersize=3, label="held-out answers")
+    plot_points(axes[0], [(best_step, best_loss)], color=COLORS[1], linestyle="", marker="o", markersize=9, fillstyle="none",
+                label=f"best: step {best_step:,}, {best_loss:.4f}")
+    if best_loss > 0 and val[0][1] / best_loss > 5:  # from 9 to 0.06 nats: a linear axis would show one step
+        axes[0].set_yscale("log")
+    focus_y(axes[0], [train, val], shown=[loss for _, loss in val])
+    if axes[0].get_yscale() == "log":
+        set_log_ticks(axes[0])
+    axes[0].set(xlabel="step", ylabel="nats/token", title="Loss of held-out answers")
+    if matches:
+        plot_points(axes[1], matches, color=COLORS[0], marker="o", markersize=3, label="held-out answers")
+        axes[1].axvline(best_step, color=COLORS[1], linewidth=1, linestyle="--", label=f"lowest loss: step {best_step:,}")
+        axes[1].set(xlabel="step", ylabel="fraction", title="Exact match of held-out answers", ylim=(-0.05, 1.05))
+    for axis in axes:
+        axis.legend(fontsize=8, frameon=False)
+    return to_svgs(axes)
 
 
 def align_evaluations(runs: list[list[dict]]) -> list[list[dict]]:
     """For every step that all runs were validated at, their rows; last their final rows, whose steps may differ."""
-    by_step = [{row["step"]: row for row in rows if "val_loss" in row and row["step"] > 0} for rows in runs]
+    by_step = [{row["step"]: row for row in rows if "val_loss" in row} for rows in runs]
     shared = set.intersection(*(set(rows) - {max(rows, default=0)} for rows in by_step))
     final = [[rows[max(rows)] for rows in by_step]] if all(by_step) else []
     return [[rows[step] for rows in by_step] for step in sorted(shared)] + final
 
 
-def draw_pareto_fronts(results: dict[str, dict]) -> str:
+def draw_pareto_fronts(results: dict[str, dict]) -> list[str]:
     """Bits per byte of each name against seconds and against memory, with the Pareto fronts. results: name -> bpb,
-    bpb_margin, seconds, peak_memory (bytes). Returns SVG."""
-    figure, axes = make_axes(2)
+    bpb_margin, seconds, peak_memory (bytes). Returns panels."""
+    axes = make_panels(2)
     for axis, x_name, unit, label in zip(axes, ("seconds", "peak_memory"), (1, 2**20),
                                          ("seconds of training", "peak memory, MiB")):
-        points = {name: (result[x_name] / unit, result["bpb"]) for name, result in results.items()}
-        axis.plot(*zip(*pareto_front(list(points.values()))), "--", color="#999999", linewidth=1, zorder=1,
+        coordinates = {name: (result[x_name] / unit, result["bpb"]) for name, result in results.items()}
+        axis.plot(*zip(*pareto_front(list(coordinates.values()))), "--", color=COLORS[4], linewidth=1, zorder=1,
                   label="Pareto front")
-        for (name, (x, y)), color in zip(points.items(), COLORS * 9):
+        for (name, (x, y)), color in zip(coordinates.items(), COLORS * 9):
             margin = results[name]["bpb_margin"]
             axis.errorbar(x, y, yerr=margin if math.isfinite(margin) else None, fmt="o", color=color, capsize=3,
-                          label=literal(name))
+                          label=wrap_label(name))
         axis.set(xlabel=label, ylabel="bits per byte",
-                 title=f"Bits per byte against {label.split(',')[0]} (lower left is better)")
-    axes[0].legend(fontsize=8, frameon=False)
-    return to_svg(figure)
+                 title=f"Bits per byte against {label.split(',')[0]}\n(lower left is better)")
+        axis.legend(fontsize=8, frameon=False)
+    return to_svgs(axes)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -109,21 +227,20 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return sorted({p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)})
 
 
-def draw_scaling(fits: dict[str, tuple]) -> str:
+def draw_scaling(fits: dict[str, tuple]) -> list[str]:
     """Bits per byte against the FLOPs of a run, on logarithmic axes, with each name's power law. fits: name -> (points, a,
-    b) of y = a x^-b. Returns SVG."""
-    figure, (axis,) = make_axes(1, 5.0)
-    for (name, (points, a, b)), color in zip(fits.items(), COLORS * 9):
-        x = [x for x, _ in points]
-        axis.plot(x, [y for _, y in points], "o", color=color)
+    b) of y = a x^-b. Returns panels, of which there is one."""
+    axis, = make_panels(1)
+    for (name, (measured, a, b)), color in zip(fits.items(), COLORS * 9):
+        x = [x for x, _ in measured]
+        axis.plot(x, [y for _, y in measured], "o", color=color)
         axis.plot(x, [a * value ** -b for value in x], "-", color=color, linewidth=1.2,
-                  label=f"{literal(name)}: FLOPs^-{b:.4f}")
+                  label=f"{wrap_label(name)}: FLOPs^-{b:.4f}")
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
-             title="Loss against FLOPs")
-    axis.yaxis.set_major_formatter("{x:.4g}")  # 1.6, where a logarithmic axis writes 1.6 x 10^0
-    axis.yaxis.set_minor_formatter("{x:.4g}")
+             title="Bits per byte against FLOPs")
+    set_log_ticks(axis)
     axis.legend(fontsize=8, frameon=False)
-    return to_svg(figure)
+    return to_svgs([axis])
 
 
 # -- probes -----------------------------------------------------------------------------------------------------------
@@ -146,8 +263,12 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
         max(0.0, (accuracy - chance[task]) / (1 - chance[task]))
     shades = np.array([[above_chance(x, task) for task in tasks for x in accuracies[arm, task]] for arm in arms])
     colors = plt.get_cmap("Blues").with_extremes(bad="#dddddd")
-    image = axis.imshow(np.ma.masked_invalid(shades), cmap=colors, vmin=0, vmax=1, aspect="auto")
+    axis.grid(False)
+    axis.set(xlim=(-0.5, n * len(tasks) - 0.5), ylim=(len(arms) - 0.5, -0.5))
     for (y, arm), (i, task) in itertools.product(enumerate(arms), enumerate(tasks)):
+        boxes = shades[y:y + 1, n * i:n * (i + 1)]  # with a gap to those of the next task and arm
+        image = axis.pcolormesh(np.linspace(n * i - 0.47, n * (i + 1) - 0.53, n + 1), [y - 0.48, y + 0.48],
+                                np.ma.masked_invalid(boxes), cmap=colors, vmin=0, vmax=1, edgecolors="face")
         axis.text(n * i + (n - 1) / 2, y - 0.2, labels[arm, task], ha="center", va="center", fontsize=8.5, color="black",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 2, "alpha": 0.85})
         for k, accuracy in enumerate(accuracies[arm, task]):
@@ -159,12 +280,15 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
     bar.ax.set_yticklabels(["chance", "all correct"], fontsize=8)
     for extension in ("png", "svg"):
         with atomic_write(folder / f"{name}.{extension}") as file:
-            figure.savefig(file, format=extension, dpi=110)
+            if extension == "png":
+                figure.savefig(file, format="png", dpi=110)
+            else:
+                file.write(to_svg(figure).encode())
     plt.close(figure)
 
 
 def label_matrix(axis, arms: list[str], columns: dict[str, list[str]]):
-    """Names the rows, the tasks and their columns, and draws white lines between arms and between tasks."""
+    """Names the rows, the tasks and their columns."""
     n = len(next(iter(columns.values())))
     axis.set_yticks(range(len(arms)), [textwrap.fill(literal(arm), 40) for arm in arms])
     axis.set_xticks(range(n * len(columns)), list(itertools.chain(*columns.values())), fontsize=8)
@@ -172,10 +296,6 @@ def label_matrix(axis, arms: list[str], columns: dict[str, list[str]]):
     axis.spines[:].set_visible(False)
     for i, task in enumerate(columns):
         axis.text(n * i + (n - 1) / 2, -0.56, task, ha="center", va="bottom", fontsize=10.5, fontweight="bold")
-    for x in range(1, len(columns)):
-        axis.axvline(n * x - 0.5, color="white", linewidth=5)
-    for y in range(1, len(arms)):
-        axis.axhline(y - 0.5, color="white", linewidth=5)
 
 
 # -- prepared text ----------------------------------------------------------------------------------------------------
@@ -208,36 +328,70 @@ def draw_corpus_stats(lengths, counts, title: str, path: Path):
 # -- matplotlib -------------------------------------------------------------------------------------------------------
 
 def import_pyplot():
-    """matplotlib.pyplot, drawing without a display."""
+    """matplotlib.pyplot, drawing without a display, text and axes in INK."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box in the picture says it too
+    plt.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
+                                       "grid.color"), INK))
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.15, "axes.spines.top": False, "axes.spines.right": False,
+                         "svg.fonttype": "none",   # text stays text: small, and searchable
+                         "svg.hashsalt": "gpt"})   # the same picture is the same file
     return plt
 
 
-def literal(text: str) -> str:
-    """`text` as matplotlib draws it without reading anything into it: $ would begin a formula, and a legend leaves out what
-    begins with an underscore. What cannot be printed, and would not be valid SVG, becomes a question mark."""
-    text = "".join(c if c.isprintable() else "?" for c in shorten(text)).replace("$", r"\$")
+def literal(name: str) -> str:
+    """A name, shortened, as a legend takes it: one that begins with an underscore would be left out."""
+    text = escape(shorten(name))
     return f" {text}" if text.startswith("_") else text
 
 
-def make_axes(columns: int, height: float = 4.0) -> tuple:
-    """A figure for SVG, and its axes side by side. height: inches."""
+def escape(text: str) -> str:
+    """`text` as matplotlib draws it without reading anything into it: $ would begin a formula. What cannot be printed, and
+    would not be valid SVG, becomes a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+
+
+def wrap_label(name: str, width: int = 44) -> str:
+    """A name in the legend of a panel, in lines that fit into it, broken after commas where possible."""
+    lines = [""]
+    for piece in re.findall("[^,]+,?|,", literal(name)):
+        for part in textwrap.wrap(piece, width, drop_whitespace=False):
+            if len(lines[-1] + part) > width:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line for line in lines if line)
+
+
+def set_log_ticks(axis):
+    """Ticks of a logarithmic y axis, whose limits are set: numbers as they are written, and not too many."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axis.yaxis.set_major_formatter("{x:.4g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def make_panels(n: int) -> list:
+    """The axes of `n` panels, each in a figure of its own."""
     plt = import_pyplot()
-    plt.rcParams["svg.fonttype"] = "none"   # text stays text: small, and searchable
-    plt.rcParams["svg.hashsalt"] = "gpt"    # the same picture is the same file
-    figure, axes = plt.subplots(1, columns, figsize=(12, height), layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return [plt.subplots(figsize=PANEL_INCHES, layout="constrained")[1] for _ in range(n)]
+
+
+def to_svgs(axes: list) -> list[str]:
+    """The figures of these axes as SVG; they are closed."""
+    plt = import_pyplot()
+    panels = [to_svg(axis.figure) for axis in axes]
+    for axis in axes:
+        plt.close(axis.figure)
+    return panels
 
 
 def to_svg(figure) -> str:
-    plt = import_pyplot()
+    """An SVG without a background, whose ink is the page's."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return file.getvalue()
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    start, element, rest = file.getvalue().replace(INK, "currentColor").partition("<svg")
+    tag, end, rest = rest.partition(">")
+    return start + element + tag + end + SVG_STYLE + rest

@@ -1,11 +1,12 @@
 """Tables as Markdown and CSV, and an HTML page of text, tables and pictures that needs no other file.
 
-    write_page(Path("page.html"), "Title", [("h2", "Results"), Table(("a", "b"), [("1", "2")]), Figure(svg, "curves")])
+    write_page(Path("page.html"), "Title", [("h2", "Results"), Table(("a", "b"), [("1", "2")]), Figure([svg], "curves")])
 
 The page's template is page.html.
 """
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,28 @@ class Table:
 
 @dataclass
 class Figure:
-    """name: the id of the figure's element in the page."""
-    svg: str
+    """panels: SVGs of one size, which a page shows side by side where it is wide enough. name: the id of the figure's
+    element in the page."""
+    panels: list[str]
     name: str
 
     @property
-    def element(self) -> str:
-        """The <svg> element, without the XML declaration before it, which HTML does not allow."""
-        return self.svg[self.svg.index("<svg"):]
+    def elements(self) -> list[str]:
+        """The <svg> elements, without the XML declaration before them, which HTML does not allow."""
+        return [panel[panel.index("<svg"):] for panel in self.panels]
+
+    @property
+    def svg(self) -> str:
+        """One SVG, for a file, with the panels side by side."""
+        if len(self.panels) == 1:
+            return self.panels[0]
+        width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', self.panels[0]).groups())
+        nested = []
+        for i, element in enumerate(self.elements):
+            element = re.sub(r'(width|height)="[\d.]+pt"', "", element, count=2)  # points are not the outer viewBox's units
+            nested.append(element.replace("<svg", f'<svg x="{i * width:g}" width="{width:g}" height="{height:g}"', 1))
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(nested) * width:g} {height:g}">\n'
+                f'{"".join(nested)}</svg>\n')
 
 
 def markdown(table: Table) -> str:

@@ -2,6 +2,7 @@
 import html.parser
 import re
 import statistics
+from xml.etree import ElementTree
 
 from experiments.plots import align_evaluations, draw_mean_curves, draw_pareto_fronts, draw_scaling, pareto_front
 from experiments.report import Figure, Table, csv_table, markdown, markdown_page, write_page
@@ -38,7 +39,7 @@ def parse_page(path) -> PageParser:
 
 
 def rows(losses: list[float]) -> list[dict]:
-    return [{"step": i, "tokens": 1e6 * i, "seconds": 10.0 * i, "flops": 1e12 * i, "val_loss": loss}
+    return [{"step": i, "tokens": 1e6 * i, "seconds": 10.0 * i, "flops": 1e12 * i, "val_loss": loss, "val_bpb": loss / 2}
             for i, loss in enumerate(losses)]
 
 
@@ -53,7 +54,7 @@ def test_csv_has_the_columns_of_all_rows():
 
 
 def test_markdown_page_by_hand():
-    parts = [("code", "ls"), ("h2", "A"), ("ul", ["x", "y"]), ("ul", []), Table(("a",), [("1",)]), Figure("<svg/>", "f"),
+    parts = [("code", "ls"), ("h2", "A"), ("ul", ["x", "y"]), ("ul", []), Table(("a",), [("1",)]), Figure(["<svg/>"], "f"),
              ("p", "z")]
     assert markdown_page("T", parts) == "# T\n\n`ls`\n\n## A\n\n- x\n- y\n\n| a |\n| --- |\n| 1 |\n\nz\n"
 
@@ -71,27 +72,49 @@ def test_page_holds_all_parts_in_order(tmp_path):
 def test_page_escapes_everything_but_svg(tmp_path):
     write_page(tmp_path / "p.html", "a < b", [
         ("p", "<script>alert(1)</script>"), ("ul", ["1 & 2"]), ("code", "x <y>"), ("h2", "<i>"),
-        Table(("<h>",), [("<td-1>",)]), Figure('<?xml version="1.0"?>\n<svg><g/></svg>', 'a"b')])
+        Table(("<h>",), [("<td-1>",)]), Figure(['<?xml version="1.0"?>\n<svg><g/></svg>', "<svg><a/></svg>"], 'a"b')])
     text = (tmp_path / "p.html").read_text(encoding="utf-8")
     for raw in ("<script>", "<y>", "<i>", "<h>", "<td-1>", "<?xml"):
         assert raw not in text, raw
     assert "<title>a &lt; b</title>" in text and "1 &amp; 2" in text
-    assert '<figure id="a&#34;b"><svg><g/></svg></figure>' in text
+    assert '<figure id="a&#34;b"><svg><g/></svg><svg><a/></svg></figure>' in text
+
+
+def test_a_page_fits_a_narrow_screen_and_a_dark_one(tmp_path):
+    """Tables scroll by themselves, panels are placed one below the other, and every color has its dark counterpart."""
+    write_page(tmp_path / "p.html", "t", [Table(("a",), [("1",)]), Figure(["<svg/>", "<svg/>"], "f")])
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    style = re.search("<style>(.*)</style>", text, re.DOTALL).group(1)
+    assert 'name="viewport" content="width=device-width' in text
+    light, dark = (dict(re.findall(r"(--\w+): (#\w+)", block)) for block in re.findall(r":root {(.*?)}", style, re.DOTALL))
+    assert light.keys() == dark.keys() and not set(light.values()) & set(dark.values())
+    rest = style.partition("body {")[2]
+    assert "prefers-color-scheme: dark" in style and not re.search(r"#[0-9a-f]{3}", rest)  # no color but those
+    assert "auto-fit" in rest and "overflow-x: auto" in rest and text.count("<svg") == 2
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 def test_mean_curves_name_every_arm_and_are_deterministic():
     curves = {"one": [rows([8.0, 5.0, 4.0]), rows([8.0, 5.2, 4.1])], "two": [rows([8.0, 5.5, 4.5])]}
-    svg = draw_mean_curves(curves)
-    assert svg == draw_mean_curves(curves)
-    for words in ("one", "two", "million tokens", "Loss against FLOPs", "seconds of training"):
-        assert f">{words}</text>" in svg
+    panels = draw_mean_curves(curves)
+    assert panels == draw_mean_curves(curves) and len(panels) == 3
+    for svg, words in zip(panels, ("million tokens", "Bits per byte against FLOPs", "seconds of training")):
+        assert all(f">{text}</text>" in svg for text in ("one", "two", words))
+
+
+def test_panels_side_by_side_are_one_valid_svg():
+    panels = draw_mean_curves({"one": [rows([8.0, 5.0])]})
+    svg = ElementTree.fromstring(Figure(panels, "f").svg)
+    width, height = map(float, svg.get("viewBox").split()[2:])
+    places = [(float(part.get("x")), float(part.get("width")), float(part.get("height"))) for part in svg]
+    assert places == [(i * width / 3, width / 3, height) for i in range(3)]
+    assert Figure(panels[:1], "f").svg == panels[0]
 
 
 def test_runs_that_end_at_different_steps_are_averaged_step_by_step():
     evaluations = align_evaluations([rows([8.0, 5.0, 4.0, 3.0]), rows([8.0, 5.2, 4.2])])
-    assert [[row["val_loss"] for row in at] for at in evaluations] == [[5.0, 5.2], [3.0, 4.2]]
+    assert [[row["val_loss"] for row in at] for at in evaluations] == [[8.0, 8.0], [5.0, 5.2], [3.0, 4.2]]
     assert statistics.mean(row["tokens"] for row in evaluations[-1]) == 2.5e6
 
 
@@ -103,12 +126,11 @@ def test_pareto_picture_draws_arms_with_one_seed():
     """Their margin is infinite, which has no error bar."""
     results = {name: {"bpb": bpb, "bpb_margin": margin, "seconds": 10 * bpb, "peak_memory": 2**20}
                for name, bpb, margin in (("one", 1.6, 0.01), ("two", 1.7, float("inf")))}
-    svg = draw_pareto_fronts(results)
-    for words in ("Pareto front", "one", "two", "peak memory, MiB"):
-        assert f">{words}</text>" in svg
+    for svg, label in zip(draw_pareto_fronts(results), ("seconds of training", "peak memory, MiB"), strict=True):
+        assert all(f">{words}</text>" in svg for words in ("Pareto front", "one", "two", label))
 
 
 def test_close_losses_have_different_labels_on_a_logarithmic_axis():
-    svg = draw_scaling({"a": ([(1e12, 1.579), (2e12, 1.571)], 1.937, 0.0074)})
+    svg, = draw_scaling({"a": ([(1e12, 1.579), (2e12, 1.571)], 1.937, 0.0074)})
     labels = re.findall(r">(1\.5\d*)</text>", svg)
     assert len(labels) > 1 and len(set(labels)) == len(labels)
