@@ -315,7 +315,7 @@ def test_finished_cells_are_not_run_again(fake_train, flags, capsys):
 def test_page_is_self_contained(fake_train, flags, tmp_path):
     compare.main([*flags, "--sizes", "n_layer=1", "n_layer=2"])
     page = parse_page(tmp_path / "out" / "comparison.html")
-    assert not page.open and page.tags.count("svg") == 5 and page.tags.count("table") == 2
+    assert not page.open and page.tags.count("svg") == 11 and page.tags.count("table") == 2
     assert all(address.startswith("#") for address in page.addresses)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     for words in ("mlp=relu2: worse than mlp=gelu", "Loss against FLOPs", "Pareto front", "n_layer=1", "95 %"):
