@@ -31,6 +31,15 @@ class Arm:
     n_parameters: int
     flops_per_token: int              # matrix products, forward and backward
     elementwise_flops_per_token: int  # activations and the bases of KAN layers
+    embedding_parameters: int = 0     # of n_parameters: of the embedding, and of an untied head
+    vocab_size: int = 0
+    bytes_per_token: float = math.nan  # of the training text; NaN where it is not known
+    vocabulary: str = ""              # differs between arms whose tokens differ
+    data_digests: tuple[str, ...] = ()  # of everything that a run reads
+
+    def matched_parameters(self, match: str) -> int:
+        """The number that arms have in common with --match=parameters or non_embedding."""
+        return self.n_parameters - (self.embedding_parameters if match == "non_embedding" else 0)
 
 
 @dataclass(frozen=True)
