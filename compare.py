@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult
+from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts
@@ -59,7 +59,7 @@ from runtime.cli import (
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
-from runtime.run import TrainingCommand
+from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
 from runtime.threads import available_cores, map_ahead
 from sampling import pretraining_flags
@@ -609,7 +609,9 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
     job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag)
-    return Cell(arm, stage, lr_multiple, seed, budget_frac, job)
+    limit = next((counter, float(own[name])) for name, counter in STOP_FLAGS.items() if name in own)
+    flops = (arm.flops_per_token + arm.elementwise_flops_per_token) * (arm.step_tokens if limit[0] == "step" else 1)
+    return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
 
 
 def readable_name(text: str) -> str:
@@ -650,6 +652,42 @@ def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnviro
 
 # -- running them -----------------------------------------------------------------------------------------------------
 
+class ComparisonBar:
+    """One bar over all cells, weighted by what each costs, with the time that remains. That is an estimate until the search
+    for the learning rate is over. expected_cost(): of all cells, those that have run included."""
+
+    def __init__(self, expected_cost: Callable[[], float]):
+        self.expected_cost, self.costs, self.checked = expected_cost, {}, 0.0
+        self.bar = progress_bar(desc="starting", miniters=0, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| "
+                                "{elapsed} passed, about {remaining} left")
+
+    def add(self, cell: Cell, ended: JobResult):
+        """Counts a cell that has ended; one of an earlier run of the command says nothing about speed."""
+        if ended.is_earlier and cell.job.checkpoint not in self.costs:
+            self.bar.initial += cell.cost
+        self.costs[cell.job.checkpoint] = cell.cost
+
+    def refresh(self, cells: list[Cell]):
+        """cells: of this stage; those that run count in part."""
+        if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
+            self.checked = time.monotonic()
+            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.checkpoint not in self.costs)
+            self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
+            self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
+            self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
+
+
+def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment) -> float:
+    """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
+    known how many are."""
+    cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
+    n_searched = len(results.full_budget_lr_runs)
+    if (not n_searched or results.next_lr_multiple()) and len(config.rates) > 1 and config.grid_share < 1:
+        n_searched = max(n_searched, 2)
+    speed = cost("speed") * SPEED_ROUNDS if config.limit[0] != "seconds" else 0
+    return cost("lr_grid") * len(config.rates) + cost("run") * (max(n_searched, 1) - 1 + len(results.arm.seeds)) + speed
+
+
 def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, stop: StopSignals) -> list[ArmResults]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
     best rate, and times the arms at the end."""
@@ -657,35 +695,41 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     first_seed = lambda arm_results: arm_results.arm.seeds[:1]
     next_multiple = lambda arm_results: [arm_results.next_lr_multiple()]
     best_multiple = lambda arm_results: [arm_results.best().cell.lr_multiple]
+    bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment) for results in all_results))
 
     def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
         cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
                   for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
-        return run_stage(stage, cells, config.jobs, stop)
-    for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
-        arm_results.grid = grid
-    while not stop.signal and (searching := [results for results in all_results if results.next_lr_multiple()]):
-        for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
-            arm_results.full_budget_lr_runs += runs
-    tuned = [arm_results for arm_results in all_results if arm_results.best()]
-    for arm_results, runs in zip(tuned, run("run", tuned, best_multiple, lambda arm_results: arm_results.arm.seeds)):
-        arm_results.runs = runs
-    if config.limit[0] != "seconds":
-        trained = [arm_results for arm_results in tuned if arm_results.finished()]
-        for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
-            arm_results.speeds = speeds
+        return run_stage(stage, cells, config.jobs, stop, bar)
+    with closing(bar.bar):
+        for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
+            arm_results.grid = grid
+        while not stop.signal and (searching := [results for results in all_results if results.next_lr_multiple()]):
+            for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
+                arm_results.full_budget_lr_runs += runs
+        tuned = [arm_results for arm_results in all_results if arm_results.best()]
+        for arm_results, runs in zip(tuned, run("run", tuned, best_multiple, lambda results: results.arm.seeds)):
+            arm_results.runs = runs
+        if config.limit[0] != "seconds":
+            trained = [arm_results for arm_results in tuned if arm_results.finished()]
+            for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
+                arm_results.speeds = speeds
     return all_results
 
 
-def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals) -> list[list[CellResult]]:
+def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals,
+              bar: ComparisonBar) -> list[list[CellResult]]:
     """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each. Speeds
     are measured one at a time."""
     if stop.signal:
         return [[] for _ in cells]
     order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
+
+    def on_end(i: int, ended: JobResult):
+        bar.add(order[i], ended)
+        tqdm.write(cell_result(order[i], ended).describe())
     all_ended = Runner(1 if stage == "speed" else jobs, stop).run(
-        [cell.job for cell in order], f"{stage} cells",
-        lambda i, ended: tqdm.write(cell_result(order[i], ended).describe()), [cell.budget_frac or 1.0 for cell in order])
+        [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
     results = {cell.job.checkpoint: cell_result(cell, ended) for cell, ended in zip(order, all_ended)}
     return [[results[cell.job.checkpoint] for cell in own] for own in cells]
 
@@ -694,18 +738,24 @@ def cell_result(cell: Cell, ended: JobResult) -> CellResult:
     return CellResult(cell, ended.status, ended.reason, cell.job.rows())
 
 
+MATCHED = {"parameters": "as many parameters as the first", "none": "parameters not matched",
+           "non_embedding": "as many parameters besides the embedding as the first"}
+
+
 def describe_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
-    model = build_meta_model(reference.flags, data.vocab_size).config
-    tokens = sorted({run.rows[-1]["tokens"] for arm_results in results for run in arm_results.finished()}) or [0]
-    span = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((tokens[0], tokens[-1])))
-    epochs = f", {tokens[-1] / data.shards.manifest.total('train', 'tokens'):.2f} epochs" if data.shards else ""
-    others = "as many parameters as the first" if config.matches_parameters else "parameters not matched"
+    model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
+    unit = "tokens" if have_same_vocabulary(results) else "bytes"
+    seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
+                   for arm_results in results for run in arm_results.finished()}) or [0]
+    span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))
+    epochs = f", {seen[-1] / data.shards.manifest.total('train', unit):.2f} epochs" if data.shards else ""
+    others = MATCHED[config.match if config.matches_parameters else "none"]
     return (f"First arm: {model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
-            f"tokens; the others: {others}. {span} M tokens of {data.description}{epochs}; budget {config.budget}, "
-            f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
+            f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
+            f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -50,16 +50,18 @@ def draw_curves(runs: dict[str, list[dict]], path: Path):
 
 # -- comparisons, as SVG for pages ------------------------------------------------------------------------------------
 
-def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> str:
+def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool = False) -> str:
     """Validation loss of each name's runs, the mean with a band from the lowest to the highest, against tokens, FLOPs and
-    seconds. curves: name -> rows of each run. Returns SVG."""
+    seconds. curves: name -> rows of each run. by_bytes: bits per byte, and bytes of text instead of tokens, for names whose
+    tokens differ; the rows have a key "bytes". Returns SVG."""
     figure, axes = make_axes(3)
-    units = {"tokens": (1e6, "million tokens"), "flops": (1e12, "TFLOP of matrix products"),
-             "seconds": (1, "seconds of training")}
+    loss_name, loss_label = ("val_bpb", "bits per byte") if by_bytes else ("val_loss", "validation loss, nats/token")
+    x_name, x_unit = ("bytes", (1e6, "MB of text")) if by_bytes else ("tokens", (1e6, "million tokens"))
+    units = {x_name: x_unit, "flops": (1e12, "TFLOP of matrix products"), "seconds": (1, "seconds of training")}
     lowest, early = math.inf, []
     for (name, runs), color in zip(curves.items(), COLORS * 9):
         evaluations = align_evaluations(runs)
-        losses = [[row["val_loss"] for row in rows] for rows in evaluations]
+        losses = [[row[loss_name] for row in rows] for rows in evaluations]
         means, lows, highs = ([f(values) for values in losses] for f in (statistics.mean, min, max))
         early += [mean for rows, mean in zip(evaluations, means) if rows[0]["tokens"] >= evaluations[-1][0]["tokens"] / 5]
         lowest = min([lowest, *lows])
@@ -68,8 +70,8 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> str:
             axis.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
             axis.plot(x, means, ".-", color=color, label=literal(name), linewidth=1.3)
     for axis, (x_name, (_, label)) in zip(axes, units.items()):
-        axis.set(xlabel=label, ylabel="validation loss, nats/token",
-                 title=f"Loss against {x_name.replace('flops', 'FLOPs')}")
+        axis.set(xlabel=label, ylabel=loss_label,
+                 title=f"{'Bits per byte' if by_bytes else 'Loss'} against {x_name.replace('flops', 'FLOPs')}")
         if early:  # the steep first fifth would flatten the rest
             axis.set_ylim(lowest - 0.05 * (max(early) - lowest) - 1e-3, max(early) + 1e-3)
     axes[0].legend(fontsize=8, frameon=False)
@@ -122,6 +124,23 @@ def draw_scaling(fits: dict[str, tuple]) -> str:
              title="Loss against FLOPs")
     axis.yaxis.set_major_formatter("{x:.4g}")  # 1.6, where a logarithmic axis writes 1.6 x 10^0
     axis.yaxis.set_minor_formatter("{x:.4g}")
+    axis.legend(fontsize=8, frameon=False)
+    return to_svg(figure)
+
+
+def draw_by_vocabulary(series: dict[str, list[tuple[int, float, float]]]) -> str:
+    """Bits per byte against the size of the vocabulary, a line for each name. series: name -> (vocab_size, bits per byte,
+    half-width of its interval or infinity). Returns SVG."""
+    figure, (axis,) = make_axes(1, 5.0)
+    for (name, points), color in zip(series.items(), COLORS * 9):
+        x, y, margins = zip(*sorted(points))
+        axis.errorbar(x, y, yerr=[margin if math.isfinite(margin) else 0 for margin in margins], fmt="o-", color=color,
+                      capsize=3, linewidth=1.2, label=literal(name))
+    sizes = sorted({size for points in series.values() for size, _, _ in points})
+    axis.set(xscale="log", xlabel="tokens in the vocabulary", ylabel="bits per byte",
+             title="Bits per byte against the size of the vocabulary (lower is better)")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
     axis.legend(fontsize=8, frameon=False)
     return to_svg(figure)
 
