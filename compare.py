@@ -1,11 +1,15 @@
-"""Compares architectures or recipes at an equal budget, with several seeds.
+"""Compares architectures, recipes or vocabularies at an equal budget, with several seeds.
 
     python compare.py --data_path=data --arms "mlp=relu2" "mlp=grkan" "mixer=DDDA" --budget tokens=3e6
+
+    python compare.py --data_path=data --arms vocab_size=2048 vocab_size=8192 vocab_size=32768 --budget bytes=1e7
 
     python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
 
 An arm is flags of train.py, or of finetune.py, where arms may also start from different models. Arms of train.py get as
 many parameters as the first one: the width of the hidden layer is solved for. All arms see the same data in the same order.
+For an arm with a vocabulary of its own, a tokenizer is trained on the training text of --data_path, and that folder's text
+is encoded with it once, into --out_path/data.
 Each arm tries the same learning rates on part of the budget. Starting from the best, lower rates are tried on the full
 budget while they improve; then every seed is trained at the best rate. Each of these runs, a cell, has its full cooldown and
 is a process that checkpoints: the same command continues where it was stopped, and never repeats a finished cell.
@@ -24,32 +28,54 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult
+from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
+from layers import MIXERS
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
-from runtime.cli import Parser, add_flags, command, command_line, ignore_output_errors, parse_float
+from runtime.cli import (
+    Parser,
+    add_flags,
+    command,
+    command_line,
+    ignore_output_errors,
+    log_line,
+    parse_float,
+    progress_bar,
+)
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
-from runtime.run import TrainingCommand
+from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
+from runtime.threads import available_cores, map_ahead
 from sampling import pretraining_flags
-from shards import DataFolder, open_data, require_block
+from shards import SPLITS, DataFolder, ShardWriter, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
-from tokenizer import ROLES
+from text.documents import PackedDocuments
+from text.sources import take_text
+from tokenizer import (
+    MAX_VOCAB_SIZE,
+    PATTERNS,
+    ROLES,
+    SPECIAL_TOKENS,
+    TRAINING_BYTES,
+    Tokenizer,
+    compile_pattern,
+)
 from train import PRESETS, PRETRAINING, RunConfig
 from trainer import LoopConfig
 
@@ -60,24 +86,29 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
+READ_TOKENS = 1 << 20      # of a data folder that are decoded at a time, to encode their text with another vocabulary
+SHARD_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """The comparison."""
-    arms: tuple[str, ...] = flag(("mlp=gelu", "mlp=relu2"), "architectures or recipes, each some flags of train.py (or of "
-                                                            "--script) separated by commas; the first is the reference")
+    arms: tuple[str, ...] = flag(("mlp=gelu", "mlp=relu2"), "architectures, recipes or vocabularies, each some flags of "
+                                                            "train.py (or of --script) separated by commas, also "
+                                                            "vocab_size, pattern and tokenizer_path; the first is the "
+                                                            "reference")
     script: str = flag("train", "what a run is: train.py, or finetune.py, where an arm may be the model to start from: "
                                 "checkpoint_path=a.pt", choices=("train", "finetune"), scope="run")
-    budget: str = flag("tokens=1e7", "budget of a run: tokens=N, flops=N or seconds=N; flops count matrix products, "
-                                     "activations and bases")
+    budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
+                                     "matrix products, activations and bases")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms of train.py have in common besides the budget",
-                      choices=("parameters", "none"))
+    match: str = flag("parameters", "what arms of train.py have in common besides the budget; non_embedding: the parameters "
+                                    "without the embedding and an untied head",
+                      choices=("parameters", "non_embedding", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
     jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
                      at_least=1, at_most=1000, scope="run")
@@ -99,9 +130,9 @@ class CompareConfig:
         """--budget as unit and amount: ("tokens", 1e7). Raises BadInput."""
         unit, _, amount = self.budget.partition("=")
         with suppress(argparse.ArgumentTypeError):
-            if unit in ("tokens", "flops", "seconds") and 0 < parse_float(amount) < math.inf:
+            if unit in ("tokens", "bytes", "flops", "seconds") and 0 < parse_float(amount) < math.inf:
                 return unit, parse_float(amount)
-        raise BadInput(f"--budget={shorten(self.budget)}: give tokens=N, flops=N or seconds=N")
+        raise BadInput(f"--budget={shorten(self.budget)}: give tokens=N, bytes=N, flops=N or seconds=N")
 
     @property
     def spec(self) -> "ScriptSpec":
@@ -109,30 +140,67 @@ class CompareConfig:
 
     @property
     def matches_parameters(self) -> bool:
-        return self.match == "parameters" and not self.spec.starts_from_checkpoint
+        return self.match != "none" and not self.spec.starts_from_checkpoint
 
 
-# -- data, and models to start from -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """The vocabulary of an arm of train.py, or of all arms (default: that of --data_path)."""
+    vocab_size: int = flag(None, "size of the vocabulary: a tokenizer of that size is trained on the training text of "
+                                 "--data_path, and the text is encoded with it", at_least=256 + len(SPECIAL_TOKENS),
+                           at_most=MAX_VOCAB_SIZE)
+    pattern: str = flag(None, f"how that tokenizer splits text into words: {', '.join(PATTERNS)}, or any regular expression "
+                              f"(default: {next(iter(PATTERNS))})")
+    tokenizer_path: Path = flag(None, "tokenizer.json to encode the text with, instead of training one")
+    tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text that tokenizers are trained on, the same text for all",
+                                at_least=1, scope="shared")
+
+    def __post_init__(self):
+        check_flags(self)
+        if self.pattern is not None:
+            compile_pattern(PATTERNS.get(self.pattern, self.pattern))
+        if self.tokenizer_path and (self.vocab_size or self.pattern):
+            raise BadInput(f"--tokenizer_path={self.tokenizer_path}: has a size and a pattern: leave out "
+                           f"{'vocab_size' if self.vocab_size else 'pattern'}")
+
+    @property
+    def name(self) -> str:
+        """Empty for the vocabulary of --data_path."""
+        given = {"vocab_size": self.vocab_size, "pattern": self.pattern, "tokenizer_path": self.tokenizer_path}
+        return ",".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What all runs learn from. fingerprint: hex digits of its content. digests: of everything that a run reads from it.
-    shards: the data of pretraining; None for conversations."""
+    """What runs learn from. fingerprint: hex digits of its content. digests: of everything that a run reads from it.
+    vocab_size: None where the model to start from has its own. shards: the data of pretraining; None for conversations, and
+    for text that has yet to be encoded."""
     description: str
     fingerprint: str
     digests: tuple[str, ...]
+    vocab_size: int | None = None
     shards: DataFolder | None = None
 
     @classmethod
     def from_shards(cls, shards: DataFolder) -> "TrainingData":
         manifest = shards.manifest
         digests = [shard.sha256 for split in ("train", "val") for shard in manifest.shards[split]]
-        return cls(manifest.source.get("dataset", "text"), manifest.fingerprint(), (manifest.tokenizer, *digests), shards)
+        return cls(manifest.source.get("dataset", "text"), manifest.fingerprint(), (manifest.tokenizer, *digests),
+                   manifest.vocab_size, shards)
 
     @property
-    def vocab_size(self) -> int | None:
-        """None where the model to start from has its own."""
-        return self.shards and self.shards.manifest.vocab_size
+    def vocabulary(self) -> str:
+        """What differs between data of different vocabularies."""
+        return self.digests[0] if self.vocab_size else ""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of training text per token, separators included; NaN where it is not known."""
+        if not self.shards:
+            return math.nan
+        return self.shards.manifest.total("train", "bytes") / self.shards.manifest.total("train", "tokens")
 
 
 def load_shards(common: dict) -> TrainingData:
@@ -147,6 +215,142 @@ def load_conversations(common: dict) -> TrainingData:
     fingerprint = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
     return TrainingData(f"conversations of {source.dataset}", fingerprint, (fingerprint,))
 
+
+# -- vocabularies -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The data of every arm: that of --data_path, its text in another vocabulary, or another folder with the same validation
+    text. folder: where the text in other vocabularies is kept."""
+    base: TrainingData
+    folder: Path
+
+    def planned(self, values: dict) -> TrainingData:
+        """The data of an arm with the flags `values`, without its shards if they have yet to be written. Raises BadInput."""
+        vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
+        path = values.get("data_path")
+        if not self.base.shards or path in (None, self.base.shards.path):
+            return self.planned_vocabulary(vocabulary) if vocabulary.name else self.base
+        if vocabulary.name:
+            raise BadInput(f"data_path={path}: has a vocabulary of its own: leave it out, or {vocabulary.name}")
+        return TrainingData.from_shards(open_with_same_validation(path, self.base.shards))
+
+    def planned_vocabulary(self, vocabulary: VocabularyConfig) -> TrainingData:
+        if vocabulary.tokenizer_path:
+            tokenizer = Tokenizer.load(vocabulary.tokenizer_path)
+            _ = tokenizer.separator_id  # raises if it has none
+            vocab_size, key = tokenizer.vocab_size, tokenizer.fingerprint()
+        else:
+            vocab_size = vocabulary.vocab_size or self.base.vocab_size
+            pattern = vocabulary.pattern or next(iter(PATTERNS))
+            key = f"{vocab_size} {PATTERNS.get(pattern, pattern)} {vocabulary.tokenizer_bytes}"
+        facts = [*self.base.digests, key, code_hash(Path(__file__).with_name("tokenizer.py"))]
+        digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:10]
+        return TrainingData(self.base.description, digest, (digest,), vocab_size)
+
+    def prepared(self, values: dict) -> TrainingData:
+        """The data of an arm; writes its shards unless an earlier run of the command has. Raises BadInput."""
+        data = self.planned(values)
+        if data.shards or data.vocab_size is None:
+            return data
+        vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
+        folder = self.folder / f"{readable_name(vocabulary.name)}-{data.fingerprint}"
+        with folder_lock(folder, str(folder)):
+            if not is_intact(folder):
+                for path in folder.iterdir():
+                    if path.name != ".lock":
+                        path.unlink()
+                log_line(f"{folder}: the text of {self.base.shards.path} with {vocabulary.name}")
+                encode_folder(self.base.shards, self.make_tokenizer(vocabulary, data.vocab_size), folder)
+        return TrainingData.from_shards(open_data(folder))
+
+    def make_tokenizer(self, vocabulary: VocabularyConfig, vocab_size: int) -> Tokenizer:
+        if vocabulary.tokenizer_path:
+            return Tokenizer.load(vocabulary.tokenizer_path)
+        texts = (text for documents in read_documents(self.base.shards, "train") for text in documents.strings())
+        return Tokenizer.train(take_text(texts, vocabulary.tokenizer_bytes), vocab_size,
+                               vocabulary.pattern or next(iter(PATTERNS)), progress=True)
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether `folder` holds shards that were written to their end."""
+    try:
+        data = open_data(folder)
+        return all(len(data.split(split)) for split in SPLITS)
+    except BadInput:
+        return False
+
+
+def encode_folder(data: DataFolder, tokenizer: Tokenizer, folder: Path):
+    """Writes the documents of `data` into `folder`, as shards of another tokenizer, with the same splits in the same
+    order."""
+    settings = {name: value for name, value in data.manifest.settings.items() if name not in ("num_nodes", "node")}
+    manifest = dataclasses.replace(data.manifest, settings=settings, tokenizer=tokenizer.fingerprint(),
+                                   vocab_size=tokenizer.vocab_size, dtype=tokenizer.dtype.name, complete=False,
+                                   shards={split: [] for split in SPLITS})
+    tokenizer.save(folder / "tokenizer.json")
+    n_bytes = sum(data.manifest.total(split, "bytes") for split in SPLITS)
+    threshold = settings.get("shard_size_threshold", SHARD_TOKENS)
+    with progress_bar(total=n_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
+        for split in SPLITS:
+            write_split(data, split, tokenizer, ShardWriter(folder, split, threshold, manifest), bar)
+    manifest.complete = True
+    manifest.save(folder)
+
+
+def write_split(data: DataFolder, split: str, tokenizer: Tokenizer, writer: ShardWriter, bar: tqdm):
+    encode = lambda documents: (documents, *tokenizer.encode_documents(documents, add_separators=True))
+    cores, n_bytes = available_cores(), lambda documents: len(documents.utf8)
+    _ = tokenizer.vocabulary  # built here, or else by every thread
+    try:
+        with closing(map_ahead(encode, read_documents(data, split), cores, n_bytes, 2 * cores * READ_TOKENS * 4)) as encoded:
+            for documents, ids, _ in encoded:
+                writer.add(ids, len(documents), n_bytes(documents))
+                bar.update(n_bytes(documents))
+                if writer.room <= 0:
+                    writer.close()
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def read_documents(data: DataFolder, split: str) -> Iterator[PackedDocuments]:
+    """The documents of a split, exactly as they were encoded, about READ_TOKENS tokens at a time."""
+    tokens, start, window = data.split(split), 0, READ_TOKENS
+    while start < len(tokens):
+        ids = tokens.read(start, min(start + window, len(tokens)))
+        bounds = np.flatnonzero(ids == data.tokenizer.separator_id)
+        if start + len(ids) == len(tokens):
+            bounds = np.append(bounds, len(ids))
+        elif len(bounds) == 1:
+            window *= 2  # a document longer than that
+            continue
+        yield PackedDocuments.from_utf8(data.tokenizer.decode_bytes(ids[first + 1:stop].tolist())
+                                        for first, stop in itertools.pairwise(bounds))
+        start, window = start + int(bounds[-1]), READ_TOKENS
+
+
+def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
+    """Raises BadInput unless the folder `path` has the validation text of `base`: bits per byte of different texts cannot be
+    compared."""
+    data = open_data(path)
+    if validation_digest(data) != validation_digest(base):
+        raise BadInput(f"data_path={path}: its validation text is not that of {base.path}, so that bits per byte cannot be "
+                       f"compared: prepare both from the same text, or encode one with vocab_size=, pattern= or "
+                       f"tokenizer_path=")
+    return data
+
+
+def validation_digest(data: DataFolder) -> str:
+    digest = hashlib.sha256()
+    for documents in read_documents(data, "val"):
+        for text in documents.strings():
+            digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+# -- models to start from ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PretrainedModel:
@@ -176,6 +380,7 @@ class ScriptSpec:
     run: type
     optimizer: type[OptimizerConfig]
     load_data: Callable[[dict], TrainingData]
+    vocabulary: tuple[type, ...]  # VocabularyConfig where an arm may have a vocabulary, or a data_path, of its own
     starts_from_checkpoint: bool  # the flag checkpoint_path names the model of an arm
     arm_defaults: dict            # flags that an arm has unless they are given
     cell_defaults: dict           # the same, of each of its runs
@@ -183,9 +388,10 @@ class ScriptSpec:
 
 
 SCRIPTS = {
-    "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, starts_from_checkpoint=False,
-                        arm_defaults={}, cell_defaults={"dataloader_num_workers": 0}, shortest_validation={"val_iter": 1}),
-    "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations,
+    "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, (VocabularyConfig,),
+                        starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
+                        shortest_validation={"val_iter": 1}),
+    "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations, (),
                            starts_from_checkpoint=True, arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path},
                            cell_defaults={}, shortest_validation={"answer_tokens": 1})}
 
@@ -223,25 +429,36 @@ def describe_device(config: DeviceConfig) -> tuple[str, str]:
 # -- arms -------------------------------------------------------------------------------------------------------------
 
 def parse_arm(text: str, given: str, script: str = "train") -> dict:
-    """The flags of `script` that an arm sets: "mlp=grkan,n_layer=4" -> {"mlp": "grkan", "n_layer": 4}.
+    """The flags of `script` that an arm sets: "mlp=grkan,n_layer=4" -> {"mlp": "grkan", "n_layer": 4}. One of train.py may
+    also set those of VocabularyConfig, and data_path.
 
     given: the flag that `text` was a value of, for the message. Raises BadInput.
     """
-    classes = SCRIPTS[script].command.classes
-    parser = Parser(None)
-    add_flags(parser, *classes, suppress=True)
-    if set(text.split(",")) & {"help", "h"}:
+    spec, parts = SCRIPTS[script], [part.strip() for part in text.split(",")]
+    classes = spec.command.classes
+    if {"help", "h"} & {*parts}:
         raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
                        f"them")
+    parser = Parser(None)
+    add_arm_flags(parser, spec)
     try:
-        values = vars(parser.parse_args([f"--{part.strip()}" for part in text.split(",")]))
-        for config in classes:
+        values = vars(parser.parse_args([f"--{part}" for part in parts]))
+        for config in (*classes, *spec.vocabulary):
             read_flags(config, select_fields(config, values))
     except BadInput as error:
-        raise BadInput(f"{given} {text!r}: {error}") from None
-    if not_of_an_arm := values.keys() - flag_names(*classes, scope="arm"):
+        suggestions = [f"{name}={part}" for part in parts for name, field in declared_flags(*classes).items()
+                       if part in (field.metadata["flag"].choices or ()) or name == "mixer" and part in MIXERS]
+        raise BadInput(f"{given} {text!r}: " + (f"did you mean {suggestions[0]}?" if suggestions else str(error))) from None
+    allowed = flag_names(*classes, *spec.vocabulary, scope="arm") | ({"data_path"} if spec.vocabulary else set())
+    if not_of_an_arm := values.keys() - allowed:
         raise BadInput(f"{given} {text!r}: {min(not_of_an_arm)} is not part of an architecture or recipe: leave it out")
     return values
+
+
+def add_arm_flags(parser: Parser, spec: ScriptSpec, without: set[str] = frozenset()):
+    """The flags of the vocabulary and of the script; those that are not given are absent from the namespace."""
+    add_flags(parser, *spec.vocabulary, suppress=True)
+    add_flags(parser, *spec.command.classes, suppress=True, without=without | set(declared_flags(*spec.vocabulary)))
 
 
 def select_fields(config: type, values: dict) -> dict:
@@ -250,23 +467,31 @@ def select_fields(config: type, values: dict) -> dict:
     return {name: value for name, value in (PRESETS.get(values.get("preset"), {}) | values).items() if name in names}
 
 
-def build_arms(config: CompareConfig, common: dict, data: TrainingData) -> list[Arm]:
-    """Every arm at every size, matched to the first of that size. Raises BadInput."""
-    arms = []
+def build_arms(config: CompareConfig, common: dict, data: TrainingData,
+               find_data: Callable[[dict], TrainingData] | None = None) -> list[Arm]:
+    """Every arm at every size, matched to the first of that size. data: of --data_path. find_data(flags of an arm): its own,
+    by default as far as it is known before it is written. Raises BadInput."""
+    arms, find_data = [], find_data or Vocabularies(data, config.out_path / "data").planned
     for size in config.sizes or ("",):
         shared = config.spec.arm_defaults | common | (parse_arm(size, "--sizes", config.script) if size else {})
         reference = None
         for name, text, seeds in arm_texts(config):
             values = shared | parse_arm(text, "--arms", config.script)
             try:
+                own = find_data(values)
+                values = {name: value for name, value in values.items() if name not in declared_flags(VocabularyConfig)}
+                if own.shards and own is not data:
+                    values["data_path"] = own.shards.path
                 if reference and config.matches_parameters:
-                    values = match_parameters(values, reference.n_parameters, data.vocab_size)
-                arm = build_arm(config.spec, name, size, values, seeds, data)
+                    values = match_parameters(values, reference.matched_parameters(config.match), own.vocab_size,
+                                              config.match)
+                arm = build_arm(config.spec, name, size, values, seeds, own)
                 check_same_batches(arm, reference or arm)
             except BadInput as error:
                 raise BadInput(f"--arms {name!r}: {error}") from None
             reference = reference or arm
             arms.append(arm)
+    check_comparable(config, common, arms, data)
     return arms
 
 
@@ -287,6 +512,23 @@ def check_same_batches(arm: Arm, reference: Arm):
                        f"--batch_size and --block_size")
 
 
+def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data: TrainingData):
+    """Raises BadInput for flags that would give arms of different vocabularies different amounts of text."""
+    unit, amount = config.limit
+    if unit == "bytes" and not data.vocab_size:
+        raise BadInput(f"--budget={config.budget}: runs of {config.script}.py have no budget in bytes: give tokens=N, "
+                       f"flops=N or seconds=N")
+    if len({arm.vocabulary for arm in arms}) == 1:
+        return
+    if unit == "tokens":
+        raise BadInput(f"--budget={config.budget}: with different vocabularies as many tokens are different amounts of "
+                       f"text: give --budget bytes={amount * data.bytes_per_token:.2g} for about as much text, or flops=N "
+                       f"or seconds=N")
+    if common.get("val_iter") is not None:
+        raise BadInput(f"--val_iter={common['val_iter']}: with different vocabularies as many batches are different "
+                       f"amounts of text: leave it out")
+
+
 def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple[int, ...], data: TrainingData) -> Arm:
     """values: all flags of its runs that are the same in each. Raises BadInput."""
     model = build_meta_model(values, data.vocab_size)
@@ -302,7 +544,8 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
         schedule = schedule.for_model(read_pretrained(values["checkpoint_path"]).pretraining_flags)
     step_tokens = run.batch_size * loop.num_batch_accum * block_size
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, block_size), schedule.peak_lr(step_tokens),
-               model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token())
+               model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token(),
+               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, data.vocabulary, data.digests)
 
 
 def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
@@ -316,10 +559,18 @@ def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
         return GPT(config)
 
 
-def match_parameters(values: dict, target: int, vocab_size: int) -> dict:
-    """`values` with the n_hidden that gives the model `target` parameters, which are linear in it. Raises BadInput when none
-    comes within MATCH_TOLERANCE."""
-    count = lambda **changed: build_meta_model(values | changed, vocab_size).n_parameters()
+def embedding_parameters(model: GPT) -> int:
+    """Parameters that there is one of for each token: of the embedding, and of the head unless it is the same matrix."""
+    return model.embed.weight.numel() * (1 if model.config.tied else 2)
+
+
+def match_parameters(values: dict, target: int, vocab_size: int, match: str = "parameters") -> dict:
+    """`values` with the n_hidden that gives the model `target` parameters, which are linear in it. match: "parameters", or
+    "non_embedding" for those outside the embedding and an untied head. Raises BadInput when none comes within
+    MATCH_TOLERANCE."""
+    def count(**changed) -> int:
+        model = build_meta_model(values | changed, vocab_size)
+        return model.n_parameters() - (embedding_parameters(model) if match == "non_embedding" else 0)
     n_parameters, n_hidden = count(), None
     if abs(n_parameters - target) > CLOSE_MATCH * target and "n_hidden" not in values:
         at_8, at_16 = count(n_hidden=8), count(n_hidden=16)
@@ -329,9 +580,21 @@ def match_parameters(values: dict, target: int, vocab_size: int) -> dict:
             n_hidden = multiple_of_8  # suits a processor's vectors and a GPU's tiles
         n_parameters = count(n_hidden=n_hidden)
     if abs(n_parameters - target) > MATCH_TOLERANCE * target:
-        raise BadInput(f"has {n_parameters:,} parameters, the first arm {target:,}: change its shape, or compare them "
-                       f"as they are with --match=none")
+        raise BadInput(explain_mismatch(n_parameters, target, n_hidden, embedding_parameters(
+            build_meta_model(values, vocab_size)), match))
     return values if n_hidden is None else values | {"n_hidden": n_hidden}
+
+
+def explain_mismatch(n_parameters: int, target: int, n_hidden: int | None, embedding: int, match: str) -> str:
+    """What to do about an arm that the width of its hidden layers cannot give `target` parameters. n_hidden: the width that
+    came closest; None if it is given."""
+    what = "parameters" if match == "parameters" else "parameters besides its embedding"
+    found = f"has {n_parameters:,} {what}, the first arm {target:,}"
+    if match == "parameters" and n_hidden == 1 and embedding > target / 2:
+        return (f"{found}, which is {n_parameters - target:,} more even with hidden layers of width 1, because its "
+                f"embedding has {embedding:,}: list the arm with the largest vocabulary first, compare wider or deeper "
+                f"models, or leave the embedding out of the count with --match=non_embedding")
+    return f"{found}: change its shape, or compare them as they are with --match=none"
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
@@ -342,11 +605,18 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     budget_frac, own = stage_flags(arm, config, stage)
     command = config.spec.command
     values = config.spec.cell_defaults | arm.flags | own | {"learning_rate": arm.base_lr * lr_multiple, "seed": seed}
-    digest = cell_digest(values, config.spec, environment, stage)
-    readable = re.sub(r"[^a-zA-Z0-9=.-]", "_", f"{arm.name}-{arm.size}".strip("-"))[:80]  # bytes: names have up to 255
+    digest = cell_digest(arm, values, config.spec, environment, stage)
+    readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
     job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag)
-    return Cell(arm, stage, lr_multiple, seed, budget_frac, job)
+    limit = next((counter, float(own[name])) for name, counter in STOP_FLAGS.items() if name in own)
+    flops = (arm.flops_per_token + arm.elementwise_flops_per_token) * (arm.step_tokens if limit[0] == "step" else 1)
+    return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
+
+
+def readable_name(text: str) -> str:
+    """`text` as a part of a file's name, which may have up to 255 bytes in all."""
+    return re.sub(r"[^a-zA-Z0-9=.-]", "_", text)[:80]
 
 
 def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dict]:
@@ -359,7 +629,8 @@ def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dic
     amount *= budget_frac
     if unit == "seconds":
         return budget_frac, {"max_seconds": amount}
-    tokens = amount if unit == "tokens" else amount / (arm.flops_per_token + arm.elementwise_flops_per_token)
+    tokens = amount / {"tokens": 1, "bytes": arm.bytes_per_token,
+                       "flops": arm.flops_per_token + arm.elementwise_flops_per_token}[unit]
     if tokens < arm.step_tokens:
         raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {tokens:,.0f} tokens, "
                        f"less than a step of {arm.step_tokens:,}: give more")
@@ -369,17 +640,53 @@ def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dic
     return budget_frac, flags
 
 
-def cell_digest(values: dict, spec: ScriptSpec, environment: RunEnvironment, stage: str) -> str:
+def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnvironment, stage: str) -> str:
     """10 hex digits that change with everything a cell's numbers depend on. Paths count by the content behind them."""
     paths = {name for name, field in declared_flags(*spec.command.classes).items() if value_type(field) is Path}
     model = [read_pretrained(values["checkpoint_path"]).digest] if spec.starts_from_checkpoint else []
-    inputs = [*environment.data.digests, *model, environment.machine, torch.__version__, environment.code,
+    inputs = [*arm.data_digests, *model, environment.machine, torch.__version__, environment.code,
               *flag_texts({name: value for name, value in values.items() if name not in paths}),
               environment.hardware if stage == "speed" else ""]
     return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:10]
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
+
+class ComparisonBar:
+    """One bar over all cells, weighted by what each costs, with the time that remains. That is an estimate until the search
+    for the learning rate is over. expected_cost(): of all cells, those that have run included."""
+
+    def __init__(self, expected_cost: Callable[[], float]):
+        self.expected_cost, self.costs, self.checked = expected_cost, {}, 0.0
+        self.bar = progress_bar(desc="starting", miniters=0, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| "
+                                "{elapsed} passed, about {remaining} left")
+
+    def add(self, cell: Cell, ended: JobResult):
+        """Counts a cell that has ended; one of an earlier run of the command says nothing about speed."""
+        if ended.is_earlier and cell.job.checkpoint not in self.costs:
+            self.bar.initial += cell.cost
+        self.costs[cell.job.checkpoint] = cell.cost
+
+    def refresh(self, cells: list[Cell]):
+        """cells: of this stage; those that run count in part."""
+        if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
+            self.checked = time.monotonic()
+            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.checkpoint not in self.costs)
+            self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
+            self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
+            self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
+
+
+def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment) -> float:
+    """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
+    known how many are."""
+    cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
+    n_searched = len(results.full_budget_lr_runs)
+    if (not n_searched or results.next_lr_multiple()) and len(config.rates) > 1 and config.grid_share < 1:
+        n_searched = max(n_searched, 2)
+    speed = cost("speed") * SPEED_ROUNDS if config.limit[0] != "seconds" else 0
+    return cost("lr_grid") * len(config.rates) + cost("run") * (max(n_searched, 1) - 1 + len(results.arm.seeds)) + speed
+
 
 def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, stop: StopSignals) -> list[ArmResults]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
@@ -388,35 +695,41 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     first_seed = lambda arm_results: arm_results.arm.seeds[:1]
     next_multiple = lambda arm_results: [arm_results.next_lr_multiple()]
     best_multiple = lambda arm_results: [arm_results.best().cell.lr_multiple]
+    bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment) for results in all_results))
 
     def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
         cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
                   for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
-        return run_stage(stage, cells, config.jobs, stop)
-    for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
-        arm_results.grid = grid
-    while not stop.signal and (searching := [results for results in all_results if results.next_lr_multiple()]):
-        for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
-            arm_results.full_budget_lr_runs += runs
-    tuned = [arm_results for arm_results in all_results if arm_results.best()]
-    for arm_results, runs in zip(tuned, run("run", tuned, best_multiple, lambda arm_results: arm_results.arm.seeds)):
-        arm_results.runs = runs
-    if config.limit[0] != "seconds":
-        trained = [arm_results for arm_results in tuned if arm_results.finished()]
-        for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
-            arm_results.speeds = speeds
+        return run_stage(stage, cells, config.jobs, stop, bar)
+    with closing(bar.bar):
+        for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
+            arm_results.grid = grid
+        while not stop.signal and (searching := [results for results in all_results if results.next_lr_multiple()]):
+            for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
+                arm_results.full_budget_lr_runs += runs
+        tuned = [arm_results for arm_results in all_results if arm_results.best()]
+        for arm_results, runs in zip(tuned, run("run", tuned, best_multiple, lambda results: results.arm.seeds)):
+            arm_results.runs = runs
+        if config.limit[0] != "seconds":
+            trained = [arm_results for arm_results in tuned if arm_results.finished()]
+            for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
+                arm_results.speeds = speeds
     return all_results
 
 
-def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals) -> list[list[CellResult]]:
+def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals,
+              bar: ComparisonBar) -> list[list[CellResult]]:
     """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each. Speeds
     are measured one at a time."""
     if stop.signal:
         return [[] for _ in cells]
     order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
+
+    def on_end(i: int, ended: JobResult):
+        bar.add(order[i], ended)
+        tqdm.write(cell_result(order[i], ended).describe())
     all_ended = Runner(1 if stage == "speed" else jobs, stop).run(
-        [cell.job for cell in order], f"{stage} cells",
-        lambda i, ended: tqdm.write(cell_result(order[i], ended).describe()), [cell.budget_frac or 1.0 for cell in order])
+        [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
     results = {cell.job.checkpoint: cell_result(cell, ended) for cell, ended in zip(order, all_ended)}
     return [[results[cell.job.checkpoint] for cell in own] for own in cells]
 
@@ -425,21 +738,34 @@ def cell_result(cell: Cell, ended: JobResult) -> CellResult:
     return CellResult(cell, ended.status, ended.reason, cell.job.rows())
 
 
+MATCHED = {"parameters": "as many parameters as the first", "none": "parameters not matched",
+           "non_embedding": "as many parameters besides the embedding as the first"}
+
+
 def describe_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
-    model = build_meta_model(reference.flags, data.vocab_size).config
-    tokens = sorted({run.rows[-1]["tokens"] for arm_results in results for run in arm_results.finished()}) or [0]
-    span = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((tokens[0], tokens[-1])))
-    epochs = f", {tokens[-1] / data.shards.manifest.total('train', 'tokens'):.2f} epochs" if data.shards else ""
-    others = "as many parameters as the first" if config.matches_parameters else "parameters not matched"
+    model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
+    unit = "tokens" if have_same_vocabulary(results) else "bytes"
+    seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
+                   for arm_results in results for run in arm_results.finished()}) or [0]
+    span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))
+    epochs = f", {seen[-1] / data.shards.manifest.total('train', unit):.2f} epochs" if data.shards else ""
+    others = MATCHED[config.match if config.matches_parameters else "none"]
     return (f"First arm: {model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
-            f"tokens; the others: {others}. {span} M tokens of {data.description}{epochs}; budget {config.budget}, "
-            f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
+            f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
+            f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
+
+def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnvironment):
+    """Raises BadInput if the budget is too small for a run of an arm, as far as that is known."""
+    for arm in arms:
+        if config.limit[0] != "bytes" or not math.isnan(arm.bytes_per_token):
+            make_cell(arm, config, environment, "lr_grid", 1.0, 1)
+
 
 def read_command_line(argv) -> tuple[CompareConfig, dict]:
     """The comparison, and the flags of its script that are given for all its runs. Raises BadInput."""
@@ -447,10 +773,9 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
     script_parser.add_argument("--script", choices=tuple(SCRIPTS), default="train")
     script = script_parser.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
                                              if text not in ("-h", "--help")])[0].script
-    classes = SCRIPTS[script].command.classes
-    parser = Parser(main.__doc__)
+    spec, parser = SCRIPTS[script], Parser(main.__doc__)
     add_flags(parser, CompareConfig)
-    add_flags(parser, *classes, suppress=True, without=flag_names(*classes, scope="run"))
+    add_arm_flags(parser, spec, without=flag_names(*spec.command.classes, scope="run"))
     values = vars(parser.parse_args(argv))
     own = declared_flags(CompareConfig)
     return read_flags(CompareConfig, values), {name: value for name, value in values.items() if name not in own}
@@ -459,7 +784,7 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
 def make_plan(config: CompareConfig, common: dict, data: TrainingData) -> dict:
     """What makes it this comparison rather than another, as JSON: not the number of seeds, nor how or where it is run."""
     own = {name: value for name, value in vars(config).items() if name not in flag_names(CompareConfig, scope="run")}
-    fields = declared_flags(*config.spec.command.classes)
+    fields = declared_flags(*config.spec.command.classes, *config.spec.vocabulary)
     is_data = lambda name: value_type(fields[name]) is Path and fields[name].metadata["flag"].scope == "shared"
     shared = {name: value for name, value in common.items() if not is_data(name)}
     return json.loads(json.dumps(own | {"data": data.fingerprint, f"flags of {config.script}.py": shared}, default=str))
@@ -488,18 +813,20 @@ def main(argv=None):
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
-    for arm in arms:
-        make_cell(arm, config, environment, "lr_grid", 1.0, 1)  # raises now if the budget is too small
+    check_budget(arms, config, environment)
     line = command_line("compare.py", argv)
-    with folder_lock(config.out_path, f"--out_path={config.out_path}"), StopSignals() as stop:
+    with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config, make_plan(config, common, data))
         start = time.perf_counter()
-        results = run_all(arms, config, environment, stop)
+        arms = build_arms(config, common, data, Vocabularies(data, config.out_path / "data").prepared)
+        check_budget(arms, config, environment)
+        with StopSignals() as stop:
+            results = run_all(arms, config, environment, stop)
         if stop.signal:
             print(f"stopped, all runs are saved: the same command continues: {line}", file=sys.stderr)
             raise SystemExit(128 + stop.signal)
         write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
-                     config.null)
+                         config.null)
         print(f"{time.perf_counter() - start:,.0f} s")
     if any(result.status in ("failed", "killed") for arm_results in results for result in arm_results.results()):
         raise OSError("some runs failed, see above; the same command runs them again")

@@ -34,7 +34,7 @@ COMMANDS = {
     "finetune": FINETUNING.classes,
     "evaluate": (evaluate.EvaluateConfig, DeviceConfig),
     "export": (export.ExportConfig,),
-    "compare": (compare.CompareConfig,),
+    "compare": (compare.CompareConfig, compare.VocabularyConfig),
     "probes": (probes.ProbeConfig, probes.CellConfig),
 }
 NOTES = {"compare": "And every flag of `train.py` (or of `--script`) whose scope is not *run*: it holds for all arms."}

@@ -5,12 +5,13 @@ comparison.csv from them. Numbers and sentences only: experiments/comparison.py 
 """
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from experiments.runner import TrainingJob
-from experiments.stats import Estimate, holm, p_value, power_law
+from experiments.stats import Estimate, holm, p_value, parabola_minimum, power_law
 
 SPEED_WARMUP = 5      # steps at the start of a speed run that are not timed
 SIGNIFICANCE = 0.05   # of corrected p-values
@@ -31,6 +32,15 @@ class Arm:
     n_parameters: int
     flops_per_token: int              # matrix products, forward and backward
     elementwise_flops_per_token: int  # activations and the bases of KAN layers
+    embedding_parameters: int = 0     # of n_parameters: of the embedding, and of an untied head
+    vocab_size: int = 0
+    bytes_per_token: float = math.nan  # of the training text; NaN where it is not known
+    vocabulary: str = ""              # differs between arms whose tokens differ
+    data_digests: tuple[str, ...] = ()  # of everything that a run reads
+
+    def matched_parameters(self, match: str) -> int:
+        """The number that arms have in common with --match=parameters or non_embedding."""
+        return self.n_parameters - (self.embedding_parameters if match == "non_embedding" else 0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,13 @@ class Cell:
     seed: int             # in stage "speed" the round
     budget_frac: float
     job: TrainingJob
+    limit: tuple[str, float] = ("tokens", math.inf)  # the column of its metrics that ends it, and where
+    cost: float = 0.0     # how long it takes, relative to other cells
+
+    def progress(self) -> float:
+        """The part of it that has run, 0 to 1, from its metrics."""
+        rows, (name, limit) = self.job.rows(), self.limit
+        return min(1.0, rows[-1].get(name, 0) / limit) if rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -126,9 +143,10 @@ class ArmResults:
         return statistics.median(speeds) if speeds else math.nan
 
     def curves(self) -> list[list[dict]]:
-        """The rows of each finished run, with seconds at the measured speed."""
-        speed = self.speed()
-        return [[row | {"seconds": row["tokens"] / speed} for row in run.rows] for run in self.finished()]
+        """The rows of each finished run, with seconds at the measured speed and bytes of text."""
+        speed, n_bytes = self.speed(), self.arm.bytes_per_token
+        return [[row | {"seconds": row["tokens"] / speed, "bytes": row["tokens"] * n_bytes} for row in run.rows]
+                for run in self.finished()]
 
     def slope(self) -> tuple[float, float]:
         """(bits per byte gained by training on e times the tokens, ln of the token ratio it was measured over).
@@ -167,7 +185,7 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
         row = {"size": arm.size, "arm": arm.name, "runs": len(arm_results.finished()), "runs_wanted": len(arm.seeds),
                "parameters": arm.n_parameters, "flops_per_token": arm.flops_per_token,
                "elementwise_flops_per_token": arm.elementwise_flops_per_token, "n_hidden": arm.flags.get("n_hidden"),
-               "n_rates": len(arm_results.grid), "at_grid_edge": arm_results.at_grid_edge()}
+               "n_rates": len(arm_results.grid), "at_grid_edge": arm_results.at_grid_edge()} | vocabulary_columns(arm)
         rows.append(row)
         if not arm_results.finished():
             continue
@@ -184,22 +202,29 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
     return rows
 
 
+def vocabulary_columns(arm: Arm) -> dict:
+    """What depends on an arm's vocabulary alone. Empty where it is not known."""
+    if math.isnan(arm.bytes_per_token):
+        return {}
+    return {"vocab_size": arm.vocab_size, "embedding_share": arm.embedding_parameters / arm.n_parameters,
+            "bytes_per_token": arm.bytes_per_token, "tokens_per_byte": 1 / arm.bytes_per_token,
+            "bytes_per_context": arm.batch_shape[1] * arm.bytes_per_token}
+
+
 def outcome_columns(arm_results: ArmResults) -> dict:
     """What an arm's finished runs ended with."""
     finished, tokens, speed = arm_results.finished(), arm_results.mean_final("tokens"), arm_results.speed()
     bpb = Estimate.from_values([run.bpb for run in finished])
     return {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": arm_results.mean_final("val_loss"),
             "learning_rate": arm_results.arm.base_lr * arm_results.best().cell.lr_multiple, "tokens": tokens,
-            "seconds": tokens / speed, "tok_per_sec": speed,
+            "seconds": tokens / speed, "tok_per_sec": speed, "bytes_per_sec": speed * arm_results.arm.bytes_per_token,
             "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
 
 
 def difference_columns(arm_results: ArmResults, reference: ArmResults, slope: float, log_ratio: float) -> dict:
     """The difference in bits per byte to the reference, paired by seed, and how many steps more or fewer the reference would
     need to match it. slope, log_ratio: the reference's, see ArmResults.slope."""
-    reference_bpb = {i: run.bpb for i, run in enumerate(reference.runs) if run.status == "finished"}
-    pairs = [run.bpb - reference_bpb[i] for i, run in enumerate(arm_results.runs)
-             if run.status == "finished" and i in reference_bpb]
+    pairs = paired_differences(arm_results, reference)
     if not pairs:
         return {}
     difference = Estimate.from_values(pairs)
@@ -209,6 +234,13 @@ def difference_columns(arm_results: ArmResults, reference: ArmResults, slope: fl
             log_steps = min(max(-value / slope, -log_ratio), log_ratio)  # no further than was measured
             row[f"steps_equivalent{name}"] = math.exp(log_steps) - 1
     return row
+
+
+def paired_differences(arm_results: ArmResults, reference: ArmResults) -> list[float]:
+    """Bits per byte minus the reference's, of each pair of runs that both finished."""
+    reference_bpb = {i: run.bpb for i, run in enumerate(reference.runs) if run.status == "finished"}
+    return [run.bpb - reference_bpb[i] for i, run in enumerate(arm_results.runs)
+            if run.status == "finished" and i in reference_bpb]
 
 
 def add_significance(rows: list[dict]) -> list[dict]:
@@ -225,7 +257,7 @@ def add_significance(rows: list[dict]) -> list[dict]:
 # -- as text ----------------------------------------------------------------------------------------------------------
 
 def verdict(row: dict, reference: dict) -> str:
-    """One sentence about an arm that claims no more than its interval supports."""
+    """One sentence about an arm that claims no more than its interval supports; `short_verdict` is its few words."""
     name, base = row["arm"], reference["arm"]
     missing = "".join(f" {other['arm']} finished only {other['runs']} of {other['runs_wanted']} runs; how the others would "
                       f"have ended is unknown."
@@ -249,12 +281,76 @@ def verdict(row: dict, reference: dict) -> str:
             f"{missing}{edges}")
 
 
+def short_verdict(row: dict) -> str:
+    """What `verdict` says, in a few words."""
+    if "difference" not in row:
+        return "no comparable run finished"
+    if math.isinf(row["difference_margin"]):
+        return "one seed shows nothing"
+    return {"none": "no significant difference", "uncorrected": "significant only by itself",
+            "corrected": "better" if row["difference"] < 0 else "worse"}[row["significance"]]
+
+
+def describe_best(results: list[ArmResults]) -> str:
+    """One sentence about which arm has the lowest mean, and which others are not shown to be worse; empty where there are
+    fewer than three arms, or runs of one seed."""
+    finished = [arm_results for arm_results in results if len(arm_results.finished()) > 1]
+    if len(finished) < 3:
+        return ""
+    best = min(finished, key=lambda arm_results: statistics.mean(run.bpb for run in arm_results.finished()))
+    others = [arm_results for arm_results in finished if arm_results is not best]
+    p_values = holm([p_value(paired_differences(other, best)) for other in others])
+    alike = [other.arm.name for other, p in zip(others, p_values) if p >= SIGNIFICANCE]
+    rest = f"not shown to be worse than it: {', '.join(alike)}" if alike else "all others are worse"
+    return f"Lowest mean: {best.arm.name}; {rest} (paired by seed, p corrected for {len(others)} comparisons)."
+
+
 def format_steps_equivalent(row: dict) -> str:
     """ "+19% (+4% to +41%)": the estimate and its interval."""
     text = f"{row['steps_equivalent']:+.0%}"
     if "steps_equivalent_low" in row:
         text += f" ({row['steps_equivalent_low']:+.0%} to {row['steps_equivalent_high']:+.0%})"
     return text
+
+
+# -- vocabularies -----------------------------------------------------------------------------------------------------
+
+def have_same_vocabulary(results: list[ArmResults]) -> bool:
+    return len({arm_results.arm.vocabulary for arm_results in results}) == 1
+
+
+def by_vocabulary(results: list[ArmResults]) -> dict[str, list[ArmResults]]:
+    """The finished arms that differ in nothing but vocab_size, and have three or more: their name without it, with the size
+    of the models if there is one -> arms, from the smallest vocabulary on."""
+    series = {}
+    for arm_results in results:
+        rest, n = re.subn(r"(^|,)\s*vocab_size=[\d_]+", "", arm_results.arm.name)
+        if n and arm_results.finished():
+            name = ", ".join(filter(None, (arm_results.arm.size, rest.strip(", ")))) or "vocab_size"
+            series.setdefault(name, []).append(arm_results)
+    return {name: sorted(arms, key=lambda arm_results: arm_results.arm.vocab_size) for name, arms in series.items()
+            if len({arm_results.arm.vocab_size for arm_results in arms}) > 2}
+
+
+def best_vocabulary(arms: list[ArmResults]) -> str:
+    """A sentence about where the lowest bits per byte lie: the minimum of a parabola in log(vocab_size) through the arm with
+    the lowest mean and up to two on each side of it, for each seed, with the interval over seeds. arms: of by_vocabulary."""
+    means = [statistics.mean(run.bpb for run in arm_results.finished()) for arm_results in arms]
+    best = means.index(min(means))
+    if best in (0, len(arms) - 1):
+        return f"lowest at the {'smallest' if best == 0 else 'largest'} vocabulary, {arms[best].arm.vocab_size:,}: the " \
+               f"optimum may lie beyond."
+    near = arms[max(0, best - 2):best + 3]
+    sizes = [math.log(arm_results.arm.vocab_size) for arm_results in near]
+    runs = zip(*(arm_results.runs for arm_results in near))
+    minima = [parabola_minimum(sizes, [run.bpb for run in pair]) for pair in runs
+              if all(run.status == "finished" for run in pair)]
+    found = [minimum for minimum in minima if not math.isnan(minimum)]
+    if len(found) < max(2, len(minima)):
+        return f"lowest at {arms[best].arm.vocab_size:,}; too few runs, or too noisy ones, to say how sharp the optimum is."
+    optimum = Estimate.from_values(found)
+    return (f"optimum at about {math.exp(optimum.mean):,.0f} tokens (95 % interval {math.exp(optimum.low):,.0f} to "
+            f"{math.exp(optimum.high):,.0f}, {optimum.n} seeds).")
 
 
 # -- several sizes ----------------------------------------------------------------------------------------------------

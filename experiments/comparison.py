@@ -5,25 +5,27 @@ compare.py calls `write_comparison` when its cells are done; the numbers are ana
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.analysis import (
     ArmResults,
     add_significance,
+    best_vocabulary,
+    by_vocabulary,
+    describe_best,
     fit_scaling,
     format_steps_equivalent,
+    have_same_vocabulary,
+    short_verdict,
     table_rows,
     verdict,
 )
-from experiments.plots import draw_mean_curves, draw_pareto_fronts, draw_scaling
+from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling
 from experiments.report import Figure, Table, csv_table, markdown_page, write_page
+from experiments.stats import Estimate
 from runtime.files import atomic_write
 
-HEAD = ("arm", "bits/byte (lower is better)", "difference from the first arm (negative is better)", "p (Holm)",
-        "significant", "steps equivalent, relative to the first arm (positive is better)",
-        "bits/byte at equal seconds (lower is better)", "learning rate", "parameters", "MFLOP/token, matrix products",
-        "MFLOP/token, element-wise", "tokens/s (higher is better)", "seconds (lower is better)",
-        "peak memory, MiB (lower is better)", "runs finished")
 SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
 NOTES = """\
 Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers seeds, not the choice of
@@ -37,7 +39,13 @@ those compared, so it is slightly favoured, in every arm alike. (edge): the best
 are per training token, forward and backward: matrix products, and separately activations and the bases of KAN layers. Peak
 memory is the process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after all runs, one at a
 time with the arms taking turns, and seconds are those of a run at that speed; where the budget is in seconds, both are the
-runs' own."""
+runs' own. A column that would be the same for all arms is left out of the table, and its value stands below it."""
+VOCABULARY_NOTE = """\
+Arms of different vocabularies have steps and contexts of the same number of tokens, which hold different numbers of bytes of
+text, see "bytes per context"; losses in nats per token and tokens/s of theirs cannot be compared, bits per byte and bytes/s
+can. Bytes per token are those of the training text, with the separators between documents. Their pairs of a seed share the
+text, but neither batches nor the embedding's initial weights, so that they differ by more than two arms of one vocabulary
+do."""
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
 a comparison do, which share the order."""
@@ -45,8 +53,8 @@ a comparison do, which share the order."""
 
 def write_comparison(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
                      out_path: Path, is_null: bool):
-    """Writes the report into `out_path`, and prints it. describe_conditions(arms of a size): the conditions that they were
-    compared under. is_null: the second arm is the first again."""
+    """Writes the report into `out_path`, and prints a short table of it. describe_conditions(arms of a size): the conditions
+    that they were compared under. is_null: the second arm is the first again."""
     by_size = [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
     rows_by_size = [table_rows(group) for group in by_size]
     rows = add_significance(list(itertools.chain(*rows_by_size)))
@@ -54,32 +62,64 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     parts = [("code", command_line)]
     for group, size_rows in zip(by_size, rows_by_size):
         parts += size_section(group, size_rows, describe_conditions(group))
+    parts += vocabulary_section(by_vocabulary(results))
     if len(by_size) > 1:
         parts += scaling_section(by_size)
-    parts += [("p", note) for note in ([NOTES, NULL_NOTE] if is_null else [NOTES])]
+    notes = [NOTES] + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not have_same_vocabulary(results))
+    parts += [("p", note) for note in notes]
     for old in out_path.glob("*.svg"):
         old.unlink()
-    text = markdown_page(title, parts)
     pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
-    for name, content in {"comparison.md": text, "comparison.csv": csv_table(rows), **pictures}.items():
+    for name, content in {"comparison.md": markdown_page(title, parts), "comparison.csv": csv_table(rows),
+                          **pictures}.items():
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
     write_page(out_path / "comparison.html", title, parts)
-    print(text)
+    for group, size_rows in zip(by_size, rows_by_size):
+        print("\n".join(short_table(group, size_rows)))
+    for name, arms in by_vocabulary(results).items():
+        print(f"{name}: {best_vocabulary(arms)}")
     print(out_path / "comparison.html")
 
 
 def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -> list:
     """The parts of the page about the arms of one size."""
+    best = describe_best(results)
+    table, same = table_of_columns(rows)
     parts = [("h2", results[0].arm.size or "Results"), ("p", f"{conditions}."),
-             ("ul", [verdict(row, rows[0]) for row in rows[1:]]), Table(HEAD, [format_row(row) for row in rows])]
+             ("ul", [verdict(row, rows[0]) for row in rows[1:]] + [best] * bool(best)), table]
+    if same:
+        parts.append(("p", f"The same for all arms: {'; '.join(same)}."))
+    if warning := validation_warning(results):
+        parts.append(("p", warning))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
-        parts += [Figure(draw_mean_curves(curves), f"curves{suffix}"),
+        parts += [Figure(draw_mean_curves(curves, by_bytes=not have_same_vocabulary(results)), f"curves{suffix}"),
                   Figure(draw_pareto_fronts({row["arm"]: row for row in rows if "bpb" in row}), f"front{suffix}")]
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
+
+
+def validation_warning(results: list[ArmResults]) -> str:
+    """Empty if all runs were validated on the same text, as far as their rows say."""
+    n_bytes = {run.rows[-1].get("val_bytes") for arm_results in results for run in arm_results.finished()}
+    if len(n_bytes) < 2:
+        return ""
+    texts = " and ".join(f"{n:,.0f} bytes" if n else "an unknown number" for n in sorted(n_bytes, key=lambda n: n or 0))
+    return f"Beware: not all runs were validated on the same text, but on {texts} of it."
+
+
+def vocabulary_section(series: dict[str, list[ArmResults]]) -> list:
+    """series: of by_vocabulary."""
+    if not series:
+        return []
+    points = {name: [(arm_results.arm.vocab_size, estimate.mean, estimate.margin) for arm_results in arms
+                     for estimate in [Estimate.from_values([run.bpb for run in arm_results.finished()])]]
+              for name, arms in series.items()}
+    return [("h2", "Bits per byte against the size of the vocabulary"),
+            ("ul", [f"{name}: {best_vocabulary(arms)}" for name, arms in series.items()]),
+            Figure(draw_by_vocabulary(points), "vocabulary")]
 
 
 def scaling_section(by_size: list[list[ArmResults]]) -> list:
@@ -92,22 +132,16 @@ def scaling_section(by_size: list[list[ArmResults]]) -> list:
     return [("h2", "Loss against FLOPs"), ("ul", sentences), *pictures]
 
 
-def format_row(row: dict) -> tuple[str, ...]:
-    """A row of the table, as HEAD names its columns."""
-    def number(name: str, form: str, scale: float = 1.0) -> str:
-        value = row.get(name)
-        return "" if value is None or math.isnan(value) else format(value * scale, form)
+# -- the table --------------------------------------------------------------------------------------------------------
 
-    def with_margin(name: str, form: str) -> str:
-        margin = row.get(f"{name}_margin", math.inf)
-        return number(name, form) + (f" ± {margin:.4f}" if margin < math.inf else "")
-    return (row["arm"], with_margin("bpb", ".4f"), with_margin("difference", "+.4f"), number("p_holm", ".3f"),
-            SIGNIFICANCE_WORDS.get(row.get("significance"), ""),
-            format_steps_equivalent(row) if "steps_equivalent" in row else "", number("bpb_equal_seconds", ".4f"),
-            number("learning_rate", ".3g") + format_grid_edge(row), f"{row['parameters']:,}",
-            number("flops_per_token", ".2f", 1e-6), number("elementwise_flops_per_token", ".2f", 1e-6),
-            number("tok_per_sec", ",.0f"), number("seconds", ",.0f"), number("peak_memory", ",.0f", 2**-20),
-            f"{row['runs']} of {row['runs_wanted']}")
+def number(row: dict, name: str, form: str, scale: float = 1) -> str:
+    value = row.get(name)
+    return "" if value is None or math.isnan(value) else format(value * scale, form)
+
+
+def with_margin(row: dict, name: str, form: str) -> str:
+    margin = row.get(f"{name}_margin", math.inf)
+    return number(row, name, form) + (f" ± {margin:.4f}" if margin < math.inf else "")
 
 
 def format_grid_edge(row: dict) -> str:
@@ -115,3 +149,64 @@ def format_grid_edge(row: dict) -> str:
     if not row["at_grid_edge"]:
         return ""
     return " (edge)" if row["n_rates"] > 1 else " (only one tried)"
+
+
+@dataclass(frozen=True)
+class Column:
+    """head: its name, unit and which direction is better. cell(row): its text. always: also in a table where it is the same
+    for all arms. of_vocabulary: only where vocabularies differ."""
+    head: str
+    cell: Callable[[dict], str]
+    always: bool = False
+    of_vocabulary: bool = False
+
+
+COLUMNS = (
+    Column("arm", lambda row: row["arm"], always=True),
+    Column("bits/byte (lower is better)", lambda row: with_margin(row, "bpb", ".4f"), always=True),
+    Column("difference from the first arm (negative is better)", lambda row: with_margin(row, "difference", "+.4f"),
+           always=True),
+    Column("p (Holm)", lambda row: number(row, "p_holm", ".3f"), always=True),
+    Column("significant", lambda row: SIGNIFICANCE_WORDS.get(row.get("significance"), ""), always=True),
+    Column("steps equivalent, relative to the first arm (positive is better)",
+           lambda row: format_steps_equivalent(row) if "steps_equivalent" in row else ""),
+    Column("bits/byte at equal seconds (lower is better)", lambda row: number(row, "bpb_equal_seconds", ".4f")),
+    Column("learning rate", lambda row: number(row, "learning_rate", ".3g") + format_grid_edge(row)),
+    Column("vocabulary", lambda row: number(row, "vocab_size", ","), of_vocabulary=True),
+    Column("bytes per token", lambda row: number(row, "bytes_per_token", ".3f"), of_vocabulary=True),
+    Column("tokens per byte", lambda row: number(row, "tokens_per_byte", ".4f"), of_vocabulary=True),
+    Column("bytes per context", lambda row: number(row, "bytes_per_context", ",.0f"), of_vocabulary=True),
+    Column("parameters", lambda row: f"{row['parameters']:,}"),
+    Column("embedding's share of parameters", lambda row: number(row, "embedding_share", ".1%"), of_vocabulary=True),
+    Column("MFLOP/token, matrix products", lambda row: number(row, "flops_per_token", ".2f", 1e-6)),
+    Column("MFLOP/token, element-wise", lambda row: number(row, "elementwise_flops_per_token", ".2f", 1e-6)),
+    Column("tokens/s (higher is better)", lambda row: number(row, "tok_per_sec", ",.0f")),
+    Column("bytes/s (higher is better)", lambda row: number(row, "bytes_per_sec", ",.0f"), of_vocabulary=True),
+    Column("seconds (lower is better)", lambda row: number(row, "seconds", ",.0f")),
+    Column("peak memory, MiB (lower is better)", lambda row: number(row, "peak_memory", ",.0f", 2**-20)),
+    Column("runs finished", lambda row: f"{row['runs']} of {row['runs_wanted']}"))
+
+
+def table_of_columns(rows: list[dict]) -> tuple[Table, list[str]]:
+    """The table of the arms of one size, without columns that would be the same for all, and the contents of these."""
+    with_vocabularies = len({(row.get("vocab_size"), row.get("bytes_per_token")) for row in rows}) > 1
+    columns = [column for column in COLUMNS if with_vocabularies or not column.of_vocabulary]
+    cells = {column: [column.cell(row) for row in rows] for column in columns}
+    shown = [column for column in columns if column.always or len(set(cells[column])) > 1]
+    same = [f"{column.head.split(' (')[0]} {cells[column][0]}" for column in columns
+            if column not in shown and cells[column][0]]
+    return Table(tuple(column.head for column in shown), list(zip(*(cells[column] for column in shown)))), same
+
+
+def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) -> list[str]:
+    """Lines for a terminal: arm, bits/byte, difference and verdict; then the runs left out. An arm's name is shortened where
+    the line would be longer than `width`."""
+    texts = [("arm", "bits/byte", "difference", "verdict")] + [
+        (row["arm"], with_margin(row, "bpb", ".4f"), with_margin(row, "difference", "+.4f"),
+         "" if row is rows[0] else short_verdict(row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    shorten = lambda name: name if len(name) <= widths[0] else f"{name[:widths[0] - 1]}…"
+    lines = [results[0].arm.size] * bool(results[0].arm.size)
+    lines += ["  ".join(text.ljust(n) for text, n in zip((shorten(line[0]), *line[1:]), widths)).rstrip() for line in texts]
+    return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]

@@ -28,7 +28,7 @@ SVG_STYLE = (f"<style>svg {{ color: {INK}; color-scheme: light dark }} "
 PANEL_INCHES = 5.0, 3.75
 # unit, label of the axis, words for the title
 X_AXES = {"tokens": (1e6, "million tokens", "tokens"), "flops": (1e12, "TFLOP of matrix products", "FLOPs"),
-          "bytes": (1e6, "million bytes of text, by validation's bytes per token", "bytes of text"),
+          "bytes": (1e6, "MB of text", "bytes of text"),
           "seconds": (1, "seconds of training", "seconds")}
 WARMUP = 0.1          # the part of a run, at its start, whose values may leave the picture
 SAME_RATIO = 0.01     # two runs whose bytes per token differ by more have different vocabularies, or other validation text
@@ -48,7 +48,8 @@ def draw_curves(runs: dict[str, list[dict]], path: Path):
     figure, axes = plt.subplots(len(quantities), 2, figsize=(12, 4 * len(quantities)), layout="constrained", squeeze=False)
     for axis, ((name, unit, title), x_name) in zip(axes.flat, itertools.product(quantities, x_names)):
         draw_runs(axis, runs, x_name, name, with_training=(name == "loss") == is_same)
-        axis.set(xlabel=X_AXES[x_name][1], ylabel=unit, title=f"{title} against {X_AXES[x_name][2]}")
+        estimated = ", estimated by the bytes per token of the validation text" * (x_name == "bytes")
+        axis.set(xlabel=X_AXES[x_name][1] + estimated, ylabel=unit, title=f"{title} against {X_AXES[x_name][2]}")
     if note := validation_note(runs):
         figure.suptitle(textwrap.fill(escape(note), 150), fontsize=9)
     with atomic_write(path) as file:
@@ -109,11 +110,12 @@ def bytes_per_token(rows: list[dict]) -> float:
 
 
 def add_bytes(rows: list[dict]) -> list[dict]:
-    """The rows with `bytes`, of the text trained on, and `train_bpb`, as far as they follow from `bytes_per_token`."""
+    """The rows with `bytes`, of the text trained on, and `train_bpb`, as far as they follow from `bytes_per_token`; with
+    their own where they have them."""
     if math.isnan(ratio := bytes_per_token(rows)):
         return rows
-    return [row | ({"bytes": row["tokens"] * ratio} if "tokens" in row else {}) | (
-        {"train_bpb": row["train_loss"] / ratio / math.log(2)} if "train_loss" in row else {}) for row in rows]
+    return [({"bytes": row["tokens"] * ratio} if "tokens" in row else {}) | (
+        {"train_bpb": row["train_loss"] / ratio / math.log(2)} if "train_loss" in row else {}) | row for row in rows]
 
 
 def have_same_vocabulary(runs: Iterable[list[dict]]) -> bool:
@@ -140,12 +142,14 @@ def validation_note(runs: dict[str, list[dict]]) -> str:
 
 # -- comparisons, for pages -------------------------------------------------------------------------------------------
 
-def draw_mean_curves(curves: dict[str, list[list[dict]]]) -> list[str]:
-    """Bits per byte of validation of each name's runs, the mean with a band from the lowest to the highest, against tokens
-    (bytes of text where vocabularies differ), FLOPs and seconds. curves: name -> rows of each run. Returns panels."""
+def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None = None) -> list[str]:
+    """Bits per byte of validation of each name's runs, the mean with a band from the lowest to the highest, against tokens,
+    FLOPs and seconds. curves: name -> rows of each run. by_bytes: against bytes of text in place of tokens, for names whose
+    tokens differ (default: as the rows tell). Returns panels."""
     curves = {name: [add_bytes(rows) for rows in runs] for name, runs in curves.items()}
-    is_same = have_same_vocabulary(rows for runs in curves.values() for rows in runs)
-    x_names = "tokens" if is_same else "bytes", "flops", "seconds"
+    if by_bytes is None:
+        by_bytes = not have_same_vocabulary(rows for runs in curves.values() for rows in runs)
+    x_names = "bytes" if by_bytes else "tokens", "flops", "seconds"
     note = validation_note({name: runs[0] for name, runs in curves.items()})
     axes = make_panels(len(x_names))
     for axis, x_name in zip(axes, x_names):
@@ -239,6 +243,23 @@ def draw_scaling(fits: dict[str, tuple]) -> list[str]:
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
              title="Bits per byte against FLOPs")
     set_log_ticks(axis)
+    axis.legend(fontsize=8, frameon=False)
+    return to_svgs([axis])
+
+
+def draw_by_vocabulary(series: dict[str, list[tuple[int, float, float]]]) -> list[str]:
+    """Bits per byte against the size of the vocabulary, a line for each name. series: name -> (vocab_size, bits per byte,
+    half-width of its interval or infinity). Returns panels, of which there is one."""
+    axis, = make_panels(1)
+    for (name, measured), color in zip(series.items(), COLORS * 9):
+        x, y, margins = zip(*sorted(measured))
+        axis.errorbar(x, y, yerr=[margin if math.isfinite(margin) else 0 for margin in margins], fmt="o-", color=color,
+                      capsize=3, linewidth=1.2, label=wrap_label(name))
+    sizes = sorted({size for measured in series.values() for size, _, _ in measured})
+    axis.set(xscale="log", xlabel="tokens in the vocabulary", ylabel="bits per byte",
+             title="Bits per byte against the size of the vocabulary\n(lower is better)")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
     axis.legend(fontsize=8, frameon=False)
     return to_svgs([axis])
 

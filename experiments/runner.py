@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -35,9 +35,11 @@ GRACE = 30  # seconds that a process has to save and exit
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: finished, diverged, bad input, failed, killed or stopped. reason: one human-readable line."""
+    """How a job ended: finished, diverged, bad input, failed, killed or stopped. reason: one human-readable line.
+    is_earlier: it ended in an earlier run of the command."""
     status: str
     reason: str = ""
+    is_earlier: bool = field(default=False, compare=False)
 
 
 class Job(Protocol):
@@ -65,15 +67,14 @@ class Runner:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // n_parallel))}
 
     def run(self, jobs: list[Job], desc: str, on_end: Callable[[int, JobResult], None],
-            weights: list[float] | None = None) -> list[JobResult]:
+            on_wait: Callable[[], None] | None = None) -> list[JobResult]:
         """The results of `jobs`, in their order; those that a signal stopped, or that have not started then, are "stopped".
 
-        on_end(i, result): called when jobs[i] has ended, unless it was stopped. weights: how long each job takes relative
-        to the others, for the progress bar.
+        on_end(i, result): called when jobs[i] has ended, unless it was stopped. on_wait(): called about twice a second, for
+        a caller that has a progress bar of its own; else there is one that counts jobs.
         """
-        weights = weights or [1.0] * len(jobs)
         with ThreadPoolExecutor(self.n_parallel) as pool, progress_bar(
-                total=sum(weights), desc=desc, unit="run", smoothing=0) as bar:
+                total=len(jobs), desc=desc, unit="run", smoothing=0, disable=on_wait is not None) as bar:
             futures = {pool.submit(self.run_job, job): i for i, job in enumerate(jobs)}
             running, forwarded = set(futures), None
             try:
@@ -81,8 +82,10 @@ class Runner:
                     ended, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in ended:
                         if future.result().status != "stopped":
-                            bar.update(weights[futures[future]])
+                            bar.update()
                             on_end(futures[future], future.result())
+                    if on_wait:
+                        on_wait()
                     if self.stop.signal != forwarded:
                         forwarded = self.stop.signal
                         self.send_signal(signal.SIGTERM)
@@ -109,7 +112,7 @@ class Runner:
 
     def run_job(self, job: Job) -> JobResult:
         if result := job.previous_result():
-            return result
+            return replace(result, is_earlier=True)
         with self.lock:
             if self.stop.signal or self.is_over:
                 return JobResult("stopped")

@@ -64,6 +64,14 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def parabola_minimum(xs: list[float], ys: list[float]) -> float:
+    """The x of the minimum of the parabola that fits three or more points best; NaN if it has none between them."""
+    import numpy as np
+    a, b, _ = np.polyfit(xs, ys, 2)
+    lowest = -b / (2 * a) if a > 0 else math.nan
+    return float(lowest) if min(xs) < lowest < max(xs) else math.nan
+
+
 def power_law(xs: list[float], ys: list[float]) -> tuple[float, float]:
     """(a, b) of y = a x^-b, by least squares on the logarithms; exact for two points."""
     slope, intercept = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys])

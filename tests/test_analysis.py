@@ -5,9 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from experiments.analysis import Arm, ArmResults, Cell, CellResult, add_significance, fit_scaling, table_rows, verdict
-from experiments.comparison import HEAD, format_row
+from experiments.analysis import (
+    Arm,
+    ArmResults,
+    Cell,
+    CellResult,
+    add_significance,
+    best_vocabulary,
+    by_vocabulary,
+    describe_best,
+    fit_scaling,
+    short_verdict,
+    table_rows,
+    verdict,
+)
+from experiments.comparison import COLUMNS, short_table, table_of_columns, validation_warning
 from experiments.runner import TrainingJob
+
+
+def format_row(row: dict) -> dict[str, str]:
+    """The cells of a row of the table, by the first words of their columns."""
+    return {column.head.split(" (")[0]: column.cell(row) for column in COLUMNS}
 
 
 def make_rows(*results: ArmResults) -> list[dict]:
@@ -69,7 +87,7 @@ def test_one_of_many_that_is_significant_only_by_itself():
     first, lucky, *_ = make_rows(make_results("a", base), make_results("b", [1.59, 1.604, 1.602]),
                                  *(make_results(str(i), bpb) for i, bpb in enumerate(noise)))
     assert lucky["p"] < 0.05 < lucky["p_holm"] and lucky["significance"] == "uncorrected"
-    assert format_row(lucky)[4] == "only by itself"
+    assert format_row(lucky)["significant"] == "only by itself" and short_verdict(lucky) == "significant only by itself"
     assert "if it were the only comparison" in verdict(lucky, first)
     assert "is not as one of 4 (p = 0.1" in verdict(lucky, first) and "better" not in verdict(lucky, first)
 
@@ -79,7 +97,7 @@ def test_steps_equivalent_is_never_extrapolated():
     _, better, worse = make_rows(make_results("a", [1.60, 1.61], grid_bpb=1.6001), make_results("b", [1.50, 1.511]),
                                  make_results("c", [1.70, 1.711]))
     assert better["steps_equivalent"] == pytest.approx(3) and worse["steps_equivalent"] == pytest.approx(-0.75)
-    assert "-75% (-75% to -75%)" in format_row(worse)[5]
+    assert "-75% (-75% to -75%)" in format_row(worse)["steps equivalent, relative to the first arm"]
 
 
 def test_larger_budget_that_is_worse_gives_no_equivalents():
@@ -98,7 +116,8 @@ def test_diverged_runs_are_reported_and_not_averaged():
     assert verdict(none, first) == "c: no comparable run finished."
     assert verdict(some, first).endswith("b finished only 2 of 3 runs; how the others would have ended is unknown.")
     assert list(b.problems()) == ["b, learning rate x 1, seed 2: diverged: loss is nan at step 7: lower --learning_rate"]
-    assert format_row(none)[0] == "c" and format_row(none)[-1] == "0 of 3"
+    assert format_row(none)["arm"] == "c" and format_row(none)["runs finished"] == "0 of 3"
+    assert short_verdict(none) == "no comparable run finished"
 
 
 def test_one_seed_shows_nothing():
@@ -107,12 +126,90 @@ def test_one_seed_shows_nothing():
     assert verdict(second, first) == "b: -0.4000 bits/byte against a with one seed, which shows nothing."
 
 
-def test_table_head_fits_its_rows():
+def test_cells_of_the_table():
     row, = make_rows(make_results("a", [1.6, 1.7]))
-    shown = dict(zip(HEAD, format_row(row), strict=True))
-    assert shown["bits/byte (lower is better)"].startswith("1.6500 ± ") and shown["parameters"] == "1,000"
-    assert shown["tokens/s (higher is better)"] == "1,000" and shown["peak memory, MiB (lower is better)"] == "1"
+    shown = format_row(row)
+    assert shown["bits/byte"].startswith("1.6500 ± ") and shown["parameters"] == "1,000"
+    assert shown["tokens/s"] == "1,000" and shown["peak memory, MiB"] == "1"
     assert shown["MFLOP/token, matrix products"] == "0.00" and shown["runs finished"] == "2 of 2"
+
+
+def test_table_has_the_columns_in_which_arms_differ():
+    table, same = table_of_columns(make_rows(make_results("a", [1.6, 1.7]), make_results("b", [1.6, 1.8], speed=500.0)))
+    assert [head.split(" (")[0] for head in table.head] == [
+        "arm", "bits/byte", "difference from the first arm", "p", "significant",
+        "steps equivalent, relative to the first arm", "bits/byte at equal seconds", "tokens/s", "seconds"]
+    assert "parameters 1,000" in same and "runs finished 2 of 2" in same and not any("bytes" in text for text in same)
+    assert all(len(row) == len(table.head) for row in table.rows)
+
+
+def test_terminal_shows_arm_result_difference_and_verdict():
+    results = [make_results("a", [1.6, 1.7]), make_results("x" * 200, [1.5, 1.601]), make_results("c", [None] * 2)]
+    lines = short_table(results, make_rows(*results))
+    assert lines[0].split() == ["arm", "bits/byte", "difference", "verdict"] and all(len(line) <= 80 for line in lines[:4])
+    assert lines[1].startswith("a   ") and lines[2].startswith("xxxx") and "… " in lines[2]
+    assert lines[2].endswith("better") and "-0.0995 ± 0.006" in lines[2] and "no comparable run finished" in lines[3]
+    assert lines[4] == "left out: c, learning rate x 1, seed 1: diverged: loss is nan at step 7: lower --learning_rate"
+
+
+def test_best_arm_and_those_that_may_be_as_good():
+    a, b, c = (make_results(name, bpb) for name, bpb in (
+        ("a", [1.6, 1.61, 1.62]), ("b", [1.602, 1.605, 1.63]), ("c", [1.9, 1.91, 1.93])))
+    assert "Lowest mean: a; not shown to be worse than it: b (paired by seed, p corrected for 2" in describe_best([b, a, c])
+    assert "Lowest mean: a; all others are worse" in describe_best([a, c, make_results("d", [1.8, 1.815, 1.82])])
+    assert describe_best([a, c]) == "" and describe_best([make_results(name, [1.6]) for name in "abc"]) == ""
+
+
+# -- vocabularies -----------------------------------------------------------------------------------------------------
+
+def make_vocabulary(vocab_size: int, bpb: list[float | None], name: str = "vocab_size={}", size: str = "") -> ArmResults:
+    """Of arms whose bytes per token are vocab_size / 1000."""
+    results = make_results(name.format(vocab_size), bpb)
+    results.arm = dataclasses.replace(results.arm, size=size, vocab_size=vocab_size, bytes_per_token=vocab_size / 1000,
+                                      vocabulary=str(vocab_size), embedding_parameters=vocab_size // 10)
+    return results
+
+
+def test_columns_of_different_vocabularies():
+    first, second = make_rows(make_vocabulary(2000, [1.6, 1.7]), make_vocabulary(4000, [1.5, 1.65]))
+    table, _ = table_of_columns([first, second])
+    shown = dict(zip((head.split(" (")[0] for head in table.head), zip(*table.rows)))
+    assert shown["vocabulary"] == ("2,000", "4,000") and shown["bytes per token"] == ("2.000", "4.000")
+    assert shown["tokens per byte"] == ("0.5000", "0.2500") and shown["bytes per context"] == ("50", "100")
+    assert shown["bytes/s"] == ("2,000", "4,000") and shown["embedding's share of parameters"] == ("20.0%", "40.0%")
+    assert (second["bytes_per_sec"], second["tokens_per_byte"]) == (4000, 0.25)  # for the CSV
+    assert {row["bytes"] for rows in make_vocabulary(2000, [1.6]).curves() for row in rows} == {10_000, 20_000}
+
+
+def test_arms_that_differ_in_vocab_size_alone_are_a_series():
+    arms = [make_vocabulary(n, [1.6], name, size) for size in ("n_layer=2", "n_layer=4") for n, name in (
+        (4000, "vocab_size={},mlp=relu2"), (1000, "vocab_size={}"), (2000, "vocab_size={}"), (4000, "vocab_size={}"),
+        (8000, "mlp=gelu, vocab_size={}"))]
+    arms += [make_vocabulary(8000, [None], size="n_layer=2"), make_results("mlp=gelu", [1.6])]
+    assert {name: [results.arm.vocab_size for results in found] for name, found in by_vocabulary(arms).items()} == {
+        "n_layer=2": [1000, 2000, 4000], "n_layer=4": [1000, 2000, 4000]}
+
+
+def test_optimum_of_the_vocabulary():
+    """Bits per byte are a parabola in log(vocab_size), around a minimum that differs from seed to seed."""
+    def arms(*minima, sizes=(1000, 2000, 4000, 8000)):
+        return [make_vocabulary(n, [1.5 + 0.1 * math.log(n / minimum) ** 2 for minimum in minima]) for n in sizes]
+    assert best_vocabulary(arms(3000, 3000)) == "optimum at about 3,000 tokens (95 % interval 3,000 to 3,000, 2 seeds)."
+    assert "about 3,000 tokens (95 % interval 1,723 to 5,222, 3 seeds)" in best_vocabulary(arms(2400, 3000, 3750))
+    assert best_vocabulary(arms(100, 100)) == "lowest at the smallest vocabulary, 1,000: the optimum may lie beyond."
+    assert "lowest at the largest vocabulary, 8,000" in best_vocabulary(arms(9e4, 9e4))
+    assert "too few runs" in best_vocabulary(arms(3000)) and "too noisy" in best_vocabulary(arms(3000, 3000, 1e7))
+
+
+def test_validation_on_different_text_is_said():
+    def results(*n_bytes):
+        made = [make_results(str(i), [1.5]) for i in range(len(n_bytes))]
+        for arm_results, n in zip(made, n_bytes):
+            arm_results.runs[0].rows[-1].update({"val_bytes": n} if n else {})
+        return made
+    assert validation_warning(results(5000, 5000)) == validation_warning(results(None, None)) == ""
+    assert "on 4,000 bytes and 5,000 bytes of it" in validation_warning(results(5000, 4000))
+    assert "an unknown number and 5,000" in validation_warning(results(5000, None))
 
 
 def test_scaling_fit_through_two_sizes():
@@ -176,8 +273,9 @@ def test_best_rate_at_the_edge_of_the_grid_is_marked():
     results.grid = [make_result(results.arm, "lr_grid", 1, 0.25, bpb, lr_multiple=m) for m, bpb in (
         (0.5, 2.0), (1.0, 1.9), (2.0, 1.8))]
     assert results.at_grid_edge() and results.best().cell.lr_multiple == 2.0
-    assert "(edge)" in format_row(make_rows(results)[0])[7]
+    assert "(edge)" in format_row(make_rows(results)[0])["learning rate"]
     results.grid[1] = make_result(results.arm, "lr_grid", 1, 0.25, 1.7, lr_multiple=1.0)
     assert not results.at_grid_edge()
     one_rate, = make_rows(make_results("a", [1.6]))
-    assert (one_rate["at_grid_edge"], one_rate["n_rates"]) == (True, 1) and "(only one tried)" in format_row(one_rate)[7]
+    assert (one_rate["at_grid_edge"], one_rate["n_rates"]) == (True, 1)
+    assert "(only one tried)" in format_row(one_rate)["learning rate"]

@@ -12,12 +12,16 @@ import pytest
 from test_report import parse_page
 
 import compare
+import download_data
 import train
 from compare import CompareConfig, RunEnvironment, build_arms, build_meta_model, make_cell, match_parameters, parse_arm
 from conftest import REPO, TINY_MODEL, run_rows
+from experiments.analysis import ArmResults
+from experiments.runner import JobResult
 from layers import MLPS
 from runtime.checkpoint import load_checkpoint
 from runtime.config import BadInput
+from tokenizer import Tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 4, "head_size": 32, "block_size": 64, "batch_size": 8, "num_batch_accum": 1}
 
@@ -45,7 +49,10 @@ def test_arm_is_flags_of_train_py():
 
 @pytest.mark.parametrize("text, words", [
     ("mlp=no", "choose one of"), ("mpl=gelu", "did you mean --mlp"), ("n_layer", "give it a value"),
-    ("mixer=DDX", "a pattern"), ("n_layer=0", "at least 1"), ("", "no such"), ("help", "give flags of train.py")])
+    ("mixer=DDX", "a pattern"), ("n_layer=0", "at least 1"), ("", "no such"), ("help", "give flags of train.py"),
+    ("gelu", "did you mean mlp=gelu"), ("n_layer=2,gated_delta", "did you mean mixer=gated_delta"),
+    ("vocab_size=260", "at least 261"), ("pattern=gpt3", "neither one of default"),
+    ("vocab_size=300,tokenizer_path=a.json", "leave out vocab_size")])
 def test_bad_arm_is_refused(text, words):
     with pytest.raises(BadInput, match=words) as error:
         parse_arm(text, "--arms")
@@ -53,8 +60,8 @@ def test_bad_arm_is_refused(text, words):
 
 
 @pytest.mark.parametrize("text, script", [
-    ("seed=3", "train"), ("max_iter=3", "train"), ("checkpoint_path=a.pt", "train"), ("vocab_size=300", "train"),
-    ("data_path=d", "train"), ("val_iter=3", "train"), ("device=cpu", "train"), ("epochs=2", "finetune"),
+    ("seed=3", "train"), ("max_iter=3", "train"), ("checkpoint_path=a.pt", "train"), ("tokenizer_bytes=300", "train"),
+    ("val_iter=3", "train"), ("device=cpu", "train"), ("epochs=2", "finetune"),
     ("dataset=builtin", "finetune"), ("out_path=a.pt", "finetune")])
 def test_flags_of_the_comparison_are_not_an_arms(text, script):
     with pytest.raises(BadInput, match=f"{text.split('=')[0]} is not part of an architecture or recipe"):
@@ -107,6 +114,117 @@ def test_null_arm_has_other_seeds(data):
     assert [arm.name for arm in build_arms(CompareConfig(null=True), SHAPE, data)] == ["mlp=gelu", "mlp=gelu again"]
 
 
+# -- vocabularies -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def vocabularies(data, tmp_path_factory):
+    return compare.Vocabularies(data, tmp_path_factory.mktemp("out") / "data")
+
+
+@pytest.fixture(scope="module")
+def vocabulary_arms(data, vocabularies):
+    """Of 512 (the data's own), 300 and 700 ids, and of 512 with another pattern and another width."""
+    config = CompareConfig(arms=("mlp=gelu", "vocab_size=300", "vocab_size=700", "pattern=gpt2,mlp=swiglu"),
+                           budget="bytes=1e5")
+    return build_arms(config, SHAPE | {"data_path": data.shards.path}, data, vocabularies.prepared)
+
+
+def texts(folder, split) -> list[str]:
+    return [text for documents in compare.read_documents(compare.open_data(folder), split) for text in documents.strings()]
+
+
+def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path, monkeypatch):
+    assert [arm.vocab_size for arm in vocabulary_arms] == [512, 300, 700, 512]
+    assert len({arm.vocabulary for arm in vocabulary_arms}) == 4
+    folders = [arm.flags["data_path"] for arm in vocabulary_arms]
+    for split in ("val", "train"):
+        assert len(texts(folders[0], split)) > 1
+        monkeypatch.setattr(compare, "READ_TOKENS", 3000)  # less than a document
+        assert all(texts(folder, split) == texts(data_path, split) for folder in folders)
+    for arm, folder in zip(vocabulary_arms, folders):
+        manifest = compare.open_data(folder).manifest
+        assert arm.bytes_per_token == manifest.total("train", "bytes") / manifest.total("train", "tokens")
+        assert not {"vocab_size", "pattern", "tokenizer_path"} & arm.flags.keys()
+    assert vocabulary_arms[1].bytes_per_token < vocabulary_arms[2].bytes_per_token
+
+
+def test_shards_of_a_vocabulary_are_written_once(vocabularies, vocabulary_arms, monkeypatch):
+    """Unless they are damaged, or were not finished."""
+    values = SHAPE | {"data_path": vocabularies.base.shards.path, "vocab_size": 300}
+    monkeypatch.setattr(compare, "encode_folder", None)
+    again = vocabularies.prepared(values)
+    assert again.digests == vocabulary_arms[1].data_digests
+    monkeypatch.undo()
+    for name in ("train_000000.npy", "manifest.json", "tokenizer.json"):
+        (again.shards.path / name).unlink()
+        assert vocabularies.prepared(values).digests == again.digests
+    assert not (again.shards.path / ".lock").exists()
+
+
+def test_tokenizers_are_trained_on_the_same_training_text(vocabulary_arms, vocabularies, data):
+    trained = [Tokenizer.load(arm.flags["data_path"] / "tokenizer.json") for arm in vocabulary_arms[1:3]]
+    merges = [[*tokenizer.ranks][256:] for tokenizer in trained]
+    assert merges[0] == merges[1][:39] and len(merges[1]) == 439
+    sample = [*texts(data.shards.path, "train")][:1]
+    few = vocabularies.make_tokenizer(compare.VocabularyConfig(vocab_size=300, tokenizer_bytes=1), 300)
+    assert few.ranks == Tokenizer.train(sample, 300).ranks != trained[0].ranks
+
+
+def test_a_tokenizer_of_ones_own(vocabularies, data, tmp_path):
+    tokenizer = Tokenizer.train(["once upon a time"] * 9, 270)
+    tokenizer.save(tmp_path / "a.json")
+    values = {"data_path": data.shards.path} | parse_arm(f"tokenizer_path={tmp_path / 'a.json'}", "--arms")
+    assert vocabularies.prepared(values).shards.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert vocabularies.planned(values).vocab_size == 270
+
+
+def test_budget_in_bytes(vocabulary_arms, environment):
+    for arm in vocabulary_arms:
+        _, flags = compare.stage_flags(arm, CompareConfig(budget="bytes=1e5"), "run")
+        assert flags["max_tokens"] * arm.bytes_per_token == pytest.approx(1e5, rel=1e-3)
+
+
+@pytest.mark.parametrize("budget, more, words", [
+    ("tokens=1e5", {}, r"--budget=tokens=1e5: with different vocabularies .* give --budget bytes=\d"),
+    ("bytes=1e5", {"val_iter": 3}, "--val_iter=3: with different vocabularies")])
+def test_what_is_unfair_to_different_vocabularies_is_refused(data, budget, more, words):
+    for arms in (("mlp=gelu", "vocab_size=300"), ("vocab_size=300", "pattern=gpt2")):
+        with pytest.raises(BadInput, match=words):
+            build_arms(CompareConfig(arms=arms, budget=budget, match="none"), SHAPE | more, data)
+    build_arms(CompareConfig(arms=("vocab_size=300", "vocab_size=300,mlp=relu2"), budget=budget), SHAPE | more, data)
+
+
+def test_parameters_of_different_vocabularies(data):
+    """Hidden layers give up what a larger embedding takes, as far as they have it."""
+    def arms(*names, match="parameters"):
+        return build_arms(CompareConfig(arms=names, budget="bytes=1e5", match=match), SHAPE, data)
+    small, large = arms("vocab_size=300", "vocab_size=600")
+    assert abs(large.n_parameters - small.n_parameters) <= 0.01 * small.n_parameters
+    assert large.embedding_parameters - small.embedding_parameters == 300 * 128 and large.flags["n_hidden"] < 512
+    with pytest.raises(BadInput, match=r"--arms 'vocab_size=9000': has .* more even with hidden layers of width 1.*"
+                                       "largest vocabulary first.*--match=non_embedding"):
+        arms("vocab_size=300", "vocab_size=9000")
+    large, small = arms("vocab_size=9000", "vocab_size=300")
+    assert small.flags["n_hidden"] > 1024
+    small, large, untied = arms("vocab_size=300", "vocab_size=9000", "vocab_size=9000,tied=0", match="non_embedding")
+    assert small.flags == large.flags and untied.embedding_parameters == 2 * large.embedding_parameters
+    assert untied.n_parameters == small.n_parameters + (2 * 9000 - 300) * 128
+
+
+def test_another_folder_is_an_arm_if_its_validation_text_is_the_same(data, vocabulary_arms, tmp_path, english):
+    other = vocabulary_arms[1].flags["data_path"]
+    config = CompareConfig(arms=("mlp=gelu", f"data_path={other}"), budget="bytes=1e5")
+    common = SHAPE | {"data_path": data.shards.path}
+    assert build_arms(config, common, data)[1].data_digests == vocabulary_arms[1].data_digests
+    with pytest.raises(BadInput, match="has a vocabulary of its own: leave it out, or vocab_size=300"):
+        build_arms(CompareConfig(arms=("mlp=gelu", f"data_path={other},vocab_size=300")), common, data)
+    (tmp_path / "text.txt").write_text("\n\n".join(english[40:50]), encoding="utf-8")
+    (tmp_path / "test.txt").write_text(english[50], encoding="utf-8")
+    download_data.main([f"--dataset={tmp_path}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300"])
+    with pytest.raises(BadInput, match="its validation text is not that of"):
+        build_arms(CompareConfig(arms=("mlp=gelu", f"data_path={tmp_path / 'data'}")), common, data)
+
+
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 def cell_name(arm, environment, config=None, stage="run"):
@@ -149,7 +267,7 @@ def test_cell_name_changes_with_the_text(gelu, environment, data):
     manifest = data.shards.manifest
     other = dataclasses.replace(manifest, shards={"train": manifest.shards["train"], "val": manifest.shards["val"][:0]})
     other = compare.TrainingData.from_shards(dataclasses.replace(data.shards, manifest=other))
-    assert cell_name(gelu, dataclasses.replace(environment, data=other)) != cell_name(gelu, environment)
+    assert cell_name(dataclasses.replace(gelu, data_digests=other.digests), environment) != cell_name(gelu, environment)
 
 
 def test_cell_name_changes_with_the_code_of_a_run(gelu, data, monkeypatch, tmp_path):
@@ -183,6 +301,30 @@ def test_flops_budget_gives_a_deeper_arm_fewer_tokens(data, environment):
 def test_budget_below_one_step_is_refused(gelu, environment):
     with pytest.raises(BadInput, match="less than a step of 512"):
         make_cell(gelu, CompareConfig(budget="tokens=2000"), environment, "lr_grid", 1.0, 1)
+
+
+def test_bar_counts_running_cells_in_part_and_ignores_the_time_of_earlier_runs(gelu, environment, tmp_path):
+    cells = [make_cell(gelu, CompareConfig(out_path=tmp_path), environment, "run", 1.0, seed) for seed in (1, 2, 3, 4)]
+    bar, cost = compare.ComparisonBar(lambda: sum(cell.cost for cell in cells)), cells[0].cost
+    bar.add(cells[0], JobResult("finished", is_earlier=True))
+    bar.add(cells[1], JobResult("finished"))
+    cells[2].job.folder.mkdir(parents=True)
+    (cells[2].job.folder / "metrics.jsonl").write_text('{"step": 3, "tokens": 2500000}')
+    bar.refresh(cells)
+    assert (bar.bar.initial, bar.bar.n, bar.bar.total) == (cost, 2.25 * cost, 4 * cost)
+    assert cells[3].progress() == 0 and cost > 0
+    bar.bar.close()
+
+
+def test_expected_cost_follows_the_search(gelu, environment):
+    """Three rates on a quarter of the budget, one lower rate on the whole, three seeds; the speed is measured at the end."""
+    config = CompareConfig(budget="tokens=1e6")
+    results = ArmResults(gelu)
+    flops = gelu.flops_per_token + gelu.elementwise_flops_per_token
+    assert compare.expected_cost(results, config, environment) == flops * (
+        (3 / 4 + 1 + 3) * 1e6 + compare.SPEED_ROUNDS * compare.SPEED_STEPS * 512)
+    timed = CompareConfig(budget="seconds=40", rates=(1.0,))
+    assert compare.expected_cost(results, timed, environment) == 40 * (1 / 4 + 3)
 
 
 @pytest.mark.parametrize("budget", ["tokens", "steps=10", "tokens=-1", "tokens=nan", "flops=many"])
@@ -283,7 +425,12 @@ def test_command_tunes_trains_and_times_every_arm(fake_train, flags, tmp_path, c
     assert second["parameters"] == first["parameters"] and second["runs"] == "3"
     assert float(first["tok_per_sec"]) == 100 and float(first["seconds"]) == pytest.approx(30 * 512 / 100)
     text = (folder / "comparison.md").read_text(encoding="utf-8")
-    assert text in out and "mlp=relu2: worse than mlp=gelu by 0.10" in text and "2 layers x 128" in text
+    assert "mlp=relu2: worse than mlp=gelu by 0.10" in text and "2 layers x 128" in text
+    n_parameters = f"{int(first['parameters']):,}"  # the same for all, so not in the table
+    assert f"parameters {n_parameters}; " in text and f"| {n_parameters} |" not in text
+    table = [line.split("  ") for line in out.splitlines()[-6:-3]]
+    assert [line[0] for line in table] == ["arm", "mlp=gelu", "mlp=relu2"] and table[2][-1] == "worse"
+    assert all(len(line) <= 80 for line in out.splitlines() if "html" not in line)
     assert not list(folder.glob("runs/*.pt"))  # finished runs need no checkpoint
     assert (folder / "curves.svg").stat().st_size > 5000 and (folder / "front.svg").stat().st_size > 5000
 
@@ -305,8 +452,7 @@ def test_finished_cells_are_not_run_again(fake_train, flags, capsys):
     fake_train("succeeds")
     compare.main(flags)
     again = capsys.readouterr().out
-    assert not fake_train.log() and again[again.index("# Comp"):].splitlines()[:-1] == \
-        before[before.index("# Comp"):].splitlines()[:-1]
+    assert not fake_train.log() and again.splitlines()[-5:-1] == before.splitlines()[-5:-1]
     compare.main([*flags, "--seeds=4"])
     assert len(fake_train.log()) == 2 and all("-run-" in name for name in fake_train.log())
 
@@ -332,9 +478,12 @@ def test_unfinished_runs_are_reported(fake_train, flags, tmp_path, capsys, mode,
     else:
         with pytest.raises(SystemExit) as stop:
             compare.main(flags)
-        assert stop.value.code == 1 and "some runs failed" in capsys.readouterr().err
+        assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert ("some runs failed" in printed.err) == (mode != "diverges")
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert f"mlp=relu2, learning rate x 2, seed 2: {words}" in text and "| 2 of 3 |" in text and "2 seeds)" in text
+    assert f"left out: mlp=relu2, learning rate x 2, seed 2: {words}" in printed.out
     fake_train("succeeds")
     compare.main(flags)
     assert len(fake_train.log()) == (0 if mode == "diverges" else 1)

@@ -9,6 +9,7 @@ from experiments.plots import (
     COLORS,
     add_bytes,
     draw_accuracy_matrix,
+    draw_by_vocabulary,
     draw_corpus_stats,
     draw_curves,
     draw_finetuning,
@@ -99,6 +100,15 @@ def test_runs_of_different_vocabularies_share_no_axis_of_nats_or_tokens(ids, tmp
         assert [line.get_xdata()[-1] for line in trained] == pytest.approx([0.02 * 3 / np.log(2), 0.025 * 3 / np.log(2)])
 
 
+@pytest.mark.parametrize("by_bytes", [False, True])
+def test_whoever_knows_the_vocabularies_says_so(by_bytes, drawn):
+    """And the bytes that a run's rows hold are those that are drawn."""
+    rows = [row | {"bytes": 7e6 * row["step"]} for row in make_rows(20)]
+    draw_mean_curves({"a": [rows], "b": [rows]}, by_bytes)
+    assert drawn[0].get_xlabel() == ("MB of text" if by_bytes else "million tokens")
+    assert drawn[0].lines[0].get_xdata()[-1] == (140 if by_bytes else 0.02)
+
+
 def test_the_training_loss_in_bits_per_byte_by_hand():
     """3 nats/token are 1 bit/byte: a token is 3 / ln 2 bytes."""
     _, row = add_bytes([{"tokens": 0, "val_loss": 3.0, "val_bpb": 1.0}, {"tokens": 10, "train_loss": 1.5}])
@@ -144,7 +154,7 @@ def test_svgs_take_the_color_of_the_page_and_have_no_background(tmp_path):
     draw_accuracy_matrix(["a"], {"parity": ["1x", "2x"]}, {("a", "parity"): "solved"}, {("a", "parity"): [0.5, None]},
                          {"parity": 0.5}, "title", tmp_path, "m")
     panels = [*draw_mean_curves({"a": [rows]}), *draw_pareto_fronts({"a": result}), *draw_finetuning(rows),
-              *draw_scaling({"a": ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1)})]
+              *draw_scaling({"a": ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1)}), *draw_by_vocabulary({"a": [(1024, 1.0, 0.1)]})]
     for svg in (*panels, (tmp_path / "m.svg").read_text()):
         drawn = svg.replace(re.search("<style>.*?</style>", svg).group(), "")
         assert "currentColor" in drawn and "@media (prefers-color-scheme: dark)" in svg
@@ -189,7 +199,8 @@ def test_names_are_drawn_as_they_are(tmp_path):
     rows = [{"step": i, "tokens": i, "seconds": i, "flops": i, "val_loss": 3.0, "val_bpb": 1.0} for i in (1, 2)]
     result = {"bpb": 1.0, "bpb_margin": 0.1, "seconds": 1.0, "peak_memory": 1}
     for panels in (draw_mean_curves(dict.fromkeys(NAMES, [rows])), draw_pareto_fronts(dict.fromkeys(NAMES, result)),
-                   draw_scaling(dict.fromkeys(NAMES, ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1)))):
+                   draw_scaling(dict.fromkeys(NAMES, ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1))),
+                   draw_by_vocabulary(dict.fromkeys(NAMES, [(1024, 1.0, 0.1), (2048, 1.1, float("inf"))]))):
         for panel in panels:
             texts = svg_texts([panel])
             assert {name for name in NAMES.values() if name in "".join(texts)} == set(NAMES.values())

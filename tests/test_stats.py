@@ -4,7 +4,7 @@ import math
 import pytest
 from scipy import stats
 
-from experiments.stats import Estimate, holm, p_value, power_law
+from experiments.stats import Estimate, holm, p_value, parabola_minimum, power_law
 
 SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]
 
@@ -42,6 +42,12 @@ def test_holm_by_hand():
     """Of three: the smallest counts three times, the next twice; none gets below a smaller one."""
     assert holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_minimum_of_a_parabola():
+    assert parabola_minimum([1, 2, 4, 5], [(x - 3.5) ** 2 + 7 for x in (1, 2, 4, 5)]) == pytest.approx(3.5)
+    for ys in ([1, 2, 3.5], [1, 3, 2], [1, 1, 1]):  # beyond the points, a maximum, none
+        assert math.isnan(parabola_minimum([1, 2, 3], ys))
 
 
 def test_power_law_recovers_its_parameters():
