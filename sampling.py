@@ -129,7 +129,9 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator 
     logits = penalize(logits, sampling, seen)
     if sampling.is_greedy:
         return logits.argmax(dim=-1)
-    return draw(*filter_tokens(logits, sampling), generator)[0]
+    weights, ids = filter_tokens(logits, sampling)
+    drawn = draw(weights, generator)
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
 def sample_with_logprobs(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None,
@@ -139,7 +141,10 @@ def sample_with_logprobs(logits: Tensor, sampling: SamplingConfig, generator: to
     if sampling.is_greedy:
         new, logprobs = penalized.argmax(dim=-1), logits.new_zeros(len(logits))
     else:
-        new, logprobs = draw(*filter_tokens(penalized, sampling), generator)
+        weights, ids = filter_tokens(penalized, sampling)
+        drawn = draw(weights, generator)
+        new = (drawn if ids is None else ids.gather(1, drawn))[:, 0]
+        logprobs = (weights.gather(1, drawn)[:, 0] / weights.sum(dim=-1)).log()
     return Sampled(new, logprobs, logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(dim=-1))
 
 
@@ -171,17 +176,15 @@ def filter_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Ten
     return probs * keep, ids
 
 
-def draw(weights: Tensor, ids: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Draws a token of each row from what `filter_tokens` returns: ids and log-probabilities, (B,) each. Raises
-    FloatingPointError when the weights are not finite."""
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B, K) -> a column of each row, (B, 1), with a probability in proportion to its weight. Raises FloatingPointError when
+    the weights are not finite."""
     try:
-        drawn = torch.multinomial(weights, 1, generator=generator)
+        return torch.multinomial(weights, 1, generator=generator)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise FloatingPointError("the model's logits are not finite: use another checkpoint") from None
-    logprobs = (weights.gather(1, drawn)[:, 0] / weights.sum(dim=-1)).log()
-    return (drawn if ids is None else ids.gather(1, drawn))[:, 0], logprobs
 
 
 def token_logprobs(model: GPT, ids: Tensor) -> Tensor:
