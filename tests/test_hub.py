@@ -26,8 +26,8 @@ from tokenizer import Tokenizer
 
 ROWS = [[{"text": f"Document {i} of file {j} is about the number {i * j}.", "score": i} for i in range(30)]
         for j in range(3)]
-SMALL_SHARDS = ["--val_tokens=50", "--shard_size_threshold=150", "--tokenizer_bytes=1000"]
-VOCABULARY = ["--vocab_size=300", "--val_tokens=200"]
+SMALL_SHARDS = ["--val_bytes=50", "--shard_size_threshold=150", "--tokenizer_bytes=1000"]
+VOCABULARY = ["--vocab_size=300", "--val_bytes=200"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -356,7 +356,7 @@ def test_nodes_take_disjoint_parts(prepare_from_hub, tmp_path, num_nodes):
     texts = []
     for node in range(num_nodes):
         path = tmp_path / str(node)
-        done = prepare_from_hub(f"--data_path={path}", f"--num_nodes={num_nodes}", f"--node={node}", "--val_tokens=50")
+        done = prepare_from_hub(f"--data_path={path}", f"--num_nodes={num_nodes}", f"--node={node}", "--val_bytes=50")
         assert done.returncode == 0, done.err
         texts += documents_in(path, "val") + documents_in(path, "train")
     assert sorted(texts) == sorted(row["text"] for rows in ROWS for row in rows)

@@ -6,9 +6,11 @@ Parquet files are read by `text.formats`, a few pages at a time, so that reading
 precedes it. Other formats are read by `datasets`, which continues from its `state_dict`.
 """
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 
 from runtime.cli import log_line
 from runtime.config import BadInput
@@ -21,6 +23,7 @@ REQUEST_BYTES = 1 << 24  # read-ahead: how much of a file one request fetches
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
 # Seconds in which the hub must describe a dataset, and list its files, which can be many thousands.
 ANSWER_SECONDS, LISTING_SECONDS = 60, 300
+PATIENCE_SECONDS = 2  # of waiting without a word
 
 
 def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, streaming: bool = True,
@@ -37,7 +40,9 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
     policy = RetryPolicy(flags, retry_seconds)
     is_new = revision is None
     revision = find_revision(dataset, revision, flags, policy)
-    paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS))
+    with report_waiting(flags, LISTING_SECONDS):
+        paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision),
+                                                      LISTING_SECONDS))
     if paths:
         parts = split_files([hub_file(path, streaming) for path in paths], part)
         read = lambda state: read_files(parts, text_column, state, skip_errors)
@@ -82,8 +87,9 @@ def find_revision(dataset: str, revision: str | None, flags: str, policy: "Retry
     def look_up() -> str:
         nonlocal was_reached
         try:
-            return call_with_timeout(
-                lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha, ANSWER_SECONDS)
+            with report_waiting(flags, ANSWER_SECONDS):
+                return call_with_timeout(
+                    lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha, ANSWER_SECONDS)
         except Exception as error:
             if not was_reached and is_network_error(error) and http_status(error) is None:  # perhaps no network at all
                 raise hub_unreachable(flags, error, "a local file or `builtin`") from None
@@ -156,6 +162,19 @@ def call_with_timeout(function: Callable, seconds: float):
         raise TimeoutError(f"no answer in {seconds} s") from None
     finally:
         thread.shutdown(wait=False)
+
+
+@contextmanager
+def report_waiting(flags: str, seconds: int):
+    """Logs a line if the block, which waits for the hub for up to `seconds`, is not done after PATIENCE_SECONDS."""
+    timer = threading.Timer(PATIENCE_SECONDS, log_line, [f"{flags}: the hub does not answer yet: trying for up to "
+                                                         f"{seconds} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class RetryPolicy:
