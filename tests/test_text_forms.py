@@ -396,7 +396,7 @@ def test_names_say_nothing_if_no_file_is_for_training(tmp_path):
 def prepare_texts(tmp_path, documents, *flags, folder="data"):
     write_lines(tmp_path / "text.jsonl", *documents)
     download_data.main([f"--dataset={tmp_path / 'text.jsonl'}", f"--data_path={tmp_path / folder}", "--vocab_size=300",
-                        "--val_bytes=400", "--shard_size_threshold=150", *flags])
+                        "--val_bytes=600", "--shard_size_threshold=150", *flags])
     return tmp_path / folder
 
 
@@ -407,7 +407,7 @@ def test_no_document_stands_in_both_splits(tmp_path, monkeypatch, capsys):
               " " * 50 + documents[1] + "\n" * 50, "two document 3", "x" + documents[1], *numbered("three", 20)]
     path = prepare_texts(tmp_path, [*documents, *copies])
     val, everything = documents_in(path, "val"), [*documents, *copies]
-    assert 5 < len(val) < 40 and sorted(val, key=everything.index) == val
+    assert 4 < len(val) < 40 and sorted(val, key=everything.index) == val
     expected = [text for text in everything if text.strip() not in val]
     assert documents_in(path, "train") == expected
     n_copies = len(everything) - len(expected) - len(val)

@@ -23,7 +23,7 @@ from runtime.config import BadInput
 from text.columns import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, Unreadable, WrongColumn, column_value, require_text
 from text.documents import PackedDocuments, to_utf8
 from text.folders import TEXT_FORMATS, Damaged, file_endings, skip_to
-from text.parquet import record_batches, text_batches, unpacked_bytes
+from text.parquet import record_batches, text_batches
 
 CHUNK_BYTES = 1 << 20  # text that is read, encoded and passed on at a time
 # A txt file is cut at the first blank line after TXT_DOCUMENT_BYTES; where there is none, at the first line end after
@@ -124,15 +124,10 @@ class TextFile:
     def is_compressed(self) -> bool:
         return file_endings(self.name)[1] != ""
 
-    def text_bytes(self, text_column: str) -> int:
-        """About how many bytes of text it holds, without reading it."""
-        if self.format != ".parquet":
-            return self.size * (3 if self.is_compressed else 1)
-        try:
-            with self.open() as opened:
-                return unpacked_bytes(opened, text_column)
-        except Exception:  # damaged, which reading it explains
-            return self.size
+    @property
+    def text_bytes(self) -> int:
+        """Roughly how much text it holds, without opening it."""
+        return self.size * (3 if self.is_compressed else 2 if self.format == ".parquet" else 1)
 
     @contextmanager
     def open_at(self, byte: int) -> Iterator[io.IOBase]:

@@ -43,16 +43,6 @@ def read_batches(opened: io.IOBase, name: str, start_row: int, text_column: str 
         first += n_rows
 
 
-def unpacked_bytes(opened: io.IOBase, text_column: str) -> int:
-    """The bytes of a column once it is unpacked, by the file's own account."""
-    import pyarrow.parquet
-    metadata = pyarrow.parquet.read_metadata(opened)
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    columns = (group.column(i) for group in groups for i in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns
-               if column.path_in_schema == text_column or column.path_in_schema.startswith(f"{text_column}."))
-
-
 class GuardedFile:
     """An opened file that can refuse to be read."""
 

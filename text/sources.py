@@ -266,7 +266,7 @@ def open_files(path: Path, config: SourceConfig, part: tuple[int, int]) -> Sourc
     first = split_files(list(map(local_file, held_out)), part, "val")
     parts = first + split_files(list(map(local_file, train)), part, "train" if held_out else None)
     read = lambda state: read_files(parts, config.text_column, state, config.skip_errors)
-    n_bytes = sum(local_file(file).text_bytes(config.text_column) for file in train) // part[1]
+    n_bytes = sum(local_file(file).text_bytes for file in train) // part[1]
     train_state = {"file": len(first), "row": 0, "byte": 0} if held_out else None
     if not any(len(chunk.documents) for chunk in read(train_state)):
         raise BadInput(f"--dataset={path}: contains no text")
