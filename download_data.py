@@ -159,7 +159,7 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     if not manifest.complete and "val_bytes" not in manifest.settings:
         raise BadInput(f"--data_path={folder}: an earlier version, which cuts the validation split in another way, began to "
                        f"prepare it: finish it with that version, or choose another --data_path")
-    given = config.settings() | source_flags(source_config) | {"vocab_size": config.vocab_size}
+    given = source_flags(source_config) | config.settings() | {"vocab_size": config.vocab_size}
     stored = manifest.settings | {"vocab_size": manifest.vocab_size} | {
         name: value for name, value in manifest.source.items() if name != "revisions"}
     stored.pop("val_tokens", None)  # of earlier versions

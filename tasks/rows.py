@@ -9,13 +9,13 @@ from runtime.config import BadInput
 from text.folders import find_data_files, local_path
 from text.formats import read_records
 from text.hub import (
-    ANSWER_SECONDS,
+    LISTING_SECONDS,
+    call_with_timeout,
     configure_libraries,
     dataset_flags,
     hub_error,
     hub_unreachable,
     is_network_error,
-    report_waiting,
 )
 from text.sources import local_file, require_hub_id
 
@@ -59,8 +59,7 @@ def read_hub(dataset: str, dataset_config: str | None, split: str) -> Iterator[t
     import datasets
     configure_libraries()
     try:
-        with report_waiting(flags, ANSWER_SECONDS):
-            builder = datasets.load_dataset_builder(dataset, dataset_config)
+        builder = call_with_timeout(lambda: datasets.load_dataset_builder(dataset, dataset_config), LISTING_SECONDS, flags)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
     except Exception as error:

@@ -24,6 +24,7 @@ from dataloader import (
     shard_loader,
     val_batches,
 )
+from download_data import retokenize
 from runtime.config import BadInput
 from shards import Manifest, ShardWriter, documents_to_reach, open_data
 from tasks.conversations import Conversation
@@ -179,6 +180,39 @@ def test_val_batches_are_sequential(data):
     assert torch.cat([inputs for inputs, _ in first]).flatten().tolist() == tokens[:3 * 4 * BLOCK].tolist()
     everything = list(val_batches(data, 4, BLOCK, n_batches=10**6))
     assert sum(len(inputs) for inputs, _ in everything) == (len(tokens) - 1) // BLOCK
+
+
+@pytest.fixture(scope="module")
+def vocabularies(data, tmp_path_factory) -> list:
+    """The same documents in two vocabularies."""
+    return [data, retokenize(data, Tokenizer.from_ranks(BYTES.ranks, "gpt2"), tmp_path_factory.mktemp("bytes") / "data")]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 700, 3000, 10**9])
+@pytest.mark.parametrize("batch_size, block_size", [(1, 7), (4, 16), (64, 64), (2, 20_000)])
+def test_validation_by_bytes_covers_the_same_text_for_every_vocabulary(vocabularies, n_bytes, batch_size, block_size):
+    """Whole documents, the fewest from the start that hold as many bytes; each target once, and what follows masked."""
+    expected = None
+    for data in vocabularies:
+        tokens, text = data.split("val"), []
+        everything = tokens.read(0, len(tokens)).tolist()
+        documents = b"".join(b"\0" if token == data.tokenizer.separator_id else data.tokenizer.decode_bytes([token])
+                             for token in everything).split(b"\0")[1:]
+        n_documents = next((n for n in range(1, len(documents)) if sum(map(len, documents[:n])) >= n_bytes), len(documents))
+        expected = expected or documents[:n_documents]
+        assert documents[:n_documents] == expected
+        for inputs, targets in val_batches(data, batch_size, block_size, n_bytes):
+            assert inputs.shape == targets.shape and 0 < len(inputs) <= batch_size and inputs.shape[1] == block_size
+            is_target = targets != IGNORE_INDEX
+            both = is_target.flatten()[1:]
+            assert torch.equal(inputs.flatten()[1:][both], targets.flatten()[:-1][both])
+            text += targets[is_target].tolist()
+        assert text == everything[1:len(text) + 1]
+        covered = [token for token in text if token != data.tokenizer.separator_id]
+        assert data.tokenizer.decode_bytes(covered) == b"".join(expected)
+        assert len(text) - len(covered) == n_documents - 1
+        batches = [val_batches(data, batch_size, block_size, n_bytes) for _ in range(2)]
+        assert equal(*map(list, batches))
 
 
 def test_pickled_batches_reopen_the_shards(data):

@@ -1,4 +1,5 @@
 """Preparing shards: splits and thresholds, resuming after any interruption, nodes, --verify, --stats, what is refused."""
+import argparse
 import contextlib
 import csv
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sources import assert_resumes_everywhere
 
 import download_data
 import shards
@@ -462,6 +464,92 @@ def test_thresholds_by_hand(tmp_path, monkeypatch, n_val, shard_size, tokens, va
         assert [np.diff([*np.flatnonzero(ids == tokenizer.separator_id), len(ids)]).tolist() for ids in shards] == expected
 
 
+# -- a data folder as a source ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("has_named_splits", [False, True])
+def test_a_data_folder_is_prepared_again_for_another_vocabulary(tmp_path, text, texts, monkeypatch, has_named_splits):
+    """Its documents to the byte, each in the split where it was, in order; also after an interruption."""
+    if has_named_splits:
+        held_out = [json.dumps({"text": f" a\r\n{n} ä "}) + "\n" for n in range(9)]
+        (tmp_path / "text" / "test.jsonl").write_text("".join(held_out))
+    first = prepare(tmp_path, text)
+    monkeypatch.setattr(download_data, "CHUNK_BYTES", 3000)
+    flags = [f"--dataset={first}", "--vocab_size=300", "--shard_size_threshold=9000"]
+    download_data.main([*flags, f"--data_path={tmp_path / 'whole'}"])
+    manifests = [Manifest.load(path) for path in (first, tmp_path / "whole")]
+    assert manifests[0].vocab_size != manifests[1].vocab_size and manifests[0].val_digest == manifests[1].val_digest
+    for split in ("val", "train"):
+        assert documents_in(tmp_path / "whole", split) == documents_in(first, split)
+        assert manifests[0].total(split, "bytes") == manifests[1].total(split, "bytes")
+    assert manifests[1].n_duplicates == 0
+    for n in (0, 1, 2, 3):
+        with interrupt_shard(monkeypatch, n):
+            download_data.main([*flags, f"--data_path={tmp_path / 'data2'}"])
+        download_data.main([*flags, f"--data_path={tmp_path / 'data2'}"])
+        assert contents(tmp_path / "data2") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "data2")
+    source = download_data.open_text(sources.SourceConfig(dataset=str(first)))
+    assert assert_resumes_everywhere(source) == documents_in(first, "val") + documents_in(first, "train")
+    assert len(list(source.chunks())) > 10
+
+
+def test_retokenize(tmp_path, text, data_path):
+    data, tokenizer = open_data(prepare(tmp_path, text)), Tokenizer.load(data_path / "tokenizer.json")
+    again = download_data.retokenize(data, tokenizer, tmp_path / "again")
+    assert again.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert documents_in(again.path, "train") == documents_in(data.path, "train")
+    before = contents(again.path)
+    download_data.retokenize(data, tokenizer, again.path)
+    assert contents(again.path) == before
+    with pytest.raises(BadInput, match="another tokenizer"):
+        download_data.retokenize(data, data.tokenizer, again.path)
+
+
+def test_data_folders_that_cannot_be_prepared_again(tmp_path, text, refused):
+    first, other = prepare(tmp_path, text), f"--data_path={tmp_path / 'other'}"
+    refused(download_data.main, [f"--dataset={first}", other, "--num_nodes=2"], "--num_nodes=2", "by one machine")
+    refused(download_data.main, [f"--dataset={first},builtin", "--mix=1,1", other], "only download_data.py reads")
+    refused(download_data.main, [f"--dataset={first}", f"--data_path={first}"], "--dataset=", "was prepared with")
+    download_data.main([f"--dataset={first}", other, "--vocab_size=300"])
+    shutil.rmtree(first)
+    prepare(tmp_path, text, "--tokens_threshold=20000")
+    refused(download_data.main, [f"--dataset={first}", other, "--vocab_size=300"], "its files have changed")
+
+
+# -- the forecast -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--vocab_size=400", "--tokens_threshold=40000"], ["--tokenizer_path=t.json"]],
+                         ids=str)
+def test_a_forecast_is_near_what_comes(tmp_path, text, data_path, monkeypatch, capsys, flags):
+    """And nothing is written for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(data_path / "tokenizer.json", "t.json")
+    flags, before = [text, "--data_path=out/data", *flags], sorted(tmp_path.rglob("*"))
+    download_data.main([*flags, "--dry_run"])
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("using"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert list(rows) == ["source", *["tokenizer"] * ("--tokenizer_path=t.json" not in flags), "splits", "expected", "time",
+                          "disk", "defaults"]
+    download_data.main(flags)
+    manifest = Manifest.load(Path("out/data"))
+    total = lambda quantity: sum(manifest.total(split, quantity) for split in ("val", "train"))
+    number = lambda words: float(words[0].replace(",", "")) * {"k": 1e3, "M": 1e6}.get(words[1][0], 1)
+    documents, n_bytes, tokens = (part.replace("about ", "").split() for part in rows["expected"].split(", "))
+    for expected, found in ((documents, "documents"), (n_bytes, "bytes"), (tokens, "tokens")):
+        assert number(expected) == pytest.approx(total(found), rel=0.1), (rows["expected"], found)
+    assert number(rows["disk"].split()) == pytest.approx(2 * total("tokens"), rel=0.1)
+    if "--tokens_threshold=40000" not in flags:
+        assert f"--val_bytes={manifest.settings['val_bytes']}" in rows["defaults"]
+    download_data.main([*flags, "--dry_run"])
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_too_little_disk_is_said_before(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    prepare(tmp_path, text)
+    assert "1.0 kB free: TOO LITTLE" in capsys.readouterr().out
+
+
 # -- several nodes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.integration
@@ -607,8 +695,9 @@ def test_a_wrong_place_in_the_text_is_refused(tmp_path, text, texts, monkeypatch
     assert contents(tmp_path / "data") == before
 
 
-def interrupt_after_shards(monkeypatch, tmp_path, text, n: int, *flags: str):
-    """Prepares `data` up to Ctrl-C while the shard after the first n is written."""
+@contextlib.contextmanager
+def interrupt_shard(monkeypatch, n: int):
+    """Ctrl-C while the n-th shard that the block writes, from 0, is open."""
     open_shard, opened = shards.ShardWriter._open, iter(range(10**6))
 
     def stop(self):
@@ -617,6 +706,12 @@ def interrupt_after_shards(monkeypatch, tmp_path, text, n: int, *flags: str):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(shards.ShardWriter, "_open", stop)
+        yield
+
+
+def interrupt_after_shards(monkeypatch, tmp_path, text, n: int, *flags: str):
+    """Prepares `data` up to Ctrl-C while the shard after the first n is written."""
+    with interrupt_shard(monkeypatch, n):
         prepare(tmp_path, text, *flags)
 
 
@@ -652,7 +747,8 @@ def test_folders_of_earlier_versions(tmp_path, text, refused, is_complete, capsy
 @pytest.mark.parametrize("change", [
     {"vocab_size": None}, {"vocab_size": 1.5}, {"vocab_size": 10**30}, {"vocab_size": -1}, {"vocab_size": 70_000},
     {"tokenizer": 3}, {"left_out": -1}, {"n_duplicates": "1"}, {"shards": []}, {"shards": {"val": {}, "train": 3}},
-    {"complete": 1}, {"settings": {"val_bytes": "many"}}, {"val_digest": "x"}, {"n_val_passed": -1}, {"settings": {"num_nodes": 0}},
+    {"complete": 1}, {"settings": {"val_bytes": "many"}}, {"settings": {"num_nodes": 0}},
+    {"val_digest": "x"}, {"n_val_passed": -1},
     {"source": {"dataset": 3, "revisions": []}}, {"source": {"revisions": [3]}}, {"place": []},
     {"place": {"at": 0, "skip": -1}}, {"checksum": 3}, {"extra": 1},
     *({"shard": {name: value}} for name, values in {

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from conftest import HUB, REPO, stderr_lines
 from hub import COMMIT, damage_row_group
 from runtime.config import BadInput
 from shards import open_data
+from tasks.rows import read_dataset
 from text import formats
 from text.documents import PackedDocuments
 from text.formats import Chunk
 from text.hub import RetryPolicy, hub_error, is_network_error
+from text.sources import SourceConfig, open_source
 from tokenizer import Tokenizer
 
 ROWS = [[{"text": f"Document {i} of file {j} is about the number {i * j}.", "score": i} for i in range(30)]
@@ -323,6 +326,23 @@ def test_a_hub_that_never_answers(prepare_from_hub, hub, tmp_path, monkeypatch, 
         assert "no answer in 1 s" in stderr_lines(done.err)[0] and "trying again in 10 s" in stderr_lines(done.err)[0]
     assert done.returncode == 0, done.err
     assert len(documents_in(tmp_path / "data", "val") + documents_in(tmp_path / "data", "train")) == 90
+
+
+@pytest.mark.parametrize("read", [
+    lambda dataset: next(open_source(SourceConfig(dataset)).chunks()),
+    lambda dataset: next(read_dataset(dataset, None, "train"))])
+def test_a_hub_that_answers_late_is_named_meanwhile(hub, monkeypatch, capsys, read):
+    """Not after the half minute in which its own library tries again."""
+    dataset = f"someone/late-{len(hub.requests)}-{id(read)}"
+    hub.add(dataset, {"default": ROWS})
+    monkeypatch.setattr(text.hub, "PATIENCE_SECONDS", 0.1)
+    hub.released.clear()
+    hub.fail("silent", f"/api/datasets/{dataset}")
+    timer = threading.Timer(0.5, hub.released.set)
+    timer.start()
+    read(dataset)
+    line = stderr_lines(capsys.readouterr().err)[0]
+    assert line.startswith(f"--dataset={dataset}: the hub does not answer yet: trying for up to ")
 
 
 @pytest.mark.integration

@@ -229,6 +229,27 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
     assert stderr_lines(capsys.readouterr().err)[0] == expected
 
 
+def test_text_and_source_code_are_read(tmp_path, capsys):
+    """Names of code and of chapters do not say which split they are."""
+    names = ["README.md", "a.txt", "b.rst.gz", "docs/test.md", "src/train.py", "src/x.c", "tests/test_x.py", "val.TEX"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(compress(f"this is {name}".encode(), ".gz" if name.endswith(".gz") else ""))
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(b"x")
+    assert read(tmp_path) == [f"this is {name}" for name in names]
+    assert stderr_lines(capsys.readouterr().err) == [f"left out of {tmp_path}: 20 .png files (0.png, 1.png, 10.png, …)"]
+    assert read(tmp_path / "src" / "x.c") == ["this is src/x.c"]
+    with pytest.raises(BadInput, match="a.txt: holds no rows"):
+        list(read_dataset(str(tmp_path / "a.txt"), None, "train"))
+
+
+def test_a_prepared_folder_is_no_text_for_other_commands(data_path):
+    for read_it in (read, lambda path: list(read_dataset(str(path), None, "train"))):
+        with pytest.raises(BadInput, match="holds the shards of a prepared text, which only download_data.py reads"):
+            read_it(data_path)
+
+
 def test_the_files_of_a_prepared_folder_are_no_data(tmp_path):
     """A second run finds manifest.json and tokenizer.json below the text, and nothing has changed."""
     write_lines(tmp_path / "a.jsonl", *numbered("one", 500))
@@ -322,7 +343,8 @@ def test_names_that_are_not_unicode(tmp_path, capsys):
     ("x/val/0.txt", "validation"),
     ("data/test/train.jsonl", "train"), ("test.jsonl.gz", "test"), ("eval_1.csv", "test"), ("evaluation.json", "test"),
     ("testing/a/0.txt", "test"), ("latest.jsonl", None), ("contest/training2.txt", "train"), ("devices.txt", None),
-    ("trainer.csv", None), ("a.txt", None)])
+    ("trainer.csv", None), ("a.txt", None), ("test/a.md", "test"), ("test.md", None), ("test_x.py", None),
+    ("test/a.py", None)])
 def test_the_split_that_a_name_says(tmp_path, name, split):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"")
