@@ -26,17 +26,18 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from download_data import read_shards, retokenize
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
@@ -61,11 +62,10 @@ from runtime.device import DeviceConfig, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
-from runtime.threads import available_cores, map_ahead
 from sampling import pretraining_flags
-from shards import SPLITS, DataFolder, ShardWriter, open_data, require_block
+from shards import DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
-from text.documents import PackedDocuments
+from text.documents import DocumentSet
 from text.sources import take_text
 from tokenizer import (
     MAX_VOCAB_SIZE,
@@ -86,8 +86,6 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
-READ_TOKENS = 1 << 20      # of a data folder that are decoded at a time, to encode their text with another vocabulary
-SHARD_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -255,80 +253,29 @@ class Vocabularies:
             return data
         vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
         folder = self.folder / f"{readable_name(vocabulary.name)}-{data.fingerprint}"
-        with folder_lock(folder, str(folder)):
-            if not is_intact(folder):
-                for path in folder.iterdir():
-                    if path.name != ".lock":
-                        path.unlink()
-                log_line(f"{folder}: the text of {self.base.shards.path} with {vocabulary.name}")
-                encode_folder(self.base.shards, self.make_tokenizer(vocabulary, data.vocab_size), folder)
-        return TrainingData.from_shards(open_data(folder))
+        try:
+            return self.encoded(vocabulary, data.vocab_size, folder)
+        except BadInput:  # damaged, or the path of the data is spelled in another way
+            if not folder.exists():
+                raise
+            shutil.rmtree(folder)
+            return self.encoded(vocabulary, data.vocab_size, folder)
+
+    def encoded(self, vocabulary: VocabularyConfig, vocab_size: int, folder: Path) -> TrainingData:
+        """The text of --data_path in this vocabulary, from `folder` or written into it."""
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            log_line(f"{folder}: the text of {self.base.shards.path} with {vocabulary.name}")
+        tokenizer = Tokenizer.load(path) if path.exists() else self.make_tokenizer(vocabulary, vocab_size)
+        return TrainingData.from_shards(retokenize(self.base.shards, tokenizer, folder))
 
     def make_tokenizer(self, vocabulary: VocabularyConfig, vocab_size: int) -> Tokenizer:
         if vocabulary.tokenizer_path:
             return Tokenizer.load(vocabulary.tokenizer_path)
-        texts = (text for documents in read_documents(self.base.shards, "train") for text in documents.strings())
+        chunks = read_shards(self.base.shards, {"split": "train", "token": 0})
+        texts = (text for chunk in chunks for text in chunk.documents.strings())
         return Tokenizer.train(take_text(texts, vocabulary.tokenizer_bytes), vocab_size,
                                vocabulary.pattern or next(iter(PATTERNS)), progress=True)
-
-
-def is_intact(folder: Path) -> bool:
-    """Whether `folder` holds shards that were written to their end."""
-    try:
-        data = open_data(folder)
-        return all(len(data.split(split)) for split in SPLITS)
-    except BadInput:
-        return False
-
-
-def encode_folder(data: DataFolder, tokenizer: Tokenizer, folder: Path):
-    """Writes the documents of `data` into `folder`, as shards of another tokenizer, with the same splits in the same
-    order."""
-    settings = {name: value for name, value in data.manifest.settings.items() if name not in ("num_nodes", "node")}
-    manifest = dataclasses.replace(data.manifest, settings=settings, tokenizer=tokenizer.fingerprint(),
-                                   vocab_size=tokenizer.vocab_size, dtype=tokenizer.dtype.name, complete=False,
-                                   shards={split: [] for split in SPLITS})
-    tokenizer.save(folder / "tokenizer.json")
-    n_bytes = sum(data.manifest.total(split, "bytes") for split in SPLITS)
-    threshold = settings.get("shard_size_threshold", SHARD_TOKENS)
-    with progress_bar(total=n_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
-        for split in SPLITS:
-            write_split(data, split, tokenizer, ShardWriter(folder, split, threshold, manifest), bar)
-    manifest.complete = True
-    manifest.save(folder)
-
-
-def write_split(data: DataFolder, split: str, tokenizer: Tokenizer, writer: ShardWriter, bar: tqdm):
-    encode = lambda documents: (documents, *tokenizer.encode_documents(documents, add_separators=True))
-    cores, n_bytes = available_cores(), lambda documents: len(documents.utf8)
-    _ = tokenizer.vocabulary  # built here, or else by every thread
-    try:
-        with closing(map_ahead(encode, read_documents(data, split), cores, n_bytes, 2 * cores * READ_TOKENS * 4)) as encoded:
-            for documents, ids, _ in encoded:
-                writer.add(ids, len(documents), n_bytes(documents))
-                bar.update(n_bytes(documents))
-                if writer.room <= 0:
-                    writer.close()
-        writer.close()
-    except BaseException:
-        writer.discard()
-        raise
-
-
-def read_documents(data: DataFolder, split: str) -> Iterator[PackedDocuments]:
-    """The documents of a split, exactly as they were encoded, about READ_TOKENS tokens at a time."""
-    tokens, start, window = data.split(split), 0, READ_TOKENS
-    while start < len(tokens):
-        ids = tokens.read(start, min(start + window, len(tokens)))
-        bounds = np.flatnonzero(ids == data.tokenizer.separator_id)
-        if start + len(ids) == len(tokens):
-            bounds = np.append(bounds, len(ids))
-        elif len(bounds) == 1:
-            window *= 2  # a document longer than that
-            continue
-        yield PackedDocuments.from_utf8(data.tokenizer.decode_bytes(ids[first + 1:stop].tolist())
-                                        for first, stop in itertools.pairwise(bounds))
-        start, window = start + int(bounds[-1]), READ_TOKENS
 
 
 def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
@@ -343,11 +290,12 @@ def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
 
 
 def validation_digest(data: DataFolder) -> str:
-    digest = hashlib.sha256()
-    for documents in read_documents(data, "val"):
-        for text in documents.strings():
-            digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
+    """Of the documents of the validation split, whatever the tokenizer. The manifest has one too, but not in folders of
+    earlier versions, and another one in those of several nodes."""
+    documents = DocumentSet()
+    for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", read_shards(data, None)):
+        documents.add(chunk.documents)
+    return documents.digest()
 
 
 # -- models to start from ---------------------------------------------------------------------------------------------
@@ -390,7 +338,7 @@ class ScriptSpec:
 SCRIPTS = {
     "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, (VocabularyConfig,),
                         starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
-                        shortest_validation={"val_iter": 1}),
+                        shortest_validation={"val_bytes": 1}),
     "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations, (),
                            starts_from_checkpoint=True, arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path},
                            cell_defaults={}, shortest_validation={"answer_tokens": 1})}
@@ -538,8 +486,8 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
         raise BadInput("--batch_size=auto: give a number, so that steps of all arms see the same tokens")
     block_size = model.config.block_size
     if data.shards:
-        for split in ("train", "val"):
-            require_block(data.shards, split, block_size)
+        require_block(data.shards, "train", block_size)
+        require_block(data.shards, "val", block_size if run.val_iter else 1)
     if spec.starts_from_checkpoint:
         schedule = schedule.for_model(read_pretrained(values["checkpoint_path"]).pretraining_flags)
     step_tokens = run.batch_size * loop.num_batch_accum * block_size

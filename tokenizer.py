@@ -3,6 +3,8 @@
 Owns the split patterns, the special tokens, the rendering of conversations, and the `tokenizer.json` format.
 
     python tokenizer.py --vocab_size=8192 --dataset=builtin        trains a tokenizer and writes tokenizer.json
+    python tokenizer.py --show "text or file"                      shows its tokens, in colour
+    python tokenizer.py --compare a.json b.json                    what tokenizers make of different kinds of text
 
 A regular expression splits text into words; within a word, a sequence of UTF-8 bytes, the adjacent pair of tokens with the
 lowest rank is merged until no pair has a rank. Training determines the ranks: it merges the most frequent pair of the whole
@@ -15,6 +17,7 @@ import itertools
 import json
 import operator
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +27,16 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
+from experiments import token_report
 from kernels import bpe
-from runtime.cli import command, parse_flags
+from runtime.cli import Parser, add_flags, command, log_line, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable, require_regular_file
 from runtime.threads import available_cores, map_in_threads
-from text.documents import PackedDocuments, to_utf8
+from text.builtin import builtin_texts
+from text.documents import PackedDocuments, to_utf8, valid_unicode
 from text.messages import check_messages, has_loss
+from text.samples import sample_texts
 from text.sources import SourceConfig, open_source, take_text
 
 FORMAT = "gpt-workbench tokenizer 1"
@@ -534,22 +540,41 @@ def learn_merges(words: bpe.Words, n_merges: int, progress: bool = False) -> Ite
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
+SHOWN_BYTES = 20_000  # of a file; a page of more tokens is slow to draw
+SHOWN_SHAPES = (4, 256), (12, 768)  # n_layer and width of models, for the embedding's share
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The tokenizer."""
-    tokenizer_path: Path = flag(Path("tokenizer.json"), "file to write")
+    tokenizer_path: Path = flag(Path("tokenizer.json"), "file to write; with --show the one to use, or a folder that holds "
+                                                        "it")
     vocab_size: int = flag(32_768, "size of the vocabulary: 256 bytes, merges and special tokens", at_least=256,
                            at_most=MAX_VOCAB_SIZE)
     pattern: str = flag("default", f"how text is split into words: {', '.join(PATTERNS)}, or any regular expression")
     tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text to train on, from the start of the stream", at_least=1)
     overwrite: bool = flag(False, "replace an existing file")
-    __post_init__ = check_flags
+    show: str = flag(None, "train nothing: show the tokens of this text, or of the file of this name, in the terminal and "
+                           "as a page")
+    ids: bool = flag(False, "with --show, print the id of each token too")
+    compare: tuple[Path, ...] = flag((), "train nothing: compare these tokenizers by kind of text; a --dataset that is "
+                                         "given is one more kind, of which --tokenizer_bytes are read")
+    out_path: Path = flag(None, "page to write (default: tokens.html with --show, tokenizers.html with --compare, beside "
+                                "the tokenizer)")
+
+    def __post_init__(self):
+        check_flags(self)
+        if self.show is not None and self.compare:
+            raise BadInput("--show and --compare: give one of them")
+        if self.ids and self.show is None:
+            raise BadInput("--ids: belongs to --show")
+        if self.out_path and self.show is None and not self.compare:
+            raise BadInput(f"--out_path={self.out_path}: belongs to --show and --compare: --tokenizer_path names the "
+                           f"tokenizer to write")
 
 
-@command
-def main(argv=None):
-    """Trains a byte-level BPE tokenizer on a sample of text and writes tokenizer.json."""
-    config, source_config = parse_flags(main.__doc__, argv, TokenizerConfig, SourceConfig)
+def train_command(config: TokenizerConfig, source_config: SourceConfig):
+    """Trains a tokenizer on the start of a source and writes it."""
     check_writable(config.tokenizer_path, f"--tokenizer_path={config.tokenizer_path}")
     if config.tokenizer_path.exists() and not config.overwrite:
         raise BadInput(f"--tokenizer_path={config.tokenizer_path}: exists already: choose another path or add --overwrite")
@@ -564,6 +589,95 @@ def main(argv=None):
     print(f"{config.tokenizer_path}: {tokenizer.vocab_size:,} tokens (256 bytes, {len(tokenizer.ranks) - 256:,} merges, "
           f"{len(tokenizer.special_tokens)} special), {n_bytes / n_tokens:.2f} bytes per token on the first "
           f"{n_bytes / 1e6:.1f} MB of its text, {time.perf_counter() - start:.1f} s")
+
+
+def load_any(path: Path) -> Tokenizer:
+    """The tokenizer of a file, or of a data folder."""
+    return Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def report_path(config: TokenizerConfig, tokenizer_path: Path, name: str) -> Path:
+    """Where the page goes. Raises BadInput if it cannot be written."""
+    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    path = config.out_path or folder / name
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"--out_path={path}: is a page: let its name end in .html")
+    check_writable(path, f"--out_path={path}")
+    return path
+
+
+def show_tokens(config: TokenizerConfig):
+    """Prints the tokens of --show, and writes a page of them."""
+    tokenizer, path = load_any(config.tokenizer_path), report_path(config, config.tokenizer_path, "tokens.html")
+    text, title = config.show.encode(), "Tokens"
+    if os.path.lexists(config.show) and not os.path.isdir(config.show):
+        require_regular_file(Path(config.show), f"--show={config.show}")
+        title = config.show
+        with open(config.show, "rb") as file:
+            text = file.read(SHOWN_BYTES + 1)
+    elif regex.fullmatch(r"\S+\.\w{1,5}", config.show):
+        log_line(f"--show={config.show}: there is no such file, so these are the tokens of this text itself")
+    is_cut = len(text) > SHOWN_BYTES
+    text = valid_unicode(text[:SHOWN_BYTES]).rstrip("\ufffd") if is_cut else valid_unicode(text)
+    ids = tokenizer.encode(text)
+    tokens, n_bytes = [tokenizer.tokens[i] for i in ids], len(text.encode())
+    if not ids:
+        raise BadInput("--show: is empty: give a text or a file")
+    summary = (f"{len(ids):,} tokens of {config.tokenizer_path}, {n_bytes:,} bytes{' at the start' * is_cut}: "
+               f"{n_bytes / len(ids):.2f} bytes per token, {tokenizer.single_token_words(np.array(ids)):.0%} of words are "
+               f"one token")
+    with_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(token_report.terminal_text(tokens, ids, config.ids, with_color))
+    print(summary)
+    token_report.write_token_page(path, title, summary, tokens, ids)
+    print(path)
+
+
+def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | None):
+    """Prints what --compare asks for, and writes a page of it. source_config: of the --dataset, if it is given."""
+    paths, page = config.compare, report_path(config, config.compare[0], "tokenizers.html")
+    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else [*map(str, paths)]
+    tokenizers = [load_any(path) for path in paths]
+    samples, counted = {kind: [text] for kind, text in sample_texts().items()}, "the built-in text"
+    if source_config:
+        counted = f"{source_config.dataset}"
+        samples[counted] = list(take_text(open_source(source_config).documents(), config.tokenizer_bytes))
+    texts = samples[counted] if source_config else builtin_texts()
+    stats = []
+    for name, tokenizer in zip(names, tokenizers):
+        bytes_per_token = {kind: sum(len(to_utf8(text)) for text in sample) / len(tokenizer.encode_batch(sample)[0])
+                           for kind, sample in samples.items()}
+        counts = np.bincount(tokenizer.encode_batch(texts)[0], minlength=tokenizer.vocab_size)
+        counts = np.delete(counts, [*tokenizer.special_tokens.values()])
+        prose = np.array(tokenizer.encode(samples["prose"][0]))
+        stats.append(token_report.TokenizerStats(
+            name, tokenizer.vocab_size, bytes_per_token, tokenizer.single_token_words(prose),
+            int((counts < token_report.RARE).sum()),
+            {f"{n_layer} layers x {width}": token_report.embedding_share(tokenizer.vocab_size, n_layer, width)
+             for n_layer, width in SHOWN_SHAPES}))
+    counted += f", {sum(len(to_utf8(text)) for text in texts) / 1e6:.1f} MB"
+    print(token_report.plain_table(token_report.comparison_table(stats)))
+    token_report.write_tokenizer_page(page, stats, counted)
+    print(page)
+
+
+@command
+def main(argv=None):
+    """Trains a byte-level BPE tokenizer on a sample of text and writes tokenizer.json."""
+    config, source_config = parse_flags(main.__doc__, argv, TokenizerConfig, SourceConfig)
+    if config.show is not None:
+        show_tokens(config)
+    elif config.compare:
+        compare_tokenizers(config, source_config if "dataset" in given_flags(argv) else None)
+    else:
+        train_command(config, source_config)
+
+
+def given_flags(argv) -> set[str]:
+    """The names of the flags that are on the command line."""
+    parser = Parser(None)
+    add_flags(parser, TokenizerConfig, SourceConfig, suppress=True)
+    return set(vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -264,6 +264,23 @@ def draw_by_vocabulary(series: dict[str, list[tuple[int, float, float]]]) -> lis
     return to_svgs([axis])
 
 
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+def draw_compression(results: dict[str, dict[str, float]]) -> str:
+    """Bars of bytes per token for each kind of text, one for each tokenizer. results: name of a tokenizer -> kind of text ->
+    bytes per token; the kinds of the first are drawn. Returns SVG."""
+    figure, (axis,) = make_axes(1, 5.0)
+    kinds, height = list(next(iter(results.values()))), 0.8 / len(results)
+    for i, ((name, values), color) in enumerate(zip(results.items(), COLORS * 9)):
+        y = [k + (i - (len(results) - 1) / 2) * height for k in range(len(kinds))]
+        axis.barh(y, [values[kind] for kind in kinds], height * 0.9, color=color, label=literal(name))
+    axis.set_yticks(range(len(kinds)), [literal(kind) for kind in kinds])
+    axis.invert_yaxis()
+    axis.set(xlabel="bytes per token", title="Bytes per token by kind of text (more is better)")
+    axis.legend(fontsize=8, frameon=False)
+    return to_svg(figure)
+
+
 # -- probes -----------------------------------------------------------------------------------------------------------
 
 def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels: dict, accuracies: dict, chance: dict,

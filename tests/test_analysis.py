@@ -198,7 +198,7 @@ def test_optimum_of_the_vocabulary():
     assert "about 3,000 tokens (95 % interval 1,723 to 5,222, 3 seeds)" in best_vocabulary(arms(2400, 3000, 3750))
     assert best_vocabulary(arms(100, 100)) == "lowest at the smallest vocabulary, 1,000: the optimum may lie beyond."
     assert "lowest at the largest vocabulary, 8,000" in best_vocabulary(arms(9e4, 9e4))
-    assert "too few runs" in best_vocabulary(arms(3000)) and "too noisy" in best_vocabulary(arms(3000, 3000, 1e7))
+    assert "too few runs" in best_vocabulary(arms(3000)) and "too noisy" in best_vocabulary(arms(3000, 3000, 1e4))
 
 
 def test_validation_on_different_text_is_said():

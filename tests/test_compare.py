@@ -130,16 +130,16 @@ def vocabulary_arms(data, vocabularies):
 
 
 def texts(folder, split) -> list[str]:
-    return [text for documents in compare.read_documents(compare.open_data(folder), split) for text in documents.strings()]
+    chunks = download_data.read_shards(compare.open_data(folder), {"split": split, "token": 0})
+    return [text for chunk in chunks if chunk.split == split for text in chunk.documents.strings()]
 
 
-def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path, monkeypatch):
+def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path):
     assert [arm.vocab_size for arm in vocabulary_arms] == [512, 300, 700, 512]
     assert len({arm.vocabulary for arm in vocabulary_arms}) == 4
     folders = [arm.flags["data_path"] for arm in vocabulary_arms]
     for split in ("val", "train"):
         assert len(texts(folders[0], split)) > 1
-        monkeypatch.setattr(compare, "READ_TOKENS", 3000)  # less than a document
         assert all(texts(folder, split) == texts(data_path, split) for folder in folders)
     for arm, folder in zip(vocabulary_arms, folders):
         manifest = compare.open_data(folder).manifest
@@ -148,13 +148,14 @@ def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path, monk
     assert vocabulary_arms[1].bytes_per_token < vocabulary_arms[2].bytes_per_token
 
 
-def test_shards_of_a_vocabulary_are_written_once(vocabularies, vocabulary_arms, monkeypatch):
+def test_shards_of_a_vocabulary_are_written_once(vocabularies, vocabulary_arms):
     """Unless they are damaged, or were not finished."""
     values = SHAPE | {"data_path": vocabularies.base.shards.path, "vocab_size": 300}
-    monkeypatch.setattr(compare, "encode_folder", None)
+    folder = vocabulary_arms[1].flags["data_path"]
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = vocabularies.prepared(values)
-    assert again.digests == vocabulary_arms[1].data_digests
-    monkeypatch.undo()
+    assert again.digests == vocabulary_arms[1].data_digests and again.shards.path == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     for name in ("train_000000.npy", "manifest.json", "tokenizer.json"):
         (again.shards.path / name).unlink()
         assert vocabularies.prepared(values).digests == again.digests
@@ -436,6 +437,31 @@ def test_command_tunes_trains_and_times_every_arm(fake_train, flags, tmp_path, c
 
 
 @pytest.mark.integration
+def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
+    """With as much text for each; what was encoded stays, and is used again by the same command."""
+    arms = ["vocab_size=300", "vocab_size=400", "vocab_size=600,mlp=relu2", "vocab_size=600"]
+    flags = [*flags, "--budget=bytes=40000", "--match=non_embedding", "--arms", *arms]
+    compare.main(flags)
+    out, folder = capsys.readouterr().out, tmp_path / "out"
+    rows = read_csv(folder)
+    assert [row["vocab_size"] for row in rows] == ["300", "400", "600", "600"] and rows[2]["arm"] == arms[2]
+    for row in rows:
+        assert float(row["tokens_per_byte"]) == pytest.approx(1 / float(row["bytes_per_token"]))
+        assert float(row["bytes_per_context"]) == pytest.approx(64 * float(row["bytes_per_token"]))
+        assert float(row["bytes_per_sec"]) == pytest.approx(100 * float(row["bytes_per_token"]))
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("data/*/*.npy")}
+    assert len({path.parent for path in kept}) == 3
+    text, page = (folder / "comparison.md").read_text(encoding="utf-8"), parse_page(folder / "comparison.html").text
+    for words in ("bytes per context", "embedding's share of parameters", "as many parameters besides the embedding",
+                  "Lowest mean: vocab_size=", "Bits per byte against the size of the vocabulary"):
+        assert words in text and words in page, words
+    assert "\nvocab_size: " in out and (folder / "vocabulary.svg").stat().st_size > 5000
+    fake_train("succeeds")
+    compare.main(flags)
+    assert not fake_train.log() and kept == {path: path.stat().st_mtime_ns for path in folder.glob("data/*/*.npy")}
+
+
+@pytest.mark.integration
 def test_rate_too_high_for_the_whole_budget_is_lowered(fake_train, flags, tmp_path):
     """0.025 is best on a part, 0.0125 on the whole, 0.00625 on neither."""
     fake_train("long")
@@ -536,6 +562,12 @@ def test_unreadable_checkpoint_is_reported_once(fake_train, flags):
     (["--sizes", "n_layer=2", "n_layer=2"], "has a duplicate"), (["--arms", "mlp=gelu", "help"], "'help': give flags"),
     (["--arms", "mlp=gelu", "mlp=what"], "'mlp=what': --mlp=what: choose one of"),
     (["--budget=tokens=600"], "less than a step"),
+    (["--arms", "mlp=gelu", "vocab_size=300"], "--budget=tokens=15360: with different vocabularies"),
+    (["--arms", "vocab_size=300", "vocab_size=400", "--budget=bytes=2e4", "--val_iter=3"], "--val_iter=3: with different"),
+    (["--arms", "mlp=gelu", "tokenizer_path=none.json", "--budget=bytes=2e4"], "none.json: no tokenizer to read"),
+    (["--arms", "mlp=gelu", "pattern=([", "--budget=bytes=2e4"], "nor a regular expression"),
+    (["--arms", "vocab_size=300", "vocab_size=90000", "--budget=bytes=2e4"], "--match=non_embedding"),
+    (["--budget=bytes=900"], "less than a step"), (["--arms", "gelu", "swiglu"], "'gelu': did you mean mlp=gelu?"),
     (["--budget=cups=2"], "give tokens=N"), (["--budget=seconds=9", "--jobs=2"], "only one run at a time"),
     (["--data_path=/nowhere"], "no shards to read"), (["--batch_size=auto"], "give a number"), (["--rates", "0"], "above 0"),
     (["--budget=tokens=١٢٠٠"], "give tokens=N"), (["--budget=tokens=1e999"], "give tokens=N"),
