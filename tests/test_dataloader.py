@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from conftest import run_rows
 from dataloader import (
     IGNORE_INDEX,
     BlockBatches,
@@ -25,6 +26,7 @@ from dataloader import (
     val_batches,
 )
 from download_data import retokenize
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
 from shards import Manifest, ShardWriter, documents_to_reach, open_data
 from tasks.conversations import Conversation
@@ -213,6 +215,26 @@ def test_validation_by_bytes_covers_the_same_text_for_every_vocabulary(vocabular
         assert len(text) - len(covered) == n_documents - 1
         batches = [val_batches(data, batch_size, block_size, n_bytes) for _ in range(2)]
         assert equal(*map(list, batches))
+
+
+def test_runs_validate_on_the_same_bytes_whatever_the_vocabulary(vocabularies, tmp_path):
+    """Rows say how many; a run that began before there was --val_bytes goes on with its --val_iter."""
+    paths = [tmp_path / str(number) / "gpt.pt" for number in (0, 1)]
+    for path, data in zip(paths, vocabularies):
+        train.main([*train_flags(data.path, tmp_path), f"--checkpoint_path={path}", "--val_bytes=3000", "--val_intervals=1"])
+    covered = [{row["val_bytes"] for row in run_rows(path)} for path in paths]
+    assert covered[0] == covered[1] and len(covered[0]) == 1 and 3000 <= min(covered[0]) < 9000
+    checkpoint = load_checkpoint(paths[0])
+    settings = checkpoint["training"]["settings"]
+    assert settings["val_digest"] == vocabularies[0].manifest.val_digest == vocabularies[1].manifest.val_digest != ""
+    del settings["val_bytes"], settings["val_digest"]
+    settings["val_iter"] = 2
+    save_checkpoint(paths[0], checkpoint)
+    resume = ["--resume_checkpoint", f"--checkpoint_path={paths[0]}", "--verbose=0", "--device=cpu"]
+    train.main([*resume, "--max_iter=2"])
+    assert run_rows(paths[0])[-1]["val_bytes"] < 300  # of two batches
+    train.main([*resume, "--max_iter=3", "--val_bytes=3000"])
+    assert {run_rows(paths[0])[-1]["val_bytes"]} == covered[0]
 
 
 def test_pickled_batches_reopen_the_shards(data):
