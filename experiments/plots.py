@@ -70,9 +70,7 @@ def draw_runs(axis, runs: dict[str, list[dict]], x_name: str, name: str, with_tr
         plot_points(axis, val, marker="o", markersize=3, color=color, label=label)
         curves += [train, val]
     focus_y(axis, curves)
-    legend = axis.legend(fontsize=8, frameon=False, title_fontsize=8, alignment="left",
-                         title="thin: training, with dots: validation" if with_training else None)
-    legend.set_in_layout(False)  # a long name would leave no room for the curves
+    add_legend(axis, "thin: training, with dots: validation" if with_training else None)
 
 
 def points(rows: list[dict], x_name: str, y_name: str) -> list[tuple[float, float]]:
@@ -125,16 +123,15 @@ def have_same_vocabulary(runs: Iterable[list[dict]]) -> bool:
 
 
 def validation_note(runs: dict[str, list[dict]]) -> str:
-    """What to say of runs that were not validated on the same text; "" where nothing tells that they were not."""
-    covered = {}
-    for name, rows in runs.items():
-        last = next((row for row in reversed(rows) if "val_loss" in row), {})
-        covered[name] = last.get("val_bytes"), last.get("val_digest")
+    """What to say of runs that were not validated on the same text, going by its bytes: a validation covers whole documents,
+    so other ones hardly ever have as many. "" where nothing tells that the text differs."""
+    covered = {name: next((row.get("val_bytes") for row in reversed(rows) if "val_loss" in row), None)
+               for name, rows in runs.items()}
     if len(set(covered.values())) > 1:
-        texts = "; ".join(f"{shorten(name)}: {f'{n_bytes:,.0f} bytes' if n_bytes else 'an unknown number of bytes'}"
-                          for name, (n_bytes, _) in covered.items())
+        texts = "; ".join(f"{shorten(name)}: {f'{n:,.0f} bytes' if n else 'an unknown number of bytes'}"
+                          for name, n in covered.items())
         return f"Not validated on the same text, so the values do not compare exactly ({texts})."
-    if not have_same_vocabulary(runs.values()) and (None, None) in covered.values():
+    if not have_same_vocabulary(runs.values()) and None in covered.values():
         return ("These runs may not have been validated on the same text: their vocabularies differ, and the metrics do not "
                 "say which bytes were covered.")
     return ""
@@ -150,7 +147,6 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None 
     if by_bytes is None:
         by_bytes = not have_same_vocabulary(rows for runs in curves.values() for rows in runs)
     x_names = "bytes" if by_bytes else "tokens", "flops", "seconds"
-    note = validation_note({name: runs[0] for name, runs in curves.items()})
     axes = make_panels(len(x_names))
     for axis, x_name in zip(axes, x_names):
         drawn = []
@@ -165,9 +161,7 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None 
         focus_y(axis, drawn)
         axis.set(xlabel=X_AXES[x_name][1], ylabel="validation, bits per byte",
                  title=f"Bits per byte against {X_AXES[x_name][2]}")
-        if note:
-            axis.set_xlabel(f"{axis.get_xlabel()}\n{textwrap.fill(escape(note), 54)}")
-        axis.legend(fontsize=8, frameon=False)
+        add_legend(axis)
     return to_svgs(axes)
 
 
@@ -194,7 +188,7 @@ def draw_finetuning(rows: list[dict]) -> list[str]:
         axes[1].axvline(best_step, color=COLORS[1], linewidth=1, linestyle="--", label=f"lowest loss: step {best_step:,}")
         axes[1].set(xlabel="step", ylabel="fraction", title="Exact match of held-out answers", ylim=(-0.05, 1.05))
     for axis in axes:
-        axis.legend(fontsize=8, frameon=False)
+        add_legend(axis)
     return to_svgs(axes)
 
 
@@ -221,7 +215,7 @@ def draw_pareto_fronts(results: dict[str, dict]) -> list[str]:
                           label=wrap_label(name))
         axis.set(xlabel=label, ylabel="bits per byte",
                  title=f"Bits per byte against {label.split(',')[0]}\n(lower left is better)")
-        axis.legend(fontsize=8, frameon=False)
+        add_legend(axis)
     return to_svgs(axes)
 
 
@@ -243,7 +237,7 @@ def draw_scaling(fits: dict[str, tuple]) -> list[str]:
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
              title="Bits per byte against FLOPs")
     set_log_ticks(axis)
-    axis.legend(fontsize=8, frameon=False)
+    add_legend(axis)
     return to_svgs([axis])
 
 
@@ -260,25 +254,25 @@ def draw_by_vocabulary(series: dict[str, list[tuple[int, float, float]]]) -> lis
              title="Bits per byte against the size of the vocabulary\n(lower is better)")
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.minorticks_off()
-    axis.legend(fontsize=8, frameon=False)
+    add_legend(axis)
     return to_svgs([axis])
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
-def draw_compression(results: dict[str, dict[str, float]]) -> str:
+def draw_compression(results: dict[str, dict[str, float]]) -> list[str]:
     """Bars of bytes per token for each kind of text, one for each tokenizer. results: name of a tokenizer -> kind of text ->
-    bytes per token; the kinds of the first are drawn. Returns SVG."""
-    figure, (axis,) = make_axes(1, 5.0)
-    kinds, height = list(next(iter(results.values()))), 0.8 / len(results)
+    bytes per token; the kinds of the first are drawn. Returns panels, of which there is one."""
+    kinds, thickness = list(next(iter(results.values()))), 0.8 / len(results)
+    axis, = make_panels(1, height=2 + (0.2 + 0.15 * len(kinds)) * len(results))
     for i, ((name, values), color) in enumerate(zip(results.items(), COLORS * 9)):
-        y = [k + (i - (len(results) - 1) / 2) * height for k in range(len(kinds))]
-        axis.barh(y, [values[kind] for kind in kinds], height * 0.9, color=color, label=literal(name))
-    axis.set_yticks(range(len(kinds)), [literal(kind) for kind in kinds])
+        y = [k + (i - (len(results) - 1) / 2) * thickness for k in range(len(kinds))]
+        axis.barh(y, [values[kind] for kind in kinds], thickness * 0.9, color=color, label=wrap_label(name))
+    axis.set_yticks(range(len(kinds)), [wrap_label(kind, 22) for kind in kinds])
     axis.invert_yaxis()
     axis.set(xlabel="bytes per token", title="Bytes per token by kind of text (more is better)")
-    axis.legend(fontsize=8, frameon=False)
-    return to_svg(figure)
+    axis.figure.legend(loc="outside lower center", fontsize=8, frameon=False)  # inside, bars would be behind it
+    return to_svgs([axis])
 
 
 # -- probes -----------------------------------------------------------------------------------------------------------
@@ -402,6 +396,11 @@ def wrap_label(name: str, width: int = 44) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def add_legend(axis, title: str | None = None):
+    legend = axis.legend(fontsize=8, frameon=False, title=title, title_fontsize=8, alignment="left")
+    legend.set_in_layout(False)  # a long name would leave no room for what is drawn
+
+
 def set_log_ticks(axis):
     """Ticks of a logarithmic y axis, whose limits are set: numbers as they are written, and not too many."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -411,10 +410,10 @@ def set_log_ticks(axis):
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def make_panels(n: int) -> list:
-    """The axes of `n` panels, each in a figure of its own."""
+def make_panels(n: int, height: float = PANEL_INCHES[1]) -> list:
+    """The axes of `n` panels, each in a figure of its own. height: inches."""
     plt = import_pyplot()
-    return [plt.subplots(figsize=PANEL_INCHES, layout="constrained")[1] for _ in range(n)]
+    return [plt.subplots(figsize=(PANEL_INCHES[0], height), layout="constrained")[1] for _ in range(n)]
 
 
 def to_svgs(axes: list) -> list[str]:

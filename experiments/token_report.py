@@ -119,11 +119,11 @@ def plain_table(table: Table) -> str:
 def write_tokenizer_page(path: Path, stats: list[TokenizerStats], counted: str):
     """A page with the table and a picture of bytes per token, and the picture alone beside it. counted: the text in which
     occurrences were counted."""
-    svg = draw_compression({s.name: s.bytes_per_token for s in stats})
+    picture = Figure(draw_compression({s.name: s.bytes_per_token for s in stats}), path.stem)
     notes = (f"Bytes per token: more is better, a text then takes fewer tokens. Prose is that of Python's help(), code that "
              f"of its standard library; the samples of other scripts are about 1 kB each. Tokens seen fewer than {RARE} "
              f"times: in {counted}, where their embeddings are hardly trained. Embedding's share: of the parameters of a "
              f"model whose head is its embedding, and whose blocks have 12 x width² parameters.")
-    write_page(path, "Tokenizers", [comparison_table(stats), Figure(svg, path.stem), ("p", notes)])
+    write_page(path, "Tokenizers", [comparison_table(stats), picture, ("p", notes)])
     with atomic_write(path.with_suffix(".svg"), "w") as file:
-        file.write(svg)
+        file.write(picture.svg)

@@ -10,6 +10,7 @@ from experiments.plots import (
     add_bytes,
     draw_accuracy_matrix,
     draw_by_vocabulary,
+    draw_compression,
     draw_corpus_stats,
     draw_curves,
     draw_finetuning,
@@ -120,17 +121,13 @@ def test_the_training_loss_in_bits_per_byte_by_hand():
     ({"val_bytes": 400_000}, {"val_bytes": 400_000}, ""), ({}, {}, ""),
     ({"val_bytes": 400_000}, {"val_bytes": 391_000}, "Not validated on the same text.* a: 400,000 bytes; b: 391,000 bytes"),
     ({"val_bytes": 400_000}, {}, "a: 400,000 bytes; b: an unknown number of bytes"),
-    ({"val_bytes": 7, "val_digest": 1}, {"val_bytes": 7, "val_digest": 2}, "Not validated on the same text"),
     ({"ids": 1.25, "val_bytes": 7}, {"val_bytes": 7}, ""), ({"ids": 1.25}, {}, "may not have been .* vocabularies differ")])
 def test_runs_that_were_not_validated_on_the_same_text_are_named(a, b, words, tmp_path, drawn):
-    """In both kinds of pictures."""
     runs = {"a": make_rows(10, **a), "b": make_rows(10, **b)}
     note = validation_note(runs)
     assert re.search(words, note.replace("(", "")) if words else note == ""
     draw_curves(runs, tmp_path / "curves.png")
-    title = drawn[0].figure.get_suptitle()
-    texts = svg_texts(draw_mean_curves({name: [rows] for name, rows in runs.items()}))
-    assert title.split() == note.split() and note[:40] in " ".join(texts)
+    assert drawn[0].figure.get_suptitle().split() == note.split()
 
 
 # -- panels for pages -------------------------------------------------------------------------------------------------
@@ -154,7 +151,8 @@ def test_svgs_take_the_color_of_the_page_and_have_no_background(tmp_path):
     draw_accuracy_matrix(["a"], {"parity": ["1x", "2x"]}, {("a", "parity"): "solved"}, {("a", "parity"): [0.5, None]},
                          {"parity": 0.5}, "title", tmp_path, "m")
     panels = [*draw_mean_curves({"a": [rows]}), *draw_pareto_fronts({"a": result}), *draw_finetuning(rows),
-              *draw_scaling({"a": ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1)}), *draw_by_vocabulary({"a": [(1024, 1.0, 0.1)]})]
+              *draw_scaling({"a": ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1)}), *draw_by_vocabulary({"a": [(1024, 1.0, 0.1)]}),
+              *draw_compression({"a": {"prose": 4.0}})]
     for svg in (*panels, (tmp_path / "m.svg").read_text()):
         drawn = svg.replace(re.search("<style>.*?</style>", svg).group(), "")
         assert "currentColor" in drawn and "@media (prefers-color-scheme: dark)" in svg
@@ -200,7 +198,8 @@ def test_names_are_drawn_as_they_are(tmp_path):
     result = {"bpb": 1.0, "bpb_margin": 0.1, "seconds": 1.0, "peak_memory": 1}
     for panels in (draw_mean_curves(dict.fromkeys(NAMES, [rows])), draw_pareto_fronts(dict.fromkeys(NAMES, result)),
                    draw_scaling(dict.fromkeys(NAMES, ([(1e9, 2.0), (2e9, 1.0)], 1.0, 0.1))),
-                   draw_by_vocabulary(dict.fromkeys(NAMES, [(1024, 1.0, 0.1), (2048, 1.1, float("inf"))]))):
+                   draw_by_vocabulary(dict.fromkeys(NAMES, [(1024, 1.0, 0.1), (2048, 1.1, float("inf"))])),
+                   draw_compression(dict.fromkeys(NAMES, {"prose": 4.0, "code": 3.0}))):
         for panel in panels:
             texts = svg_texts([panel])
             assert {name for name in NAMES.values() if name in "".join(texts)} == set(NAMES.values())
