@@ -75,6 +75,11 @@ class EvaluateConfig:
         check_flags(self)
         if self.dataset == "":
             raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
+        for path in self.checkpoint_path:
+            parts = str(path).split(",")
+            if len(parts) > 1 and not path.exists() and all(Path(part).is_file() for part in parts):
+                raise BadInput(f"--checkpoint_path={path}: separate the files by spaces: --checkpoint_path "
+                               f"{' '.join(parts)}")
         dataset, split = DEFAULT_DATASETS[self.task]
         if self.dataset is None:
             object.__setattr__(self, "dataset", dataset)

@@ -31,6 +31,7 @@ from runtime.run import TrainingCommand, is_finished
 from runtime.signals import StopSignals, without_garbage_collection
 from tokenizer import Tokenizer
 
+STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -176,7 +177,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
     True ends the run there. Raises FloatingPointError when the run has diverged; the checkpoint is then the last good one.
     """
-    with StopSignals() as signals, without_garbage_collection(), progress_bar(
+    with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(
             total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
             row = start_run(state, evaluate, setup)

@@ -438,6 +438,8 @@ def test_every_checkpoint_is_checked_before_the_first_is_scored(trained, refused
     save_checkpoint(bare, checkpoint | {"tokenizer": json.dumps(tokenizer)})
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--task=answers", "--device=cpu"],
             f"{bare}: the tokenizer has no <|user|> token")
+    refused(evaluate.main, [f"--checkpoint_path={trained},{trained}"], f"separate the files by spaces: --checkpoint_path "
+            f"{trained} {trained}")
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(tmp_path / "gone.pt")], "gone.pt: no checkpoint to read")
     save_checkpoint(bare, checkpoint | {"model": {}})
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--device=cpu"], f"{bare}: ", "weights")
