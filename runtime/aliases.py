@@ -1,6 +1,6 @@
 """What a flag of these names is called here: those of nanoGPT, nanochat, litgpt, Hugging Face's Trainer and llama.cpp.
 
-    explain_unknown("--lr=0.01", known={"learning_rate"})  ->  "--lr=0.01: is called --learning_rate here"
+    explain_unknown("--lr=0.01", known={"learning_rate"})  ->  "--lr=0.01: no such flag, did you mean --learning_rate?"
 """
 import difflib
 from collections.abc import Collection, Mapping
@@ -13,8 +13,8 @@ OTHER_NAMES = {
     "max_tokens": "train.max_tokens num_tokens total_tokens train_tokens",
     "max_seconds": "max_time time_limit train_time total_training_time",
     "epochs": "num_train_epochs train.epochs num_epochs n_epochs max_epochs epoch",
-    "num_batch_accum": "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches gradient_accumulation "
-                       "accumulation_steps",
+    "num_batch_accum": "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches "
+                       "gradient_accumulation accumulation_steps",
     "batch_size": "device_batch_size per_device_train_batch_size per_device_eval_batch_size micro_batch_size "
                   "train.micro_batch_size train_batch_size eval_batch_size batch bs",
     "block_size": "max_seq_len max_seq_length train.max_seq_length seq_len seq_length sequence_length sequence_len context "
@@ -70,7 +70,8 @@ NOT_HERE = {
     "the width is --n_head times --head_size: set these":
         "n_embd d_model hidden_size embed_dim embedding_dim n_embed dim width model_dim aspect_ratio emb_dim",
     "there is none: these models train without dropout":
-        "dropout attention_dropout hidden_dropout_prob attn_pdrop resid_pdrop embd_pdrop p_dropout attention_probs_dropout_prob",
+        "dropout attention_dropout hidden_dropout_prob attn_pdrop resid_pdrop embd_pdrop p_dropout "
+        "attention_probs_dropout_prob",
     "the rate falls to 0 over the last --cooldown_frac of the run":
         "min_lr lr_decay_iters lr_decay_steps final_lr_frac lr_end min_learning_rate train.min_lr",
     "is not a flag: see BETAS in optimizer.py":
@@ -100,7 +101,7 @@ def explain_unknown(typed: str, known: Mapping[str, Collection[str]]) -> str:
     if name in known:  # --learning-rate, -seed
         return f"{typed}: no such flag, did you mean --{name}{equals}{value}?"
     if called := [flag for flag in alias_targets(name) if flag in known]:
-        return f"{typed}: is called --{called[0]} here"
+        return f"{typed}: no such flag, did you mean --{called[0]}?"
     if instead := [words for words, names in NOT_HERE.items() if name in names.split()]:
         mentioned = {word.strip(":,;") for word in instead[0].split() if word.startswith("--")}
         if mentioned <= {f"--{flag}" for flag in known}:

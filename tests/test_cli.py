@@ -10,7 +10,7 @@ import pytest
 import torch
 import write_flags
 
-from runtime.aliases import NOT_HERE, OTHER_NAMES, explain_unknown
+from runtime.aliases import NOT_HERE, OTHER_NAMES
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import (
     BAD_INPUT,
@@ -97,11 +97,11 @@ def test_a_wrong_command_line_is_refused(argv, message):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--lr=0.01", "--lr=0.01: is called --learning_rate here"), ("--max-steps=5", "is called --max_iter here"),
+    ("--lr=0.01", "--lr=0.01: no such flag, did you mean --learning_rate?"), ("--max-steps=5", "did you mean --max_iter?"),
     ("--n_embd=384", "the width is --n_head times --head_size"), ("--dropout=0.1", "there is none"),
-    ("--depth=6", "is called --n_layer here"), ("--optimizer.lr=1", "is called --learning_rate here"),
-    ("--per_device_train_batch_size=8", "is called --batch_size here"), ("--num_train_epochs=3", "the length is --max_iter"),
-    ("--output_dir=x", "is called --checkpoint_path here"), ("--min_lr=0", "the rate falls to 0"),
+    ("--depth=6", "did you mean --n_layer?"), ("--optimizer.lr=1", "did you mean --learning_rate?"),
+    ("--per_device_train_batch_size=8", "did you mean --batch_size?"), ("--num_train_epochs=3", "the length is --max_iter"),
+    ("--output_dir=x", "did you mean --checkpoint_path?"), ("--min_lr=0", "the rate falls to 0"),
     ("--learning-rate=1", "did you mean --learning_rate=1?"), ("\u2014learning_rate=1", "did you mean --learning_rate=1?"),
     ("--gelu", "did you mean --mlp=gelu?"), ("gelu", "gelu: not a flag: give several values"),
     ("max_iter=5", "did you mean --max_iter=5?"), ("folder", "did you mean --data_path=folder?"),
@@ -116,12 +116,11 @@ def test_what_other_programs_call_a_flag_is_known(tmp_path, monkeypatch, argv, m
     assert message in str(error.value)
 
 
-def test_other_names_lead_to_flags_that_exist_and_hide_none():
+def test_other_names_lead_to_flags_that_exist():
     ours = set().union(*(declared_flags(*configs) for configs in write_flags.COMMANDS.values()))
     assert OTHER_NAMES.keys() <= ours
-    for name in " ".join([*OTHER_NAMES.values(), *NOT_HERE.values()]).split():
-        known = {flag: () for flag in ours}
-        assert name in ours or "did you mean" not in explain_unknown(f"--{name}=1", known), name
+    mentioned = {word.strip(":,;")[2:] for words in NOT_HERE for word in words.split() if word.startswith("--")}
+    assert mentioned <= ours
 
 
 @pytest.mark.parametrize("columns, shown, hidden", [(80, ["loss=3.41", "tok/s=1,234"], ["memory"]),
@@ -154,7 +153,8 @@ def test_help_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch, colum
     assert max(map(len, text.splitlines())) < int(columns)
     words = " ".join(text.split())
     for part in ("What the command does.", "Example flags", "--size N a size (default: 3)", "a rate, 100 % at most",
-                 "--kind {a,b} a kind (default: a)", "--many N|auto how many", "be fast (default: 0)", "some steps (default: 0.5 1.0)",
+                 "--kind {a,b} a kind (default: a)", "--many N|auto how many", "be fast (default: 0)",
+                 "some steps (default: 0.5 1.0)",
                  "a large number (default: 1_000_000)"):
         assert part in words
 

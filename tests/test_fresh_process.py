@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from exporting import random_model, run_export
 
 from conftest import HUB, REPO
-from exporting import random_model, run_export
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.integration
