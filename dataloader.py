@@ -12,6 +12,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -196,10 +197,9 @@ class BlockBatches:
         return tuple(torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
 
     def check(self, batch: tuple[Tensor, Tensor]):
-        """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
-        if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
-            raise BadInput(f"--data_path={self.data_path}: a shard holds id {largest}, beyond the vocabulary of "
-                           f"{self.vocab_size}: it is damaged: {PREPARE_AGAIN}")
+        """Raises BadInput for an id beyond the vocabulary."""
+        for part in batch:
+            check_ids(self.data_path, self.vocab_size, part.numpy())
 
 
 def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
@@ -209,17 +209,55 @@ def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, 
     return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
-def val_batches(data: DataFolder, n_batches: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first n_batches * batch_size blocks of the validation split, or all there are, always in the same order.
+def val_batches(data: DataFolder, batch_size: int, block_size: int, n_bytes: int | None = None,
+                n_batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The start of the validation split in blocks, always in the same order: with `n_batches` the first
+    n_batches * batch_size of them, or all there are; with `n_bytes` whole documents, see `val_tokens`, so that the text is
+    the same for every vocabulary, batch size and block size.
 
-    Yields inputs and targets, each int64 (at most batch_size, block_size).
+    Yields inputs and targets, each int64 (at most batch_size, block_size). Targets behind the last document are
+    IGNORE_INDEX.
     """
-    batches = BlockBatches(data, "val", batch_size, block_size, seed=None)
-    blocks = np.arange(min(n_batches * batch_size, batches.n_blocks))
-    for first in range(0, len(blocks), batch_size):
-        batch = batches.read(blocks[first:first + batch_size])
-        batches.check(batch)
-        yield batch
+    tokens = data.split("val")
+    n_blocks = (len(tokens) - 1) // block_size
+    n_tokens = n_blocks * block_size + 1
+    if n_batches is None:
+        n_tokens = val_tokens(data, n_bytes)
+        n_blocks = -(-(n_tokens - 1) // block_size)
+    else:
+        n_blocks = min(n_batches * batch_size, n_blocks)
+    for first in range(0, n_blocks, batch_size):
+        n = min(batch_size, n_blocks - first) * block_size
+        ids = tokens.read(first * block_size, min(first * block_size + n + 1, n_tokens)).astype(np.int64)
+        inputs, targets = np.zeros(n, np.int64), np.full(n, IGNORE_INDEX)
+        inputs[:len(ids) - 1], targets[:len(ids) - 1] = ids[:-1], ids[1:]
+        check_ids(data.path, data.manifest.vocab_size, ids)
+        yield tuple(torch.from_numpy(part.reshape(-1, block_size)) for part in (inputs, targets))
+
+
+def val_tokens(data: DataFolder, n_bytes: int) -> int:
+    """How many tokens the first documents of the validation split take that hold at least `n_bytes` of text, or all."""
+    tokens, token_bytes, at = data.split("val"), data.tokenizer.token_bytes(), 0
+    while at < len(tokens):
+        ids = tokens.read(at, min(at + (1 << 20), len(tokens)))
+        check_ids(data.path, len(token_bytes), ids)
+        if n_bytes > 0:
+            sums = np.cumsum(token_bytes[ids])
+            start = int(np.searchsorted(sums, n_bytes)) + 1  # the separator of the next document is searched from here
+            n_bytes -= int(sums[-1])
+        else:
+            start = 0
+        if n_bytes <= 0 and len(found := np.flatnonzero(ids[start:] == data.tokenizer.separator_id)):
+            return at + start + int(found[0])
+        at += len(ids)
+    return len(tokens)
+
+
+def check_ids(data_path: Path, vocab_size: int, ids: np.ndarray):
+    """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
+    if (largest := int(ids.max())) >= vocab_size:
+        raise BadInput(f"--data_path={data_path}: a shard holds id {largest}, beyond the vocabulary of {vocab_size}: it is "
+                       f"damaged: {PREPARE_AGAIN}")
 
 
 # -- packed conversations, for finetuning -----------------------------------------------------------------------------

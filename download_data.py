@@ -2,24 +2,29 @@
 
     python download_data.py                          FineWeb-Edu 10BT, streamed from the hub, into data/
     python download_data.py --dataset=builtin        several MB of documentation, no network
-    python download_data.py --dataset=my_texts/      a folder of parquet, jsonl, json, csv or txt files
+    python download_data.py --dataset=my_texts/      a folder of parquet, jsonl, csv, txt, md … files
+    python download_data.py --dataset=data/builtin   the text of a prepared folder, for another vocabulary
+    python download_data.py --dry_run                what would be done, how long it would take, and the disk it needs
     python download_data.py --verify                 checks the shards in data/ against their manifest
     python download_data.py --stats                  draws what they contain: data/stats.png
 
-The first documents of the stream become the validation split, the rest the training split, without documents that are in the
-validation split too. Files that are named after a validation or test split are the validation split instead. Finished shards
-survive any interruption, and the same command resumes after the last of them. One thread reads, one per core encodes, one
-writes.
+A document belongs to the validation split if a hash of its text says so, until --val_bytes are full: the same documents
+whatever the vocabulary. Files that are named after a validation or test split are the validation split instead. The rest is
+the training split, without documents that are in the validation split too. Finished shards survive any interruption, and the
+same command resumes after the last of them. One thread reads, one per core encodes, one writes.
 """
 import csv
 import hashlib
 import itertools
+import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +34,21 @@ from runtime.cli import command, log_line, parse_flags, progress_bar
 from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.threads import available_cores, map_ahead
-from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, open_data, verify
-from text.documents import DocumentSet, PackedDocuments
+from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, find_node_folders, open_data, verify
+from text.documents import DocumentSet, PackedDocuments, document_hashes, text_hash
+from text.folders import is_prepared, local_path
 from text.formats import CHUNK_BYTES, Chunk
 from text.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
 from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
 
-# Defaults of the flags that depend on the dataset: the built-in text is only several MB.
-HUB_DEFAULTS = {"vocab_size": 32_768, "val_tokens": 1_000_000}
-BUILTIN_DEFAULTS = {"vocab_size": 4_096, "val_tokens": 100_000}
+# Defaults of flags, most of which depend on how much text there is. TOKENS_THRESHOLD is a little more than the 328 M tokens
+# that train.py reads by default.
+TOKENS_THRESHOLD = 400_000_000
+HUB_VOCAB_SIZE, BUILTIN_VOCAB_SIZE, SMALLEST_VOCAB_SIZE = 32_768, 4_096, 512
+HUB_VAL_BYTES, LOCAL_VAL_BYTES = 4_000_000, 400_000
+VAL_SHARES = 1 / 1000, 1 / 10  # of the documents, at least and at most, that may belong to the validation split
+BYTES_PER_TOKEN = 4            # roughly, before there is a tokenizer
+SAMPLE_BYTES = 4_000_000       # of text, on which a forecast is based
 
 
 @dataclass(frozen=True)
@@ -45,19 +56,22 @@ class PrepareConfig:
     """The shards."""
     data_path: Path = flag(Path("data"), "folder for the shards, manifest.json and tokenizer.json", on_resume="unsaved")
     tokenizer_path: Path = flag(None, "tokenizer.json to use (default: train one on the start of the text)")
-    vocab_size: int = flag(None, f"size of the tokenizer to train (default: {HUB_DEFAULTS['vocab_size']}, with "
-                                 f"--dataset=builtin {BUILTIN_DEFAULTS['vocab_size']}), or the size that the one at "
-                                 f"--tokenizer_path must have",
+    vocab_size: int = flag(None, f"size of the tokenizer to train (default: {HUB_VOCAB_SIZE}; of less local text, the power "
+                                 f"of two that it is enough for; with --dataset=builtin {BUILTIN_VOCAB_SIZE}), or the size "
+                                 f"that the one at --tokenizer_path must have",
                            at_least=256, at_most=MAX_VOCAB_SIZE)
     shard_size_threshold: int = flag(100_000_000, "tokens at which a shard is closed", at_least=1)
-    tokens_threshold: int = flag(10_000_000_000, "stops once more than this many tokens are written", at_least=1)
-    val_tokens: int = flag(None, f"tokens at which the validation split is closed (default: {HUB_DEFAULTS['val_tokens']:_}, "
-                                 f"with --dataset=builtin {BUILTIN_DEFAULTS['val_tokens']:_})", at_least=1)
+    tokens_threshold: int = flag(None, f"stops once more than this many tokens are written (default: {TOKENS_THRESHOLD:_}, "
+                                       f"somewhat more than train.py reads by default; of a data folder, all)", at_least=1)
+    val_bytes: int = flag(None, f"bytes of text at which the validation split is closed; at most about a tenth of the text "
+                                f"goes into it (default: of a hub dataset {HUB_VAL_BYTES:_}; else a tenth of the text, "
+                                f"{LOCAL_VAL_BYTES:_} at most)", at_least=1)
     tokenizer_bytes: int = flag(TRAINING_BYTES, "bytes of text to train a tokenizer on, from the start of the stream",
                                 at_least=1)
     num_nodes: int = flag(1, "number of machines that share the work, each with a folder of its own; side by side, these "
                              "folders are the --data_path of train.py", at_least=1)
     node: int = flag(0, "which of the machines this is, from 0", at_least=0)
+    dry_run: bool = flag(False, "print the forecast, and do nothing", on_resume="unsaved")
     verify: bool = flag(False, "prepares nothing: checks every shard in --data_path against its manifest",
                         on_resume="unsaved")
     stats: bool = flag(False, "prepares nothing: draws document lengths and token frequencies of --data_path",
@@ -65,9 +79,6 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_flags(self)
-        if self.val_tokens is not None and self.tokens_threshold <= self.val_tokens:
-            raise BadInput(f"--tokens_threshold={self.tokens_threshold}: must be above --val_tokens={self.val_tokens}, or "
-                           f"nothing is left to train on")
         if self.node >= self.num_nodes:
             raise BadInput(f"--node={self.node}: must be below --num_nodes={self.num_nodes}")
 
@@ -78,9 +89,22 @@ class PrepareConfig:
         return {name: value for name, value in vars(self).items() if name in names}
 
 
-def dataset_defaults(source_config: SourceConfig) -> dict:
-    """--vocab_size and --val_tokens where they are not given."""
-    return BUILTIN_DEFAULTS if source_config.dataset == "builtin" else HUB_DEFAULTS
+def fill_defaults(config: PrepareConfig, source_config: SourceConfig, source: Source) -> PrepareConfig:
+    """`config` with values for the flags that are not given."""
+    tokens = config.tokens_threshold or TOKENS_THRESHOLD
+    n_bytes = min(source.n_bytes or float("inf"), BYTES_PER_TOKEN * tokens) * config.num_nodes
+    vocab_size = HUB_VOCAB_SIZE
+    if source.n_bytes is not None:  # about 100 bytes of text for each token: there are as many merges
+        vocab_size = max(SMALLEST_VOCAB_SIZE, min(HUB_VOCAB_SIZE, 1 << int(n_bytes // 100).bit_length() >> 1))
+    if source_config.dataset == "builtin":
+        vocab_size = BUILTIN_VOCAB_SIZE
+    val_bytes = max(1, int(min(HUB_VAL_BYTES if source.n_bytes is None else LOCAL_VAL_BYTES, n_bytes // 10)))
+    if folder := prepared_folder(source_config):
+        manifest = open_data(folder).manifest
+        val_bytes = manifest.total("val", "bytes")
+        tokens = sum(manifest.total(split, quantity) for split in SPLITS for quantity in ("bytes", "documents"))  # at most
+    return replace(config, vocab_size=config.vocab_size or (None if config.tokenizer_path else vocab_size),
+                   val_bytes=config.val_bytes or val_bytes, tokens_threshold=config.tokens_threshold or tokens)
 
 
 # -- preparing a folder -----------------------------------------------------------------------------------------------
@@ -102,16 +126,16 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: 
             return data, True
         check_writable(folder / "manifest.json", f"--data_path={folder}")
         is_new, had_tokenizer = manifest is None, (folder / "tokenizer.json").exists()
-        default = dataset_defaults(source_config)["val_tokens"] if is_new else manifest.settings["val_tokens"]
-        config = replace(config, val_tokens=config.val_tokens or default)
         try:
             if is_new:
-                source, tokenizer, manifest = start_preparation(config, source_config)
-                chunks = source.chunks()
+                config, source, tokenizer, manifest = start_preparation(config, source_config)
             else:
+                config = replace(config, **{name: manifest.settings[name] for name in ("val_bytes", "tokens_threshold")})
                 source, tokenizer = resume_preparation(config, source_config, manifest)
-                chunks = resume_chunks(folder, source, manifest)
-            write_shards(config, manifest, tokenizer, chunks)
+            if not manifest.val_digest:
+                sample = write_validation(config, source, manifest, tokenizer)
+                print(make_forecast(config, source, sample, tokenizer).line())
+            write_training(config, manifest, tokenizer, resume_chunks(folder, source, manifest))
             manifest.position, manifest.last_document, manifest.complete = {}, "", True
             manifest.save(folder)
         except (BadInput, OSError, KeyboardInterrupt) as error:
@@ -132,17 +156,21 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     if not manifest.complete and not manifest.matches_checksum():
         raise BadInput(f"{folder / 'manifest.json'}: was changed: its shards and its place in the text do not match its "
                        f"checksum: restore it, or choose another --data_path")
-    given = config.settings() | source_flags(source_config) | {"vocab_size": config.vocab_size}
+    if not manifest.complete and "val_bytes" not in manifest.settings:
+        raise BadInput(f"--data_path={folder}: an earlier version, which cuts the validation split in another way, began to "
+                       f"prepare it: finish it with that version, or choose another --data_path")
+    given = source_flags(source_config) | config.settings() | {"vocab_size": config.vocab_size}
     stored = manifest.settings | {"vocab_size": manifest.vocab_size} | {
         name: value for name, value in manifest.source.items() if name != "revisions"}
-    for name in dataset_defaults(source_config):  # a flag that is not given keeps the folder's value
+    stored.pop("val_tokens", None)  # of earlier versions
+    for name in ("vocab_size", "val_bytes", "tokens_threshold"):  # a flag that is not given keeps the folder's value
         if given[name] is None:
             given[name] = stored.get(name)
     for name in [*given, *stored]:
         if given.get(name) != stored.get(name):
             raise BadInput(f"--{name}={given.get(name)}: {folder} was prepared with --{name}={stored.get(name)}: give that, "
                            f"or choose another --data_path")
-    if any(now not in (None, then) for now, then in zip(local_revisions(source_config), manifest.source["revisions"])):
+    if any(now not in (None, then) for now, then in zip(current_revisions(source_config), manifest.source["revisions"])):
         raise BadInput(f"--dataset={source_config.dataset}: its files have changed since {folder} was prepared from them: "
                        f"choose another --data_path")
     if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint() != manifest.tokenizer:
@@ -151,24 +179,26 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
     return manifest
 
 
-def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, Tokenizer, Manifest]:
-    """Opens the source, chooses a tokenizer and writes it and an empty manifest."""
-    source = open_source(source_config, part=(config.node, config.num_nodes))
+def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tuple[
+        PrepareConfig, Source, Tokenizer, Manifest]:
+    """Opens the source, decides on all flags, chooses a tokenizer and writes it and an empty manifest."""
+    source = open_text(source_config, part=(config.node, config.num_nodes))
     for note in source.notes:
         log_line(note)
-    tokenizer = choose_tokenizer(config, source_config, source)
+    given, config = config, fill_defaults(config, source_config, source)
+    tokenizer = choose_tokenizer(given, config, source_config, source)
     manifest = Manifest(source.description, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                         tokenizer.dtype.name)
     _ = tokenizer.separator_id  # raises if the vocabulary has none, before anything is written
     tokenizer.save(config.data_path / "tokenizer.json")
     manifest.save(config.data_path)
-    return source, tokenizer, manifest
+    return config, source, tokenizer, manifest
 
 
 def resume_preparation(config: PrepareConfig, source_config: SourceConfig,
                        manifest: Manifest) -> tuple[Source, Tokenizer]:
     """Opens the source and the tokenizer of an unfinished folder. Raises BadInput if the text has changed."""
-    source = open_source(source_config, manifest.source["revisions"], part=(config.node, config.num_nodes))
+    source = open_text(source_config, manifest.source["revisions"], part=(config.node, config.num_nodes))
     if source.description != manifest.source:  # such as the built-in text after an update of torch
         raise OtherText(f"--data_path={config.data_path}: was started with {manifest.source}, but the text is now "
                         f"{source.description}: choose another --data_path")
@@ -185,9 +215,9 @@ def resume_chunks(folder: Path, source: Source, manifest: Manifest) -> Iterator[
         f"{folder / 'manifest.json'}: the place in the text from which to resume is not where its shards end: the text or "
         f"the manifest was changed: choose another --data_path")
     is_known = manifest.last_document != ""
-    if any(manifest.shards.values()) if position is None else is_known and position["skip"] == 0:
+    if manifest.shards["train"] if position is None else is_known and position["skip"] == 0:
         raise refusal
-    chunks = source.chunks(position | {"skip": position["skip"] - 1} if is_known else position)
+    chunks = source.training_chunks(position | {"skip": position["skip"] - 1} if is_known else position)
     try:
         first = next(chunks, None)
     except (LookupError, TypeError, AttributeError):  # a position of another kind of source
@@ -204,32 +234,44 @@ def checksum_of(documents: PackedDocuments, i: int) -> str:
     return hashlib.sha256(documents.utf8[documents.offsets[i]:documents.offsets[i + 1]]).hexdigest()[:16]
 
 
-def choose_tokenizer(config: PrepareConfig, source_config: SourceConfig, source: Source) -> Tokenizer:
-    """The tokenizer at --tokenizer_path or in the folder, else one trained on the start of the stream."""
+def choose_tokenizer(given: PrepareConfig, config: PrepareConfig, source_config: SourceConfig, source: Source) -> Tokenizer:
+    """The tokenizer at --tokenizer_path or in the folder, else one trained on the start of the stream. given: the flags as
+    given, config: with defaults for the rest."""
     in_folder = config.data_path / "tokenizer.json"
     path = config.tokenizer_path or (in_folder if in_folder.exists() else None)
     if path is None:
         if config.num_nodes > 1:  # the same for all nodes: on the start of the whole stream
-            source = open_source(source_config, source.description["revisions"])
-        texts = (text for chunk in source.read(source.train_state) for text in chunk.documents.strings())
-        vocab_size = config.vocab_size or dataset_defaults(source_config)["vocab_size"]
-        return Tokenizer.train(take_text(texts, config.tokenizer_bytes), vocab_size, progress=True)
+            source = open_text(source_config, source.description["revisions"])
+        return train_tokenizer(source, config, can_be_smaller=given.vocab_size is None and source.n_bytes is not None)
     tokenizer = Tokenizer.load(path)
     if in_folder.exists() and Tokenizer.load(in_folder).fingerprint() != tokenizer.fingerprint():
         raise BadInput(f"--tokenizer_path={path}: {in_folder} is another tokenizer: choose another --data_path")
-    if config.vocab_size not in (None, tokenizer.vocab_size):
-        raise BadInput(f"--vocab_size={config.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
+    if given.vocab_size not in (None, tokenizer.vocab_size):
+        raise BadInput(f"--vocab_size={given.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
                        f"drop the flag, or choose another tokenizer or folder")
     print(f"using the tokenizer {path}")
     return tokenizer
+
+
+def train_tokenizer(source: Source, config: PrepareConfig, can_be_smaller: bool) -> Tokenizer:
+    """Trained on the start of the text. can_be_smaller: halves a vocabulary for which the text has too few merges."""
+    vocab_size = config.vocab_size
+    while True:
+        texts = (text for chunk in source.training_chunks() for text in chunk.documents.strings())
+        try:
+            return Tokenizer.train(take_text(texts, config.tokenizer_bytes), vocab_size, progress=True)
+        except BadInput:
+            if not can_be_smaller or vocab_size <= SMALLEST_VOCAB_SIZE:
+                raise
+        vocab_size //= 2
 
 
 def has_progress(folder: Path, is_bad_input: bool) -> bool:
     """Whether a new preparation that failed has left a shard worth resuming after; for bad input, a training shard."""
     if not (folder / "manifest.json").exists():
         return False
-    shards = Manifest.load(folder).shards
-    return bool(shards["train"] if is_bad_input else any(shards.values()))
+    manifest = Manifest.load(folder)
+    return bool(manifest.shards["train"] if is_bad_input else manifest.val_digest)
 
 
 def delete_preparation(folder: Path, keep_tokenizer: bool):
@@ -256,89 +298,264 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
     return exception(message)
 
 
-# -- writing shards ---------------------------------------------------------------------------------------------------
+# -- the text of a prepared folder ------------------------------------------------------------------------------------
 
-def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, chunks: Iterator[Chunk]):
-    """Writes documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
-    stream = StreamWriter(config, manifest, tokenizer)
-    chunks = (chunk for chunk in chunks if not stream.leaves_out(chunk))  # so that it is not encoded
+def open_text(config: SourceConfig, revisions: list[str] | None = None, part: tuple[int, int] = (0, 1)) -> Source:
+    """`open_source`, which may also be a data folder: its text is prepared again, and its splits stay as they are."""
+    folder = prepared_folder(config)
+    if not folder:
+        return open_source(config, revisions, part)
+    if part[1] > 1:
+        raise BadInput(f"--num_nodes={part[1]}: a data folder, {folder}, is prepared again by one machine")
+    data = open_data(folder)
+    return Source(source_flags(config) | {"revisions": current_revisions(config)}, partial(read_shards, data),
+                  train_state={"split": "train", "token": 0}, n_bytes=data.manifest.total("train", "bytes"))
+
+
+def prepared_folder(config: SourceConfig) -> Path | None:
+    """The data folder that --dataset names, if it does; it may hold the folders of several nodes."""
+    path = local_path(config.dataset)
+    is_one = path and (is_prepared(path) or path.is_dir() and find_node_folders(path))
+    return path if is_one else None
+
+
+def current_revisions(config: SourceConfig) -> list[str | None]:
+    """As `local_revisions`; of a data folder, a digest of its tokens."""
+    if not (folder := prepared_folder(config)):
+        return local_revisions(config)
+    manifest = open_data(folder).manifest
+    facts = [manifest.tokenizer, *(shard.sha256 for split in SPLITS for shard in manifest.shards[split])]
+    return [hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]]
+
+
+def read_shards(data: DataFolder, state: dict | None) -> Iterator[Chunk]:
+    """The documents of a data folder, both splits one after the other."""
+    first_split, first_token = (state["split"], state["token"]) if state else (SPLITS[0], 0)
+    total = sum(data.manifest.total(split, "tokens") for split in SPLITS)
+    before = 0  # tokens in the splits before
+    for split in SPLITS[SPLITS.index(first_split):]:
+        tokens = data.split(split)
+        at = first_token if split == first_split else 0
+        while at < len(tokens):
+            n = CHUNK_BYTES // BYTES_PER_TOKEN
+            while True:  # whole documents, at least one
+                ids = tokens.read(at, min(at + n, len(tokens)))
+                if at + n >= len(tokens):
+                    break
+                if len(starts := np.flatnonzero(ids[1:] == data.tokenizer.separator_id)):
+                    ids = ids[:starts[-1] + 1]
+                    break
+                n *= 2
+            yield Chunk(decode_documents(data.tokenizer, ids), {"split": split, "token": at}, fraction=(before + at) / total,
+                        split=split)
+            at += len(ids)
+        before += len(tokens)
+
+
+def retokenize(data: DataFolder, tokenizer: Tokenizer, out: Path) -> DataFolder:
+    """The documents of `data` in the folder `out`, with another tokenizer: the same validation split, and the same training
+    split, in order. Resumes or returns what an earlier call has prepared there. Raises BadInput as `prepare` does."""
+    if not (out / "tokenizer.json").exists():
+        tokenizer.save(out / "tokenizer.json")
+    config, source_config = PrepareConfig(data_path=out), SourceConfig(dataset=str(data.path))
+    resumed, _ = prepare(config, source_config, "the same command")
+    if resumed.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise BadInput(f"--data_path={out}: was prepared with another tokenizer: choose another folder")
+    return resumed
+
+
+# -- the validation split ---------------------------------------------------------------------------------------------
+
+class Sample:
+    """The first megabytes of chunks that are read, and how fast these come."""
+
+    def __init__(self):
+        self.documents: list[PackedDocuments] = []
+        self.n_bytes, self.seconds = 0, 0.0
+        self.fraction = 0.0  # of the source that a byte is; 0 if that is not known
+
+    def watch(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        while True:
+            start = time.perf_counter()
+            chunk = next(chunks, None)
+            self.seconds += time.perf_counter() - start
+            if chunk is None:
+                return
+            if self.n_bytes < SAMPLE_BYTES:
+                self.documents.append(chunk.documents)
+            if chunk.fraction and self.n_bytes:
+                self.fraction = chunk.fraction / self.n_bytes
+            self.n_bytes += len(chunk.documents.utf8)
+            yield chunk
+
+    def text_bytes(self, source: Source) -> float:
+        """About how much text the source holds."""
+        return 1 / self.fraction if self.fraction else source.n_bytes or self.n_bytes
+
+
+def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, tokenizer: Tokenizer) -> Sample:
+    """Writes the validation split, all of it: it is small, so that an interruption starts it again. Returns a sample of the
+    text. Raises BadInput if there is no text for it, or more than --tokens_threshold."""
+    folder, sample, val_documents = config.data_path, Sample(), DocumentSet()
+    for path in folder.glob("val_*.npy"):
+        path.unlink()
+    manifest.shards["val"], manifest.n_skipped = [], 0
+    writer = ShardWriter(folder, "val", config.shard_size_threshold, manifest)
+    n_bytes = max(1, config.val_bytes // config.num_nodes)
+    if source.train_state:
+        chunks = take_bytes(sample.watch(source.held_out_chunks()), n_bytes)
+    else:
+        chunks = choose_validation(sample.watch(source.chunks()), val_share(config, source), n_bytes)
+    try:
+        with closing(encode_ahead(tokenizer, chunks)) as encoded:
+            for chunk, ids, starts in encoded:
+                report_skipped(chunk, manifest)
+                val_documents.add(chunk.documents)
+                at, offsets = 0, chunk.documents.offsets
+                while at < len(chunk.documents):
+                    stop = documents_to_reach(starts, at, writer.room)
+                    writer.add(ids[starts[at]:starts[stop]], stop - at, int(offsets[stop] - offsets[at]))
+                    at = stop
+                    if writer.room <= 0:
+                        writer.close()
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    n_tokens = manifest.total("val", "tokens")
+    if n_tokens == 0:
+        raise BadInput("--dataset: the files that are named as held out contain no text: remove or rename them"
+                       if source.train_state else "--dataset: contains no text")
+    if n_tokens >= config.tokens_threshold:
+        raise BadInput(f"--tokens_threshold={config.tokens_threshold}: the validation split alone holds {n_tokens:,} "
+                       f"tokens: give a larger number, or a smaller --val_bytes (now {config.val_bytes})")
+    manifest.val_digest, manifest.n_val_passed = val_documents.digest(), len(val_documents) if source.train_state else 0
+    manifest.save(folder)
+    return sample
+
+
+def val_share(config: PrepareConfig, source: Source) -> float:
+    """Of the documents, those that may belong to the validation split: so many that it is full at about the end of what is
+    read, where this is known."""
+    smallest, largest = VAL_SHARES
+    if source.n_bytes is None:
+        return largest
+    n_bytes = min(source.n_bytes, BYTES_PER_TOKEN * config.tokens_threshold)
+    return max(smallest, min(largest, config.val_bytes / config.num_nodes / max(n_bytes, 1)))
+
+
+def choose_validation(chunks: Iterator[Chunk], share: float, n_bytes: int) -> Iterator[Chunk]:
+    """The documents whose hashes are in the first `share` of all hashes, each once, until they hold `n_bytes`; but none that
+    is longer. If there is no such document, the one with the smallest hash."""
+    limit, blank = int(share * 2**64), text_hash(b"")
+    chosen: set[int] = set()
+    n_missing, last_resort = n_bytes, None
+    for chunk in chunks:
+        documents, hashes, lengths = chunk.documents, document_hashes(chunk.documents), np.diff(chunk.documents.offsets)
+        mask = np.zeros(len(documents), bool)
+        for i in np.flatnonzero((hashes < limit) & (hashes != blank) & (lengths <= n_bytes)).tolist():
+            if n_missing > 0 and int(hashes[i]) not in chosen:
+                mask[i] = True
+                chosen.add(int(hashes[i]))
+                n_missing -= int(lengths[i])
+        if mask.any():
+            yield replace(chunk, documents=documents.select(mask), skipped=())
+        if n_missing <= 0:
+            return
+        if not chosen:
+            ranks = [(length > 5 * n_bytes, number, i) for i, (length, number) in enumerate(zip(
+                lengths.tolist(), hashes.tolist())) if number != blank]  # five tenths of a text are too much if it can be
+            if ranks and (last_resort is None or min(ranks)[:2] < last_resort[0]):
+                *rank, i = min(ranks)
+                last_resort = tuple(rank), documents.slice(i, i + 1)
+    if not chosen and last_resort:
+        yield Chunk(last_resort[1], None)
+
+
+def take_bytes(chunks: Iterator[Chunk], n_bytes: int) -> Iterator[Chunk]:
+    """The first documents, up to and including the one that brings them to `n_bytes`."""
+    for chunk in chunks:
+        stop = int(np.searchsorted(chunk.documents.offsets, min(n_bytes, chunk.documents.offsets[-1])))
+        yield replace(chunk, documents=chunk.documents.slice(0, stop))
+        n_bytes -= int(chunk.documents.offsets[stop])
+        if n_bytes <= 0:
+            return
+
+
+def report_skipped(chunk: Chunk, manifest: Manifest):
+    """Logs and counts the parts before a chunk that could not be read."""
+    for message in chunk.skipped:
+        log_line(f"skipped: {message}")
+    manifest.n_skipped += len(chunk.skipped)
+
+
+# -- the training split -----------------------------------------------------------------------------------------------
+
+def write_training(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, chunks: Iterator[Chunk]):
+    """Writes documents to training shards until the threshold or the end of the text. On an error, finished shards stay."""
+    writer = TrainingWriter(config, manifest, tokenizer)
     try:
         with closing(Progress(config, manifest)) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
-            while not stream.is_full and (batch := next(encoded, None)):
-                stream.write(*batch, progress)
-        stream.close()
+            while not writer.is_full and (batch := next(encoded, None)):
+                writer.write(*batch, progress)
+        writer.close()
     except BaseException:
-        stream.discard()
+        writer.shards.discard()
         raise
 
 
-class StreamWriter:
-    """Cuts a stream of encoded documents into the validation and the training split, and these into shards. Documents of the
-    validation split are left out of the training split."""
+class TrainingWriter:
+    """Cuts a stream of encoded documents into shards, and leaves out those of the validation split."""
 
     def __init__(self, config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer):
         self.config, self.manifest = config, manifest
-        self.writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest)
-                        for split in SPLITS}
-        self.n_tokens = {split: manifest.total(split, "tokens") for split in SPLITS}
+        self.shards = ShardWriter(config.data_path, "train", config.shard_size_threshold, manifest)
+        self.n_tokens = sum(manifest.total(split, "tokens") for split in SPLITS)
+        self.n_trained = manifest.total("train", "tokens")
         self.val_documents = DocumentSet()
         for shard in manifest.shards["val"]:
             self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
+        if self.val_documents.digest() != manifest.val_digest:
+            raise BadInput(f"--data_path={config.data_path}: its validation shards are not those that it was started with: "
+                           f"restore them, or choose another --data_path")
 
     @property
     def is_full(self) -> bool:
-        return sum(self.n_tokens.values()) > self.config.tokens_threshold
-
-    @property
-    def val_is_full(self) -> bool:
-        return self.n_tokens["val"] >= self.config.val_tokens
-
-    def leaves_out(self, chunk: Chunk) -> bool:
-        """Whether it is held-out text beyond --val_tokens, which nobody uses."""
-        return chunk.split == "val" and self.val_is_full
-
-    def choose_split(self, chunk: Chunk) -> tuple[str, int]:
-        """The split of the next document, which is of `chunk`, and how many tokens it still takes."""
-        if not self.val_is_full and chunk.split != "train":
-            return "val", self.config.val_tokens - self.n_tokens["val"]
-        return "train", self.config.tokens_threshold + 1 - sum(self.n_tokens.values())
+        return self.n_tokens > self.config.tokens_threshold
 
     def write(self, chunk: Chunk, ids: np.ndarray, starts: np.ndarray, progress: "Progress"):
         """Writes the documents of a chunk, or those before the threshold; see `encode_ahead`."""
-        if self.leaves_out(chunk):  # it was not yet when it was read
-            return
-        if chunk.split == "train":
-            self.writers["val"].close()  # before the position moves on
-        for message in chunk.skipped:
-            log_line(f"skipped: {message}")
-        self.manifest.n_skipped += len(chunk.skipped)
+        report_skipped(chunk, self.manifest)
         if not len(chunk.documents):
             self.advance(chunk, 0)  # else resuming would count the skipped parts again
-        at, duplicates = 0, None
-        while at < len(chunk.documents) and not self.is_full and not self.leaves_out(chunk):
-            split, n_missing = self.choose_split(chunk)
-            writer, stop = self.writers[split], len(chunk.documents)
-            if split == "train":
-                if duplicates is None:  # not before the last of the validation documents is known
-                    duplicates = np.flatnonzero(self.val_documents.contains(chunk.documents))
-                stop = int(np.append(duplicates, stop)[np.searchsorted(duplicates, at)])
-                if stop == at:
-                    self.manifest.n_duplicates += 1
-                    at += 1
-                    self.advance(chunk, at)
-                    continue
-            stop = min(stop, documents_to_reach(starts, at, min(n_missing, writer.room)))
-            documents = chunk.documents.slice(at, stop)
-            n_tokens, n_bytes = int(starts[stop] - starts[at]), len(documents.utf8)
-            progress.add(chunk, writer.name, stop - at, n_tokens, n_bytes)
-            writer.add(ids[starts[at]:starts[stop]], stop - at, n_bytes)
-            if split == "val":
-                self.val_documents.add(documents)
-            self.n_tokens[split] += n_tokens
+        val_numbers = self.val_documents.find(chunk.documents)
+        stops, at = np.append(np.flatnonzero(val_numbers >= 0), len(chunk.documents)), 0
+        while at < len(chunk.documents) and not self.is_full:
+            stop = int(stops[np.searchsorted(stops, at)])
+            if stop == at:
+                self.leave_out(int(val_numbers[at]))
+                at += 1
+                self.advance(chunk, at)
+                continue
+            n_missing = self.config.tokens_threshold + 1 - self.n_tokens
+            stop = min(stop, documents_to_reach(starts, at, min(n_missing, self.shards.room)))
+            n_tokens, n_bytes = int(starts[stop] - starts[at]), int(np.diff(chunk.documents.offsets[[at, stop]])[0])
+            progress.add(chunk, self.shards.name, stop - at, n_tokens, n_bytes)
+            self.shards.add(ids[starts[at]:starts[stop]], stop - at, n_bytes)
+            self.n_tokens += n_tokens
+            self.n_trained += n_tokens
             self.advance(chunk, stop)
             at = stop
-            if writer.room <= 0 or (split == "val" and self.val_is_full):
-                writer.close()
+            if self.shards.room <= 0:
+                self.shards.close()
+
+    def leave_out(self, val_number: int):
+        """Counts a document of the validation split: its own place in the text, or a further copy. The validation documents
+        stand in the text in the order of their numbers."""
+        if val_number == self.manifest.n_val_passed:
+            self.manifest.n_val_passed += 1
+        else:
+            self.manifest.n_duplicates += 1
 
     def advance(self, chunk: Chunk, n: int):
         """Moves the position in the text to behind the first n documents of `chunk`."""
@@ -346,25 +563,14 @@ class StreamWriter:
         self.manifest.last_document = checksum_of(chunk.documents, n - 1) if n else ""
 
     def close(self):
-        """Closes the open shards. Raises BadInput if nothing is left for the training split, or nothing was held out."""
-        if self.n_tokens["val"] == 0:
-            raise BadInput("--dataset: the files that are named as held out contain no text: remove or rename them")
-        if self.n_tokens["train"] == 0:
-            if self.is_full:
-                raise BadInput(f"--tokens_threshold={self.config.tokens_threshold}: the documents that fill "
-                               f"--val_tokens={self.config.val_tokens} already hold {self.n_tokens['val']:,} tokens: give a "
-                               f"larger number")
+        """Closes the open shard. Raises BadInput if there is nothing to train on."""
+        if self.n_trained == 0:
             if self.manifest.n_duplicates:
                 raise BadInput(f"--dataset: the {self.manifest.n_duplicates:,} documents that would be trained on are all "
                                f"in the validation split too: give more text")
-            raise BadInput(f"--val_tokens={self.config.val_tokens}: takes all {self.n_tokens['val']:,} tokens of the text: "
-                           f"give more text or a smaller number (a document is never divided between the splits)")
-        for writer in self.writers.values():
-            writer.close()
-
-    def discard(self):
-        for writer in self.writers.values():
-            writer.discard()
+            raise BadInput("--dataset: holds a single document, which becomes the validation split, as a document is never "
+                           "divided between the splits: give more text")
+        self.shards.close()
 
 
 def decode_documents(tokenizer: Tokenizer, ids: np.ndarray) -> PackedDocuments:
@@ -390,6 +596,7 @@ class Progress:
         total = lambda quantity: sum(manifest.total(split, quantity) for split in SPLITS)
         self.threshold, self.documents = config.tokens_threshold, total("documents")
         self.new_bytes = self.new_tokens = 0
+        self.n_val = manifest.total("val", "tokens")
         # until more is known, a hub dataset is assumed to be larger than the threshold
         is_hub = "dataset_config" in manifest.source and "mix" not in manifest.source
         self.bar = progress_bar(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
@@ -404,13 +611,106 @@ class Progress:
         self.new_bytes += n_bytes
         self.new_tokens += tokens
         if chunk.fraction:  # the part of the text before this chunk; the threshold may come first
-            self.bar.total = min(self.threshold, int(self.bar.n / chunk.fraction))
+            self.bar.total = min(self.threshold, self.n_val + int((self.bar.n - self.n_val) / chunk.fraction))
         bytes_per_token = self.new_bytes / self.new_tokens
         bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
         self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)
         self.bar.set_postfix_str(f"{self.documents:,} docs, {bytes_per_second / 1e6:.1f} MB/s, "
                                  f"{bytes_per_token:.2f} bytes/tok", refresh=False)
         self.bar.update(tokens)
+
+
+# -- the forecast -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a preparation will come to, by a sample of its text. seconds: without the tokenizer's training."""
+    n_bytes: float
+    tokens: float
+    documents: float
+    seconds: float
+    disk_bytes: float
+    free_bytes: int
+
+    def line(self) -> str:
+        return (f"about {format_count(self.tokens)} tokens of {format_count(self.n_bytes)}B of text, in "
+                f"{self.documents:,.0f} documents: {format_seconds(self.seconds)}; {self.disk()}")
+
+    def disk(self) -> str:
+        warning = ": TOO LITTLE" if self.disk_bytes > self.free_bytes else ""
+        return f"{format_count(self.disk_bytes)}B on disk, {format_count(self.free_bytes)}B free{warning}"
+
+
+def make_forecast(config: PrepareConfig, source: Source, sample: Sample, tokenizer: Tokenizer) -> Forecast:
+    """By encoding the sample. Reading, one core after the other encoding, and writing overlap: the slowest sets the pace."""
+    documents = PackedDocuments.concat(sample.documents)
+    start = time.perf_counter()
+    n_tokens = len(tokenizer.encode_documents(documents, add_separators=True)[0])
+    encode_seconds = (time.perf_counter() - start) / available_cores()
+    n_bytes = len(documents.utf8)
+    text_bytes = sample.text_bytes(source)
+    share = min(1, config.tokens_threshold / (text_bytes / n_bytes * n_tokens))
+    scale = share * text_bytes / n_bytes  # of the sample
+    seconds = share * text_bytes * max(encode_seconds / n_bytes, sample.seconds / sample.n_bytes)
+    folder = next(folder for folder in (config.data_path, *config.data_path.absolute().parents) if folder.exists())
+    return Forecast(share * text_bytes, scale * n_tokens, scale * len(documents), seconds,
+                    scale * n_tokens * tokenizer.dtype.itemsize, shutil.disk_usage(folder).free)
+
+
+def format_count(n: float) -> str:
+    """2_551_204 -> "2.6 M", for sizes too: f"{format_count(n)}B"."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:,.{0 if n >= 100 * unit else 1}f} {name}"
+    return f"{n:.0f} "
+
+
+def format_seconds(seconds: float) -> str:
+    """About how long: "5 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def dry_run(config: PrepareConfig, source_config: SourceConfig):
+    """Prints what `prepare` would do, by a sample of the text. Writes nothing."""
+    if manifest := find_manifest(config, source_config):
+        n_shards = sum(map(len, manifest.shards.values()))
+        print(f"{config.data_path}: " + ("complete already, there is nothing to do" if manifest.complete else
+                                         f"unfinished, would be resumed after {n_shards} shards"))
+        return
+    source = open_text(source_config, part=(config.node, config.num_nodes))
+    for note in source.notes:
+        log_line(note)
+    given, config, sample = config, fill_defaults(config, source_config, source), Sample()
+    for _ in sample.watch(source.training_chunks()):
+        if sample.n_bytes >= SAMPLE_BYTES:
+            break
+    start = time.perf_counter()
+    in_sample = Source({}, lambda state: iter([Chunk(documents, None) for documents in sample.documents]))
+    has_tokenizer = config.tokenizer_path or (config.data_path / "tokenizer.json").exists()
+    tokenizer = choose_tokenizer(given, config, source_config, source) if has_tokenizer else train_tokenizer(
+        in_sample, config, can_be_smaller=True)
+    training_seconds = time.perf_counter() - start
+    tokenizer.encode_documents(sample.documents[0])  # compiles what is compiled on first use
+    forecast = make_forecast(config, source, sample, tokenizer)
+    text_bytes = sample.text_bytes(source)
+    rows = {"source": f"{source_config.dataset}: about {format_count(text_bytes)}B of text"}
+    if not has_tokenizer:
+        read = min(config.tokenizer_bytes, text_bytes)
+        rows["tokenizer"] = (f"{config.vocab_size:,} tokens, to be trained on the first {format_count(read)}B: up to "
+                             f"{format_seconds(training_seconds * max(1, read / sample.n_bytes))}")
+    rows |= {"splits": f"{format_count(config.val_bytes)}B for validation, then training up to {config.tokens_threshold:,} "
+                       f"tokens in all",
+             "expected": f"about {forecast.documents:,.0f} documents, {format_count(forecast.n_bytes)}B of text, "
+                         f"{format_count(forecast.tokens)} tokens",
+             "time": f"about {format_seconds(forecast.seconds)} at {forecast.n_bytes / forecast.seconds / 1e6:.1f} MB/s",
+             "disk": f"{forecast.disk()}, in {config.data_path}"}
+    chosen = [name for name in ("vocab_size", "val_bytes", "tokens_threshold") if getattr(given, name) is None
+              and getattr(config, name) is not None]
+    rows["defaults"] = " ".join(f"--{name}={getattr(config, name)}" for name in chosen) or "none"
+    for name, text in rows.items():
+        print(f"{name:10} {text}")
 
 
 # -- what a folder holds ----------------------------------------------------------------------------------------------
@@ -430,7 +730,8 @@ def describe_data(data: DataFolder) -> Iterator[str]:
     if data.manifest.n_skipped:
         yield f"skipped, as unreadable: {data.manifest.n_skipped}"
     if data.manifest.n_duplicates:
-        yield f"left out of the training split: {data.manifest.n_duplicates:,} documents that are in the validation split"
+        yield (f"left out of the training split: {data.manifest.n_duplicates:,} further copies of documents that are in the "
+               f"validation split")
 
 
 def count_lengths_and_ids(data: DataFolder) -> tuple[np.ndarray, np.ndarray]:
@@ -483,12 +784,18 @@ def write_stats(data: DataFolder):
 @command
 def main(argv=None):
     """Turns a hub dataset, local files or the built-in text into token shards."""
+    if any(re.match("--val_tokens(=|$)", argument) for argument in (sys.argv[1:] if argv is None else argv)):
+        raise BadInput("--val_tokens: the validation split is now cut by bytes of text, the same for every vocabulary: give "
+                       "--val_bytes (a token is about four bytes)")
     config, source_config = parse_flags(main.__doc__, argv, PrepareConfig, SourceConfig)
     if config.verify:
         verify(config.data_path)
     if config.stats:
         write_stats(open_data(config.data_path, unfinished=True))
     if config.verify or config.stats:
+        return
+    if config.dry_run:
+        dry_run(config, source_config)
         return
     start_time = time.perf_counter()
     resume_command = shlex.join(["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])

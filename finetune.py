@@ -141,12 +141,14 @@ class HeldOut:
     report: ReadReport
 
 
-def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int) -> dict:
+def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int, show_progress: bool) -> dict:
     """val_loss and val_bpb of the right answers; exact_match, the accuracy of the model's own, which go into answers.jsonl,
     overall and for each kind of question; skipped_rows, where rows of the dataset could not be read."""
-    row = mean_losses(state.model, setup.tokenizer, setup.machine, held_out.batches.sequential())
+    batches = held_out.batches
+    row = mean_losses(state.model, setup.tokenizer, setup.machine, batches.sequential(),
+                      math.ceil(batches.n_blocks / batches.batch_size) if show_progress else None)
     with setup.machine.autocast():
-        answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens)
+        answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens, show_progress)
     write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
     if answers:
         row["exact_match"] = accuracy(answers)
@@ -273,7 +275,7 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
     state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * batches.block_size,
                                  FINETUNING.settings(*configs) | vars(model.config))
-    evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens))
+    evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens, loop.verbose))
     return Run(configs, state, setup, answer_loss, evaluate, partial(dry_run, state, machine, run.batch_size),
                partial(describe, state, setup, val, configs), partial(estimate_validation, state, setup, val, run),
                batches.n_blocks * batches.block_size)

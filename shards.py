@@ -7,6 +7,7 @@ and checksum).
     python download_data.py --data_path=data                writes a folder of shards; train.py reads it
     python download_data.py --data_path=data --verify       checks it against its manifest
 """
+import difflib
 import hashlib
 import json
 import os
@@ -24,9 +25,11 @@ from runtime.config import BadInput
 from runtime.files import atomic_write, fsync_folder, require_regular_file
 from tokenizer import Tokenizer
 
-FORMAT = "gpt-workbench shards 3"
-EARLIER_FORMAT = "gpt-workbench shards 2"  # the same without `checksum`, which proves the place, and `last_document`
-SPLITS = ("val", "train")  # in the order of the stream: its first documents are for validation
+FORMAT = "gpt-workbench shards 4"
+# The same without `val_digest`: their validation split is the start of the stream, up to a number of tokens; and 2 without
+# `checksum`, which proves the place, and `last_document`.
+EARLIER_FORMATS = "gpt-workbench shards 3", "gpt-workbench shards 2"
+SPLITS = ("val", "train")  # in the order in which they are written
 PREPARE_AGAIN = "delete the folder and prepare it again (its manifest.json names the text)"
 CHECKED_TOKENS = 1 << 20   # tokens of each shard that are checked when training starts; --verify checks all
 
@@ -53,9 +56,11 @@ class Manifest:
     dtype: str         # "uint16" or "uint32"
     complete: bool = False
     n_skipped: int = 0  # parts of the text that could not be read
-    n_duplicates: int = 0  # documents that were left out of the training split, as they are in the validation split
+    n_duplicates: int = 0  # further copies of validation documents, which were left out of the training split
+    n_val_passed: int = 0  # validation documents whose own place in the text is before `position`
     position: dict = field(default_factory=dict)  # where the text after the shards starts; empty at both ends of the text
     last_document: str = ""  # checksum of the document before `position`; "" if there is none
+    val_digest: str = ""  # of the texts of the validation split, whatever the tokenizer; "" until it is written
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     format: str = FORMAT
     checksum: str = ""  # of what a preparation resumes from; "" in folders of earlier versions
@@ -73,6 +78,8 @@ class Manifest:
         """Of what belongs together: the shards, and where the text after them starts."""
         facts = [self.position, self.last_document, self.n_skipped, self.n_duplicates,
                  [asdict(shard) for split in SPLITS for shard in self.shards[split]]]
+        if self.val_digest:  # not in earlier formats
+            facts += [self.val_digest, self.n_val_passed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def save(self, data_path: Path):
@@ -88,9 +95,9 @@ class Manifest:
             require_regular_file(path, str(path))
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format"] not in (FORMAT, EARLIER_FORMAT):
+            if values["format"] not in (FORMAT, *EARLIER_FORMATS):
                 raise ValueError(f"its format is {values['format']!r}, expected {FORMAT!r}")
-            if values["format"] == FORMAT and not values["checksum"]:
+            if values["format"] != EARLIER_FORMATS[-1] and not values["checksum"]:
                 raise ValueError("its checksum is empty")
             values["format"] = FORMAT
             for name, json_name in JSON_NAMES.items():
@@ -104,8 +111,8 @@ class Manifest:
             if shards := sorted(data_path.glob("*.npy")):
                 raise BadInput(f"--data_path={data_path}: holds {shards[0].name} but no manifest.json: restore that, or "
                                f"choose another folder") from None
-            raise BadInput(f"--data_path={data_path}: no shards to read (manifest.json: {error.strerror}): "
-                           f"run `python download_data.py --data_path={data_path}`") from None
+            found = f"manifest.json: {error.strerror}" if data_path.exists() else "no such folder"
+            raise BadInput(f"--data_path={data_path}: no shards to read ({found}): {suggest_folder(data_path)}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}: not a manifest of this program ({type(error).__name__}: "
                            f"{str(error)[:300]}): prepare the data again into another --data_path") from None
@@ -133,11 +140,25 @@ class Manifest:
             raise ValueError(f"settings {self.settings}")
         if self.complete and not all(self.shards.values()):
             raise ValueError("it is complete without shards")
-        if min(self.n_skipped, self.n_duplicates) < 0:
-            raise ValueError(f"left_out is {self.n_skipped}, n_duplicates {self.n_duplicates}")
+        if min(self.n_skipped, self.n_duplicates, self.n_val_passed) < 0:
+            raise ValueError(f"left_out is {self.n_skipped}, n_duplicates {self.n_duplicates}, n_val_passed "
+                             f"{self.n_val_passed}")
+        if not re.fullmatch("([0-9a-f]{16})?", self.val_digest):
+            raise ValueError(f"val_digest {self.val_digest!r}")
 
     def matches_checksum(self) -> bool:
         return self.checksum in ("", self.compute_checksum())
+
+
+def suggest_folder(data_path: Path) -> str:
+    """What to give instead of a folder that holds no shards: a prepared one in it, or beside it with a similar name; or
+    else how to prepare it."""
+    inside, beside = ([str(path.parent) for path in sorted(folder.glob("*/manifest.json"))
+                       if path.with_name("tokenizer.json").exists()] for folder in (data_path, data_path.parent))
+    if close := inside or difflib.get_close_matches(str(data_path), beside, n=1):
+        return f"did you mean {' or '.join(close[:3])}?"
+    others = f", or give a folder that is prepared: {', '.join(beside[:3])}" if beside else ""
+    return f"run `python download_data.py --data_path={data_path}`{others}"
 
 
 JSON_NAMES = {"n_skipped": "left_out", "position": "place"}  # attribute of Manifest -> its key in manifest.json
@@ -360,9 +381,12 @@ def merge_manifests(data_path: Path, folders: list[Path], manifests: list[Manife
                        f"put each of 0 to {n - 1} there once")
     shards = {split: [replace(shard, file=f"{folder.name}/{shard.file}") for folder, manifest in zip(folders, manifests)
                       for shard in manifest.shards[split]] for split in SPLITS}
+    total = lambda name: sum(getattr(manifest, name) for manifest in manifests)
+    digests = [manifest.val_digest for manifest in manifests]
     return replace(first, shards=shards, complete=all(manifest.complete for manifest in manifests),
-                   n_skipped=sum(manifest.n_skipped for manifest in manifests),
-                   n_duplicates=sum(manifest.n_duplicates for manifest in manifests), checksum="")
+                   val_digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if all(digests) else "",
+                   n_skipped=total("n_skipped"), n_duplicates=total("n_duplicates"), n_val_passed=total("n_val_passed"),
+                   checksum="")
 
 
 def require_block(data: DataFolder, split: str, block_size: int) -> ShardedTokens:
@@ -370,7 +394,7 @@ def require_block(data: DataFolder, split: str, block_size: int) -> ShardedToken
     tokens = data.split(split)
     if len(tokens) <= block_size:
         raise BadInput(f"--block_size={block_size}: the {split} split in {data.path} has only {len(tokens):,} tokens: "
-                       f"prepare more text{' (--val_tokens)' if split == 'val' else ''} or use a smaller block")
+                       f"prepare more text{' (--val_bytes)' if split == 'val' else ''} or use a smaller block")
     return tokens
 
 

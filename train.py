@@ -7,6 +7,7 @@ Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/
 Owns the presets, the flags of pretraining and its validation; the loop is trainer.py's.
 """
 import dataclasses
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataloader import shard_loader, val_batches
+from dataloader import shard_loader, val_batches, val_tokens
 from evaluate import mean_losses
 from experiments.plots import draw_curves
 from model import GPT, GPTConfig
@@ -50,7 +51,7 @@ PRESETS = {
     # README's quick start: a few minutes on two CPU cores
     "quickstart": {"checkpoint_path": Path("checkpoints/quickstart.pt"), "overwrite": True, "n_layer": 4, "n_head": 4,
                    "head_size": 32, "block_size": 128, "batch_size": 16, "num_batch_accum": 1, "max_iter": 500,
-                   "val_intervals": 100, "val_iter": 50},
+                   "val_intervals": 100},
     # nanoGPT's model and recipe: https://github.com/karpathy/nanoGPT, train.py and config/train_gpt2.py
     "gpt2": {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "mlp": "gelu", "norm": "layer",
              "positions": "learned", "qk_norm": False, "value_residual": False, "x0_residual": False,
@@ -63,7 +64,7 @@ PRESETS = {
     "6gb": {"batch_size": 8, "num_batch_accum": 8},
     "p100": {"batch_size": 16, "num_batch_accum": 4, "compile_model": False},
     "cpu": {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256, "batch_size": 16, "num_batch_accum": 1,
-            "max_iter": 2000, "val_intervals": 200, "val_iter": 50},
+            "max_iter": 2000, "val_intervals": 200},
 }
 
 
@@ -81,7 +82,11 @@ class RunConfig(RunFlags):
                               "so that a step sees the same tokens", at_least=1, at_most=1_000_000, auto=True,
                            on_resume="warn")
     val_batch: int = None  # blocks in a batch of validation: the batch_size that the run was started with
-    val_iter: int = flag(20, "batches in a validation, always the same ones", at_least=1, on_resume="warn", scope="shared")
+    val_bytes: int = flag(400_000, "bytes of text in a validation: the first documents of the validation split that hold as "
+                                   "many, the same ones for every vocabulary", at_least=1, on_resume="warn", scope="shared")
+    val_iter: int = flag(None, "batches in a validation, always the same ones, in place of --val_bytes", at_least=1,
+                         on_resume="warn", scope="shared")
+    val_digest: str = ""  # of the documents of the validation split, from the manifest
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in the training process", at_least=0,
                                        at_most=1000, on_resume="free")
     sample_tokens: int = flag(128, "tokens of text to generate from the trained model at the end", at_least=0,
@@ -104,17 +109,27 @@ PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that downl
                               "checkpoint_path")
 
 
-def validate(model: GPT, data: DataFolder, machine: Machine, n_batches: int, batch_size: int) -> dict:
-    """val_loss, nats/token, and val_bpb, bits per byte, on the fixed validation batches."""
-    batches = val_batches(data, n_batches, batch_size, model.config.block_size)
-    return mean_losses(model, data.tokenizer, machine, batches)
+def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig, show_progress: bool = False) -> dict:
+    """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of their text, on the fixed validation batches."""
+    block_size = model.config.block_size
+    batches = val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter)
+    n_batches = math.ceil(validation_tokens(data, run, block_size) / run.val_batch / block_size)
+    return mean_losses(model, data.tokenizer, machine, batches, n_batches if show_progress else None)
+
+
+def validation_tokens(data: DataFolder, run: RunConfig, block_size: int) -> int:
+    """Tokens in a validation, at most."""
+    return run.val_iter * run.val_batch * block_size if run.val_iter else val_tokens(data, run.val_bytes)
 
 
 def estimate_validation(model: GPT, data: DataFolder, machine: Machine, run: RunConfig) -> float:
     """Seconds of a validation, from its first batch."""
+    block_size = model.config.block_size
+    first = next(val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter))
     start = time.perf_counter()
-    validate(model, data, machine, 1, run.val_batch)
-    return run.val_iter * (time.perf_counter() - start)
+    mean_losses(model, data.tokenizer, machine, [first])
+    seconds = time.perf_counter() - start
+    return seconds * max(1.0, validation_tokens(data, run, block_size) / first[0].numel())
 
 
 def shorter_run(configs: TrainConfigs, machine: Machine, flops: float) -> str:
@@ -137,6 +152,8 @@ def resolve_flags(start: dict, given: dict) -> dict:
     """
     values = override_horizon(start, given)
     is_auto = values["batch_size"] == "auto"
+    if "val_bytes" in given and "val_iter" not in given:
+        values["val_iter"] = None
     values["val_batch"] = start["val_batch"] or (start if is_auto else values)["batch_size"]
     if is_auto:
         values["num_batch_accum"] *= start["batch_size"]
@@ -149,8 +166,10 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
     run, device = configs.run, configs.device
     output = open_output(PRETRAINING, run.checkpoint_path, resumed, run.overwrite, device, checkpoint)
     machine, data = output.machine, open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
-    for split in ("train", "val"):
-        require_block(data, split, configs.model.block_size)
+    require_block(data, "train", configs.model.block_size)
+    require_block(data, "val", configs.model.block_size if run.val_iter else 1)
+    run = dataclasses.replace(run, val_digest=data.manifest.val_digest)
+    configs = configs._replace(run=run)
     seed_everything(run.seed)
     if checkpoint:
         with explain_damage(resumed):
@@ -170,7 +189,7 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
                           pin_memory=machine.device.type == "cuda")
     state, setup = restore_state(output, model, data.tokenizer, configs.optimizer, loader,
                                  run.batch_size * loop.num_batch_accum * block_size, PRETRAINING.settings(*configs))
-    evaluate = Evaluation(lambda state: validate(state.model, data, machine, run.val_iter, run.val_batch))
+    evaluate = Evaluation(lambda state: validate(state.model, data, machine, run, loop.verbose))
     return Run(configs, state, setup, next_token_loss, evaluate, partial(dry_run, model, machine, run.batch_size),
                partial(describe, state, setup, data, configs), partial(estimate_validation, model, data, machine, run),
                data.manifest.total("train", "tokens"), partial(shorter_run, configs, machine))

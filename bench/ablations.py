@@ -1,6 +1,6 @@
 """What does each ingredient of the default recipe contribute? Removes or replaces one at a time, with the same seeds.
 
-    python download_data.py --dataset=builtin --data_path=data/builtin --vocab_size=4096 --val_tokens=100_000
+    python download_data.py --dataset=builtin --data_path=data/builtin --vocab_size=4096
     python bench/ablations.py --data_path=data/builtin --out runs/ablations
 
 Writes studies/ablations.md and studies/ablations.png: validation loss (mean over seeds, lower is better), its difference

@@ -68,13 +68,13 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 # seconds: of each speed measurement.
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
-        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_tokens=500_000"]}
+        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_bytes=2_000_000"]}
 TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, "vocab_sizes": (600, 500),
         "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 3), "prompt": 8, "new": 20,
-        "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_tokens=3000", "--tokens_threshold=30_000",
+        "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_bytes=8000", "--tokens_threshold=30_000",
                                                "--tokenizer_bytes=300_000"]}
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
-SMALL_TEXT = ["--vocab_size=4096", "--val_tokens=100_000"]  # for a few MB of text
+SMALL_TEXT = ["--vocab_size=4096", "--val_bytes=400_000"]  # for a few MB of text
 TRACE = 6000     # last characters of a traceback that a row keeps
 LIMIT = 6 * GIB  # memory of the GPU that --preset=6gb is for
 

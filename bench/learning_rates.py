@@ -1,7 +1,7 @@
 """Does the default learning rate suit models of other depth, width and batch size? Trains each shape at it and at a grid of
 rates.
 
-    python download_data.py --dataset=builtin --data_path=data/builtin --vocab_size=4096 --val_tokens=100_000
+    python download_data.py --dataset=builtin --data_path=data/builtin --vocab_size=4096
     python bench/learning_rates.py --data_path=data/builtin --out runs/learning_rates
 
 Writes studies/learning_rates.md: per shape the validation loss at each rate (lower is better), each with a full cooldown.

@@ -271,7 +271,7 @@ def main():
     parser.add_argument("--rates", type=float, nargs="+", default=[0.015, 0.03, 0.06], help="the default's learning rates")
     parser.add_argument("--gpt2_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="nanoGPT's learning rates")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each timing")
-    parser.add_argument("--val_tokens", type=int, default=250_000, help="tokens of the validation split")
+    parser.add_argument("--val_bytes", type=int, default=1_000_000, help="bytes of the validation split")
     for name in ("data", "arm"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of one timing, printed as JSON
     args = parser.parse_args()
@@ -281,7 +281,7 @@ def main():
         return
     if not (args.out / "data" / "manifest.json").exists():
         download_data.main([f"--dataset={args.text}", f"--data_path={data}", f"--vocab_size={VOCAB_SIZE}",
-                            f"--val_tokens={args.val_tokens}"])
+                            f"--val_bytes={args.val_bytes}"])
     own_dtype = choose_dtype(torch.device("cpu"))
     losses, timings = train_all(args, data, own_dtype), {arm: [] for arm in TIMING_ARMS}
 

@@ -8,7 +8,15 @@ from runtime.cli import log_line
 from runtime.config import BadInput
 from text.folders import find_data_files, local_path
 from text.formats import read_records
-from text.hub import configure_libraries, dataset_flags, hub_error, hub_unreachable, is_network_error
+from text.hub import (
+    LISTING_SECONDS,
+    call_with_timeout,
+    configure_libraries,
+    dataset_flags,
+    hub_error,
+    hub_unreachable,
+    is_network_error,
+)
 from text.sources import local_file, require_hub_id
 
 
@@ -46,12 +54,14 @@ def local_splits(dataset: str) -> set[str]:
 
 
 def read_hub(dataset: str, dataset_config: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    import datasets
     flags = dataset_flags(dataset, dataset_config)
     require_hub_id(dataset)
+    import datasets
     configure_libraries()
     try:
-        rows = datasets.load_dataset(dataset, dataset_config, split=split)
+        builder = call_with_timeout(lambda: datasets.load_dataset_builder(dataset, dataset_config), LISTING_SECONDS, flags)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
     except Exception as error:
         if is_network_error(error):
             raise hub_unreachable(flags, error, "a local file") from None

@@ -75,7 +75,7 @@ def data_path(tmp_path_factory, english) -> Path:
     for i, text in enumerate(english[:40]):
         (folder / f"{i:02}.txt").write_text(text, encoding="utf-8")
     download_data.main([f"--dataset={folder}", f"--data_path={folder / 'data'}", "--vocab_size=512",
-                        "--val_tokens=3000", "--shard_size_threshold=9000", "--tokens_threshold=40000"])
+                        "--val_bytes=8000", "--shard_size_threshold=9000", "--tokens_threshold=40000"])
     return folder / "data"
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from conftest import run_rows
 from dataloader import (
     IGNORE_INDEX,
     BlockBatches,
@@ -24,6 +25,8 @@ from dataloader import (
     shard_loader,
     val_batches,
 )
+from download_data import retokenize
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
 from shards import Manifest, ShardWriter, documents_to_reach, open_data
 from tasks.conversations import Conversation
@@ -63,7 +66,7 @@ def test_permute_index_is_a_permutation(n):
 def test_batches_are_contiguous(data):
     """Copying a view to a GPU would wait for a copy on the CPU first."""
     loader = shard_loader(data, 3, 16, seed=0)
-    assert all(part.is_contiguous() for part in (*loader.next_batch(), *next(val_batches(data, 1, 3, 16))))
+    assert all(part.is_contiguous() for part in (*loader.next_batch(), *next(val_batches(data, 3, 16, n_batches=1))))
 
 
 def test_permute_index_depends_only_on_seed_and_epoch():
@@ -174,11 +177,64 @@ def test_a_position_in_other_data_is_refused(data):
 
 def test_val_batches_are_sequential(data):
     tokens = data.split("val").read(0, len(data.split("val"))).astype(np.int64)
-    first, second = list(val_batches(data, 3, 4, BLOCK)), list(val_batches(data, 3, 4, BLOCK))
+    first, second = (list(val_batches(data, 4, BLOCK, n_batches=3)) for _ in range(2))
     assert equal(first, second)
     assert torch.cat([inputs for inputs, _ in first]).flatten().tolist() == tokens[:3 * 4 * BLOCK].tolist()
-    everything = list(val_batches(data, 10**6, 4, BLOCK))
+    everything = list(val_batches(data, 4, BLOCK, n_batches=10**6))
     assert sum(len(inputs) for inputs, _ in everything) == (len(tokens) - 1) // BLOCK
+
+
+@pytest.fixture(scope="module")
+def vocabularies(data, tmp_path_factory) -> list:
+    """The same documents in two vocabularies."""
+    return [data, retokenize(data, Tokenizer.from_ranks(BYTES.ranks, "gpt2"), tmp_path_factory.mktemp("bytes") / "data")]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 700, 3000, 10**9])
+@pytest.mark.parametrize("batch_size, block_size", [(1, 7), (4, 16), (64, 64), (2, 20_000)])
+def test_validation_by_bytes_covers_the_same_text_for_every_vocabulary(vocabularies, n_bytes, batch_size, block_size):
+    """Whole documents, the fewest from the start that hold as many bytes; each target once, and what follows masked."""
+    expected = None
+    for data in vocabularies:
+        tokens, text = data.split("val"), []
+        everything = tokens.read(0, len(tokens)).tolist()
+        documents = b"".join(b"\0" if token == data.tokenizer.separator_id else data.tokenizer.decode_bytes([token])
+                             for token in everything).split(b"\0")[1:]
+        n_documents = next((n for n in range(1, len(documents)) if sum(map(len, documents[:n])) >= n_bytes), len(documents))
+        expected = expected or documents[:n_documents]
+        assert documents[:n_documents] == expected
+        for inputs, targets in val_batches(data, batch_size, block_size, n_bytes):
+            assert inputs.shape == targets.shape and 0 < len(inputs) <= batch_size and inputs.shape[1] == block_size
+            is_target = targets != IGNORE_INDEX
+            both = is_target.flatten()[1:]
+            assert torch.equal(inputs.flatten()[1:][both], targets.flatten()[:-1][both])
+            text += targets[is_target].tolist()
+        assert text == everything[1:len(text) + 1]
+        covered = [token for token in text if token != data.tokenizer.separator_id]
+        assert data.tokenizer.decode_bytes(covered) == b"".join(expected)
+        assert len(text) - len(covered) == n_documents - 1
+        batches = [val_batches(data, batch_size, block_size, n_bytes) for _ in range(2)]
+        assert equal(*map(list, batches))
+
+
+def test_runs_validate_on_the_same_bytes_whatever_the_vocabulary(vocabularies, tmp_path):
+    """Rows say how many; a run that began before there was --val_bytes goes on with its --val_iter."""
+    paths = [tmp_path / str(number) / "gpt.pt" for number in (0, 1)]
+    for path, data in zip(paths, vocabularies):
+        train.main([*train_flags(data.path, tmp_path), f"--checkpoint_path={path}", "--val_bytes=3000", "--val_intervals=1"])
+    covered = [{row["val_bytes"] for row in run_rows(path)} for path in paths]
+    assert covered[0] == covered[1] and len(covered[0]) == 1 and 3000 <= min(covered[0]) < 9000
+    checkpoint = load_checkpoint(paths[0])
+    settings = checkpoint["training"]["settings"]
+    assert settings["val_digest"] == vocabularies[0].manifest.val_digest == vocabularies[1].manifest.val_digest != ""
+    del settings["val_bytes"], settings["val_digest"]
+    settings["val_iter"] = 2
+    save_checkpoint(paths[0], checkpoint)
+    resume = ["--resume_checkpoint", f"--checkpoint_path={paths[0]}", "--verbose=0", "--device=cpu"]
+    train.main([*resume, "--max_iter=2"])
+    assert run_rows(paths[0])[-1]["val_bytes"] < 300  # of two batches
+    train.main([*resume, "--max_iter=3", "--val_bytes=3000"])
+    assert {run_rows(paths[0])[-1]["val_bytes"]} == covered[0]
 
 
 def test_pickled_batches_reopen_the_shards(data):
@@ -287,7 +343,7 @@ DAMAGES = {
     "complete without shards": (edit_manifest(shards={"val": [], "train": []}), [NOT_A_MANIFEST, "complete without shards"]),
     "manifest nested deeply": (write("manifest.json", b"[" * 100_000), [NOT_A_MANIFEST]),
     "manifest of another program": (write("manifest.json", b'{"name": "something else"}'), [NOT_A_MANIFEST]),
-    "newer manifest": (edit_text("manifest.json", "shards 3", "shards 9"), ["shards 9", "shards 3"]),
+    "newer manifest": (edit_text("manifest.json", "shards 4", "shards 9"), ["shards 9", "shards 4"]),
     "no manifest": (delete("manifest.json"), ["--data_path", "no manifest.json"]),
     "unfinished": (edit_text("manifest.json", '"complete": true', '"complete": false'), ["--data_path", "did not finish"]),
     "id of another vocabulary": (edit_shard(set_id_of_another_vocabulary),
@@ -330,7 +386,7 @@ def test_an_id_beyond_the_vocabulary_deep_in_a_shard(data_copy, tmp_path, refuse
     (["--data_path=nowhere"], ["--data_path", "no shards", "download_data.py"]),
     (["--vocab_size=1000"], ["--vocab_size=1000", "512"]),
     (["--block_size=1000000"], ["--block_size=1000000", "train split"]),
-    (["--block_size=8000"], ["--block_size=8000", "val split", "--val_tokens"])], ids=str)
+    (["--block_size=8000", "--val_iter=1"], ["--block_size=8000", "val split", "--val_bytes"])], ids=str)
 def test_flags_that_do_not_match_the_data_are_refused(data_path, tmp_path, refused, flags, words):
     refused(train.main, [*train_flags(data_path, tmp_path), *flags], *words)
 

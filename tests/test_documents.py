@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from text.documents import DocumentSet, PackedDocuments
+from text.documents import DocumentSet, PackedDocuments, document_hashes
 
 TEXTS = ["one", "", "zwei ä", b"b\xffad", "\ud83d\ude42 \ud800"]
 STRINGS = ["one", "", "zwei ä", "b\ufffdad", "🙂 \ufffd"]  # invalid bytes and lone surrogates are replaced
@@ -51,12 +51,12 @@ SPACE = " \t\n" * 30
 def test_a_set_of_documents(text, is_in):
     """White space of ASCII at the ends does not count; the middle of a text does."""
     documents = DocumentSet()
-    assert not documents.contains(PackedDocuments.from_strings([text])).any()
+    assert documents.find(PackedDocuments.from_strings([text])).tolist() == [-1]
     documents.add(PackedDocuments.from_strings([" one ", "x" * 100 + "y" + "x" * 100, "\n"]))
     documents.add(PackedDocuments.from_strings(["ä\u00a0", "12345678"]))
     for others in ([], ["two", "three"]):
-        found = documents.contains(PackedDocuments.from_strings([*others, text, *others]))
-        assert found.tolist() == [False] * len(others) + [is_in] + [False] * len(others)
+        found = documents.find(PackedDocuments.from_strings([*others, text, *others]))
+        assert (found >= 0).tolist() == [False] * len(others) + [is_in] + [False] * len(others)
 
 
 def test_a_set_of_documents_is_that_of_their_stripped_bytes():
@@ -64,5 +64,18 @@ def test_a_set_of_documents_is_that_of_their_stripped_bytes():
     texts = [bytes(rng.choice(list(b"ab \n"), rng.integers(0, 12))) for _ in range(2000)]
     documents, known = DocumentSet(), {text.strip() for text in texts[:300]}
     documents.add(PackedDocuments.from_utf8(texts[:300]))
-    assert documents.contains(PackedDocuments.from_utf8(texts)).tolist() == [text.strip() in known for text in texts]
-    assert len(documents.contains(PackedDocuments.from_utf8([]))) == 0
+    found = documents.find(PackedDocuments.from_utf8(texts))
+    assert (found >= 0).tolist() == [text.strip() in known for text in texts]
+    assert len(documents) == len(known) and sorted({*found.tolist()}) == [*range(-1, len(known))]
+    assert len(documents.find(PackedDocuments.from_utf8([]))) == 0
+
+
+def test_hashes_are_the_same_on_every_machine():
+    """The validation split is chosen by them: another hash would choose another one."""
+    documents = PackedDocuments.from_strings(["one", " one\n", "zwei ä", ""])
+    assert [f"{number:016x}" for number in document_hashes(documents).tolist()] == [
+        "c915768baaddf234", "c915768baaddf234", "1e04baf77c89f090", "b4b2797457a0a6e4"]
+    one, two = DocumentSet(), DocumentSet()
+    one.add(documents.slice(0, 3))
+    two.add(documents.slice(1, 3))
+    assert one.digest() == two.digest() != DocumentSet().digest()

@@ -1,4 +1,5 @@
 """Preparing shards: splits and thresholds, resuming after any interruption, nodes, --verify, --stats, what is refused."""
+import argparse
 import contextlib
 import csv
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sources import assert_resumes_everywhere
 
 import download_data
 import shards
@@ -44,7 +46,7 @@ def text(tmp_path, texts):
 
 def prepare(tmp_path, text, *flags, folder="data"):
     path = tmp_path / folder
-    defaults = {"--vocab_size": 400, "--val_tokens": 3000, "--shard_size_threshold": 9000, "--tokens_threshold": 40000}
+    defaults = {"--vocab_size": 400, "--val_bytes": 8000, "--shard_size_threshold": 9000, "--tokens_threshold": 40000}
     given = {flag.split("=")[0] for flag in flags} | ({"--vocab_size"} if any("tokenizer" in f for f in flags) else set())
     download_data.main([text, f"--data_path={path}", *flags,
                         *(f"{name}={value}" for name, value in defaults.items() if name not in given)])
@@ -65,24 +67,73 @@ def contents(path) -> dict:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+def expected_validation(texts: list[str], n_bytes: int, share: float) -> list[str]:
+    """By its definition: the documents with the smallest hashes, in order."""
+    chosen = {}
+    for text in texts:
+        utf8 = text.encode()
+        number = int.from_bytes(hashlib.blake2b(utf8.strip(), digest_size=8).digest(), "little")
+        if number < share * 2**64 and len(utf8) <= n_bytes and sum(map(len, chosen.values())) < n_bytes:
+            chosen.setdefault(utf8.strip(), utf8)
+    return [utf8.decode() for utf8 in chosen.values()]
+
+
 def test_the_splits_are_the_stream_in_order(tmp_path, text, texts):
     path = prepare(tmp_path, text)
     val, train = documents_in(path, "val"), documents_in(path, "train")
-    assert val + train == texts[:len(val) + len(train)]
-    assert val and not set(val) & set(train)
+    rest = [document for document in texts if document not in val]
+    assert train == rest[:len(train)] and len(train) > 20
+    assert val == expected_validation(texts, 8000, 8000 / 160_000) and len(val) > 4
+
+
+@pytest.mark.parametrize("val_bytes, share", [(3000, 0.02), (20_000, 0.1), (10**6, 0.1), (700, 1 / 160)])
+def test_the_validation_split_is_the_same_whatever_the_vocabulary(tmp_path, text, texts, val_bytes, share):
+    """And whatever the size of shards and chunks; it is spread over the text, and a tenth of it at most."""
+    total = sum(map(len, (document.encode() for document in texts)))
+    share = min(0.1, val_bytes / (tmp_path / "text" / "a.jsonl").stat().st_size)
+    expected = expected_validation(texts, val_bytes, share)
+    folders = [prepare(tmp_path, text, f"--val_bytes={val_bytes}", "--tokens_threshold=1e9", *flags, folder=str(number))
+               for number, flags in enumerate((["--vocab_size=300"], ["--vocab_size=600", "--shard_size_threshold=500"]))]
+    manifests = [Manifest.load(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests):
+        val = documents_in(folder, "val")
+        assert val == expected or not expected and len(val) == 1
+        assert manifest.val_digest == manifests[0].val_digest and manifest.n_val_passed == len(val)
+        assert manifest.total("val", "bytes") == sum(len(document.encode()) for document in val) < 0.2 * total
+        assert documents_in(folder, "train") == [document for document in texts if document not in val]
+    positions = [texts.index(document) for document in documents_in(folders[0], "val")]
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("documents", [["one"], ["  ", "\n"], ["one", "one ", " one"]])
+def test_text_that_cannot_be_split_is_refused(tmp_path, documents, refused):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text + "\n"}) + "\n" for text in documents))
+    tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
+    tokenizer.save(tmp_path / "t.json")
+    refused(download_data.main, [f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}",
+                                 f"--tokenizer_path={tmp_path / 't.json'}"], "--dataset")
+    assert not (tmp_path / "data").exists()
+
+
+def test_few_documents_leave_most_for_training(tmp_path):
+    """The one that a hash chooses, though never one of more than half of the text."""
+    tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
+    tokenizer.save(tmp_path / "t.json")
+    for seed in range(8):
+        documents = [f"{seed} {letter * n}" for letter, n in (("a", 900), ("b", 100), ("c", 120))]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        download_data.main([f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / str(seed)}",
+                            f"--tokenizer_path={tmp_path / 't.json'}"])
+        assert documents_in(tmp_path / str(seed), "train")[0] == documents[0]
 
 
 def test_thresholds(tmp_path, text):
     path = prepare(tmp_path, text)
     manifest = Manifest.load(path)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
-
-    def longest_at_the_end(split):
-        return len(tokenizer.encode(documents_in(path, split)[-1])) + 1
-
-    assert manifest.total("val", "tokens") >= 3000 > manifest.total("val", "tokens") - longest_at_the_end("val")
+    last = documents_in(path, "train")[-1]
     total = manifest.total("val", "tokens") + manifest.total("train", "tokens")
-    assert total > 40000 >= total - longest_at_the_end("train")
+    assert total > 40000 >= total - len(tokenizer.encode(last)) - 1
     shards = manifest.shards["train"]
     assert len(shards) > 2 and all(shard.tokens >= 9000 for shard in shards[:-1])
 
@@ -180,7 +231,7 @@ def test_a_preparation_resumes_after_ctrl_c_at_any_line(tmp_path, text, texts, f
         yield
     monkeypatch.setattr(download_data, "folder_lock", make_folder)  # a lock ends with its process, but this process stays
     tokenizer = f"--tokenizer_path={prepare(tmp_path, text, folder='first') / 'tokenizer.json'}"
-    flags = [tokenizer, "--val_tokens=500", "--shard_size_threshold=1000"]
+    flags = [tokenizer, "--val_bytes=700", "--shard_size_threshold=1000"]
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4]))
     expected, interruptions = contents(prepare(tmp_path, text, *flags, folder="whole")), 0
     for event in range(1, 10**6):
@@ -204,7 +255,7 @@ def test_a_preparation_resumes_after_ctrl_c_at_any_line(tmp_path, text, texts, f
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name != "posix", reason="POSIX resource limits")
-@pytest.mark.parametrize("limit", [500, 2_000, 5_000, 19_000])
+@pytest.mark.parametrize("limit", [500, 2_000, 5_000, 18_100])
 def test_a_full_disk(tmp_path, text, limit):
     """Files may have at most `limit` bytes: the tokenizer, the validation shard or a training shard cannot be written."""
     expected = contents(prepare(tmp_path, text, folder="whole"))
@@ -215,7 +266,7 @@ def test_a_full_disk(tmp_path, text, limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
     done = subprocess.run([sys.executable, str(REPO / "download_data.py"), *flags], capture_output=True, text=True,
                           preexec_fn=limited, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
@@ -228,26 +279,21 @@ def test_a_full_disk(tmp_path, text, limit):
 
 def test_a_bad_row_found_after_resuming_keeps_finished_shards(tmp_path, text, monkeypatch, refused, capsys):
     """Interrupted after the validation shard, and then stopped by a line that is not JSON."""
+    (tmp_path / "text" / "val.jsonl").write_text('{"text": "a document of the validation split"}\n')
     with open(tmp_path / "text" / "a.jsonl", "a") as file:
         file.write("{bad")
     monkeypatch.setattr(formats, "CHUNK_BYTES", 10_000)  # so that the bad line is not read before anything is written
-    close = shards.ShardWriter.close
-
-    def stop(self):
-        close(self)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(shards.ShardWriter, "close", stop)
-        prepare(tmp_path, text, "--tokens_threshold=1e9", "--tokenizer_bytes=30000", "--vocab_size=400")
+    interrupt_after_shards(monkeypatch, tmp_path, text, 1, "--tokens_threshold=1e9", "--tokenizer_bytes=30000",
+                           "--vocab_size=400")
     before = contents(tmp_path / "data")
     error = capsys.readouterr().err
     assert "val_000000.npy" in before
     assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with: python download_data.py" in error
     refused(download_data.main, [
-        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=1e9",
+        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000", "--shard_size_threshold=1e9",
         "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "--shard_size_threshold")
     refused(download_data.main, [
-        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
+        text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000", "--shard_size_threshold=9000",
         "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "a.jsonl: line",
         "cannot be parsed as JSON", "--skip_errors=1", "resume after them")
     assert before.items() - contents(tmp_path / "data").items() <= {("manifest.json", before["manifest.json"])}
@@ -304,7 +350,7 @@ def prepare_with_kills(flags: list[str], path: Path, n_kills: int) -> list[int]:
                                      for origin in ("local", "streamed", "mix", "downloaded"))])
 def test_kills_do_not_change_the_folder(tmp_path, text, texts, hub, origin, n_kills):
     """With shards so small that most of the time goes into closing them."""
-    flags = [f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--tokenizer_bytes=30000", "--val_tokens=20000",
+    flags = [f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--tokenizer_bytes=30000", "--val_bytes=20000",
              "--shard_size_threshold=2000"]
     if origin == "local":
         flags.append(text)
@@ -359,7 +405,7 @@ def test_the_summary_of_non_ascii_text(tmp_path, capsys):
         tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "default")
         tokenizer.save(tmp_path / "tokenizer.json")
         download_data.main([f"--dataset={tmp_path / f'{name}.jsonl'}", f"--data_path={tmp_path / name}",
-                            f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={documents * 1_000_000}"])
+                            f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_bytes={documents * 1_000_000}"])
         assert "words that are a single token: 0.0%" in capsys.readouterr().out
 
 
@@ -367,7 +413,7 @@ def test_the_summary_of_non_ascii_text(tmp_path, capsys):
 def test_two_preparations_in_one_folder_are_refused(tmp_path, text, refused):
     """While the first is running, even before it has written anything."""
     expected = contents(prepare(tmp_path, text, folder="whole"))
-    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+    flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
     program = "import download_data, sys; download_data.write_shards = lambda *args: sys.stdin.read(); download_data.main()"
     process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=REPO, stdin=subprocess.PIPE)
@@ -389,31 +435,119 @@ def test_two_preparations_in_one_folder_are_refused(tmp_path, text, refused):
 
 # -- thresholds by hand -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("val_tokens, shard_size, tokens, val, train", [
-    # documents of 3, 4, 2, 9, 2, 2 tokens; expected: the lengths of those in each shard
-    (3, 7, 10**6, [[3]], [[4, 2, 9], [2, 2]]),
-    (4, 8, 10**6, [[3, 4]], [[2, 9], [2, 2]]),
-    (8, 4, 10**6, [[3, 4], [2]], [[9], [2, 2]]),
+@pytest.mark.parametrize("n_val, shard_size, tokens, val, train", [
+    # documents of 3, 4, 2, 9, 2, 2 tokens, the first in a file for validation; expected: the lengths of those in each shard
+    (1, 7, 10**6, [[3]], [[4, 2, 9], [2, 2]]),
+    (2, 8, 10**6, [[3, 4]], [[2, 9], [2, 2]]),
+    (3, 4, 10**6, [[3, 4], [2]], [[9], [2, 2]]),
     (1, 1, 10**6, [[3]], [[4], [2], [9], [2], [2]]),
-    (3, 100, 6, [[3]], [[4]]),
-    (3, 100, 7, [[3]], [[4, 2]]),  # stops with more tokens than the threshold, not with as many
-    (3, 4, 9, [[3]], [[4], [2, 9]]),
-    (3, 100, 21, [[3]], [[4, 2, 9, 2, 2]]),
-    (3, 100, 22, [[3]], [[4, 2, 9, 2, 2]])])  # the text ends first
+    (1, 100, 6, [[3]], [[4]]),
+    (1, 100, 7, [[3]], [[4, 2]]),  # stops with more tokens than the threshold, not with as many
+    (1, 4, 9, [[3]], [[4], [2, 9]]),
+    (1, 100, 21, [[3]], [[4, 2, 9, 2, 2]]),
+    (1, 100, 22, [[3]], [[4, 2, 9, 2, 2]])])  # the text ends first
 @pytest.mark.parametrize("chunk_bytes", [1, 20, 1 << 20])
-def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, tokens, val, train, chunk_bytes):
+def test_thresholds_by_hand(tmp_path, monkeypatch, n_val, shard_size, tokens, val, train, chunk_bytes):
     """One token per byte, and one for the separator. The size of chunks makes no difference."""
     monkeypatch.setattr(formats, "CHUNK_BYTES", chunk_bytes)
     tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)}, "gpt2")
     tokenizer.save(tmp_path / "tokenizer.json")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * (n - 1)}) + "\n"  # no document twice
-                                              for letter, n in zip("abcdef", (3, 4, 2, 9, 2, 2))))
-    download_data.main([f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}",
-                        f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--val_tokens={val_tokens}",
-                        f"--shard_size_threshold={shard_size}", f"--tokens_threshold={tokens}"])
+    lines = [json.dumps({"text": letter * (n - 1)}) + "\n" for letter, n in zip("abcdef", (3, 4, 2, 9, 2, 2))]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "val.jsonl").write_text("".join(lines[:n_val]))
+    (tmp_path / "text" / "train.jsonl").write_text("".join(lines[n_val:]))
+    download_data.main([f"--dataset={tmp_path / 'text'}", f"--data_path={tmp_path / 'data'}", "--val_bytes=100",
+                        f"--tokenizer_path={tmp_path / 'tokenizer.json'}", f"--shard_size_threshold={shard_size}",
+                        f"--tokens_threshold={tokens}"])
     for split, expected in (("val", val), ("train", train)):
         shards = [np.load(path) for path in sorted((tmp_path / "data").glob(f"{split}_*.npy"))]
         assert [np.diff([*np.flatnonzero(ids == tokenizer.separator_id), len(ids)]).tolist() for ids in shards] == expected
+
+
+# -- a data folder as a source ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("has_named_splits", [False, True])
+def test_a_data_folder_is_prepared_again_for_another_vocabulary(tmp_path, text, texts, monkeypatch, has_named_splits):
+    """Its documents to the byte, each in the split where it was, in order; also after an interruption."""
+    if has_named_splits:
+        held_out = [json.dumps({"text": f" a\r\n{n} ä "}) + "\n" for n in range(9)]
+        (tmp_path / "text" / "test.jsonl").write_text("".join(held_out))
+    first = prepare(tmp_path, text)
+    monkeypatch.setattr(download_data, "CHUNK_BYTES", 3000)
+    flags = [f"--dataset={first}", "--vocab_size=300", "--shard_size_threshold=9000"]
+    download_data.main([*flags, f"--data_path={tmp_path / 'whole'}"])
+    manifests = [Manifest.load(path) for path in (first, tmp_path / "whole")]
+    assert manifests[0].vocab_size != manifests[1].vocab_size and manifests[0].val_digest == manifests[1].val_digest
+    for split in ("val", "train"):
+        assert documents_in(tmp_path / "whole", split) == documents_in(first, split)
+        assert manifests[0].total(split, "bytes") == manifests[1].total(split, "bytes")
+    assert manifests[1].n_duplicates == 0
+    for n in (0, 1, 2, 3):
+        with interrupt_shard(monkeypatch, n):
+            download_data.main([*flags, f"--data_path={tmp_path / 'data2'}"])
+        download_data.main([*flags, f"--data_path={tmp_path / 'data2'}"])
+        assert contents(tmp_path / "data2") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "data2")
+    source = download_data.open_text(sources.SourceConfig(dataset=str(first)))
+    assert assert_resumes_everywhere(source) == documents_in(first, "val") + documents_in(first, "train")
+    assert len(list(source.chunks())) > 10
+
+
+def test_retokenize(tmp_path, text, data_path):
+    data, tokenizer = open_data(prepare(tmp_path, text)), Tokenizer.load(data_path / "tokenizer.json")
+    again = download_data.retokenize(data, tokenizer, tmp_path / "again")
+    assert again.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert documents_in(again.path, "train") == documents_in(data.path, "train")
+    before = contents(again.path)
+    download_data.retokenize(data, tokenizer, again.path)
+    assert contents(again.path) == before
+    with pytest.raises(BadInput, match="another tokenizer"):
+        download_data.retokenize(data, data.tokenizer, again.path)
+
+
+def test_data_folders_that_cannot_be_prepared_again(tmp_path, text, refused):
+    first, other = prepare(tmp_path, text), f"--data_path={tmp_path / 'other'}"
+    refused(download_data.main, [f"--dataset={first}", other, "--num_nodes=2"], "--num_nodes=2", "by one machine")
+    refused(download_data.main, [f"--dataset={first},builtin", "--mix=1,1", other], "only download_data.py reads")
+    refused(download_data.main, [f"--dataset={first}", f"--data_path={first}"], "--dataset=", "was prepared with")
+    download_data.main([f"--dataset={first}", other, "--vocab_size=300"])
+    shutil.rmtree(first)
+    prepare(tmp_path, text, "--tokens_threshold=20000")
+    refused(download_data.main, [f"--dataset={first}", other, "--vocab_size=300"], "its files have changed")
+
+
+# -- the forecast -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--vocab_size=400", "--tokens_threshold=40000"], ["--tokenizer_path=t.json"]],
+                         ids=str)
+def test_a_forecast_is_near_what_comes(tmp_path, text, data_path, monkeypatch, capsys, flags):
+    """And nothing is written for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(data_path / "tokenizer.json", "t.json")
+    flags, before = [text, "--data_path=out/data", *flags], sorted(tmp_path.rglob("*"))
+    download_data.main([*flags, "--dry_run"])
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("using"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert list(rows) == ["source", *["tokenizer"] * ("--tokenizer_path=t.json" not in flags), "splits", "expected", "time",
+                          "disk", "defaults"]
+    download_data.main(flags)
+    manifest = Manifest.load(Path("out/data"))
+    total = lambda quantity: sum(manifest.total(split, quantity) for split in ("val", "train"))
+    number = lambda words: float(words[0].replace(",", "")) * {"k": 1e3, "M": 1e6}.get(words[1][0], 1)
+    documents, n_bytes, tokens = (part.replace("about ", "").split() for part in rows["expected"].split(", "))
+    for expected, found in ((documents, "documents"), (n_bytes, "bytes"), (tokens, "tokens")):
+        assert number(expected) == pytest.approx(total(found), rel=0.1), (rows["expected"], found)
+    assert number(rows["disk"].split()) == pytest.approx(2 * total("tokens"), rel=0.1)
+    if "--tokens_threshold=40000" not in flags:
+        assert f"--val_bytes={manifest.settings['val_bytes']}" in rows["defaults"]
+    download_data.main([*flags, "--dry_run"])
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_too_little_disk_is_said_before(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    prepare(tmp_path, text)
+    assert "1.0 kB free: TOO LITTLE" in capsys.readouterr().out
 
 
 # -- several nodes ----------------------------------------------------------------------------------------------------
@@ -422,7 +556,7 @@ def test_thresholds_by_hand(tmp_path, monkeypatch, val_tokens, shard_size, token
 def test_folders_of_nodes_train_together(tmp_path, text, texts, refused):
     """Side by side they hold the stream once, though each starts with its own validation split."""
     for node in (0, 1, 2):
-        prepare(tmp_path, text, "--num_nodes=3", f"--node={node}", "--tokens_threshold=1e9", "--val_tokens=1000",
+        prepare(tmp_path, text, "--num_nodes=3", f"--node={node}", "--tokens_threshold=1e9", "--val_bytes=9000",
                 folder=f"data/{node}")
     data = open_data(tmp_path / "data")
     found = [document for node in (0, 1, 2) for split in ("val", "train")
@@ -556,13 +690,14 @@ def test_a_wrong_place_in_the_text_is_refused(tmp_path, text, texts, monkeypatch
         path.write_text(path.read_text().replace(Manifest.load(tmp_path / "data").checksum, checksum))
     before = contents(tmp_path / "data")
     words = ["cannot be parsed as JSON"] if has_checksum and "'byte': 7" in str(place) else ["manifest.json: ", "changed"]
-    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_tokens=3000",
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000",
                                  "--shard_size_threshold=9000", "--tokens_threshold=40000"], *words)
     assert contents(tmp_path / "data") == before
 
 
-def interrupt_after_shards(monkeypatch, tmp_path, text, n: int):
-    """Prepares `data` up to Ctrl-C while the shard after the first n is written."""
+@contextlib.contextmanager
+def interrupt_shard(monkeypatch, n: int):
+    """Ctrl-C while the n-th shard that the block writes, from 0, is open."""
     open_shard, opened = shards.ShardWriter._open, iter(range(10**6))
 
     def stop(self):
@@ -571,25 +706,49 @@ def interrupt_after_shards(monkeypatch, tmp_path, text, n: int):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(shards.ShardWriter, "_open", stop)
-        prepare(tmp_path, text)
+        yield
 
 
-def test_a_manifest_of_an_earlier_version_is_resumed(tmp_path, text, monkeypatch):
-    expected = contents(prepare(tmp_path, text, folder="whole"))
-    interrupt_after_shards(monkeypatch, tmp_path, text, 2)
-    path = tmp_path / "data" / "manifest.json"
-    values = json.loads(path.read_text())
-    for name in ("checksum", "last_document", "n_duplicates"):
-        del values[name]
-    path.write_text(json.dumps(values | {"format": shards.EARLIER_FORMAT}))
-    prepare(tmp_path, text)
-    assert contents(tmp_path / "data") == expected
+def interrupt_after_shards(monkeypatch, tmp_path, text, n: int, *flags: str):
+    """Prepares `data` up to Ctrl-C while the shard after the first n is written."""
+    with interrupt_shard(monkeypatch, n):
+        prepare(tmp_path, text, *flags)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_folders_of_earlier_versions(tmp_path, text, refused, is_complete, capsys):
+    """They are trained on, and are complete for the same command; an unfinished one is not resumed, as its validation split
+    is another one."""
+    path = prepare(tmp_path, text)
+    manifest = Manifest.load(path)
+    del manifest.settings["val_bytes"]
+    manifest.settings |= {"val_tokens": 3000, "tokens_threshold": 10**10}
+    manifest.val_digest, manifest.complete = "", is_complete
+    manifest.save(path)
+    values = json.loads((path / "manifest.json").read_text())
+    del values["val_digest"], values["n_val_passed"]
+    flags = [text, f"--data_path={path}", "--vocab_size=400", "--shard_size_threshold=9000"]
+    for number in (3, 2):
+        for name in ("checksum", "last_document", "n_duplicates") if number == 2 else ():
+            del values[name]
+        (path / "manifest.json").write_text(json.dumps(values | {"format": f"gpt-workbench shards {number}"}))
+        if not is_complete:
+            before = contents(path)
+            refused(download_data.main, flags, "an earlier version", "choose another --data_path")
+            assert contents(path) == before
+            continue
+        download_data.main(flags)
+        assert "already complete" in capsys.readouterr().out
+        refused(download_data.main, [*flags, "--val_bytes=9000"], "--val_bytes=9000", "was prepared")
+        assert len(open_data(path).split("train")) > 30_000
+        download_data.main([f"--data_path={path}", "--verify"])
 
 
 @pytest.mark.parametrize("change", [
     {"vocab_size": None}, {"vocab_size": 1.5}, {"vocab_size": 10**30}, {"vocab_size": -1}, {"vocab_size": 70_000},
     {"tokenizer": 3}, {"left_out": -1}, {"n_duplicates": "1"}, {"shards": []}, {"shards": {"val": {}, "train": 3}},
-    {"complete": 1}, {"settings": {"val_tokens": "many"}}, {"settings": {"num_nodes": 0}},
+    {"complete": 1}, {"settings": {"val_bytes": "many"}}, {"settings": {"num_nodes": 0}},
+    {"val_digest": "x"}, {"n_val_passed": -1},
     {"source": {"dataset": 3, "revisions": []}}, {"source": {"revisions": [3]}}, {"place": []},
     {"place": {"at": 0, "skip": -1}}, {"checksum": 3}, {"extra": 1},
     *({"shard": {name: value}} for name, values in {
@@ -657,9 +816,9 @@ def test_the_summary_describes_the_folder(tmp_path, text, capsys):
 def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     path = prepare(tmp_path, text)
     before = contents(path)
-    flags = [text, f"--data_path={path}", "--val_tokens=3000", "--shard_size_threshold=9000", "--tokens_threshold=40000"]
+    flags = [text, f"--data_path={path}", "--val_bytes=8000", "--shard_size_threshold=9000", "--tokens_threshold=40000"]
     refused(download_data.main, [*flags, "--vocab_size=500"], "--vocab_size=500", "400")
-    refused(download_data.main, [*flags, "--val_tokens=4000"], "--val_tokens=4000", "3000")
+    refused(download_data.main, [*flags, "--val_bytes=4000"], "--val_bytes=4000", "8000")
     refused(download_data.main, ["--dataset=builtin", *flags[1:]], "--dataset=builtin", "was prepared with")
     refused(download_data.main, [*flags, "--text_column=body"], "--text_column=body", "text_column=text")
     other = prepare(tmp_path, text, "--vocab_size=300", folder="other") / "tokenizer.json"
@@ -667,21 +826,13 @@ def test_refusals_leave_a_finished_folder_alone(tmp_path, text, refused):
     assert contents(path) == before
 
 
-def test_a_validation_split_that_takes_everything_is_deleted(tmp_path, text, refused):
-    path = tmp_path / "data"
-    flags = [text, f"--data_path={path}", "--vocab_size=400", "--shard_size_threshold=9000"]
-    refused(download_data.main, flags, "--val_tokens=1000000", "takes all")
-    assert not path.exists()
-    download_data.main([*flags, "--val_tokens=3000"])
-    assert Manifest.load(path).complete
-
-
 def test_a_tokenizer_already_in_the_folder_is_not_deleted(tmp_path, text, refused):
     first = prepare(tmp_path, text, "--vocab_size=300")
     second = tmp_path / "second"
     second.mkdir()
     (second / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
-    refused(download_data.main, [text, f"--data_path={second}"], "--val_tokens=1000000", "takes all")
+    (tmp_path / "one.jsonl").write_text('{"text": "a single document"}')
+    refused(download_data.main, [f"--dataset={tmp_path / 'one.jsonl'}", f"--data_path={second}"], "a single document")
     assert contents(second) == {"tokenizer.json": (first / "tokenizer.json").read_bytes()}
 
 
@@ -689,7 +840,7 @@ def test_a_damaged_folder_is_not_complete(tmp_path, text, refused):
     path = prepare(tmp_path, text)
     shard = path / "train_000001.npy"
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused(download_data.main, [text, f"--data_path={path}", "--val_tokens=3000", "--shard_size_threshold=9000",
+    refused(download_data.main, [text, f"--data_path={path}", "--val_bytes=8000", "--shard_size_threshold=9000",
                                  "--tokens_threshold=40000"], "train_000001.npy", "cut off")
 
 
@@ -700,7 +851,7 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
     manifest.save(path)
     before = contents(path)
     (tmp_path / "text" / "b.jsonl").write_text(json.dumps({"text": english[50]}))
-    flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_tokens=3000", "--shard_size_threshold=9000",
+    flags = [text, f"--data_path={path}", "--vocab_size=400", "--val_bytes=8000", "--shard_size_threshold=9000",
              "--tokens_threshold=40000"]
     refused(download_data.main, flags, "--dataset=", "its files have changed", "choose another --data_path")
     assert contents(path) == before
@@ -708,7 +859,7 @@ def test_an_unfinished_folder_of_other_text_is_left_alone(tmp_path, text, refuse
 
 def test_builtin_text_of_other_packages_is_not_resumed(tmp_path, english, refused, monkeypatch):
     monkeypatch.setattr(sources, "builtin_texts", lambda: english)
-    flags = ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=3000",
+    flags = ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_bytes=8000",
              "--tokenizer_bytes=30000"]
     download_data.main(flags)
     manifest = Manifest.load(tmp_path / "data")
@@ -720,20 +871,20 @@ def test_builtin_text_of_other_packages_is_not_resumed(tmp_path, english, refuse
     assert contents(tmp_path / "data") == before
 
 
-FLAGS = ["--vocab_size=400", "--val_tokens=3000"]
+FLAGS = ["--vocab_size=400", "--val_bytes=8000"]
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([*FLAGS, "--tokens_threshold=3000"], ["--tokens_threshold=3000", "--val_tokens"]),
+    ([*FLAGS, "--tokens_threshold=100"], ["--tokens_threshold=100", "--val_bytes"]),
     ([*FLAGS, "--shard_size_threshold=0"], ["--shard_size_threshold=0"]),
     ([*FLAGS, "--tokenizer_path=none.json"], ["none.json", "no tokenizer"]),
     ([*FLAGS, "--tokenizer_path=text/a.jsonl"], ["not a tokenizer.json of this program"]),
     ([*FLAGS, "--vocab_size=30000"], ["--vocab_size=30000", "merges for only"]),
     (["--streaming=maybe"], ["--streaming", "'maybe'"]),
-    (["--val_tokens=many"], ["--val_tokens", "'many'"]),
-    ([*FLAGS, "--val_tokens=1", "--tokens_threshold=2"], ["--tokens_threshold=2", "--val_tokens=1"]),
+    (["--val_bytes=many"], ["--val_bytes", "'many'"]),
+    (["--val_tokens=1000"], ["--val_tokens", "give --val_bytes"]),
+    
     ([*FLAGS, "--tokens_threshold=1e19"], ["--tokens_threshold", "too large"]),
-    (["--tokens_threshold=500_000"], ["--tokens_threshold=500000", "--val_tokens=1000000"]),
     (["--num_nodes=2", "--node=2"], ["--node=2", "--num_nodes=2"]),
     ([*FLAGS, "--data_path=text/a.jsonl/x"], ["--data_path=", "cannot be written"])], ids=str)
 def test_bad_flags_are_refused(tmp_path, text, monkeypatch, refused, flags, words):
@@ -744,7 +895,7 @@ def test_bad_flags_are_refused(tmp_path, text, monkeypatch, refused, flags, word
 
 def test_a_tokenizer_without_a_separator_is_refused(tmp_path, text, refused):
     Tokenizer.train(["aa bb"], 257, special_tokens=()).save(tmp_path / "other.json")
-    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--val_tokens=3000",
+    refused(download_data.main, [text, f"--data_path={tmp_path / 'data'}", "--val_bytes=8000",
                                  f"--tokenizer_path={tmp_path / 'other.json'}"], "<|endoftext|>")
     assert not (tmp_path / "data").exists()
 
@@ -762,18 +913,33 @@ def contents_of_files(path) -> dict:
 
 # -- defaults that depend on the dataset ------------------------------------------------------------------------------
 
-def test_the_builtin_text_has_smaller_defaults(tmp_path, english, text, monkeypatch, refused, capsys):
+@pytest.mark.parametrize("dataset, vocab_size", [("builtin", 4096), ("text", 512)])
+def test_defaults_fit_the_text(tmp_path, english, text, monkeypatch, capsys, dataset, vocab_size):
+    """0.2 MB of one's own text need no flags; nor do 3 kB of the same words, which have few merges."""
+    monkeypatch.setattr(sources, "builtin_texts", lambda: english)
     trained = []
     train_tokenizer = Tokenizer.train
-    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab_size, **kwargs: (
-        trained.append(vocab_size), train_tokenizer(texts, 400))[1])
-    monkeypatch.setattr(sources, "builtin_texts", lambda: english)
-    download_data.main(["--dataset=builtin", f"--data_path={tmp_path / 'data'}"])
-    assert trained == [4096] and Manifest.load(tmp_path / "data").settings["val_tokens"] == 100_000
-    refused(download_data.main, [text, f"--data_path={tmp_path / 'other'}"], "--val_tokens=1000000", "takes all")
-    assert trained == [4096, 32_768]
-    refused(download_data.main, ["--dataset=builtin", f"--data_path={tmp_path / 'data'}", "--val_tokens=90_000"],
-            "--val_tokens=90000", "--val_tokens=100000")
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, size, **kwargs: (
+        trained.append(size), train_tokenizer(texts, min(size, 600)))[1])
+    flag_text = "--dataset=builtin" if dataset == "builtin" else text
+    n_bytes = sum(len(document.encode()) for document in english)
+    if dataset == "text":
+        n_bytes = (tmp_path / "text" / "a.jsonl").stat().st_size
+        vocab_size = 1 << (n_bytes // 100).bit_length() - 1
+    download_data.main([flag_text, f"--data_path={tmp_path / 'data'}"])
+    manifest = Manifest.load(tmp_path / "data")
+    assert trained == [vocab_size] and manifest.settings["val_bytes"] == n_bytes // 10
+    assert manifest.settings["tokens_threshold"] == 400_000_000
+    assert 0.03 < manifest.total("val", "bytes") / manifest.total("train", "bytes") < 0.13
+    assert "tokens of" in capsys.readouterr().out  # the forecast
+
+
+def test_a_default_vocabulary_shrinks_to_the_merges_there_are(tmp_path, english):
+    words = sorted(set(" ".join(english[:20]).split()))[:400]
+    texts = [" ".join([str(number), *words]) for number in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    download_data.main([f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}"])
+    assert Manifest.load(tmp_path / "data").vocab_size in (512, 1024)  # its size alone would be enough for 8,192
 
 
 def test_a_flag_that_is_not_given_keeps_the_folders_value(tmp_path, text, capsys):
@@ -785,7 +951,7 @@ def test_a_flag_that_is_not_given_keeps_the_folders_value(tmp_path, text, capsys
     assert "already complete" in capsys.readouterr().out
     manifest = Manifest.load(path)
     manifest.complete, manifest.shards["train"] = False, []
-    manifest.position = {"at": {"file": 0, "row": 0, "byte": 0}, "skip": manifest.total("val", "documents")}
+    manifest.position, manifest.last_document, manifest.n_val_passed = {}, "", 0
     manifest.save(path)
     for shard in path.glob("train_*.npy"):
         shard.unlink()

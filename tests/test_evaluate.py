@@ -404,7 +404,7 @@ def test_answers_by_task(chat_model, capsys, tmp_path, monkeypatch):
     out, rows = tmp_path / "out.jsonl", write_jsonl(tmp_path / "rows.jsonl", [
         {"question": "3 + 4?", "answer": "7", "task": "sums"}, {"question": "4 + 4?", "answer": "8", "task": "sums"},
         {"question": "Go", "answer": "on  7", "task": "words"}])
-    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tokenizer, prompts, n: ["7"] * len(prompts))
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tokenizer, prompts, n, show: ["7"] * len(prompts))
     capsys.readouterr()
     evaluate.main([f"--checkpoint_path={chat_model}", "--task=answers", "--device=cpu", "--dtype=fp32",
                    f"--dataset={rows}", f"--out_path={out}"])

@@ -30,7 +30,7 @@ def repositories(tmp_path_factory, english):
 
 
 @pytest.mark.parametrize("command", [
-    "download_data.py --dataset=fresh/text --data_path={tmp}/data --vocab_size=300 --val_tokens=2000",
+    "download_data.py --dataset=fresh/text --data_path={tmp}/data --vocab_size=300",
     "tokenizer.py --dataset=fresh/text --tokenizer_path={tmp}/tokenizer.json --vocab_size=300",
     "finetune.py --checkpoint_path={trained} --out_path={tmp}/a.pt --dataset=fresh/questions --max_iter=1 --device=cpu "
     "--val_conversations=2",

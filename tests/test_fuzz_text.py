@@ -141,7 +141,7 @@ def test_damaged_manifests(data, n, is_complete):
     values = json.loads(path.read_text()) | {"complete": is_complete}
     if not is_complete:
         values |= {"place": {"at": {"file": 3, "row": 0, "byte": 0}, "skip": 1}}
-    flags = [f"--dataset={values['source']['dataset']}", f"--data_path={data}", "--vocab_size=512", "--val_tokens=3000",
+    flags = [f"--dataset={values['source']['dataset']}", f"--data_path={data}", "--vocab_size=512", "--val_bytes=8000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
 
     def check(damaged):

@@ -43,7 +43,7 @@ def test_text_to_shards_to_model_to_text(tmp_path, text):
     data, checkpoint = f"--data_path={tmp_path / 'data'}", f"--checkpoint_path={tmp_path / 'runs' / 'tiny.pt'}"
     tokenizer = f"--tokenizer_path={tmp_path / 'tokenizer.json'}"
     assert "500 tokens" in run("tokenizer.py", f"--dataset={text}", "--vocab_size=500", tokenizer)
-    assert "train: " in run("download_data.py", f"--dataset={text}", data, tokenizer, "--val_tokens=3000")
+    assert "train: " in run("download_data.py", f"--dataset={text}", data, tokenizer, "--val_bytes=8000")
     flags = [*TINY_MODEL, "--batch_size=8", "--num_batch_accum=2", "--learning_rate=0.01", "--val_intervals=10"]
     out = run("train.py", data, checkpoint, *flags, "--max_iter=20", "--vocab_size=500")
     losses = [float(loss) for loss in re.findall(r"val (\d+\.\d+) nats/token", out)]

@@ -7,6 +7,7 @@ import pytest
 
 from hub import damage_row_group
 from runtime.config import BadInput, flag_names
+from tasks.rows import read_dataset
 from text import formats, parquet, sources
 from text.builtin import builtin_documents
 from text.sources import SourceConfig, open_source, source_flags, take_text
@@ -332,11 +333,25 @@ def test_a_missing_path_is_refused(tmp_path, monkeypatch, dataset):
         read(f"{tmp_path}/{dataset}" if dataset.startswith("none") else dataset)
 
 
+@pytest.mark.parametrize("dataset, words", [
+    ("x.json", ""), ("texts/no_such", "there is a folder texts"), ("texts/builtn", "did you mean texts/builtin?"),
+    ("texts/builtn/", "did you mean texts/builtin?"), ("notes.md", "did you mean note.md?"), ("./a/b", ""), ("a/b/c", ""),
+    ("owner/rows.jsonl.gz", ""), ("~/no_such_folder_here", "")])
+def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, dataset, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / "builtin").mkdir(parents=True)
+    (tmp_path / "note.md").write_text("x")
+    monkeypatch.setattr(sources, "open_hub", None)
+    for read_it in (read, lambda path: list(read_dataset(path, None, "train"))):
+        with pytest.raises(BadInput, match=f"--dataset={dataset}: no such file or folder.*{words.replace('?', '[?]')}"):
+            read_it(dataset)
+
+
 def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(BadInput, match=r"cannot read \.pdf"):
         read(tmp_path / "a.pdf")
-    with pytest.raises(BadInput, match=r"no \.parquet, .*, \.txt file in this folder"):
+    with pytest.raises(BadInput, match=r"no file of parquet, .* in this folder, but 1 \.pdf file$"):
         read(tmp_path)
 
 

@@ -201,7 +201,7 @@ def test_hidden_files_are_no_data(tmp_path):
     assert read(tmp_path / ".ipynb_checkpoints") == [".ipynb_checkpoints/b-checkpoint.jsonl"]  # given as such
     assert read(tmp_path / ".a.jsonl") == [".a.jsonl"]
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(BadInput, match="no .parquet, .* file in this folder, hidden ones aside: "):
+    with pytest.raises(BadInput, match="no file of parquet, .* in this folder, hidden ones aside: "):
         read(tmp_path)
 
 
@@ -213,21 +213,47 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
         (folder / name).write_text("x")
     (folder / "more.jsonl.bz2").write_bytes(bz2.compress(json_lines()))
     write_lines(folder / "a.jsonl", "one", "two")
-    expected = (f"left out of {folder}: 6 no data (LICENSE, README.md, a.png, …), 1 hidden (.git), 1 of text beside files "
-                f"of rows (LICENSE.txt)")
+    for number in range(4):
+        (folder / f"{number}.PNG").write_text("x")
+    (folder / "dataset_info.json").write_text("{}")
+    expected = (f"left out of {folder}: 5 .png files (0.PNG, 1.PNG, 2.PNG, …), 1 hidden (.git), 1 file without an ending "
+                f"(LICENSE), 1 that describe data (dataset_info.json), 1 .bz2 file (more.jsonl.bz2), 1 .zip file (old.zip), "
+                f"1 .txt file beside files of rows (LICENSE.txt), 1 .md file beside files of rows (README.md), 1 .py file "
+                f"beside files of rows (x/y.py)")
     assert read(folder) == ["one", "two"]
     assert stderr_lines(capsys.readouterr().err) == [expected]
     assert [row["text"] for _, row in read_dataset(str(folder), None, "train")] == ["one", "two"]
     assert stderr_lines(capsys.readouterr().err) == [expected]
     write_lines(folder / "a.jsonl", *numbered("one", 500))
-    download_data.main([f"--dataset={folder}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=100"])
+    download_data.main([f"--dataset={folder}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_bytes=100"])
     assert stderr_lines(capsys.readouterr().err)[0] == expected
+
+
+def test_text_and_source_code_are_read(tmp_path, capsys):
+    """Names of code and of chapters do not say which split they are."""
+    names = ["README.md", "a.txt", "b.rst.gz", "docs/test.md", "src/train.py", "src/x.c", "tests/test_x.py", "val.TEX"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(compress(f"this is {name}".encode(), ".gz" if name.endswith(".gz") else ""))
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(b"x")
+    assert read(tmp_path) == [f"this is {name}" for name in names]
+    assert stderr_lines(capsys.readouterr().err) == [f"left out of {tmp_path}: 20 .png files (0.png, 1.png, 10.png, …)"]
+    assert read(tmp_path / "src" / "x.c") == ["this is src/x.c"]
+    with pytest.raises(BadInput, match="a.txt: holds no rows"):
+        list(read_dataset(str(tmp_path / "a.txt"), None, "train"))
+
+
+def test_a_prepared_folder_is_no_text_for_other_commands(data_path):
+    for read_it in (read, lambda path: list(read_dataset(str(path), None, "train"))):
+        with pytest.raises(BadInput, match="holds the shards of a prepared text, which only download_data.py reads"):
+            read_it(data_path)
 
 
 def test_the_files_of_a_prepared_folder_are_no_data(tmp_path):
     """A second run finds manifest.json and tokenizer.json below the text, and nothing has changed."""
     write_lines(tmp_path / "a.jsonl", *numbered("one", 500))
-    flags = [f"--dataset={tmp_path}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=100"]
+    flags = [f"--dataset={tmp_path}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_bytes=100"]
     download_data.main(flags)
     before = contents(tmp_path / "data")
     download_data.main(flags)
@@ -302,10 +328,10 @@ def test_names_that_are_not_unicode(tmp_path, capsys):
     with open(inner + b"/\xe4.jsonl", "wb") as file:
         file.write(b"{bad\n" + json_lines([{"text": text} for text in numbered("one", 500)]))
     open(inner + b"/\xf6", "wb").close()
-    flags = [f"--dataset={tmp_path / 't'}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_tokens=100"]
+    flags = [f"--dataset={tmp_path / 't'}", f"--data_path={tmp_path / 'data'}", "--vocab_size=300", "--val_bytes=100"]
     download_data.main([*flags, "--skip_errors=1"])
     download_data.main([*flags, "--skip_errors=1"])
-    assert "1 no data (" in capsys.readouterr().err and Manifest.load(tmp_path / "data").n_skipped == 1
+    assert "1 file without an ending (" in capsys.readouterr().err and Manifest.load(tmp_path / "data").n_skipped == 1
     assert len(documents_in(tmp_path / "data", "train")) > 400
 
 
@@ -317,7 +343,8 @@ def test_names_that_are_not_unicode(tmp_path, capsys):
     ("x/val/0.txt", "validation"),
     ("data/test/train.jsonl", "train"), ("test.jsonl.gz", "test"), ("eval_1.csv", "test"), ("evaluation.json", "test"),
     ("testing/a/0.txt", "test"), ("latest.jsonl", None), ("contest/training2.txt", "train"), ("devices.txt", None),
-    ("trainer.csv", None), ("a.txt", None)])
+    ("trainer.csv", None), ("a.txt", None), ("test/a.md", "test"), ("test.md", None), ("test_x.py", None),
+    ("test/a.py", None)])
 def test_the_split_that_a_name_says(tmp_path, name, split):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"")
@@ -346,13 +373,13 @@ def numbered(name: str, n: int) -> list[str]:
 
 @pytest.mark.parametrize("held_out", ["validation", "test"])
 def test_files_named_as_held_out_are_the_validation_split(tmp_path, capsys, monkeypatch, held_out):
-    """Up to --val_tokens; the rest of them is not used. Test files beside validation files are left out."""
+    """Up to --val_bytes; the rest of them is not used. Test files beside validation files are left out."""
     monkeypatch.setattr(formats, "CHUNK_BYTES", 2000)
     write_lines(tmp_path / "t" / "a" / "train.jsonl", *numbered("train", 500))
     write_lines(tmp_path / "t" / f"{held_out}.jsonl", *numbered("held-out", 300))
     if held_out == "validation":
         write_lines(tmp_path / "t" / "test.jsonl", *numbered("test", 300))
-    flags = [f"--dataset={tmp_path / 't'}", "--vocab_size=300", "--val_tokens=800", "--shard_size_threshold=500"]
+    flags = [f"--dataset={tmp_path / 't'}", "--vocab_size=300", "--val_bytes=2000", "--shard_size_threshold=500"]
     download_data.main([*flags, f"--data_path={tmp_path / 'data'}"])
     error = capsys.readouterr().err
     assert f"held out of {tmp_path / 't'}, for validation: {held_out}.jsonl" in error
@@ -360,7 +387,7 @@ def test_files_named_as_held_out_are_the_validation_split(tmp_path, capsys, monk
     val = documents_in(tmp_path / "data", "val")
     assert val == numbered("held-out", 300)[:len(val)] and 20 < len(val) < 290
     assert documents_in(tmp_path / "data", "train") == numbered("train", 500)
-    download_data.main([*flags[:-2], "--val_tokens=1e6", "--shard_size_threshold=500", f"--data_path={tmp_path / 'all'}"])
+    download_data.main([*flags[:-2], "--val_bytes=1e6", "--shard_size_threshold=500", f"--data_path={tmp_path / 'all'}"])
     assert documents_in(tmp_path / "all", "val") == numbered("held-out", 300)
     assert documents_in(tmp_path / "all", "train") == numbered("train", 500)
     assert read(tmp_path / "t") == numbered("train", 500)  # as tokenizer.py reads it, and evaluate.py
@@ -391,7 +418,7 @@ def test_names_say_nothing_if_no_file_is_for_training(tmp_path):
 def prepare_texts(tmp_path, documents, *flags, folder="data"):
     write_lines(tmp_path / "text.jsonl", *documents)
     download_data.main([f"--dataset={tmp_path / 'text.jsonl'}", f"--data_path={tmp_path / folder}", "--vocab_size=300",
-                        "--val_tokens=100", "--shard_size_threshold=150", *flags])
+                        "--val_bytes=600", "--shard_size_threshold=150", *flags])
     return tmp_path / folder
 
 
@@ -401,12 +428,13 @@ def test_no_document_stands_in_both_splits(tmp_path, monkeypatch, capsys):
     copies = [*numbered("two", 40), *documents, *(f" \t{text}\n\n" for text in documents), documents[0] + " and more",
               " " * 50 + documents[1] + "\n" * 50, "two document 3", "x" + documents[1], *numbered("three", 20)]
     path = prepare_texts(tmp_path, [*documents, *copies])
-    val = documents_in(path, "val")
-    assert 5 < len(val) < 40 and val == documents[:len(val)]
-    expected = [text for text in [*documents[len(val):], *copies] if text.strip() not in val]
+    val, everything = documents_in(path, "val"), [*documents, *copies]
+    assert 4 < len(val) < 40 and sorted(val, key=everything.index) == val
+    expected = [text for text in everything if text.strip() not in val]
     assert documents_in(path, "train") == expected
-    assert Manifest.load(path).n_duplicates == 2 * len(val) + 1
-    line = f"left out of the training split: {2 * len(val) + 1} documents that are in the validation split"
+    n_copies = len(everything) - len(expected) - len(val)
+    assert Manifest.load(path).n_duplicates == n_copies > 5
+    line = f"left out of the training split: {n_copies} further copies of documents that are in the validation split"
     assert line in capsys.readouterr().out
     before = contents(path)
     for stop_after in range(3):  # the set of validation documents is made again from their shard
@@ -430,7 +458,7 @@ def stop_writing(patch, after: int):
 def test_text_that_is_only_copies_is_refused(tmp_path, refused):
     write_lines(tmp_path / "a.jsonl", *["the same document again"] * 1000)
     refused(download_data.main, [f"--dataset={tmp_path / 'a.jsonl'}", f"--data_path={tmp_path / 'data'}", "--vocab_size=262",
-                                 "--val_tokens=10"], "in the validation split too")
+                                 "--val_bytes=100"], "in the validation split too")
     assert not (tmp_path / "data").exists()
 
 

@@ -4,6 +4,7 @@
 
 and sets of documents, to find those that occur twice.
 """
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,30 +73,48 @@ KEY_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779
 class DocumentSet:
     """A set of documents, which are equal if their texts are, white space at the ends aside.
 
-    Holds hashes of 64 bits. A document is only hashed if its length and its ends, which are compared for many documents at
-    once, are those of a document of the set.
+    Holds hashes of 64 bits, see `document_hashes`. A document is only hashed if its length and its ends, which are compared
+    for many documents at once, are those of a document of the set.
     """
 
     def __init__(self):
-        self.hashes: set[int] = set()
+        self.numbers: dict[int, int] = {}  # hash -> how many documents were in the set before this one
         self.keys = np.zeros(0, np.uint64)  # sorted
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     def add(self, documents: PackedDocuments):
         starts, stops = strip_offsets(documents)
-        self.hashes.update(hash(documents.utf8[start:stop].tobytes()) for start, stop in zip(starts, stops))
+        for start, stop in zip(starts, stops):
+            self.numbers.setdefault(text_hash(documents.utf8[start:stop]), len(self.numbers))
         self.keys = np.union1d(self.keys, end_keys(documents.utf8, starts, stops))
 
-    def contains(self, documents: PackedDocuments) -> np.ndarray:
-        """(documents,) bool: which of them are in the set."""
-        found = np.zeros(len(documents), bool)
+    def find(self, documents: PackedDocuments) -> np.ndarray:
+        """(documents,) int64: their numbers, in the order in which they were added; -1 for those not in the set."""
+        found = np.full(len(documents), -1)
         if not len(self.keys):
             return found
         starts, stops = strip_offsets(documents)
         keys = end_keys(documents.utf8, starts, stops)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         for i in np.flatnonzero(self.keys[at] == keys):
-            found[i] = hash(documents.utf8[starts[i]:stops[i]].tobytes()) in self.hashes
+            found[i] = self.numbers.get(text_hash(documents.utf8[starts[i]:stops[i]]), -1)
         return found
+
+    def digest(self) -> str:
+        """16 hex digits that change with any of the documents, and with their order."""
+        return hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in self.numbers)).hexdigest()[:16]
+
+
+def document_hashes(documents: PackedDocuments) -> np.ndarray:
+    """(documents,) uint64: a hash of each text, without the white space at its ends; the same on every machine."""
+    starts, stops = strip_offsets(documents)
+    return np.array([text_hash(documents.utf8[start:stop]) for start, stop in zip(starts, stops)], np.uint64)
+
+
+def text_hash(utf8: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
 
 
 def strip_offsets(documents: PackedDocuments) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,17 @@ from pathlib import Path
 from runtime.config import BadInput
 from runtime.files import require_regular_file
 
-# Formats whose rows have columns, and the one that is text and nothing else; each but parquet may be compressed.
+# Formats whose rows have columns, and those that are text from start to end: prose, and source code. Each but parquet may be
+# compressed.
 ROW_FORMATS = ".parquet", ".jsonl", ".json", ".csv", ".tsv"
-FORMATS = (*ROW_FORMATS, ".txt")
+PROSE = ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".html", ".htm"
+CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt",
+        ".scala", ".cs", ".swift", ".m", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".css", ".php", ".rb", ".pl", ".lua", ".r",
+        ".jl", ".hs", ".ml", ".ex", ".exs", ".erl", ".clj", ".lisp", ".el", ".f90", ".sql", ".sh", ".bash", ".zig", ".nim",
+        ".dart", ".asm", ".s", ".vim", ".cmake", ".proto")
+TEXT_FORMATS = PROSE + CODE
+FORMATS = ROW_FORMATS + TEXT_FORMATS
+FORMAT_WORDS = "parquet, jsonl, json, csv, tsv, txt, md or other text, or source code"  # for messages
 COMPRESSIONS = ".gz", ".zst"
 # JSON that is no data but describes some: of this program, and of `datasets`, which passes over the same ones.
 METADATA_FILES = {"manifest.json", "tokenizer.json", "config.json", "dataset_info.json", "dataset_infos.json",
@@ -51,17 +60,22 @@ class DataFiles:
 
     def describe_left_out(self, other_splits: set[str] = frozenset()) -> str | None:
         """A line with what is not read, `other_splits` included; None if everything is."""
-        left_out = dict(self.left_out)
+        left_out = dict(sorted(self.left_out.items(), key=lambda item: -len(item[1])))
         for split in sorted(other_splits):
             left_out[f"of the split {split}"] = [self.relative(file) for file in self.of_split(split)]
         if not any(left_out.values()):
             return None
         return printable(f"left out of {self.root}: " + ", ".join(
-            f"{len(names)} {why} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            f"{count_files(names, why)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
             for why, names in left_out.items() if names))
 
     def relative(self, file: Path) -> str:
         return printable(str(file.relative_to(self.root)))
+
+
+def count_files(names: list[str], what: str) -> str:
+    """"2 .pdf files", "1 .pdf file"."""
+    return f"{len(names)} {what if len(names) > 1 else what.replace('files', 'file', 1)}"
 
 
 def printable(line: str) -> str:
@@ -97,26 +111,35 @@ def local_path(dataset: str) -> Path | None:
 
 def find_data_files(path: Path) -> DataFiles:
     """`path` itself, or the files of data below it. Names that begin with a dot, and what is below such folders, are no
-    data; nor are .txt files beside files of rows, which they describe: LICENSE.txt. Raises BadInput if there are none, or
+    data; nor are files of text beside files of rows, which they describe: LICENSE.txt. Raises BadInput if there are none, or
     for what looks like data and cannot be read."""
     if not path.is_dir():
         require_regular_file(path, f"--dataset={path}")
         if file_format(path.name) not in FORMATS:
             raise BadInput(f"--dataset={path}: cannot read {path.suffix or 'a file without an extension'}: "
-                           f"give {', '.join(FORMATS)}, {' or '.join(COMPRESSIONS)} of these, or a folder of "
-                           f"such files")
+                           f"give {FORMAT_WORDS}, {' or '.join(COMPRESSIONS)} of these, or a folder of such files")
         return DataFiles(path, (path,), (None,), {})
-    left_out: dict[str, list[str]] = {"no data": [], "hidden": [], "read already under another name": [],
-                                      "folders of prepared shards": [], "of text beside files of rows": []}
+    if is_prepared(path):
+        raise BadInput(f"--dataset={path}: holds the shards of a prepared text, which only download_data.py reads: give "
+                       f"the text that its manifest.json names")
+    left_out: dict[str, list[str]] = defaultdict(list)
     files = sorted(walk(path, left_out))
     if any(file_format(file.name) in ROW_FORMATS for file in files):
-        text = [file for file in files if file_format(file.name) == ".txt"]
-        files = [file for file in files if file_format(file.name) != ".txt"]
-        left_out["of text beside files of rows"] += [str(file.relative_to(path)) for file in text]
+        text = [file for file in files if file_format(file.name) in TEXT_FORMATS]
+        files = [file for file in files if file_format(file.name) in ROW_FORMATS]
+        for file in text:
+            left_out[f"{file_format(file.name)} files beside files of rows"].append(str(file.relative_to(path)))
     if not files:
-        raise BadInput(f"--dataset={path}: no {', '.join(FORMATS)} file in this folder" + (
-            f", hidden ones aside: {', '.join(left_out['hidden'][:3])}" if left_out["hidden"] else ""))
-    return DataFiles(path, tuple(files), tuple(split_in_name(file.relative_to(path)) for file in files), left_out)
+        found = [count_files(names, why) for why, names in left_out.items() if why != "hidden"]
+        raise BadInput(f"--dataset={path}: no file of {FORMAT_WORDS} in this folder"
+                       + (f", but {', '.join(found[:5])}" if found else "")
+                       + (f", hidden ones aside: {', '.join(left_out['hidden'][:3])}" if left_out["hidden"] else ""))
+    return DataFiles(path, tuple(files), tuple(split_in_name(file.relative_to(path)) for file in files), dict(left_out))
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder holds shards that download_data.py wrote."""
+    return all((folder / name).exists() for name in ("manifest.json", "tokenizer.json", "val_000000.npy"))
 
 
 def walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
@@ -142,7 +165,7 @@ def walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
             status = follow(path)
             is_data = file_format(path.name) in FORMATS and path.name not in METADATA_FILES
             if not stat.S_ISDIR(status.st_mode) and not is_data:
-                left_out["no data"].append(name)
+                left_out[describe_other(path.name)].append(name)
             elif real_id(status, path) in seen:
                 left_out["read already under another name"].append(name)
             elif stat.S_ISDIR(status.st_mode):
@@ -153,6 +176,14 @@ def walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
                 seen.add(real_id(status, path))
                 yield path
         folders += reversed(inner)
+
+
+def describe_other(name: str) -> str:
+    """What to call a file that is no data, to count it with its like."""
+    if name in METADATA_FILES:
+        return "that describe data"
+    ending = os.path.splitext(name.lower())[1]
+    return f"{ending} files" if ending else "files without an ending"
 
 
 def read_folder(folder: Path) -> list[Path]:
@@ -179,8 +210,14 @@ def real_id(status: os.stat_result, path: Path) -> tuple:
 
 
 def split_in_name(path: Path) -> str | None:
-    """The split that the name of a file says, or else that of a folder it is in. "data/test-00000.jsonl" -> "test"."""
-    for part in reversed(path.parts):
+    """The split that the name of a file says, or else that of a folder it is in. "data/test-00000.jsonl" -> "test".
+
+    Names of source code say none, as test_x.py does not, nor those of prose other than txt, such as train.md, themselves.
+    """
+    ending = file_format(path.name)
+    if ending in CODE:
+        return None
+    for part in reversed(path.parent.parts if ending in PROSE and ending != ".txt" else path.parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_OF_WORD:
                 return SPLIT_OF_WORD[word]

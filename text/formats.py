@@ -1,10 +1,10 @@
-"""Reads files of text: parquet, jsonl, json, csv and txt, starting at any row, about a megabyte at a time.
+"""Reads files: parquet, jsonl, json, csv, and text such as txt, md and py, starting at any row, about a megabyte at a time.
 
     documents = read_files([FilePart(file)], "text", None, skip_errors=False)      chunks of documents, of one column
     records = read_records(file)                                                   whole rows, as dicts
 
 A row is a row of a parquet or csv file, a line of a jsonl file, an element of a json file's array, or one of the pieces that
-a txt file is cut into.
+a file of text is cut into.
 """
 import codecs
 import csv
@@ -22,7 +22,7 @@ import numpy as np
 from runtime.config import BadInput
 from text.columns import MAX_DOCUMENT_BYTES, MAX_RECORD_BYTES, Unreadable, WrongColumn, column_value, require_text
 from text.documents import PackedDocuments, to_utf8
-from text.folders import Damaged, file_endings, skip_to
+from text.folders import TEXT_FORMATS, Damaged, file_endings, skip_to
 from text.parquet import record_batches, text_batches
 
 CHUNK_BYTES = 1 << 20  # text that is read, encoded and passed on at a time
@@ -123,6 +123,11 @@ class TextFile:
     @property
     def is_compressed(self) -> bool:
         return file_endings(self.name)[1] != ""
+
+    @property
+    def text_bytes(self) -> int:
+        """Roughly how much text it holds, without opening it."""
+        return self.size * (3 if self.is_compressed else 2 if self.format == ".parquet" else 1)
 
     @contextmanager
     def open_at(self, byte: int) -> Iterator[io.IOBase]:
@@ -620,6 +625,7 @@ def parquet_records(file: TextFile) -> Iterator[tuple[str, dict] | Unreadable]:
 
 ROW_READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows}
 # (file, row, byte, text_column) -> the rows from `row` on, which starts at `byte`, and Unreadable for what cannot be read
-READERS = {".parquet": read_parquet, ".txt": read_txt} | {ending: text_rows(rows) for ending, rows in ROW_READERS.items()}
+READERS = ({".parquet": read_parquet} | dict.fromkeys(TEXT_FORMATS, read_txt)
+           | {ending: text_rows(rows) for ending, rows in ROW_READERS.items()})
 # file -> (where, record) of every row, and Unreadable for what cannot be read
 RECORD_READERS = {".parquet": parquet_records} | {ending: record_rows(rows) for ending, rows in ROW_READERS.items()}

@@ -7,7 +7,7 @@ precedes it. Other formats are read by `datasets`, which continues from its `sta
 """
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from runtime.cli import log_line
@@ -21,6 +21,7 @@ REQUEST_BYTES = 1 << 24  # read-ahead: how much of a file one request fetches
 FIRST_PAUSE, LONGEST_PAUSE = 10, 60
 # Seconds in which the hub must describe a dataset, and list its files, which can be many thousands.
 ANSWER_SECONDS, LISTING_SECONDS = 60, 300
+PATIENCE_SECONDS = 2  # of waiting without a word
 
 
 def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, streaming: bool = True,
@@ -37,7 +38,8 @@ def open_hub(dataset: str, dataset_config: str | None, text_column: str, *, stre
     policy = RetryPolicy(flags, retry_seconds)
     is_new = revision is None
     revision = find_revision(dataset, revision, flags, policy)
-    paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision), LISTING_SECONDS))
+    paths = policy.call(lambda: call_with_timeout(lambda: parquet_paths(dataset, dataset_config, revision),
+                                                  LISTING_SECONDS, flags))
     if paths:
         parts = split_files([hub_file(path, streaming) for path in paths], part)
         read = lambda state: read_files(parts, text_column, state, skip_errors)
@@ -82,8 +84,8 @@ def find_revision(dataset: str, revision: str | None, flags: str, policy: "Retry
     def look_up() -> str:
         nonlocal was_reached
         try:
-            return call_with_timeout(
-                lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha, ANSWER_SECONDS)
+            return call_with_timeout(lambda: huggingface_hub.HfApi().dataset_info(dataset, revision=revision or "main").sha,
+                                     ANSWER_SECONDS, flags)
         except Exception as error:
             if not was_reached and is_network_error(error) and http_status(error) is None:  # perhaps no network at all
                 raise hub_unreachable(flags, error, "a local file or `builtin`") from None
@@ -119,7 +121,7 @@ def load_rows(dataset: str, dataset_config: str | None, revision: str, streaming
     """The train split as an IterableDataset or, downloaded, as a Dataset."""
     import datasets
     load = lambda: datasets.load_dataset(dataset, dataset_config, split="train", streaming=streaming, revision=revision)
-    return call_with_timeout(load, LISTING_SECONDS) if streaming else load()
+    return call_with_timeout(load, LISTING_SECONDS, dataset_flags(dataset, dataset_config)) if streaming else load()
 
 
 def dataset_chunks(rows, text_column: str, dataset: str, state: dict | None, part: tuple[int, int]) -> Iterator[Chunk]:
@@ -146,12 +148,16 @@ def dataset_chunks(rows, text_column: str, dataset: str, state: dict | None, par
 
 # -- retrying ---------------------------------------------------------------------------------------------------------
 
-def call_with_timeout(function: Callable, seconds: float):
-    """function(), in a thread of its own. Raises TimeoutError when it takes longer than `seconds`: for some requests,
-    huggingface_hub waits for an answer without limit."""
+def call_with_timeout(function: Callable, seconds: float, flags: str):
+    """function(), in a thread of its own; a line on stderr says so when it takes longer than PATIENCE_SECONDS. Raises
+    TimeoutError when it takes longer than `seconds`: for some requests, huggingface_hub waits for an answer without limit.
+    flags: those that name the dataset, for the line."""
     thread = ThreadPoolExecutor(1)
     try:
-        return thread.submit(function).result(seconds)
+        future, patience = thread.submit(function), min(PATIENCE_SECONDS, seconds)
+        if not wait([future], patience).done:
+            log_line(f"{flags}: the hub does not answer yet: trying for up to {seconds} s")
+        return future.result(seconds - patience)
     except FutureTimeout:
         raise TimeoutError(f"no answer in {seconds} s") from None
     finally:

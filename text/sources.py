@@ -6,8 +6,10 @@ Python, or a mix of these.
 A source is opened once and yields its documents in a fixed order, in chunks of about a megabyte. Every chunk knows its
 position, from which reading can continue without what precedes it: this is how an interrupted preparation resumes.
 """
+import difflib
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from runtime.cli import log_line
 from runtime.config import BadInput, check_flags, flag
 from text.builtin import builtin_revision, builtin_texts
 from text.documents import PackedDocuments
-from text.folders import FORMATS, DataFiles, find_data_files, local_path, open_file
+from text.folders import COMPRESSIONS, PROSE, ROW_FORMATS, DataFiles, find_data_files, local_path, open_file
 from text.formats import CHUNK_BYTES, Chunk, TextFile, read_files, read_from, split_files
 from text.hub import is_hub_id, open_hub
 
@@ -29,9 +31,10 @@ FINEWEB = "HuggingFaceFW/fineweb-edu"
 @dataclass(frozen=True)
 class SourceConfig:
     """Where text comes from."""
-    dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, json, csv, txt; .gz, "
-                                 ".zst), or `builtin`: the documentation inside Python, numpy and torch, several MB, no "
-                                 "network; several, separated by commas, are mixed", on_resume="fixed")
+    dataset: str = flag(FINEWEB, "id of a hub dataset, a local file or folder (parquet, jsonl, json, csv; txt, md and other "
+                                 "text; source code; .gz, .zst), or `builtin`: the documentation inside Python, numpy and "
+                                 "torch, several MB, no network; several, separated by commas, are mixed",
+                        on_resume="fixed")
     mix: str = flag(None, "share of the bytes of text for each of several datasets, such as 0.8,0.2", on_resume="fixed")
     dataset_config: str = flag(None, "configuration of a hub dataset (default: sample-10BT for fineweb-edu, else none)",
                                on_resume="fixed")
@@ -49,15 +52,25 @@ class SourceConfig:
 class Source:
     """An opened source. description: the flags and revisions that identify the text, for the manifest. read(state): its
     chunks from a state on, None for the beginning. train_state: where the text to train on starts, if held-out text comes
-    first. notes: lines about what is not read of local folders, and about what is held out."""
+    first. notes: lines about what is not read of local folders, and about what is held out. n_bytes: about how much text
+    there is to train on, None if that is not known."""
     description: dict
     read: Callable[[object], Iterator[Chunk]]
     train_state: dict | None = None
     notes: tuple[str, ...] = ()
+    n_bytes: int | None = None
 
     def chunks(self, position: dict | None = None) -> Iterator[Chunk]:
         """The chunks from `position` on, which Chunk.position_after returned; by default all."""
         return read_from(self.read, position)
+
+    def training_chunks(self, position: dict | None = None) -> Iterator[Chunk]:
+        """The chunks from `position` on, by default all that are not held out."""
+        return self.chunks(position or {"at": self.train_state, "skip": 0})
+
+    def held_out_chunks(self) -> Iterator[Chunk]:
+        """The chunks of files that are named as held out."""
+        return itertools.takewhile(lambda chunk: chunk.split == "val", self.chunks() if self.train_state else ())
 
     def documents(self) -> Iterator[str]:
         """The text of every document that is not held out; logs the notes, and a line for each part that is skipped."""
@@ -78,8 +91,10 @@ def open_source(config: SourceConfig, revisions: list[str] | None = None, part: 
     if len(opened) == 1:
         return replace(opened[0], description=description)
     reads = [functools.partial(read_training_text, source) for source in opened]
-    return Source(description, functools.partial(interleave, reads, mix_weights(config)),
-                  notes=tuple(note for source in opened for note in source.notes))
+    weights, sizes = mix_weights(config), [source.n_bytes for source in opened]
+    n_bytes = None if None in sizes else int(sum(weights) * min(size / weight for size, weight in zip(sizes, weights)))
+    return Source(description, functools.partial(interleave, reads, weights),
+                  notes=tuple(note for source in opened for note in source.notes), n_bytes=n_bytes)
 
 
 def read_training_text(source: Source, state: object) -> Iterator[Chunk]:
@@ -110,7 +125,9 @@ def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, in
         raise BadInput(f"--dataset_config={config.dataset_config}: only hub datasets have configurations: drop it "
                        f"(in a mix, leave the entry for {config.dataset} empty)")
     if config.dataset == "builtin":
-        return Source({"revision": builtin_revision()}, lambda state: read_builtin(state or 0, part))
+        n_bytes = sum(len(text.encode()) for text in builtin_texts())
+        return Source({"revision": builtin_revision()}, lambda state: read_builtin(state or 0, part),
+                      n_bytes=n_bytes // part[1])
     if path:
         return open_files(path, config, part)
     require_hub_id(config.dataset)
@@ -121,9 +138,21 @@ def open_dataset(config: SourceConfig, revision: str | None, part: tuple[int, in
 
 
 def require_hub_id(dataset: str):
-    """Raises BadInput for what is no local path if it cannot be a dataset of the hub either."""
-    if not is_hub_id(dataset) or dataset.lower().endswith(FORMATS):
-        raise BadInput(f"--dataset={dataset}: no such file or folder")
+    """Raises BadInput for what is no local path if it cannot be a dataset of the hub either, or is meant as a path: it ends
+    as a file of data does, or is in a folder that is there."""
+    folder, name = os.path.split(os.path.expanduser(dataset.rstrip("/")))
+    is_in_folder = folder != "" and os.path.isdir(folder)
+    is_file = dataset.lower().endswith((*ROW_FORMATS, *PROSE, *COMPRESSIONS, ".py"))
+    if is_hub_id(dataset) and not is_file and not is_in_folder:
+        return
+    try:
+        beside = [other for other in sorted(os.listdir(folder or ".")) if not other.startswith(".")]
+    except (OSError, ValueError):  # no such folder, or a name that none can have
+        beside = []
+    close = [os.path.join(folder, other) for other in difflib.get_close_matches(name, beside, n=1)]
+    if is_hub_id(dataset) and not is_file and not close:
+        raise BadInput(f"--dataset={dataset}: no such file or folder; the hub is not asked, as there is a folder {folder}")
+    raise BadInput(f"--dataset={dataset}: no such file or folder" + (f": did you mean {close[0]}?" if close else ""))
 
 
 def take_text(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
@@ -237,10 +266,11 @@ def open_files(path: Path, config: SourceConfig, part: tuple[int, int]) -> Sourc
     first = split_files(list(map(local_file, held_out)), part, "val")
     parts = first + split_files(list(map(local_file, train)), part, "train" if held_out else None)
     read = lambda state: read_files(parts, config.text_column, state, config.skip_errors)
+    n_bytes = sum(local_file(file).text_bytes for file in train) // part[1]
     train_state = {"file": len(first), "row": 0, "byte": 0} if held_out else None
     if not any(len(chunk.documents) for chunk in read(train_state)):
         raise BadInput(f"--dataset={path}: contains no text")
-    return Source({"revision": files_revision([*held_out, *train])}, read, train_state, notes)
+    return Source({"revision": files_revision([*held_out, *train])}, read, train_state, notes, n_bytes)
 
 
 def split_by_name(found: DataFiles) -> tuple[list[Path], list[Path], tuple[str, ...]]:
