@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from model import GPT
-from runtime.checkpoint import explain_damage
-from runtime.cli import command, explain_failures, parse_flags, parse_path
+from runtime.checkpoint import explain_damage, load_checkpoint
+from runtime.cli import command, explain_failures, log_line, parse_flags, parse_path
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
@@ -152,6 +152,8 @@ class Chat:
 
     def save(self, path: Path):
         """Writes the conversation as finetune.py reads it: a line of JSON. Raises BadInput or OSError."""
+        if len(self.history) == len(self.system_messages):
+            raise BadInput(f"/save {path}: nothing to save: the conversation has no messages yet")
         check_writable(path, f"/save {path}")
         if path.exists():
             raise BadInput(f"/save {path}: exists: choose another name")
@@ -222,10 +224,22 @@ def print_answer(chat: Chat, message: str):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
+def is_base_model(checkpoint: dict) -> bool:
+    """Whether train.py wrote it. Of an imported model nothing is known."""
+    training = checkpoint.get("training")
+    return isinstance(training, dict) and training.get("script") == "train.py"
+
+
 def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine):
     """Loads the model and runs the conversation. Raises BadInput when the model cannot hold one."""
-    model, tokenizer = load_model(config.checkpoint_path, machine)
-    with explain_damage(config.checkpoint_path):
+    path = config.checkpoint_path
+    checkpoint = load_checkpoint(path)
+    model, tokenizer = load_model(path, machine, checkpoint)
+    if is_base_model(checkpoint):
+        log_line(f"{path} was pretrained and never finetuned: it continues text and does not answer; `python finetune.py "
+                 f"--checkpoint_path={path}` makes it a model that does")
+    del checkpoint
+    with explain_damage(path):
         chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
     chat_loop(chat, config.prompt)
 

@@ -75,6 +75,11 @@ class EvaluateConfig:
         check_flags(self)
         if self.dataset == "":
             raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
+        for path in self.checkpoint_path:
+            parts = str(path).split(",")
+            if len(parts) > 1 and not path.exists() and all(Path(part).is_file() for part in parts):
+                raise BadInput(f"--checkpoint_path={path}: separate the files by spaces: --checkpoint_path "
+                               f"{' '.join(parts)}")
         dataset, split = DEFAULT_DATASETS[self.task]
         if self.dataset is None:
             object.__setattr__(self, "dataset", dataset)
@@ -160,12 +165,16 @@ def collate(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Iterable[tuple[Tensor, ...]]) -> dict:
+def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Iterable[tuple[Tensor, ...]],
+                n_batches: int | None = None) -> dict:
     """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of the predicted text, over all targets of `batches`, as
     train.py and finetune.py validate.
 
-    A batch: inputs, targets and, where rows are packed, document starts, each (B, T).
+    A batch: inputs, targets and, where rows are packed, document starts, each (B, T). n_batches: shows, on a terminal, a
+    progress bar of that many.
     """
+    batches = progress_bar(batches, total=n_batches, desc="validation", unit="batch", delay=1, leave=False,
+                           disable=None if n_batches else True)
     sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
     for idx, targets, *packed in batches:
         doc_starts = packed[0].to(machine.device) if packed else None
@@ -321,7 +330,8 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
     by_task = group_by_task(answers)
     if len(by_task) > 1:
         scores |= {f"- {task}": proportion([row["correct"] for row in rows]) for task, rows in by_task.items()}
-    bpb = mean_losses(model, tokenizer, machine, batches.sequential())["val_bpb"]
+    n_batches = math.ceil(batches.n_blocks / config.batch_size)
+    bpb = mean_losses(model, tokenizer, machine, batches.sequential(), n_batches)["val_bpb"]
     return scores | {"questions that fit into the context": count(len(answers)),
                      "bits per byte of the answers": Score(bpb, better="lower")}, answers
 
@@ -350,19 +360,23 @@ def eval_prompts(conversations: list[Conversation], tokenizer: Tokenizer, block_
     return prompts
 
 
-def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list[dict]:
+def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int,
+                   show_progress: bool = False) -> list[dict]:
     """A row for each prompt with the model's greedy answer, `output`, of at most `answer_tokens` tokens and no more
-    than the longest right answer and its end."""
+    than the longest right answer and its end. show_progress: a bar, on a terminal."""
     longest = max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0) + 1
-    outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens))
+    outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens),
+                             show_progress)
     return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
              "output": output, "correct": exact_match(output, prompt.answer)} for prompt, output in zip(prompts, outputs)]
 
 
-def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
+                   show_progress: bool = False) -> list[str]:
     """The text that the model adds to each of `prompts`, ids; PROMPTS_PER_BATCH are computed together."""
     outputs = [""] * len(prompts)
-    for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+    for first in progress_bar(range(0, len(prompts), PROMPTS_PER_BATCH), desc="answers", unit="batch", delay=1, leave=False,
+                              disable=None if show_progress else True):
         batch = prompts[first:first + PROMPTS_PER_BATCH]
         for row, text in generate_texts(model, tokenizer, batch, max_new_tokens, GREEDY):
             outputs[first + row] += text

@@ -129,7 +129,8 @@ def download(source: str) -> Path:
     if path.exists() or not is_hub_id(source):
         raise BadInput(f"--import_path={source}: no such folder")
     import huggingface_hub
-    huggingface_hub.utils.logging.set_verbosity_error()
+    from huggingface_hub.utils import logging  # not an attribute of huggingface_hub until something has imported it
+    logging.set_verbosity_error()
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "merges.txt", "*.safetensors"]))
     except Exception as error:

@@ -9,8 +9,10 @@ at every validation. The folder named after the checkpoint holds metrics.jsonl, 
 finetuning.html.
 """
 import dataclasses
+import itertools
 import json
 import math
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dataloader import PackedBatches, TrainLoader
-from evaluate import EvalPrompt, accuracy, answer_prompts, eval_prompts, group_by_kind, group_by_task, mean_losses
+from evaluate import (
+    PROMPTS_PER_BATCH,
+    EvalPrompt,
+    accuracy,
+    answer_prompts,
+    eval_prompts,
+    group_by_kind,
+    group_by_task,
+    mean_losses,
+)
 from experiments.plots import draw_finetuning
 from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
@@ -42,6 +53,7 @@ from trainer import (
     RunFlags,
     TrainSetup,
     TrainState,
+    describe_machine,
     dry_run_step,
     open_output,
     restore_state,
@@ -129,18 +141,33 @@ class HeldOut:
     report: ReadReport
 
 
-def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int) -> dict:
+def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tokens: int, show_progress: bool) -> dict:
     """val_loss and val_bpb of the right answers; exact_match, the accuracy of the model's own, which go into answers.jsonl,
     overall and for each kind of question; skipped_rows, where rows of the dataset could not be read."""
-    row = mean_losses(state.model, setup.tokenizer, setup.machine, held_out.batches.sequential())
+    batches = held_out.batches
+    row = mean_losses(state.model, setup.tokenizer, setup.machine, batches.sequential(),
+                      math.ceil(batches.n_blocks / batches.batch_size) if show_progress else None)
     with setup.machine.autocast():
-        answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens)
+        answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens, show_progress)
     write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
     if answers:
         row["exact_match"] = accuracy(answers)
     if len(by_kind := group_by_kind(answers)) > 1:
         row |= {f"exact_match/{kind}": accuracy(rows) for kind, rows in by_kind.items()}
     return row | ({"skipped_rows": n} if (n := len(held_out.report.skipped)) else {})
+
+
+def estimate_validation(state: TrainState, setup: TrainSetup, held_out: HeldOut, run: FinetuneConfig) -> float:
+    """Seconds of a validation, from its first batch and its first questions."""
+    model, tokenizer, machine, batches = state.model, setup.tokenizer, setup.machine, held_out.batches
+    prompts, start = held_out.prompts[:PROMPTS_PER_BATCH], time.perf_counter()
+    mean_losses(model, tokenizer, machine, itertools.islice(batches.sequential(), 1))
+    read = time.perf_counter()
+    with machine.autocast():
+        answer_prompts(model, tokenizer, prompts, run.answer_tokens)
+    answered = time.perf_counter() - read
+    return (read - start) * math.ceil(batches.n_blocks / run.batch_size) + (
+        answered * len(held_out.prompts) / max(1, len(prompts)))
 
 
 def write_answers(path: Path, step: int, answers: list[dict]):
@@ -250,9 +277,10 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
     state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * batches.block_size,
                                  FINETUNING.settings(*configs) | vars(model.config))
-    evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens))
+    evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens, loop.verbose))
     return Run(configs, state, setup, answer_loss, evaluate, partial(dry_run, state, machine, run.batch_size),
-               partial(describe, state, setup, val, configs))
+               partial(describe, state, setup, val, configs), partial(estimate_validation, state, setup, val, run),
+               batches.n_blocks * batches.block_size)
 
 
 def dry_run(state: TrainState, machine: Machine, batch_size: int):
@@ -274,8 +302,8 @@ def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: Finetu
             f"of {batches.block_size:,} tokens, {n_tokens / batches.n_blocks / batches.block_size:.0%} full; "
             f"{n_targets / n_tokens:.0%} of the tokens are the assistant's; {len(val.batches.conversations):,} held out, "
             f"with {len(val.prompts):,} questions{notes}",
-            f"machine  {setup.machine}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows until "
-            f"{configs.loop.horizon()}"]
+            f"machine  {describe_machine(setup.machine)}; steps of {run.batch_size} x {configs.loop.num_batch_accum} rows "
+            f"until {configs.loop.horizon()}"]
 
 
 def default_out_path(path: Path) -> Path:

@@ -320,10 +320,10 @@ def pretraining_flags(checkpoint: dict) -> dict:
     return checkpoint.get("training", {}).get("settings", {})
 
 
-def load_model(path: Path, machine: Machine) -> tuple[GPT, Tokenizer]:
-    """The model of a checkpoint, on the device with its matrices in the machine's dtype, and its tokenizer. Raises BadInput
-    when the file cannot be read."""
-    model, tokenizer, _ = load_pretrained(path)
+def load_model(path: Path, machine: Machine, checkpoint: dict | None = None) -> tuple[GPT, Tokenizer]:
+    """The model of a checkpoint, on the device with its matrices in the machine's dtype, and its tokenizer. checkpoint,
+    errors: see load_pretrained."""
+    model, tokenizer, _ = load_pretrained(path, checkpoint)
     model.cast_matrices(DTYPES[machine.dtype])
     return model.to(machine.device), tokenizer
 

@@ -7,6 +7,9 @@ Beside the checkpoint a folder of its name holds the run's numbers: checkpoints/
 Owns the presets, the flags of pretraining and its validation; the loop is trainer.py's.
 """
 import dataclasses
+import math
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +17,16 @@ from typing import NamedTuple
 
 import torch
 
-from dataloader import shard_loader, val_batches
+from dataloader import shard_loader, val_batches, val_tokens
 from evaluate import mean_losses
 from experiments.plots import draw_curves, validation_note
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, run_folder
-from runtime.cli import command, read_path
+from runtime.cli import command, read_path, wrap
 from runtime.config import BadInput, check_flags, flag, shorten
 from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
+from runtime.forecast import format_seconds
 from runtime.memory import largest_batch
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
@@ -35,6 +39,7 @@ from trainer import (
     RunFlags,
     TrainSetup,
     TrainState,
+    describe_machine,
     dry_run_step,
     next_token_loss,
     open_output,
@@ -104,10 +109,39 @@ PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that downl
                               "checkpoint_path")
 
 
-def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig) -> dict:
+def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig, show_progress: bool = False) -> dict:
     """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of their text, on the fixed validation batches."""
-    batches = val_batches(data, run.val_batch, model.config.block_size, run.val_bytes, run.val_iter)
-    return mean_losses(model, data.tokenizer, machine, batches)
+    block_size = model.config.block_size
+    batches = val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter)
+    n_batches = math.ceil(validation_tokens(data, run, block_size) / run.val_batch / block_size)
+    return mean_losses(model, data.tokenizer, machine, batches, n_batches if show_progress else None)
+
+
+def validation_tokens(data: DataFolder, run: RunConfig, block_size: int) -> int:
+    """Tokens in a validation, at most."""
+    return run.val_iter * run.val_batch * block_size if run.val_iter else val_tokens(data, run.val_bytes)
+
+
+def estimate_validation(model: GPT, data: DataFolder, machine: Machine, run: RunConfig) -> float:
+    """Seconds of a validation, from its first batch."""
+    block_size = model.config.block_size
+    first = next(val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter))
+    start = time.perf_counter()
+    mean_losses(model, data.tokenizer, machine, [first])
+    seconds = time.perf_counter() - start
+    return seconds * max(1.0, validation_tokens(data, run, block_size) / first[0].numel())
+
+
+def shorter_run(configs: TrainConfigs, machine: Machine, flops: float) -> str:
+    """What to do about a run that takes too long. flops: a second that the model reaches."""
+    preset = PRESETS["cpu"]
+    if machine.device.type != "cpu" or configs.model.n_embd <= preset["n_head"] * preset["head_size"]:
+        return "--max_seconds=3600 fits the whole schedule into an hour"
+    shape = {name: value for name, value in preset.items() if name in GPTConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=configs.model.vocab_size, **shape))
+    n_tokens = preset["max_iter"] * preset["batch_size"] * preset["num_batch_accum"] * preset["block_size"]
+    return f"--preset=cpu takes about {format_seconds(n_tokens * model.flops_per_token() / flops)}"
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
@@ -155,9 +189,10 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
                           pin_memory=machine.device.type == "cuda")
     state, setup = restore_state(output, model, data.tokenizer, configs.optimizer, loader,
                                  run.batch_size * loop.num_batch_accum * block_size, PRETRAINING.settings(*configs))
-    evaluate = Evaluation(lambda state: validate(state.model, data, machine, run))
+    evaluate = Evaluation(lambda state: validate(state.model, data, machine, run, loop.verbose))
     return Run(configs, state, setup, next_token_loss, evaluate, partial(dry_run, model, machine, run.batch_size),
-               partial(describe, state, setup, data, configs))
+               partial(describe, state, setup, data, configs), partial(estimate_validation, model, data, machine, run),
+               data.manifest.total("train", "tokens"), partial(shorter_run, configs, machine))
 
 
 def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> TrainConfigs:
@@ -191,13 +226,13 @@ def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: Tr
             f"{setup.peak_lr():.3g}",
             f"data     {data.path}: {train_tokens / 1e6:.2f} M training tokens; steps of {setup.step_tokens:,} "
             f"({run.batch_size} x {loop.num_batch_accum} blocks) until {loop.horizon()}{epochs}",
-            f"machine  {setup.machine}, {setup.machine.peak_flops() / 1e12:.3g} TFLOP/s {source}{resumed}"]
+            f"machine  {describe_machine(setup.machine)}, {setup.machine.peak_flops() / 1e12:.3g} TFLOP/s {source}{resumed}"]
 
 
 def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
     path = setup.writer.path
-    print(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
-          f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
+    print(wrap(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
+               f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves", sys.stdout))
     if run.sample_tokens:
         print("sample, the start of a document:")
         with setup.machine.autocast():

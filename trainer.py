@@ -6,11 +6,14 @@ Pretraining, finetuning and the probes call `fit` with a loader, a loss function
 """
 import gc
 import math
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,16 +24,46 @@ from tqdm import tqdm
 
 from model import GPT
 from optimizer import CombinedOptimizer, OptimizerConfig, make_optimizer, set_rates
-from runtime.checkpoint import CheckpointWriter, explain_damage, run_folder, run_lock
-from runtime.cli import explain_failures, ignore_output_errors, log_line, progress_bar
+from runtime.checkpoint import CheckpointWriter, explain_damage, find_tensors, run_folder, run_lock
+from runtime.cli import (
+    explain_failures,
+    ignore_output_errors,
+    log_line,
+    progress_bar,
+    set_postfix,
+    terminal_width,
+    wrap,
+)
 from runtime.config import check_flags, flag
-from runtime.device import DeviceConfig, Machine, can_compile, compile_in_place, open_machine, rng_state, set_rng_state
-from runtime.memory import disable_malloc_trim, peak_memory
+from runtime.device import (
+    DeviceConfig,
+    Machine,
+    can_compile,
+    compile_in_place,
+    fastest_threads,
+    open_machine,
+    rng_state,
+    set_rng_state,
+)
+from runtime.forecast import (
+    CHECKPOINTS_KEPT,
+    DAY,
+    Forecast,
+    forecast_table,
+    format_bytes,
+    format_seconds,
+    free_disk,
+)
+from runtime.memory import available_memory, disable_malloc_trim, peak_memory
 from runtime.metrics import MetricsLog, NonFiniteGuard, read_rows
 from runtime.run import TrainingCommand, is_finished
 from runtime.signals import StopSignals, without_garbage_collection
+from runtime.threads import available_cores
 from tokenizer import Tokenizer
 
+STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
+SMALL_BATCH_FLOPS = 5e11    # of a batch, below which threads may wait longer than they work: a second or so of one core
+MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -64,6 +97,17 @@ class LoopConfig:
         """Fraction of the run that is done, 1 or more at its end."""
         done = (step, self.max_iter), (tokens, self.max_tokens), (seconds, self.max_seconds)
         return max(now / limit for now, limit in done if limit)
+
+    def remaining_steps(self, state: "TrainState", step_tokens: int, step_seconds: float) -> int:
+        """Steps until the first limit, at these tokens and seconds a step."""
+        limits = ((self.max_iter, state.step, 1), (self.max_tokens, state.tokens, step_tokens),
+                  (self.max_seconds, state.seconds, step_seconds))
+        return max(0, min(math.ceil((limit - done) / per_step) for limit, done, per_step in limits if limit))
+
+    def remaining_validations(self, step: int, n_steps: int) -> int:
+        """How many the `n_steps` after `step` hold: the last step always validates, and so does an untrained model."""
+        end = step + n_steps
+        return end // self.val_intervals - step // self.val_intervals + (end % self.val_intervals > 0) + (step == 0)
 
 
 # -- state ------------------------------------------------------------------------------------------------------------
@@ -168,18 +212,24 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evaluation, setup: TrainSetup,
-        stop_when: Callable[[TrainState, dict], bool] = lambda state, row: False) -> int | None:
+        stop_when: Callable[[TrainState, dict], bool] = lambda state, row: False,
+        on_timed: Callable[[float, float | None], None] | None = None) -> int | None:
     """Trains `state` until `loop` says it is done; returns the signal that stopped it before, or None.
 
     loss_fn(model, batch) -> nats/token, a scalar; batch: what the loader makes, on the device. The evaluation runs before
     the first step, where a loss far from ln(vocab_size) means that something is wired wrongly, every `val_intervals` steps
     and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
-    True ends the run there. Raises FloatingPointError when the run has diverged; the checkpoint is then the last good one.
+    True ends the run there. on_timed(seconds of a step, seconds of the first evaluation with its checkpoint, or None where
+    a resumed run has none): called once, after the first few steps. Raises FloatingPointError when the run has diverged;
+    the checkpoint is then the last good one.
     """
-    with StopSignals() as signals, without_garbage_collection(), progress_bar(
+    timer = StepTimer(on_timed)
+    with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(
             total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
+            start = time.perf_counter()
             row = start_run(state, evaluate, setup)
+            timer.evaluation_seconds = time.perf_counter() - start
             update_progress(bar, evaluate, row, 0.0)
             if stop_when(state, row):
                 return None
@@ -187,9 +237,11 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
         progress = loop.progress(state.step, state.tokens, state.seconds)
         while progress < 1 and not stopped:
             set_rates(state.optimizer, state.step, progress, setup.schedule)
-            loss, n_tokens = train_step(state, loop, loss_fn, setup.machine)
-            state.step += 1
-            state.tokens += n_tokens
+            with timer:
+                loss, n_tokens = train_step(state, loop, loss_fn, setup.machine)
+                timer.loss = loss
+                state.step += 1
+                state.tokens += n_tokens
             bar.update()
             stopped = signals.signal
             progress = loop.progress(state.step, state.tokens, state.seconds + time.perf_counter() - last_row[0])
@@ -213,6 +265,31 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
                 return stopped
             last_row = time.perf_counter(), state.tokens
         return stopped if progress < 1 else None
+
+
+class StepTimer:
+    """A context that times the first training steps of a run, and then calls `on_timed`, see `fit`. It waits for the device
+    at each of them, and changes no number."""
+    MIN_STEPS, MIN_SECONDS, SLOW_STEP = 3, 1.0, 10.0
+
+    def __init__(self, on_timed: Callable[[float, float | None], None] | None):
+        self.on_timed, self.evaluation_seconds = on_timed, None
+        self.times: list[float] = []
+        self.loss: Tensor | None = None  # of the step inside the context
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, error, *rest):
+        if self.on_timed is None or error is not None:
+            return
+        self.loss.item()
+        self.times.append(time.perf_counter() - self.start)
+        warm = self.times[1:]  # the first step also allocates memory and starts threads
+        if len(warm) >= self.MIN_STEPS and sum(warm) >= self.MIN_SECONDS or sum(warm) >= self.SLOW_STEP or (
+                not warm and self.times[0] >= self.SLOW_STEP):
+            self.on_timed(statistics.median(warm or self.times), self.evaluation_seconds)
+            self.on_timed = None
 
 
 def start_run(state: TrainState, evaluate: Evaluation, setup: TrainSetup) -> dict:
@@ -311,13 +388,18 @@ def update_progress(bar: tqdm, evaluate: Evaluation, row: dict, progress: float)
     shown = {"loss": f"{row['train_loss']:.3f}", "tok/s": f"{row['tok_per_sec']:,.0f}"} if "train_loss" in row else {}
     if row.get("mfu"):
         shown["mfu"] = f"{row['mfu']:.1%}"
-    bar.set_postfix(shown, refresh=False)
+    if "lr" in row:
+        shown |= {"lr": f"{row['lr']:.3g}", "memory": format_bytes(row["peak_memory"])}
+    set_postfix(bar, shown)
     if evaluate.metric in row and not bar.disable:
         trained = f"train {row['train_loss']:.4f} | " if "train_loss" in row else ""
         value = evaluate.label.format(row[evaluate.metric])
         bpb = f", {row['val_bpb']:.4f} bits/byte" if "val_bpb" in row else ""
-        tqdm.write(f"step {row['step']:>6,} | {trained}{value}{bpb} | {row['tokens'] / 1e6:.2f} M tokens, "
-                   f"{row['seconds']:.0f} s")
+        line = f"step {row['step']:>6,} | {trained}{value}{bpb} | {row['tokens'] / 1e6:.2f} M tokens, {row['seconds']:.0f} s"
+        for unit in " nats/token", "ens":  # "tokens" becomes "tok"
+            if sys.stdout.isatty() and len(line) > terminal_width():
+                line = line.replace(unit, "")
+        tqdm.write(wrap(line, sys.stdout, " " * 14))
 
 
 # -- a command that trains, from its flags to its end -----------------------------------------------------------------
@@ -332,6 +414,11 @@ class RunFlags:
                            scope="run")
     compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
                                auto=True, on_resume="warn")
+    threads: int = flag("auto", "threads of a CPU; auto: the fastest number in a few timed passes where the model is small, "
+                                "which a resumed run keeps; 0, and auto for other models or where OMP_NUM_THREADS is set: "
+                                "torch's own number", at_least=0, at_most=10_000, auto=True, on_resume="free",
+                        scope="shared")
+    dry_run: bool = flag(False, "print the forecast, and do nothing", on_resume="unsaved", scope="run")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
                                         on_resume="free")
 
@@ -356,6 +443,10 @@ class Run:
     evaluate: Evaluation
     dry_run: Callable         # dry_run(): a forward and backward pass as the run's will be, without effect
     describe: Callable        # describe() -> the lines it starts with
+    validation_seconds: Callable[[], float]  # estimate from a part of a validation, without effect
+    epoch_tokens: float       # tokens in a pass over the training data
+    shorter: Callable[[float], str] = lambda flops: "--max_seconds=3600 fits the whole schedule into an hour"
+    """shorter(FLOP/s that the model reaches) -> what to do about a run that takes too long"""
 
 
 def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Path | None, resolve: Callable,
@@ -367,19 +458,26 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
     what `explain_failures` raises; SystemExit when a signal stops it.
     """
     ignore_output_errors()
-    with run_lock(path, f"--{command.out_flag}={path}"):
+    is_dry = given.get("dry_run", False)  # writes nothing, so it needs no lock
+    with nullcontext() if is_dry else run_lock(path, f"--{command.out_flag}={path}"):
         start, checkpoint = command.read_checkpoint(resumed, given) if resumed else ({}, None)
         values = resolve(start, given) | {command.out_flag: path,
                                           "resume_checkpoint": str(resumed) if resumed else None}
+        values |= {"overwrite": True} if is_dry else {}
         configs, run = command.read_configs(values), None
         if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return None
         with explain_failures(lambda: oom_advice(run.setup.settings if run else values, can_find_batch),
                               lambda: run.setup.checkpoint_status() if run else ""):
             run = open_run(configs, checkpoint, resumed)
+            choose_threads(run)
+            if is_dry:
+                print_forecast(run)
+                return None
             if configs.loop.verbose:
-                print(*run.describe(), sep="\n")
+                print(*(wrap(line, sys.stdout, " " * 9) for line in run.describe()), sep="\n")
                 report_start(command, run.setup, checkpoint)
+                warn_of_days(run)
             del checkpoint  # as large as model and optimizer together
             fit_and_close(command, run)
         return run
@@ -387,20 +485,124 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
 
 def fit_and_close(command: TrainingCommand, run: Run):
     """`fit`, compiled where asked, with everything closed at its end. Raises SystemExit when a signal stops it."""
-    state, setup, compile_model = run.state, run.setup, run.configs.run.compile_model
-    if can_compile(setup.machine.device) if compile_model == "auto" else compile_model:
-        compile_in_place(state.model, run.dry_run)
+    state, setup, loop = run.state, run.setup, run.configs.loop
+    compile_where_asked(run)
     try:
-        stopped_by = fit(state, run.configs.loop, run.loss_fn, run.evaluate, setup)
+        stopped_by = fit(state, loop, run.loss_fn, run.evaluate, setup,
+                         on_timed=partial(report_forecast, run) if loop.verbose else None)
     finally:
         state.loader.close()
         setup.metrics.close()
         with suppress(OSError, MemoryError):  # of a write in progress; where that matters, `fit` has waited for it
             setup.writer.wait()
     if stopped_by:
-        print(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
-              f"{setup.writer.path} --resume_checkpoint` continues", file=sys.stderr)
+        log_line(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
+                 f"{setup.writer.path} --resume_checkpoint` continues")
         raise SystemExit(128 + stopped_by)
+
+
+def compile_where_asked(run: Run):
+    compile_model = run.configs.run.compile_model
+    if can_compile(run.setup.machine.device) if compile_model == "auto" else compile_model:
+        compile_in_place(run.state.model, run.dry_run)
+
+
+def choose_threads(run: Run):
+    """Sets the threads of a CPU to --threads. The run's settings keep the number, on which its last bits depend."""
+    n, n_all = run.configs.run.threads, torch.get_num_threads()
+    if run.setup.machine.device.type != "cpu":
+        n = 0
+    elif n == "auto":
+        batch_flops = run.state.model.flops_per_token() * run.setup.step_tokens / run.configs.loop.num_batch_accum
+        is_small = n_all > 1 and "OMP_NUM_THREADS" not in os.environ and batch_flops < SMALL_BATCH_FLOPS
+        n = fastest_threads(run.dry_run, n_all) if is_small else 0
+    elif n:
+        torch.set_num_threads(min(n, available_cores()))  # the checkpoint may come from a larger machine
+    run.setup.settings["threads"] = n
+
+
+def describe_machine(machine: Machine) -> str:
+    """"cpu, bf16, 1 of 2 threads"."""
+    if machine.device.type != "cpu":
+        return str(machine)
+    n, n_cores = torch.get_num_threads(), available_cores()
+    return f"{machine}, {n} of {n_cores} threads" if n < n_cores else f"{machine}, {n} thread{'s' * (n > 1)}"
+
+
+# -- forecast ---------------------------------------------------------------------------------------------------------
+
+def measure_run(run: Run) -> Forecast:
+    """The forecast of a run that has not begun, from a few timed steps, after which its state can only be thrown away.
+    Writes nothing."""
+    compile_where_asked(run)
+    available = available_memory(run.setup.machine.device)
+    try:
+        return make_forecast(run, time_step(run), run.validation_seconds(), available)
+    finally:
+        run.state.loader.close()
+
+
+def time_step(run: Run) -> float:
+    """Seconds of an optimizer step, from steps of one and of two batches: one of many may take minutes."""
+    state, setup, loop = run.state, run.setup, run.configs.loop
+
+    def step_seconds(n_batches: int) -> float:
+        start = time.perf_counter()
+        loss, _ = train_step(state, replace(loop, num_batch_accum=n_batches), run.loss_fn, setup.machine)
+        loss.item()  # waits for the device
+        return time.perf_counter() - start
+    set_rates(state.optimizer, state.step, 0.0, setup.schedule)
+    n_batches, start = loop.num_batch_accum, time.perf_counter()
+    first = step_seconds(1)  # allocates memory and starts threads
+    if first > MAX_TIMING_SECONDS:
+        if n_batches > 1:
+            start = time.perf_counter()
+            run.dry_run()
+        return first + (n_batches - 1) * (time.perf_counter() - start)
+    times, end = {1: [], 2: []}, time.perf_counter() + MAX_TIMING_SECONDS
+    while not times[1] or len(times[1]) < 10 and time.perf_counter() < end:
+        for n in range(1, min(2, n_batches) + 1):
+            times[n].append(step_seconds(n))
+    one = statistics.median(times[1])
+    return one if n_batches == 1 else one + (n_batches - 1) * max(0.0, statistics.median(times[2]) - one)
+
+
+def make_forecast(run: Run, step_seconds: float, validation_seconds: float | None, available: int) -> Forecast:
+    """available: see Forecast.available_memory."""
+    state, setup, loop = run.state, run.setup, run.configs.loop
+    steps = loop.remaining_steps(state, setup.step_tokens, step_seconds)
+    tensors = find_tensors([state.model.state_dict(), state.optimizer.state_dict()])
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}  # tied weights count once
+    path = setup.writer.path
+    flops = setup.step_tokens * state.model.flops_per_token() / step_seconds
+    return Forecast(state.model.n_parameters(), peak_memory(setup.machine.device), available, setup.step_tokens,
+                    step_seconds, steps, loop.remaining_validations(state.step, steps), validation_seconds,
+                    steps * setup.step_tokens / run.epoch_tokens, CHECKPOINTS_KEPT * sum(sizes.values()), free_disk(path),
+                    run.shorter(flops))
+
+
+def print_forecast(run: Run):
+    forecast = measure_run(run)
+    print(forecast_table(forecast), *forecast.warnings(), sep="\n")
+
+
+def report_forecast(run: Run, step_seconds: float, validation_seconds: float | None):
+    """Prints the forecast in one line, and its warnings, after the first steps of a run."""
+    forecast = make_forecast(run, step_seconds, validation_seconds, available_memory(run.setup.machine.device))
+    tqdm.write(wrap(forecast.line(), sys.stdout, " " * 9))
+    for warning in forecast.warnings():
+        log_line(warning)
+
+
+def warn_of_days(run: Run):
+    """Warns before the first validation and step, which may take minutes, where even the device's peak is too slow for the
+    run to end in a day."""
+    setup, flops = run.setup, run.setup.machine.peak_flops()
+    step_seconds = setup.step_tokens * run.state.model.flops_per_token() / flops
+    seconds = run.configs.loop.remaining_steps(run.state, setup.step_tokens, step_seconds) * step_seconds
+    if seconds > DAY:
+        log_line(f"warning: at least {format_seconds(seconds)}, at the peak speed of this device; --dry_run measures the "
+                 f"run's own; {run.shorter(flops)}")
 
 
 def open_output(command: TrainingCommand, path: Path, resumed: Path | None, overwrite: bool, device: DeviceConfig,

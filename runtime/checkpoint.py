@@ -3,6 +3,7 @@
 A run's latest checkpoint is at its --checkpoint_path. The folder of that name, `run_folder`, has the one before it
 (previous.pt), the one with the best validation so far (best.pt), and the metrics.
 """
+import difflib
 import os
 import re
 import threading
@@ -138,8 +139,7 @@ def clone_to_cpu(value):
 def load_checkpoint(path: Path) -> dict:
     """Tensors are loaded to the CPU. Raises BadInput when the file is missing, damaged, foreign or of an unknown format."""
     if not path.is_file():
-        raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python train.py "
-                       f"--checkpoint_path={path}`")
+        raise BadInput(explain_missing(path))
     try:
         checkpoint = read_archive(path)
     except PermissionError as error:
@@ -157,6 +157,22 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"{path}: its format is {checkpoint['format']!r}, this version reads {FORMAT!r}: use the version "
                        f"that wrote it")
     return checkpoint
+
+
+def explain_missing(path: Path) -> str:
+    """The message for a path that is no file, with the checkpoint that may be meant."""
+    with suppress(BadInput, ValueError):
+        if path.is_dir():  # checkpoints/gpt, a run's folder
+            runs = [run for name in (path.name + ".pt", path.name.removesuffix(".run")) if
+                    (run := path.with_name(name)).is_file()] or sorted(path.glob("*.pt"))
+            return f"{path}: is a folder" + (f", did you mean {runs[0]}?" if runs else ": give a file that ends in .pt")
+        parts = str(path).split(",")
+        if len(parts) > 1 and all(Path(part).is_file() for part in parts):
+            return f"{path}: are {len(parts)} files: give one, or where several are allowed, spaces between them"
+        names = [file.name for file in path.parent.glob("*.pt")]
+        if close := difflib.get_close_matches(path.with_suffix(".pt").name, names, n=1):
+            return f"{path}: no such file, did you mean {path.with_name(close[0])}?"
+    return f"{path}: no checkpoint to read: check the path, or train one with `python train.py --checkpoint_path={path}`"
 
 
 def read_archive(path: Path):

@@ -12,35 +12,66 @@ the line.
 """
 import argparse
 import contextlib
-import difflib
 import functools
 import io
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime.aliases import explain_unknown
 from runtime.config import BadInput, declared_flags, read_flags, shorten, takes_several, value_type
 
 BAD_INPUT, DIVERGED = 2, 3  # exit codes that other programs here read
 MAX_PATH = 3500             # bytes; the limit of Linux, 4096, less what a command appends
+MAX_HELP_WIDTH = 110        # columns; longer lines are hard to read
+MAX_PLACEHOLDER = 36        # characters
+MIN_BAR = 10                # cells of a progress bar, below which numbers beside it are left out
 MAX_MESSAGE = 1500          # characters of the line that a command ends with, which may quote a flag of any length
 
 
 def log_line(line: str):
     """Prints a line on stderr without breaking progress bars."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(wrap(line, sys.stderr), file=sys.stderr)
 
 
-def progress_bar(**options) -> tqdm:
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none. The environment's COLUMNS counts first."""
+    return shutil.get_terminal_size().columns
+
+
+def wrap(text: str, stream, indent: str = "") -> str:
+    """`text` with its lines broken between words at the terminal's width, where `stream` is one, later lines indented.
+    Elsewhere unchanged: a log keeps whole lines."""
+    if not stream.isatty():
+        return text
+    return "\n".join(textwrap.fill(line, terminal_width(), subsequent_indent=indent, break_long_words=False,
+                                   break_on_hyphens=False) for line in text.split("\n"))
+
+
+def progress_bar(iterable=None, **options) -> tqdm:
     """tqdm that refreshes often on a terminal, and every half minute in a log file."""
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(**{"dynamic_ncols": True, "mininterval": interval, "maxinterval": max(interval, 10)} | options)
+    return tqdm(iterable, **{"dynamic_ncols": True, "mininterval": interval, "maxinterval": max(interval, 10)} | options)
+
+
+def set_postfix(bar: tqdm, numbers: dict[str, str]):
+    """Shows as many of `numbers`, the most important first, beside the bar as leave it MIN_BAR cells of the terminal."""
+    columns = None if bar.disable else bar.format_dict["ncols"]  # None: no terminal
+    while numbers:
+        postfix = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        if columns is None or len(tqdm.format_meter(**bar.format_dict | {
+                "postfix": postfix, "ncols": None, "bar_format": "{l_bar}{r_bar}"})) + MIN_BAR <= columns:
+            break
+        numbers = dict(list(numbers.items())[:-1])
+    bar.set_postfix(numbers, refresh=False)
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -129,10 +160,10 @@ def or_auto(parse: Callable) -> Callable:
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wraps help to the terminal's width, flags in a narrow column."""
+    """Wraps help to the terminal's width, or to MAX_HELP_WIDTH in a wide one, flags in a narrow column."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=26)
+        super().__init__(prog, max_help_position=26, width=min(terminal_width() - 2, MAX_HELP_WIDTH))
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,12 +185,24 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            if not name.startswith("-"):
-                raise BadInput(f"{unknown[0]}: not a flag: give several values as in --flag a b, text with spaces in quotes")
-            raise BadInput(f"{unknown[0]}: no such flag" + (f", did you mean {close[0]}?" if close else ", see --help"))
+            known = {action.dest: getattr(action, "flag_choices", None) or () for action in self._actions}
+            is_flag = unknown[0].startswith(("-", "\u2013", "\u2014"))
+            raise BadInput(explain_unknown(unknown[0], known) if is_flag else explain_stray(unknown[0], known))
         return found
+
+
+def explain_stray(text: str, known: Collection[str]) -> str:
+    """The message for a word on the command line that belongs to no flag. known: names of the command's flags."""
+    name, equals, _ = text.partition("=")
+    if equals and name in known:
+        return f"{text}: not a flag, did you mean --{text}?"
+    with contextlib.suppress(OSError, ValueError):
+        path = Path(text)
+        takes = ("data_path" if path.is_dir() else "checkpoint_path" if path.suffix == ".pt" else "tokenizer_path"
+                 if path.name.endswith("tokenizer.json") else "dataset" if path.is_file() else None)
+        if path.exists() and (flag := takes if takes in known else "dataset" if "dataset" in known else None):
+            return f"{text}: not a flag, did you mean --{flag}={shlex.quote(text)}?"
+    return f"{text}: not a flag: give several values as in --flag a b, text with spaces in quotes"
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = False, without: Collection[str] = ()):
@@ -174,17 +217,26 @@ def add_flags(parser: argparse.ArgumentParser, *configs: type, suppress: bool = 
                 continue
             kind, declared = value_type(field), field.metadata["flag"]
             bare = True if kind is bool else declared.bare
-            group.add_argument(
+            action = group.add_argument(
                 f"--{name}", type=or_auto(PARSERS[kind]) if declared.auto else PARSERS[kind],
                 default=argparse.SUPPRESS if suppress else field.default, help=help_text(field).replace("%", "%%"),
-                metavar={bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind],
+                metavar=value_placeholder(field),
                 **({"nargs": "+"} if takes_several(field) else {"nargs": "?", "const": bare} if bare is not None else {}))
+            action.flag_choices = declared.choices  # argparse's own `choices` would check before `check_flags` explains
+
+
+def value_placeholder(field) -> str:
+    """What stands for the value in --help: N, X|auto, {a,b}; CHOICE where the choices are too many for a column."""
+    declared, kind = field.metadata["flag"], value_type(field)
+    if declared.choices:
+        return braces if len(braces := f"{{{','.join(declared.choices)}}}") <= MAX_PLACEHOLDER else "CHOICE"
+    return {bool: "0|1", int: "N", float: "X", Path: "PATH", str: "TEXT"}[kind] + "|auto" * declared.auto
 
 
 def help_text(field) -> str:
-    """What the flag does, its choices and its default, in one line."""
+    """What the flag does, its choices unless they stand in its placeholder, and its default, in one line."""
     declared, default = field.metadata["flag"], default_text(field)
-    notes = [f"choices: {', '.join(declared.choices)}"] if declared.choices else []
+    notes = [f"choices: {', '.join(declared.choices)}"] if value_placeholder(field) == "CHOICE" else []
     notes += [f"default: {default}"] if default else []
     return declared.help + (f" ({'; '.join(notes)})" if notes else "")
 
@@ -295,7 +347,8 @@ def command(main):
         if message:
             name, message = Path(sys.modules[main.__module__].__file__).name, " ".join(message.split())
             with contextlib.suppress(OSError):  # nobody may be left to read it
-                print(f"{name}: {message[:MAX_MESSAGE]}{'…' * (len(message) > MAX_MESSAGE)}", file=sys.stderr)
+                line = f"{name}: {message[:MAX_MESSAGE]}{'…' * (len(message) > MAX_MESSAGE)}"
+                print(wrap(line, sys.stderr), file=sys.stderr)
         if argv is None and "pyarrow" in sys.modules:
             # Its threads may still be reading ahead of a stream that we have left, and would abort the process when the
             # interpreter is taken down under them: https://github.com/apache/arrow/issues/45214

@@ -7,10 +7,12 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import random
 import re
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -225,6 +227,33 @@ def with_faster_dtype(machine: Machine, step: Callable[[Machine, int], None]) ->
             times.append(time.perf_counter() - start)
         return min(times)
     return min((dataclasses.replace(machine, dtype=dtype) for dtype in ("fp32", "fp16")), key=step_seconds)
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+def fastest_threads(step: Callable[[], None], n_all: int) -> int:
+    """How many threads of a CPU make `step()`, of a second or less, fastest: `n_all`, unless fewer are clearly faster.
+
+    Threads wait for each other after every operation. Where another process holds one of their cores, small operations
+    take up to ten times as long with all cores as with one.
+    """
+    def step_seconds(n: int, limit: float) -> float:
+        torch.set_num_threads(n)
+        times = []
+        for _ in range(4):  # the first one starts threads
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+            if times[-1] > limit:
+                break
+        return statistics.median(times[1:] or times)
+    seconds = {1: step_seconds(1, math.inf)}
+    for n in sorted({2**i for i in range(1, n_all.bit_length())} - {n_all}) + [n_all]:
+        seconds[n] = step_seconds(n, 2 * min(seconds.values()))
+    best = min(seconds, key=seconds.get)
+    chosen = best if 1.3 * seconds[best] < seconds[n_all] else n_all  # timing varies, so a small gain changes nothing
+    torch.set_num_threads(chosen)
+    return chosen
 
 
 # -- torch.compile ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,18 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can have: what is free, and what it holds."""
+    if device.type == "cuda":
+        return free_memory(device) + torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    held = 0
+    with suppress(OSError, AttributeError):  # not Linux
+        held = 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+    return free_memory(device) + held
+
+
 def reset_peak_memory(device: torch.device):
     """Restarts what `peak_memory` measures. Raises OSError where the system cannot do that (of CPUs, Linux alone can)."""
     if device.type == "cuda":

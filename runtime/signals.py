@@ -5,10 +5,11 @@
             train_step()
 """
 import gc
+import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class StopSignals:
@@ -20,9 +21,11 @@ class StopSignals:
     DEBOUNCE_SECONDS = 0.5
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def __init__(self):
+    def __init__(self, notice: str = ""):
+        """notice: a line for stderr at the first signal, since what is to finish may take a while."""
         self.signal: int | None = None
         self.received_at = 0.0
+        self.notice = notice
 
     def __enter__(self):
         self.old_handlers = {}
@@ -38,6 +41,9 @@ class StopSignals:
     def handle(self, number: int, frame):
         if not self.signal:
             self.signal, self.received_at = number, time.monotonic()
+            if self.notice:
+                with suppress(OSError):  # nobody may be left to read it
+                    os.write(2, f"\n{self.notice}\n".encode())  # print() may be what the signal interrupts
         elif time.monotonic() - self.received_at >= self.DEBOUNCE_SECONDS:
             raise KeyboardInterrupt
 

@@ -1,6 +1,7 @@
-"""A stand-in for the Hugging Face hub: serves dataset repositories from a folder over HTTP on loopback.
+"""A stand-in for the Hugging Face hub: serves repositories of datasets and models from a folder over HTTP on loopback.
 
-It answers the requests of `datasets`: revision, tree, paths-info and files (with ranges); and it fails on request.
+It answers the requests of `datasets` and `huggingface_hub`: revision, tree, paths-info and files (with ranges); and it fails
+on request.
 """
 import json
 import socket
@@ -102,10 +103,10 @@ class Handler(BaseHTTPRequestHandler):
             self.cut = True
         elif how:
             return self.send(int(how), b'{"error": "busy"}', {"Retry-After": "1"} if how == "429" else {})
-        if url[:2] == ["api", "datasets"]:
+        if url[:2] in (["api", "datasets"], ["api", "models"]):
             dataset, verb, rest = "/".join(url[2:4]), *(url[4:5] or ["revision"]), "/".join(url[6:])
             root = self.hub.folder / dataset
-            if not (root / "README.md").exists():
+            if not root.exists():
                 return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             if verb == "revision":
                 return self.send_json({"id": dataset, "sha": COMMIT, "siblings": [], "private": False, "tags": []})
@@ -114,9 +115,11 @@ class Handler(BaseHTTPRequestHandler):
             if verb == "tree" and (root / rest).is_dir():
                 return self.send_json([self.describe(root, path) for path in sorted((root / rest).rglob("*"))])
             return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        if url[:1] == ["datasets"] and url[3:4] == ["resolve"]:
-            path = self.hub.folder / url[1] / url[2] / "/".join(url[5:])
-            if not (self.hub.folder / url[1] / url[2] / "README.md").exists():
+        url = url[url[:1] == ["datasets"]:]
+        if url[2:3] == ["resolve"]:
+            root = self.hub.folder / url[0] / url[1]
+            path = root / "/".join(url[4:])
+            if not root.exists():
                 return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
             if not path.is_file():
                 return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})

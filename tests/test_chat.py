@@ -252,6 +252,24 @@ def test_save_reports_an_unknown_home(attention_model, monkeypatch, capsys, tmp_
     assert "~nobody-of-this-name/a.jsonl" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("system", ["", "be kind"])
+def test_a_conversation_without_messages_is_not_saved(attention_model, monkeypatch, capsys, tmp_path, system):
+    path = tmp_path / "chat.jsonl"
+    type_lines(monkeypatch, f"/save {path}", "hi", "/reset", f"/save {path}", "again", f"/save {path}")
+    chat_loop(Chat(attention_model, BYTES, GREEDY, 3, system))
+    assert capsys.readouterr().out.count("nothing to save") == 2
+    assert [message["content"] for message in json.loads(path.read_text())["messages"]][bool(system)] == "again"
+
+
+@pytest.mark.parametrize("script, said", [("train.py", True), ("finetune.py", False), (None, False)])
+def test_a_model_that_was_never_finetuned_is_named_as_such(attention_model, monkeypatch, capsys, tmp_path, script, said):
+    training = {"training": {"script": script, "settings": {}}} if script else {}
+    save_checkpoint(tmp_path / "a.pt", attention_model.to_checkpoint() | {"tokenizer": BYTES.to_json()} | training)
+    type_lines(monkeypatch, "hi", "more")
+    main([f"--checkpoint_path={tmp_path / 'a.pt'}", "--device=cpu", "--max_new_tokens=3"])
+    assert capsys.readouterr().err.count("never finetuned") == said
+
+
 def save_model(model: GPT, path):
     save_checkpoint(path, {**model.to_checkpoint(), "tokenizer": BYTES.to_json()})
     return path

@@ -1,4 +1,5 @@
 """runtime/cli.py: the command line of flags, and the exit code and line of each kind of failure."""
+import io
 import os
 import subprocess
 import sys
@@ -7,9 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import write_flags
 
-from runtime.cli import BAD_INPUT, DIVERGED, command, explain_failures, parse_flags, parse_int
-from runtime.config import BadInput, check_flags, flag
+from runtime.aliases import NOT_HERE, OTHER_NAMES
+from runtime.checkpoint import load_checkpoint
+from runtime.cli import (
+    BAD_INPUT,
+    DIVERGED,
+    command,
+    explain_failures,
+    parse_flags,
+    parse_int,
+    progress_bar,
+    set_postfix,
+    wrap,
+)
+from runtime.config import BadInput, check_flags, declared_flags, flag
+from train import PRETRAINING
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,54 @@ def test_a_wrong_command_line_is_refused(argv, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("argv, message", [
+    ("--lr=0.01", "--lr=0.01: no such flag, did you mean --learning_rate?"), ("--max-steps=5", "did you mean --max_iter?"),
+    ("--n_embd=384", "the width is --n_head times --head_size"), ("--dropout=0.1", "there is none"),
+    ("--depth=6", "did you mean --n_layer?"), ("--optimizer.lr=1", "did you mean --learning_rate?"),
+    ("--per_device_train_batch_size=8", "did you mean --batch_size?"), ("--num_train_epochs=3", "the length is --max_iter"),
+    ("--output_dir=x", "did you mean --checkpoint_path?"), ("--min_lr=0", "the rate falls to 0"),
+    ("--learning-rate=1", "did you mean --learning_rate=1?"), ("\u2014learning_rate=1", "did you mean --learning_rate=1?"),
+    ("--gelu", "did you mean --mlp=gelu?"), ("gelu", "gelu: not a flag: give several values"),
+    ("max_iter=5", "did you mean --max_iter=5?"), ("folder", "did you mean --data_path=folder?"),
+    ("gpt.pt", "did you mean --checkpoint_path=gpt.pt?"), ("text.txt", "text.txt: not a flag: give several values")])
+def test_what_other_programs_call_a_flag_is_known(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("gpt.pt", "text.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(BadInput) as error:
+        PRETRAINING.flags_given([argv])
+    assert message in str(error.value)
+
+
+def test_other_names_lead_to_flags_that_exist():
+    ours = set().union(*(declared_flags(*configs) for configs in write_flags.COMMANDS.values()))
+    assert OTHER_NAMES.keys() <= ours
+    mentioned = {word.strip(":,;")[2:] for words in NOT_HERE for word in words.split() if word.startswith("--")}
+    assert mentioned <= ours
+
+
+@pytest.mark.parametrize("columns, shown, hidden", [(80, ["loss=3.41", "tok/s=1,234"], ["memory"]),
+                                                    (120, ["loss=3.41", "tok/s=1,234", "lr=0.025", "memory=1.2"], [])])
+def test_the_progress_bar_keeps_room_for_itself(columns, shown, hidden):
+    output = io.StringIO()
+    with progress_bar(total=500, initial=123, unit="step", file=output, dynamic_ncols=False, ncols=columns) as bar:
+        set_postfix(bar, {"loss": "3.412", "tok/s": "1,234", "mfu": "12.3%", "lr": "0.025", "memory": "1.2 GiB"})
+        line = str(bar)
+    assert len(line) <= columns and line.count("|") == 2 and len(line.split("|")[1]) >= 10
+    assert all(part in line for part in shown) and not any(part in line for part in hidden)
+
+
+def test_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "data     " + "some words-with-hyphens " * 5 + "/a/path/that/is/longer/than/the/terminal/has/columns.pt"
+    stream = io.StringIO()
+    assert wrap(line, stream) == line
+    stream.isatty = lambda: True
+    wrapped = wrap(line, stream, " " * 9)
+    assert wrapped.split() == line.split() and max(map(len, wrapped.splitlines()[:-1])) <= 40
+
+
 @pytest.mark.parametrize("columns", ["60", "120"])
 def test_help_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
@@ -90,9 +153,26 @@ def test_help_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch, colum
     assert max(map(len, text.splitlines())) < int(columns)
     words = " ".join(text.split())
     for part in ("What the command does.", "Example flags", "--size N a size (default: 3)", "a rate, 100 % at most",
-                 "a kind (choices: a, b; default: a)", "be fast (default: 0)", "some steps (default: 0.5 1.0)",
+                 "--kind {a,b} a kind (default: a)", "--many N|auto how many", "be fast (default: 0)",
+                 "some steps (default: 0.5 1.0)",
                  "a large number (default: 1_000_000)"):
         assert part in words
+
+
+@pytest.mark.parametrize("given, message", [
+    ("gpt", "gpt: is a folder, did you mean gpt.pt?"), ("odd.run", "odd.run: is a folder, did you mean odd?"),
+    ("other", "other: is a folder, did you mean other/best.pt?"), ("empty", "empty: is a folder: give a file that ends in"),
+    ("gtp.pt", "gtp.pt: no such file, did you mean gpt.pt?"), ("quickstart.pt", "quickstart.pt: no checkpoint to read"),
+    ("gpt.pt,odd", "gpt.pt,odd: are 2 files: give one"), ("gpt.pt,b.pt", "gpt.pt,b.pt: no")])
+def test_a_checkpoint_that_is_not_there_is_guessed(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt", "odd.run", "other", "empty"):
+        (tmp_path / folder).mkdir()
+    for file in ("gpt.pt", "odd", "other/best.pt"):
+        (tmp_path / file).touch()
+    with pytest.raises(BadInput) as error:
+        load_checkpoint(Path(given))
+    assert message in str(error.value)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -404,7 +404,7 @@ def test_answers_by_task(chat_model, capsys, tmp_path, monkeypatch):
     out, rows = tmp_path / "out.jsonl", write_jsonl(tmp_path / "rows.jsonl", [
         {"question": "3 + 4?", "answer": "7", "task": "sums"}, {"question": "4 + 4?", "answer": "8", "task": "sums"},
         {"question": "Go", "answer": "on  7", "task": "words"}])
-    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tokenizer, prompts, n: ["7"] * len(prompts))
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tokenizer, prompts, n, show: ["7"] * len(prompts))
     capsys.readouterr()
     evaluate.main([f"--checkpoint_path={chat_model}", "--task=answers", "--device=cpu", "--dtype=fp32",
                    f"--dataset={rows}", f"--out_path={out}"])
@@ -438,6 +438,8 @@ def test_every_checkpoint_is_checked_before_the_first_is_scored(trained, refused
     save_checkpoint(bare, checkpoint | {"tokenizer": json.dumps(tokenizer)})
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--task=answers", "--device=cpu"],
             f"{bare}: the tokenizer has no <|user|> token")
+    refused(evaluate.main, [f"--checkpoint_path={trained},{trained}"], f"separate the files by spaces: --checkpoint_path "
+            f"{trained} {trained}")
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(tmp_path / "gone.pt")], "gone.pt: no checkpoint to read")
     save_checkpoint(bare, checkpoint | {"model": {}})
     refused(evaluate.main, ["--checkpoint_path", str(trained), str(bare), "--device=cpu"], f"{bare}: ", "weights")

@@ -25,6 +25,17 @@ def test_a_signal_is_recorded_and_a_later_second_one_interrupts(number):
     assert signal.getsignal(number) is handler
 
 
+def test_the_first_signal_is_answered_at_once(capfd):
+    with StopSignals(notice="stopping after this step") as signals:
+        signals.DEBOUNCE_SECONDS = 100
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == "\nstopping after this step\n"
+        signal.raise_signal(signal.SIGINT)
+    with StopSignals():
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 def test_sighup_stays_ignored_under_nohup():
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)

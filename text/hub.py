@@ -56,9 +56,9 @@ def configure_libraries():
     """Silences the hub's libraries, which log as an error what they also raise, and leaves retrying to RetryPolicy:
     `datasets` would silently retry 20 times."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub.utils import logging
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
     for interval in ("STREAMING_READ_RETRY_INTERVAL", "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL",
                      "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL"):
