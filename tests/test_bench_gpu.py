@@ -154,7 +154,7 @@ def test_time_limits_leave_later_stages_their_minimum():
 @pytest.mark.parametrize("flags, words", [
     ([], ["no GPU", "--rehearse"]), (["--only", "speed", "sped"], ["--only=sped", "choose one of tests"]),
     (["--text=nowhere.txt"], ["--text=nowhere.txt", "not found"]), (["--minutes=0"], ["--minutes=0"]),
-    (["--rehearse", "--text=pyproject.toml"], ["--text=pyproject.toml", "give .parquet"]),
+    (["--rehearse", "--text=pyproject.toml"], ["--text=pyproject.toml", "give parquet"]),
     (["--rehearse", "--data_path=tests"], ["--data_path=tests", "download_data.py"]),
     (["--text=LICENSE", "--data_path=tests"], ["--text=LICENSE", "one of them"]),
     (["--readme"], ["--readme", "results.jsonl", "no rows"])])

@@ -155,7 +155,7 @@ def call_with_timeout(function: Callable, seconds: float, flags: str):
     thread = ThreadPoolExecutor(1)
     try:
         future, patience = thread.submit(function), min(PATIENCE_SECONDS, seconds)
-        if not wait([future], patience).done:
+        if not wait([future], patience).done and seconds > patience:
             log_line(f"{flags}: the hub does not answer yet: trying for up to {seconds} s")
         return future.result(seconds - patience)
     except FutureTimeout:
