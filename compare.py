@@ -143,7 +143,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """The vocabulary of an arm of train.py, or of all arms (default: that of --data_path)."""
+    """The vocabulary, if not that of --data_path."""
     vocab_size: int = flag(None, "size of the vocabulary: a tokenizer of that size is trained on the training text of "
                                  "--data_path, and the text is encoded with it", at_least=256 + len(SPECIAL_TOKENS),
                            at_most=MAX_VOCAB_SIZE)
