@@ -40,7 +40,7 @@ from tqdm import tqdm
 from download_data import read_shards, retokenize
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
-from experiments.comparison import write_comparison
+from experiments.comparison import align_columns, write_comparison
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
@@ -58,7 +58,7 @@ from runtime.cli import (
     progress_bar,
 )
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
-from runtime.device import DeviceConfig, describe_hardware, open_machine
+from runtime.device import DeviceConfig, Machine, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
@@ -77,7 +77,7 @@ from tokenizer import (
     compile_pattern,
 )
 from train import PRESETS, PRETRAINING, RunConfig
-from trainer import LoopConfig
+from trainer import LoopConfig, dry_run_step, next_token_loss
 
 REPO = Path(__file__).parent
 MATCH_TOLERANCE = 0.01     # largest relative difference in parameters between matched arms
@@ -112,6 +112,7 @@ class CompareConfig:
                      at_least=1, at_most=1000, scope="run")
     out_path: Path = flag(Path("studies/comparison"), "folder for the results", scope="run")
     overwrite: bool = flag(False, "let another comparison replace the results in --out_path", scope="run")
+    dry_run: bool = flag(False, "print the forecast, and do nothing", scope="run")
 
     def __post_init__(self):
         check_flags(self)
@@ -143,7 +144,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """The vocabulary of an arm of train.py, or of all arms (default: that of --data_path)."""
+    """The vocabulary, if not that of --data_path."""
     vocab_size: int = flag(None, "size of the vocabulary: a tokenizer of that size is trained on the training text of "
                                  "--data_path, and the text is encoded with it", at_least=256 + len(SPECIAL_TOKENS),
                            at_most=MAX_VOCAB_SIZE)
@@ -629,11 +630,17 @@ def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEn
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
     known how many are."""
     cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
+    speed = cost("speed") * SPEED_ROUNDS if config.limit[0] != "seconds" else 0
+    n_grid = len(config.rates)
+    return cost("lr_grid") * n_grid + cost("run") * (expected_runs(results, config) - n_grid) + speed
+
+
+def expected_runs(results: ArmResults, config: CompareConfig) -> int:
+    """How many runs of an arm there will be, those on a part of the budget included."""
     n_searched = len(results.full_budget_lr_runs)
     if (not n_searched or results.next_lr_multiple()) and len(config.rates) > 1 and config.grid_share < 1:
         n_searched = max(n_searched, 2)
-    speed = cost("speed") * SPEED_ROUNDS if config.limit[0] != "seconds" else 0
-    return cost("lr_grid") * len(config.rates) + cost("run") * (max(n_searched, 1) - 1 + len(results.arm.seeds)) + speed
+    return len(config.rates) + max(n_searched, 1) - 1 + len(results.arm.seeds)
 
 
 def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, stop: StopSignals) -> list[ArmResults]:
@@ -706,6 +713,49 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
             f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
 
 
+# -- the forecast -----------------------------------------------------------------------------------------------------
+
+def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, device: DeviceConfig):
+    """Prints how long the runs of each arm take at the speed of a few timed batches, and of all. Where text has yet to be
+    encoded for an arm, its bytes per token count as those of --data_path."""
+    machine, lines, total = open_machine(device), [("arm", "parameters", "tokens/s", "runs", "time")], 0.0
+    for arm in arms:
+        if math.isnan(arm.bytes_per_token):
+            arm = dataclasses.replace(arm, bytes_per_token=environment.data.bytes_per_token)
+        speed, results = measure_speed(arm, environment.data, machine), ArmResults(arm)
+        seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
+        if config.limit[0] != "seconds":
+            seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
+        seconds += n_runs * (VALIDATIONS + 1) * validation_tokens(arm) / (3 * speed)  # the forward pass is a third of a step
+        total += seconds
+        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", f"{speed:,.0f}", str(n_runs),
+                      f"{seconds / 60:,.0f} min"))
+    print("\n".join(align_columns(lines)))
+    print(f"about {total / 3600:.1f} hours in all, without the start of {sum(int(line[3]) for line in lines[1:])} processes")
+
+
+def validation_tokens(arm: Arm) -> float:
+    """Tokens of one validation of a run; 0 for conversations."""
+    if math.isnan(arm.bytes_per_token):
+        return 0.0
+    run = read_flags(RunConfig, select_fields(RunConfig, arm.flags))
+    return run.val_iter * math.prod(arm.batch_shape) if run.val_iter else run.val_bytes / arm.bytes_per_token
+
+
+def measure_speed(arm: Arm, data: TrainingData, machine: Machine) -> float:
+    """Tokens per second of forward and backward passes; the optimizer takes a little more."""
+    config = build_meta_model(arm.flags, data.vocab_size and arm.vocab_size).config
+    model = GPT(config).to(machine.device)
+    batch = torch.zeros(2, *arm.batch_shape, dtype=torch.int64, device=machine.device)
+    seconds = []
+    for _ in range(3):  # the first one allocates memory
+        start = time.perf_counter()
+        dry_run_step(model, machine, next_token_loss, batch)
+        model.embed.weight.detach()[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return math.prod(arm.batch_shape) / min(seconds[1:])
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnvironment):
@@ -755,13 +805,16 @@ def save_plan(config: CompareConfig, plan: dict):
 
 @command
 def main(argv=None):
-    """Compares architectures at an equal budget."""
+    """Compares architectures, recipes or vocabularies at an equal budget."""
     ignore_output_errors()
     config, common = read_command_line(argv)
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
     check_budget(arms, config, environment)
+    if config.dry_run:
+        print_forecast(arms, config, environment, read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
+        return
     line = command_line("compare.py", argv)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config, make_plan(config, common, data))

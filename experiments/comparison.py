@@ -204,9 +204,14 @@ def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) ->
     texts = [("arm", "bits/byte", "difference", "verdict")] + [
         (row["arm"], with_margin(row, "bpb", ".4f"), with_margin(row, "difference", "+.4f"),
          "" if row is rows[0] else short_verdict(row)) for row in rows]
+    lines = [results[0].arm.size] * bool(results[0].arm.size) + align_columns(texts, width)
+    return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]
+
+
+def align_columns(texts: list[tuple[str, ...]], width: int = 80) -> list[str]:
+    """Lines of a table for a terminal. What stands in the first column is shortened where they would be longer than
+    `width`."""
     widths = [max(map(len, column)) for column in zip(*texts)]
     widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
     shorten = lambda name: name if len(name) <= widths[0] else f"{name[:widths[0] - 1]}…"
-    lines = [results[0].arm.size] * bool(results[0].arm.size)
-    lines += ["  ".join(text.ljust(n) for text, n in zip((shorten(line[0]), *line[1:]), widths)).rstrip() for line in texts]
-    return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]
+    return ["  ".join(text.ljust(n) for text, n in zip((shorten(line[0]), *line[1:]), widths)).rstrip() for line in texts]

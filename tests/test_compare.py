@@ -461,6 +461,15 @@ def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
     assert not fake_train.log() and kept == {path: path.stat().st_mtime_ns for path in folder.glob("data/*/*.npy")}
 
 
+def test_dry_run_prints_a_forecast_and_writes_nothing(fake_train, flags, tmp_path, capsys):
+    compare.main([*flags, "--dry_run", "--arms", "mlp=gelu", "vocab_size=300", "--budget=bytes=40000"])
+    head, *rows, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["arm", "parameters", "tokens/s", "runs", "time"]
+    assert [row.split()[0] for row in rows] == ["mlp=gelu", "vocab_size=300"] and {row.split()[3] for row in rows} == {"7"}
+    assert last.startswith("about 0.") and "14 processes" in last
+    assert not fake_train.log() and not (tmp_path / "out").exists()
+
+
 @pytest.mark.integration
 def test_rate_too_high_for_the_whole_budget_is_lowered(fake_train, flags, tmp_path):
     """0.025 is best on a part, 0.0125 on the whole, 0.00625 on neither."""
