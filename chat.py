@@ -235,12 +235,12 @@ def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine):
     path = config.checkpoint_path
     checkpoint = load_checkpoint(path)
     model, tokenizer = load_model(path, machine, checkpoint)
+    with explain_damage(path):
+        chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
     if is_base_model(checkpoint):
         log_line(f"{path} was pretrained and never finetuned: it continues text and does not answer; `python finetune.py "
                  f"--checkpoint_path={path}` makes it a model that does")
     del checkpoint
-    with explain_damage(path):
-        chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed)
     chat_loop(chat, config.prompt)
 
 

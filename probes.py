@@ -9,8 +9,10 @@ is not trained again. Writes probes.md, probes.csv, probes.png and probes.svg.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
+import statistics
 import sys
 import time
 from contextlib import suppress
@@ -29,19 +31,30 @@ from experiments.probe_report import ProbeStudy, write_probe_report
 from experiments.runner import JobResult, Runner, flag_texts
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.cli import command, command_line, explain_failures, ignore_output_errors, log_line, parse_flags
+from runtime.cli import (
+    command,
+    command_line,
+    explain_failures,
+    ignore_output_errors,
+    log_line,
+    parse_flags,
+    progress_bar,
+)
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags
 from runtime.device import DeviceConfig, Machine, open_machine, seed_everything
 from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.forecast import format_seconds
 from runtime.metrics import is_finite_number
 from runtime.signals import StopSignals
+from runtime.threads import available_cores
 from tasks.synthetic import TASKS, Task
-from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss
+from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss, train_step
 
 SCRIPT = Path(__file__)
 EVAL_EXAMPLES = 256    # of an evaluation; always the same, whatever the arm and the seed
 SCALES = 1, 2, 4       # evaluated lengths, as multiples of the trained one
 SOLVED_ACCURACY = 0.99
+TIMED_STEPS = 3        # of a forecast
 COOLDOWN_FRAC = 0.2    # last fraction of a cell's steps, in which the learning rate falls to zero
 
 
@@ -56,6 +69,7 @@ class ProbeConfig:
     seeds: int = flag(3, "cells per arm and task, which differ in weights and data", at_least=1, at_most=1000)
     jobs: int = flag(1, "cells trained at a time, each in a process with one thread", at_least=1, at_most=1000)
     out_path: Path = flag(Path("studies/probes"), "folder to write; cells that are finished there are kept")
+    dry_run: bool = flag(False, "print the forecast, and do nothing")
     cell: int = flag(None, "internal: train only the cell of --arms, --tasks and this seed, in this process", at_least=0)
     __post_init__ = check_flags
 
@@ -317,6 +331,43 @@ def row_path(probe: ProbeConfig, cell: ProbeCell, code: str) -> Path:
     return probe.out_path / "cells" / f"{cell.name(code)}.json"
 
 
+# -- forecast ---------------------------------------------------------------------------------------------------------
+
+def cell_seconds(cell: ProbeCell) -> tuple[int, float]:
+    """Parameters of a cell, and its seconds if its task stays unsolved, from one evaluation and a few steps."""
+    task, batch_size = TASKS[cell.task], cell.flags["batch_size"]
+    state, setup, loop = open_cell(cell)
+    seconds = lambda start: time.perf_counter() - start
+    times = []
+    for _ in range(TIMED_STEPS + 1):
+        start = time.perf_counter()
+        loss, _ = train_step(state, loop, next_token_loss, setup.machine)
+        loss.item()
+        times.append(seconds(start))
+    start = time.perf_counter()
+    evaluate_task(state.model, task, setup.machine, 1, batch_size)
+    n_evaluations = 1 + math.ceil(loop.max_iter / loop.val_intervals)
+    return state.model.n_parameters(), loop.max_iter * statistics.median(times[1:]) + n_evaluations * seconds(start)
+
+
+def forecast_lines(cells: list[ProbeCell], probe: ProbeConfig, code: str) -> list[str]:
+    """A line for each arm and one for all cells that are not finished. Each arm is timed on each task, from one seed."""
+    torch.set_num_threads(1)  # as in a cell
+    remaining = [cell for cell in cells if read_cell_row(row_path(probe, cell, code), cell) is None]
+    measured = {}
+    for cell in progress_bar(remaining, desc="timing", unit="cell", leave=False, disable=None):
+        if (cell.arm, cell.task) not in measured:
+            measured[cell.arm, cell.task] = cell_seconds(cell)
+    lines = []
+    for arm in dict.fromkeys(arm for arm, _ in measured):
+        sizes, times = zip(*(value for (name, _), value in measured.items() if name == arm))
+        lines.append(f"{arm}: {max(sizes) / 1e3:,.1f} k parameters, {format_seconds(sum(times) / len(times))} a cell")
+    jobs = min(probe.jobs, available_cores())
+    total = sum(measured[cell.arm, cell.task][1] for cell in remaining) / jobs
+    return [*lines, f"{len(remaining)} of {len(cells)} cells to train: at most {format_seconds(total)} with --jobs="
+                    f"{probe.jobs}, less where tasks are solved early"]
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 @command
@@ -329,6 +380,9 @@ def main(argv=None):
         for cell in cells:
             with explain_failures(lambda: "try a smaller --batch_size or model"):
                 run_cell(cell, row_path(probe, cell, code))
+        return
+    if probe.dry_run:
+        print(*forecast_lines(cells, probe, code), sep="\n")
         return
     _, hardware = query_device(DeviceConfig(common.device, common.dtype))  # raises now if the device does not exist
     given = f"--out_path={probe.out_path}"

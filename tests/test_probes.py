@@ -279,3 +279,15 @@ def test_ctrl_c_ends_the_cells(tmp_path):
     for pid in cells:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_dry_run_counts_what_is_not_finished_and_writes_nothing(tmp_path, capsys):
+    flags = [*TINY, "--arms", "mlp=gelu", "mlp=relu2", "--tasks", "parity", "--seeds=2", f"--out_path={tmp_path / 'out'}"]
+    probes.main([*flags, "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["mlp=gelu", "mlp=relu2"] and lines[2].startswith("4 of 4 cells")
+    assert not list(tmp_path.iterdir())
+    probes.main([*flags, "--arms", "mlp=gelu", "--cell=1"])
+    capsys.readouterr()
+    probes.main([*flags, "--dry_run"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 of 4 cells")

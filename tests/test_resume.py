@@ -316,7 +316,7 @@ FREE = {"data_path": None, "dataloader_num_workers": 1, "gradient_checkpointing"
 
 @pytest.mark.parametrize("name", FREE)
 def test_a_free_flag_does_not_change_the_numbers(run_train, trained, tmp_path, data_path, name):
-    assert flag_names(*train.PRETRAINING.classes, on_resume="free") == {*FREE, "device", "dtype"}
+    assert flag_names(*train.PRETRAINING.classes, on_resume="free") == {*FREE, "device", "dtype", "threads"}
     value = FREE[name] if name != "data_path" else shutil.copytree(data_path, tmp_path / "moved")
     runs = []
     for flags in ([], [f"--{name}={value}"]):
