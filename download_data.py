@@ -154,8 +154,7 @@ def find_manifest(config: PrepareConfig, source_config: SourceConfig) -> Manifes
 def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tuple[Source, Tokenizer, Manifest]:
     """Opens the source, chooses a tokenizer and writes it and an empty manifest."""
     source = open_source(source_config, part=(config.node, config.num_nodes))
-    for note in source.notes:
-        log_line(note)
+    source.log_notes(uses_held_out=True)
     tokenizer = choose_tokenizer(config, source_config, source)
     manifest = Manifest(source.description, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
                         tokenizer.dtype.name)
@@ -261,12 +260,14 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
 def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, chunks: Iterator[Chunk]):
     """Writes documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
     stream = StreamWriter(config, manifest, tokenizer)
-    chunks = (chunk for chunk in chunks if not stream.leaves_out(chunk))  # so that it is not encoded
+    chunks = (chunk for chunk in chunks if not stream.leaves_out(chunk, count=True))  # so that it is not encoded
     try:
         with closing(Progress(config, manifest)) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
             while not stream.is_full and (batch := next(encoded, None)):
                 stream.write(*batch, progress)
         stream.close()
+        if stream.n_unused:
+            log_line(f"not used: {stream.n_unused:,} held-out documents beyond --val_tokens={config.val_tokens}")
     except BaseException:
         stream.discard()
         raise
@@ -281,6 +282,7 @@ class StreamWriter:
         self.writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest)
                         for split in SPLITS}
         self.n_tokens = {split: manifest.total(split, "tokens") for split in SPLITS}
+        self.n_unused = 0  # held-out documents beyond --val_tokens
         self.val_documents = DocumentSet()
         for shard in manifest.shards["val"]:
             self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
@@ -293,9 +295,11 @@ class StreamWriter:
     def val_is_full(self) -> bool:
         return self.n_tokens["val"] >= self.config.val_tokens
 
-    def leaves_out(self, chunk: Chunk) -> bool:
-        """Whether it is held-out text beyond --val_tokens, which nobody uses."""
-        return chunk.split == "val" and self.val_is_full
+    def leaves_out(self, chunk: Chunk, count: bool = False) -> bool:
+        """Whether it is held-out text beyond --val_tokens, which nobody uses. count: count its documents."""
+        is_left_out = chunk.split == "val" and self.val_is_full
+        self.n_unused += len(chunk.documents) * (is_left_out and count)
+        return is_left_out
 
     def choose_split(self, chunk: Chunk) -> tuple[str, int]:
         """The split of the next document, which is of `chunk`, and how many tokens it still takes."""
@@ -305,7 +309,7 @@ class StreamWriter:
 
     def write(self, chunk: Chunk, ids: np.ndarray, starts: np.ndarray, progress: "Progress"):
         """Writes the documents of a chunk, or those before the threshold; see `encode_ahead`."""
-        if self.leaves_out(chunk):  # it was not yet when it was read
+        if self.leaves_out(chunk, count=True):  # it was not yet when it was read
             return
         if chunk.split == "train":
             self.writers["val"].close()  # before the position moves on
@@ -339,6 +343,8 @@ class StreamWriter:
             at = stop
             if writer.room <= 0 or (split == "val" and self.val_is_full):
                 writer.close()
+        if self.leaves_out(chunk):
+            self.n_unused += len(chunk.documents) - at
 
     def advance(self, chunk: Chunk, n: int):
         """Moves the position in the text to behind the first n documents of `chunk`."""
@@ -378,7 +384,12 @@ def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tupl
     """Yields each chunk, its ids, (n,), with a separator before each document, and where each document starts in them,
     (documents + 1,). Reads and encodes in threads, a few megabytes ahead."""
     cores = available_cores()
-    encode = lambda chunk: (chunk, *tokenizer.encode_documents(chunk.documents, add_separators=True))
+    def encode(chunk: Chunk) -> tuple[Chunk, np.ndarray, np.ndarray]:
+        try:
+            return chunk, *tokenizer.encode_documents(chunk.documents, add_separators=True)
+        except BadInput as error:  # a byte that a foreign vocabulary lacks
+            text = next((text for text in chunk.documents.strings() if not tokenizer.can_encode(text)), "")
+            raise BadInput(f"the document that begins {text[:60]!r}: {error}") from None
     _ = tokenizer.vocabulary  # built here, or else by every thread
     return map_ahead(encode, chunks, cores, lambda chunk: len(chunk.documents.utf8), 2 * cores * CHUNK_BYTES)
 
