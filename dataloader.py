@@ -294,13 +294,16 @@ class PackedBatches:
 
 
 def encodable(conversations: "list[Conversation]", tokenizer: Tokenizer, skipped: list[str]) -> "list[Conversation]":
-    """Those without a byte that the vocabulary has no token for. A message for each other one is added to `skipped`."""
+    """Those without a byte that the vocabulary has no token for. A message for each other one is added to `skipped`. Raises
+    BadInput if there is none."""
     kept = []
     for conversation in conversations:
         if all(tokenizer.can_encode(message["content"]) for message in conversation.messages):
             kept.append(conversation)
         else:
             skipped.append(f"{conversation.where}: holds a byte that the vocabulary has no token for")
+    if not kept:
+        raise BadInput(f"{skipped[-1]}, like every other conversation: use a model with another vocabulary")
     return kept
 
 

@@ -260,14 +260,14 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
 def write_shards(config: PrepareConfig, manifest: Manifest, tokenizer: Tokenizer, chunks: Iterator[Chunk]):
     """Writes documents to shards until the threshold or the end of the stream. On an error, finished shards stay."""
     stream = StreamWriter(config, manifest, tokenizer)
-    chunks = (chunk for chunk in chunks if not stream.leaves_out(chunk, count=True))  # so that it is not encoded
+    chunks = stream.drop_unused(chunks)  # so that they are not encoded
     try:
         with closing(Progress(config, manifest)) as progress, closing(encode_ahead(tokenizer, chunks)) as encoded:
             while not stream.is_full and (batch := next(encoded, None)):
                 stream.write(*batch, progress)
         stream.close()
-        if stream.n_unused:
-            log_line(f"not used: {stream.n_unused:,} held-out documents beyond --val_tokens={config.val_tokens}")
+        if n_unused := stream.n_unused + stream.n_unused_ahead:
+            log_line(f"not used: {n_unused:,} held-out documents beyond --val_tokens={config.val_tokens}")
     except BaseException:
         stream.discard()
         raise
@@ -282,7 +282,8 @@ class StreamWriter:
         self.writers = {split: ShardWriter(config.data_path, split, config.shard_size_threshold, manifest)
                         for split in SPLITS}
         self.n_tokens = {split: manifest.total(split, "tokens") for split in SPLITS}
-        self.n_unused = 0  # held-out documents beyond --val_tokens
+        # held-out documents beyond --val_tokens: seen by `write`, and by the thread that reads ahead
+        self.n_unused = self.n_unused_ahead = 0
         self.val_documents = DocumentSet()
         for shard in manifest.shards["val"]:
             self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
@@ -295,11 +296,17 @@ class StreamWriter:
     def val_is_full(self) -> bool:
         return self.n_tokens["val"] >= self.config.val_tokens
 
-    def leaves_out(self, chunk: Chunk, count: bool = False) -> bool:
-        """Whether it is held-out text beyond --val_tokens, which nobody uses. count: count its documents."""
-        is_left_out = chunk.split == "val" and self.val_is_full
-        self.n_unused += len(chunk.documents) * (is_left_out and count)
-        return is_left_out
+    def leaves_out(self, chunk: Chunk) -> bool:
+        """Whether it is held-out text beyond --val_tokens, which nobody uses."""
+        return chunk.split == "val" and self.val_is_full
+
+    def drop_unused(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks, read ahead, without those that are known to be left out."""
+        for chunk in chunks:
+            if self.leaves_out(chunk):
+                self.n_unused_ahead += len(chunk.documents)
+            else:
+                yield chunk
 
     def choose_split(self, chunk: Chunk) -> tuple[str, int]:
         """The split of the next document, which is of `chunk`, and how many tokens it still takes."""
@@ -309,7 +316,8 @@ class StreamWriter:
 
     def write(self, chunk: Chunk, ids: np.ndarray, starts: np.ndarray, progress: "Progress"):
         """Writes the documents of a chunk, or those before the threshold; see `encode_ahead`."""
-        if self.leaves_out(chunk, count=True):  # it was not yet when it was read
+        if self.leaves_out(chunk):  # it was not yet when it was read
+            self.n_unused += len(chunk.documents)
             return
         if chunk.split == "train":
             self.writers["val"].close()  # before the position moves on

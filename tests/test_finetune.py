@@ -100,6 +100,8 @@ def test_bytes_that_the_vocabulary_lacks(tokenizer):
         PackedBatches(lacking, conversations, 1, 64, 0)
     assert encodable(conversations, lacking, skipped := []) == conversations[1:] and len(skipped) == 1
     assert encodable(conversations, tokenizer, []) == conversations
+    with pytest.raises(BadInput, match="like every other"):
+        encodable(conversations[:1], lacking, [])
 
 
 def test_long_conversations_are_truncated_and_counted(tokenizer):
