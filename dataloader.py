@@ -135,7 +135,8 @@ class TrainLoader:
         belongs to other data, ValueError when it is not valid."""
         if state["data"] != self.fingerprint:
             raise BadInput(f"{self.batches.flag_name}: the training data ({self.fingerprint}) differs from what the "
-                           f"checkpoint was trained on ({state['data']}): give the same data to resume")
+                           f"checkpoint was trained on ({state['data']}): give the same data to resume, with the version of "
+                           f"this program that the run was started with")
         if state["seed"] != self.batches.seed or type(state["block_size"]) is not int:
             raise ValueError(f"a position of seed {state['seed']!r} and block_size {state['block_size']!r}")
         if state["block_size"] != self.batches.block_size:
@@ -275,12 +276,14 @@ class PackedBatches:
         """context: of the model, in tokens. Raises BadInput for a malformed conversation, if none has a target, or if the
         tokenizer has no chat tokens."""
         self.batch_size, self.seed, self.pad_id = batch_size, seed, tokenizer.separator_id
-        self.conversations, self.n_truncated = [], 0
+        self.conversations, self.n_truncated, self.n_too_long = [], 0, 0
         tokenizer.chat_token_ids()  # raises here, rather than as an error of the first conversation
         for conversation in conversations:
             ids, assistant_mask = encode_conversation(tokenizer, conversation, context + 2)
-            self.n_truncated += len(ids) > context + 1
-            if any(assistant_mask[:context + 1]):
+            if not any(assistant_mask[:context + 1]):
+                self.n_too_long += 1
+            else:
+                self.n_truncated += len(ids) > context + 1
                 self.conversations.append((np.array(ids[:context + 1]), np.array(assistant_mask[:context + 1])))
         if not self.conversations:
             raise BadInput(f"{self.flag_name}: no conversation has a message of the assistant that starts within the "
@@ -326,6 +329,20 @@ class PackedBatches:
         """All rows once, in order, as `read` returns them; the last batch may be smaller."""
         for first in range(0, self.n_blocks, self.batch_size):
             yield self.read(range(first, min(first + self.batch_size, self.n_blocks)))
+
+
+def encodable(conversations: "list[Conversation]", tokenizer: Tokenizer, skipped: list[str]) -> "list[Conversation]":
+    """Those without a byte that the vocabulary has no token for. A message for each other one is added to `skipped`. Raises
+    BadInput if there is none."""
+    kept = []
+    for conversation in conversations:
+        if all(tokenizer.can_encode(message["content"]) for message in conversation.messages):
+            kept.append(conversation)
+        else:
+            skipped.append(f"{conversation.where}: holds a byte that the vocabulary has no token for")
+    if not kept:
+        raise BadInput(f"{skipped[-1]}, like every other conversation: use a model with another vocabulary")
+    return kept
 
 
 def encode_conversation(tokenizer: Tokenizer, conversation: "Conversation", max_tokens: int) -> tuple[list[int], list[bool]]:

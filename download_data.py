@@ -183,8 +183,7 @@ def start_preparation(config: PrepareConfig, source_config: SourceConfig) -> tup
         PrepareConfig, Source, Tokenizer, Manifest]:
     """Opens the source, decides on all flags, chooses a tokenizer and writes it and an empty manifest."""
     source = open_text(source_config, part=(config.node, config.num_nodes))
-    for note in source.notes:
-        log_line(note)
+    source.log_notes(uses_held_out=True)
     given, config = config, fill_defaults(config, source_config, source)
     tokenizer = choose_tokenizer(given, config, source_config, source)
     manifest = Manifest(source.description, config.settings(), tokenizer.fingerprint(), tokenizer.vocab_size,
@@ -401,7 +400,7 @@ def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, 
         path.unlink()
     manifest.shards["val"], manifest.n_skipped = [], 0
     writer = ShardWriter(folder, "val", config.shard_size_threshold, manifest)
-    n_bytes = max(1, config.val_bytes // config.num_nodes)
+    n_bytes, n_documents = max(1, config.val_bytes // config.num_nodes), 0
     if source.train_state:
         chunks = take_bytes(sample.watch(source.held_out_chunks()), n_bytes)
     else:
@@ -411,6 +410,7 @@ def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, 
             for chunk, ids, starts in encoded:
                 report_skipped(chunk, manifest)
                 val_documents.add(chunk.documents)
+                n_documents += len(chunk.documents)
                 at, offsets = 0, chunk.documents.offsets
                 while at < len(chunk.documents):
                     stop = documents_to_reach(starts, at, writer.room)
@@ -429,6 +429,9 @@ def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, 
     if n_tokens >= config.tokens_threshold:
         raise BadInput(f"--tokens_threshold={config.tokens_threshold}: the validation split alone holds {n_tokens:,} "
                        f"tokens: give a larger number, or a smaller --val_bytes (now {config.val_bytes})")
+    n_held_out = sum(len(chunk.documents) for chunk in source.held_out_chunks())
+    if n_held_out > n_documents:
+        log_line(f"not used: {n_held_out - n_documents:,} held-out documents beyond --val_bytes={config.val_bytes}")
     manifest.val_digest, manifest.n_val_passed = val_documents.digest(), len(val_documents) if source.train_state else 0
     manifest.save(folder)
     return sample
@@ -584,7 +587,12 @@ def encode_ahead(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[tupl
     """Yields each chunk, its ids, (n,), with a separator before each document, and where each document starts in them,
     (documents + 1,). Reads and encodes in threads, a few megabytes ahead."""
     cores = available_cores()
-    encode = lambda chunk: (chunk, *tokenizer.encode_documents(chunk.documents, add_separators=True))
+    def encode(chunk: Chunk) -> tuple[Chunk, np.ndarray, np.ndarray]:
+        try:
+            return chunk, *tokenizer.encode_documents(chunk.documents, add_separators=True)
+        except BadInput as error:  # a byte that a foreign vocabulary lacks
+            text = next((text for text in chunk.documents.strings() if not tokenizer.can_encode(text)), "")
+            raise BadInput(f"the document that begins {text[:60]!r}: {error}") from None
     _ = tokenizer.vocabulary  # built here, or else by every thread
     return map_ahead(encode, chunks, cores, lambda chunk: len(chunk.documents.utf8), 2 * cores * CHUNK_BYTES)
 

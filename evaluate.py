@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import IGNORE_INDEX, PackedBatches
+from dataloader import IGNORE_INDEX, PackedBatches, encodable
 from experiments.report import Table, markdown
 from model import GPT
-from runtime.cli import command, explain_failures, parse_flags, progress_bar
+from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
@@ -320,6 +320,10 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
     """As finetune.py validates: exact match of the last answer of each conversation, and bits per byte of everything that
     the assistant says."""
     block_size, answers = model.config.block_size, []
+    if config.skip_errors:
+        conversations = encodable(conversations, tokenizer, skipped := [])
+        if skipped:
+            log_line(f"left out {len(skipped):,}, the first: {skipped[0]}")
     batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
     prompts = eval_prompts(conversations, tokenizer, block_size)
     with machine.autocast(), progress_bar(total=len(prompts), unit="question", delay=1) as bar:

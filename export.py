@@ -8,6 +8,7 @@ other engines run. Every other model is exported with its own code, which `trust
 """
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from convert.hf_mapping import hf_architecture
 from convert.hf_out import export_model
 from convert.hf_tokenizer import to_hf_pattern
 from convert.model_card import CLASSES, load_lines, model_card
-from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
-from runtime.cli import command, parse_flags, read_path
+from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, run_lock, save_checkpoint
+from runtime.cli import command, ignore_output_errors, parse_flags, read_path
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
@@ -52,6 +53,7 @@ class ExportConfig:
 def main(argv=None):
     """Writes a model in Hugging Face's format, or reads one into a checkpoint."""
     config, = parse_flags(main.__doc__, argv, ExportConfig)
+    ignore_output_errors()  # what it prints is a report: a script that reads the exit code wants to know of the files
     if config.import_path is None:
         export_checkpoint(config)
     else:
@@ -87,22 +89,42 @@ def export_checkpoint(config: ExportConfig):
 def atomic_folder(folder: Path, overwrite: bool):
     """A new folder that gets the name `folder` only if the block succeeds. Raises BadInput if `folder` exists and may not be
     replaced, OSError naming it if it cannot be written."""
-    if folder.exists() and not overwrite:
-        raise BadInput(f"--out_path={folder}: exists: choose another folder, or add --overwrite")
-    if folder.exists() and not (folder / "config.json").exists():
-        raise BadInput(f"--out_path={folder}: holds no exported model, so it is not replaced: choose another folder")
-    check_writable(folder / "config.json", f"--out_path={folder}")
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
+    flag_text, folder = f"--out_path={folder}", Path(os.path.realpath(folder))  # writes through a symbolic link
+    check_replaceable(folder, overwrite, flag_text)
+    check_writable(folder / "config.json", flag_text)
+    part = None
     try:
-        part.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # a name of its own: another export may be writing to the same folder
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
+        part.chmod(0o777 & ~current_umask())
         yield part
+        check_replaceable(folder, overwrite, flag_text)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     except OSError as error:
         raise OSError(f"{folder}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, overwrite: bool, flag_text: str):
+    """Raises BadInput if `folder`, a real path, exists and may not be replaced."""
+    if not folder.exists():
+        return
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise BadInput(f"{flag_text}: is the current folder, or holds it, and cannot be replaced: choose another folder")
+    if not overwrite:
+        raise BadInput(f"{flag_text}: exists: choose another folder, or add --overwrite")
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{flag_text}: holds no exported model, so it is not replaced: choose another folder")
+
+
+def current_umask() -> int:
+    umask = os.umask(0o077)  # only by setting it can it be read
+    os.umask(umask)
+    return umask
 
 
 # -- import -----------------------------------------------------------------------------------------------------------
@@ -110,11 +132,12 @@ def atomic_folder(folder: Path, overwrite: bool):
 def import_checkpoint(config: ExportConfig):
     """--import_path -> --checkpoint_path. Raises BadInput, OSError."""
     path = config.checkpoint_path
-    if path.exists() and not config.overwrite:
-        raise BadInput(f"--checkpoint_path={path}: exists: choose another path, or add --overwrite")
-    check_writable(path, f"--checkpoint_path={path}")
-    model, tokenizer = import_model(download(config.import_path), config.chat_tokens)
-    save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
+    with run_lock(path, f"--checkpoint_path={path}"):
+        if path.exists() and not config.overwrite:
+            raise BadInput(f"--checkpoint_path={path}: exists: choose another path, or add --overwrite")
+        check_writable(path, f"--checkpoint_path={path}")
+        model, tokenizer = import_model(download(config.import_path), config.chat_tokens)
+        save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
     print(f"{path}: {model.config.n_layer} layers x {model.config.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, "
           f"context {model.config.block_size:,}, vocabulary {model.config.vocab_size:,}; "
           f"`python generate.py --checkpoint_path={path}` samples from it, "

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dataloader import PackedBatches, TrainLoader
+from dataloader import PackedBatches, TrainLoader, encodable
 from evaluate import (
     PROMPTS_PER_BATCH,
     EvalPrompt,
@@ -264,6 +264,8 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
         schedule = schedule.for_model(pretraining_flags)
     conversations, held_out = read_conversations(configs.source, ROLES, report := ReadReport())
     context = model.config.block_size
+    if configs.source.skip_errors:
+        conversations, held_out = (encodable(part, tokenizer, report.skipped) for part in (conversations, held_out))
     seed_everything(run.seed)
     batches = PackedBatches(tokenizer, conversations, run.batch_size, context, run.seed)
     val = HeldOut(PackedBatches(tokenizer, held_out, run.batch_size, context, 0),
@@ -294,7 +296,9 @@ def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: Finetu
     batches, run = state.loader.batches, configs.run
     n_targets = sum(int(assistant_mask.sum()) for _, assistant_mask in batches.conversations)
     n_tokens = sum(len(ids) - 1 for ids, _ in batches.conversations)
-    notes = [f"{n:,} are longer than the context and truncated"] if (n := batches.n_truncated) else []
+    counts = {"are longer than the context and truncated": batches.n_truncated,
+              "are left out, whose first answer starts beyond the context": batches.n_too_long}
+    notes = [f"{n:,} {what}" for what, n in counts.items() if n]
     notes = "".join(f"\n         {note}" for note in notes + val.report.lines())
     return [f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
             f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",

@@ -231,6 +231,10 @@ class Tokenizer:
         """Ids of `text`. Special tokens written in it are ordinary text; what is not valid Unicode becomes U+FFFD."""
         return self.encode_documents(PackedDocuments.from_strings([text]))[0].tolist() if text else []
 
+    def can_encode(self, text: str) -> bool:
+        """Whether the vocabulary has a token for every byte of `text`; only foreign ones may lack some."""
+        return self.is_complete or not self.lacks_byte[np.frombuffer(to_utf8(text), np.uint8)].any()
+
     def encode_chat(self, messages: list[dict], add_generation_prompt: bool = False,
                     max_tokens: int | None = None) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, [{"role": …, "content": …}, …], and the assistant mask: which of them the assistant

@@ -31,7 +31,8 @@ def import_model(folder: Path, chat_tokens: bool) -> tuple[GPT, Tokenizer]:
     if n_rows > config.vocab_size:
         raise BadInput(f"{folder}: its tokenizer has {n_rows:,} ids, config.json a vocab_size of {config.vocab_size:,}: "
                        f"they do not belong together")
-    weights = from_hf_state_dict(load_weights(files), config, architecture)
+    with explain_damage(folder):
+        weights = from_hf_state_dict(load_weights(files), config, architecture)
     if chat_tokens:
         tokenizer = add_chat_tokens(tokenizer)
     for name in ("embed.weight", "head.weight"):
@@ -74,6 +75,15 @@ def from_llama_config(hf_config: dict) -> dict:
                     "tied": hf_config.get("tie_word_embeddings", False), "bias": hf_config.get("attention_bias", False)}
 
 
+def from_mistral_config(hf_config: dict) -> dict:
+    """Fields of GPTConfig, as `from_llama_config`; other values are the default where a setting is absent, and a window that
+    holds the whole context is none."""
+    hf_config = {"sliding_window": 4096, "num_key_value_heads": 8} | hf_config
+    if (hf_config["sliding_window"] or 0) >= hf_config["max_position_embeddings"]:
+        hf_config["sliding_window"] = None
+    return from_llama_config(hf_config)
+
+
 def from_gpt2_config(hf_config: dict) -> dict:
     """Fields of GPTConfig. Raises BadInput for variants of GPT-2 that our model does not have."""
     require_supported(hf_config, {"activation_function": list(GPT2_ACTIVATIONS), "scale_attn_weights": [True],
@@ -92,7 +102,7 @@ def from_workbench_config(hf_config: dict) -> dict:
 
 
 # model_type of config.json -> architecture as in hf_mapping.py, reader of the config
-CONFIG_READERS = {"llama": ("llama", from_llama_config), "mistral": ("llama", from_llama_config),
+CONFIG_READERS = {"llama": ("llama", from_llama_config), "mistral": ("llama", from_mistral_config),
            "gpt2": ("gpt2", from_gpt2_config), "gpt_workbench": (None, from_workbench_config)}
 
 
@@ -108,6 +118,7 @@ def require_supported(hf_config: dict, supported: dict[str, list]):
 
 # safetensors' names of the dtypes that weights may have
 WEIGHT_DTYPES = "F64", "F32", "F16", "BF16"
+HEAD = "lm_head.weight"  # of Llama and GPT-2; in the files of some tied models too
 
 
 def find_weights(folder: Path, config: GPTConfig, architecture: str | None) -> dict[Path, list[str]]:
@@ -123,7 +134,7 @@ def find_weights(folder: Path, config: GPTConfig, architecture: str | None) -> d
     path, rename = folder / "model.safetensors", renaming(found, architecture)
     if config.n_layer > len(found):  # or it would take long to find out
         raise BadInput(f"{path}: {len(found)} weights are too few for the {config.n_layer:,} layers of config.json")
-    needed = check_weights({rename(name): kind for name, kind in found.items()}, config, architecture, path)
+    needed = {HEAD, *check_weights({rename(name): kind for name, kind in found.items()}, config, architecture, path)}
     return {path: [name for name in names if rename(name) in needed] for path, names in files.items()}
 
 
@@ -184,7 +195,7 @@ def check_weights(found: dict[str, tuple[tuple[int, ...], str]], config: GPTConf
         expected |= {theirs: tuple(weight.shape) for theirs, weight in parameter.to_hf(ours[name]).items()}
     if missing := expected.keys() - found.keys():
         raise BadInput(f"{file}: has no {min(missing)}, which config.json calls for")
-    ignored = hf_buffers(architecture, config.n_layer) | ({"lm_head.weight"} if config.tied else set())
+    ignored = hf_buffers(architecture, config.n_layer) | ({HEAD} if config.tied else set())
     if foreign := found.keys() - expected.keys() - ignored:
         raise BadInput(f"{file}: holds {min(foreign)}, which config.json does not call for: another architecture")
     for name, shape in expected.items():
@@ -197,9 +208,13 @@ def check_weights(found: dict[str, tuple[tuple[int, ...], str]], config: GPTConf
 
 
 def from_hf_state_dict(theirs: dict[str, Tensor], config: GPTConfig, architecture: str | None) -> dict[str, Tensor]:
-    """Our state_dict from theirs, whose shapes have been checked."""
+    """Our state_dict from theirs, whose shapes have been checked. Raises BadInput for a tied model with two matrices."""
     rename = renaming(theirs, architecture)
     theirs = {rename(name): weight for name, weight in theirs.items()}
+    if config.tied and HEAD in theirs:
+        embed, = hf_parameters(architecture, config)["embed.weight"].names
+        if not torch.equal(theirs[HEAD], theirs[embed]):
+            raise BadInput(f"{HEAD} differs from {embed}, though config.json ties them (tie_word_embeddings)")
     ours = {name: parameter.from_hf(theirs) for name, parameter in hf_parameters(architecture, config).items()}
     if config.tied:
         ours["head.weight"] = ours["embed.weight"]

@@ -48,12 +48,13 @@ json.dump([encoding.ids for encoding in tokenizer.encode_batch(texts, add_specia
 
 def check_same_ids(tokenizer: Tokenizer, saved: str):
     """Raises BadInput with a text that is encoded differently. saved: the content of a tokenizer.json of `tokenizers`."""
-    texts = [text for text in probe_texts(tokenizer) if can_encode(tokenizer, text)]
+    texts = [text for text in probe_texts(tokenizer) if tokenizer.can_encode(text)]
     ids, offsets = tokenizer.encode_batch(texts)
     for text, (start, stop), expected in zip(texts, pairwise(offsets.tolist()), encode_with_tokenizers(saved, texts)):
         if (found := ids[start:stop].tolist()) != expected:
-            raise BadInput(f"{text[:60]!r} is encoded as {str(found[:8])[1:-1]} … here, by tokenizers as "
-                           f"{str(expected[:8])[1:-1]} …")
+            at = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+            here, there = (str(ids[at:at + 8])[1:-1] or "nothing" for ids in (found, expected))
+            raise BadInput(f"{text[:60]!r} is encoded as {here} here, by tokenizers as {there}, from id {at + 1} of it on")
 
 
 def encode_with_tokenizers(saved: str, texts: list[str]) -> list[list[int]]:
@@ -68,11 +69,6 @@ def encode_with_tokenizers(saved: str, texts: list[str]) -> list[list[int]]:
                       done.stderr.strip().rpartition("\n")[2])
         raise BadInput(f"the library tokenizers cannot use it ({reason[:120]})")
     return json.loads(done.stdout)
-
-
-def can_encode(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether `tokenizer` has a token for every byte of `text`."""
-    return tokenizer.is_complete or not any(tokenizer.lacks_byte[byte] for byte in text.encode())
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:

@@ -34,9 +34,11 @@ SYSTEM_COLUMNS = "system", "system_prompt", "system_message"
 GROUP_COLUMNS = "kind", "task", "category"  # which scores are grouped by, see Conversation
 FEEDBACK_COLUMNS = "label", "kto_tag"  # of TRL and LLaMA-Factory: false marks an answer that is not to be learned
 KNOWN_COLUMNS = {*CONVERSATION_COLUMNS, *itertools.chain(*COLUMN_PAIRS), *CONTEXT_COLUMNS, *SYSTEM_COLUMNS, "history"}
-TURN_PAIRS = ("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer")  # keys of a turn
+TURN_PAIRS = ("instruction", "output"), ("input", "output"), ("human", "assistant"), ("user", "assistant"), \
+    ("question", "answer")  # keys of a turn
 # Keys of a message, of which the first is used that it has.
-ROLE_KEYS, CONTENT_KEYS, WEIGHT_KEYS = ("role", "from"), ("content", "value", "text"), ("weight", "train", "loss")
+ROLE_KEYS, CONTENT_KEYS, WEIGHT_KEYS = \
+    ("role", "from"), ("content", "value", "text"), ("weight", "train", "loss", "output_with_loss")
 TOOL_KEYS = "tool_calls", "function_call"
 MESSAGE_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *WEIGHT_KEYS, *TOOL_KEYS}
 ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
@@ -64,9 +66,11 @@ def parse_row(row: dict, question_column: str | None = None,
         row = {name.lower() if name.lower() in missing else name: value for name, value in row.items()}
     values = {name: value for name, value in row.items() if value is not None}
     question, answer = find_columns(row, values, question_column, answer_column)
-    used, unused = {question, answer, *GROUP_COLUMNS, *FEEDBACK_COLUMNS}, {}
-    if any(values.get(name) is False for name in FEEDBACK_COLUMNS):
+    feedback = {name: str(values[name]).lower() for name in FEEDBACK_COLUMNS if name in values}
+    if answer and {"false", "0"} & {*feedback.values()}:
         raise BadInput("its answer is marked as a bad one, and would be learned")
+    used = {question, answer, *GROUP_COLUMNS, *(name for name, value in feedback.items() if value in ("true", "1"))}
+    unused = {}
     if answer:
         messages = read_pair(values, question, answer, used, unused)
     else:
@@ -83,9 +87,11 @@ def find_columns(row: dict, values: dict, question_column: str | None,
     """(question, answer) columns of a row, or (column of a whole conversation, None). values: its columns that are not
     None. Raises UnknownForm, or BadInput where they are empty."""
     if question_column is None:
+        has_pair = any(set(pair) <= values.keys() for pair in COLUMN_PAIRS)
         for name in CONVERSATION_COLUMNS:
-            if values.get(name) and isinstance(values[name], list):
-                return name, None
+            turns = values.get(name)
+            if turns and isinstance(turns, list) and not (has_pair and all(isinstance(turn, str) for turn in turns)):
+                return name, None  # beside a question and an answer, a list of texts is no conversation
         pairs = COLUMN_PAIRS
     else:
         pairs = [(question_column, answer_column)]
@@ -161,20 +167,30 @@ def read_turns(turns: list, column: str, unused: dict) -> list[dict]:
         if isinstance(turn, list) and len(turn) == 2 and isinstance(turn[0], str) and turn[0].lower() in KNOWN_ROLES:
             turn = {"role": turn[0], "content": turn[1]}
         keys = next((keys for keys in TURN_PAIRS if set(keys) <= turn.keys()), None) if isinstance(turn, dict) else None
+        weight = {}
         if keys:
-            said = ("system", turn.get("system") or None), ("user", turn[keys[0]]), ("assistant", turn[keys[1]])
+            contexts = [name for name in CONTEXT_COLUMNS if name not in keys and name in turn]
+            question = turn[keys[0]]
+            if texts := [text for name in contexts for text in flatten(turn[name], name)]:
+                question = "\n\n".join([read_text(question, f"turn {number} of its {column}"), *texts])
+            said = ("system", turn.get("system") or None), ("user", question), ("assistant", turn[keys[1]])
+            weight = read_weight(turn, number)
+            unused |= unused_keys(turn, column, {*keys, *contexts, "system", *WEIGHT_KEYS})
         elif isinstance(turn, list) and len(turn) == 2:
             said = ("user", turn[0]), ("assistant", turn[1])
         elif isinstance(turn, str):
             said = (("user", "assistant")[(number - 1) % 2], turn),
         else:
             messages.append(read_message(turn, number))
-            unused |= {f"{column}.{key}": None for key, value in turn.items()
-                       if key not in MESSAGE_KEYS and not is_empty(value)}
+            unused |= unused_keys(turn, column, MESSAGE_KEYS)
             continue
         messages += [{"role": role, "content": read_text(value, f"turn {number} of its {column}")}
-                     for role, value in said if value is not None]
+                     | (weight if role == "assistant" else {}) for role, value in said if value is not None]
     return messages
+
+
+def unused_keys(turn: dict, column: str, used: set) -> dict:
+    return {f"{column}.{key}": None for key, value in turn.items() if key not in used and not is_empty(value)}
 
 
 def read_message(turn, number: int) -> dict:
@@ -186,11 +202,16 @@ def read_message(turn, number: int) -> dict:
     if role.lower() in TOOL_ROLES or any(turn.get(key) for key in TOOL_KEYS):
         raise BadInput(f"message {number} uses a tool, for which the vocabulary has no tokens")
     content = read_text(first_of(turn, CONTENT_KEYS), f"the content of message {number}")
+    role, weight = ROLE_NAMES.get(role.lower(), role.lower()), read_weight(turn, number)
+    return {"role": role, "content": content} | (weight if role == "assistant" else {})
+
+
+def read_weight(turn: dict, number: int) -> dict:
+    """{"weight": 0} for a turn whose answer is context only, else {}. Raises BadInput for other weights than 0 and 1."""
     weights = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
     if wrong := [key for key, value in weights.items() if not is_weight(value)]:
         raise BadInput(f"message {number} has the {wrong[0]} {str(weights[wrong[0]])[:40]!r}: give 0 or 1")
-    role = ROLE_NAMES.get(role.lower(), role.lower())
-    return {"role": role, "content": content} | ({"weight": 0} if role == "assistant" and 0 in weights.values() else {})
+    return {"weight": 0} if 0 in weights.values() else {}
 
 
 def first_of(turn: dict, keys: Iterable[str]):

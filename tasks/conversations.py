@@ -88,11 +88,11 @@ def read_conversations(config: ConversationConfig, roles: Collection[str],
     split = next((name for name in ("validation", "test") if name in splits), None)
     conversations = list(read_all(config, roles, report, {split}))
     if split is None:
-        return hold_out(conversations, config)
-    candidates = sorted(read_all(replace(config, split=split), roles, report, None), key=question_digest)
+        return hold_out(conversations, config, report)
+    candidates = sorted(read_all(replace(config, split=split), roles, report, None), key=content_digest)
     held_out = candidates[:config.val_conversations]
-    questions = set(map(question_digest, held_out))
-    train = [one for one in conversations if question_digest(one) not in questions]
+    questions = {question for one in held_out for question in question_digests(one)}
+    train = [one for one in conversations if not questions & question_digests(one)]
     report.notes.append(f"held out: {len(held_out):,} of the {len(candidates):,} conversations in its {split} files")
     if len(train) < len(conversations):
         report.notes.append(f"not trained on: {len(conversations) - len(train):,} conversations whose question is held out")
@@ -116,6 +116,8 @@ def read_all(config: ConversationConfig, roles: Collection[str], report: ReadRep
                 raise BadInput("has no messages in its conversation")
             if not any(map(has_loss, messages)):
                 raise BadInput("has no message of the assistant, so there is nothing to learn")
+            if not any(message["content"].strip() for message in messages if has_loss(message)):
+                raise BadInput("its answer is empty")
         except BadInput as error:
             if not config.skip_errors:
                 advice = "" if isinstance(error, UnknownForm) and not n else "; --skip_errors=1 leaves such rows out"
@@ -138,13 +140,15 @@ def group_name(value) -> str:
 
 # -- held-out conversations -------------------------------------------------------------------------------------------
 
-def hold_out(conversations: list[Conversation], config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
+def hold_out(conversations: list[Conversation], config: ConversationConfig,
+             report: ReadReport) -> tuple[list[Conversation], list[Conversation]]:
     """Those to train on, and --val_conversations held-out ones, at most a tenth of all, which depend neither on the order of
     the rows nor on a seed.
 
     Conversations with the same system message and opening stay together. Where so many share these that they would be more
-    than all the held-out ones, as after a greeting, those with the same further questions stay together. Raises BadInput
-    when all have the same.
+    than all the held-out ones, as after a greeting, those with the same further questions stay together. Where even these
+    are too many, some of them are held out and the others not used at all, which `report` notes. Raises BadInput when all
+    have the same.
     """
     n_held_out = max(1, min(config.val_conversations, len(conversations) // HELD_OUT_RATIO))
     sizes = Counter(groups := [opening_digest(one) for one in conversations])
@@ -159,8 +163,13 @@ def hold_out(conversations: list[Conversation], config: ConversationConfig) -> t
             n += sizes[group]
     if not chosen:  # every group is larger
         chosen.add(min(sizes, key=lambda group: (sizes[group], group)))
-    in_group = list(zip(groups, conversations))
-    return [one for group, one in in_group if group not in chosen], [one for group, one in in_group if group in chosen]
+    train = [one for group, one in zip(groups, conversations) if group not in chosen]
+    held_out = [one for group, one in zip(groups, conversations) if group in chosen]
+    if (n_unused := len(held_out) - n_held_out) > 0:
+        kept = set(sorted(map(content_digest, held_out))[:n_held_out])
+        held_out = [one for one in held_out if content_digest(one) in kept][:n_held_out]
+        report.notes.append(f"not used: {n_unused:,} conversations with the same question as held-out ones")
+    return train, held_out
 
 
 def opening_digest(conversation: Conversation) -> bytes:
@@ -175,15 +184,20 @@ def follow_up_digest(conversation: Conversation) -> bytes:
     return digest("\0".join(later)) if (later := user_messages(conversation)[1:]) else opening_digest(conversation)
 
 
-def question_digest(conversation: Conversation) -> bytes:
-    """Equal where everything before the assistant's last message is."""
+def content_digest(conversation: Conversation) -> bytes:
+    return digest("\0".join(itertools.chain(*((message["role"], message["content"]) for message in conversation.messages))))
+
+
+def question_digests(conversation: Conversation) -> set[bytes]:
+    """One for each answer of the assistant, equal where everything before it is."""
     messages = conversation.messages
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return digest("\0".join(itertools.chain(*((message["role"], message["content"]) for message in messages[:last]))))
+    said = [f"{message['role']}\0{message['content'].strip()}" for message in messages]
+    return {digest("\0".join(said[:i])) for i, message in enumerate(messages) if message["role"] == "assistant"}
 
 
 def user_messages(conversation: Conversation) -> list[str]:
-    return [message["content"] for message in conversation.messages if message["role"] == "user"]
+    """White space at the ends makes no other question."""
+    return [message["content"].strip() for message in conversation.messages if message["role"] == "user"]
 
 
 def digest(text: str) -> bytes:

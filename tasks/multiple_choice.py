@@ -129,12 +129,16 @@ def find_label(label, names: list | None, endings: list[str]) -> int:
         label = int(label)
     text = str(label)
     known = [str(name) for name in names or range(len(endings))][:len(endings)]
-    if text in known and not isinstance(label, bool):
-        return known.index(text)
+    found = known.index(text) if text in known and not isinstance(label, bool) else None
     if names is None and len(text) == 1 and text in LETTERS[:len(endings)]:
-        return LETTERS.index(text)
-    if isinstance(label, str) and endings.count(text) == 1 and not text.isdigit():
-        return endings.index(text)
+        found = LETTERS.index(text)
+    if isinstance(label, str) and endings.count(text) == 1 and (names is None or found is None):
+        if found not in (None, endings.index(text)):
+            raise BadInput(f"the label is {text[:40]!r}, the text of ending {endings.index(text) + 1}, but also means "
+                           f"ending {found + 1}: give a number that is not text, or another letter")
+        found = endings.index(text)
+    if found is not None:
+        return found
     letters = f" or {', '.join(LETTERS[:len(endings)])}" if names is None else ""
     raise BadInput(f"the label is {text[:40]!r}: must be one of {name_list(known)}{letters}"
                    + (": the rows of a test split are often not labelled" if text in ("", "-1") else ""))

@@ -46,6 +46,12 @@ FORMS = {
                                    "rejected": {"from": "gpt", "value": "no"}}, ASK),
     "xtuner": ({"conversation": [{"system": "Be brief.", "input": "who?", "output": "me"},
                                  {"input": "sure?", "output": "yes"}]}, BRIEF + TWO),
+    "xtuner, without loss": ({"conversation": [{"input": "who?", "output": "me", "output_with_loss": False},
+                                               {"input": "sure?", "output": "yes"}]},
+                             [TWO[0], TWO[1] | {"weight": 0}, *TWO[2:]]),
+    "turns with instructions": ({"conversations": [{"instruction": "Add", "input": "1 1", "output": "2"}]},
+                                said(user="Add\n\n1 1", assistant="2")),
+    "DREAM": ({"dialogue": ["W: hi", "M: hi"], "question": "who?", "answer": "me"}, ASK),
     "firefly": ({"conversation": [{"human": "who?", "assistant": "me"}, {"human": "sure?", "assistant": "yes"}]}, TWO),
     "role and text": ({"conversations": [["user", "who?"], ["assistant", "me"]]}, ASK),
     "question and answer": ({"conversations": [["who?", "me"], ["sure?", "yes"]]}, TWO),
@@ -111,6 +117,8 @@ def test_forms_read_from_parquet(name, tmp_path):
     ({"messages": [ASK[0] | {"name": "Ann"}, ASK[1] | {"train_detail": [1]}]}, ["messages.name", "messages.train_detail"]),
     ({"system": "Other.", "messages": BRIEF + ASK}, ["system"]),
     ({"messages": ASK, "question": "x", "answer": "y", "context": "z"}, ["question", "answer", "context"]),
+    ({"conversation": [{"input": "who?", "output": "me", "need_eos_token": True}]}, ["conversation.need_eos_token"]),
+    ({"question": "who?", "answer": "me", "label": "spam"}, ["label"]),
     ({"question": "who?", "answer": "me", "kind": "k", "task": "t", "category": "c", "label": True}, [])], ids=str)
 def test_what_is_not_used_is_named(row, unused):
     assert parse_row(row)[1] == unused
@@ -146,6 +154,9 @@ TOOL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"
     ({"messages": [ASK[0], ASK[1] | {"weight": 0}]}, "no message of the assistant"),
     ({"messages": [ASK[0], ASK[1] | {"weight": 0.5}]}, "message 2 has the weight '0.5': give 0 or 1"),
     ({"messages": [ASK[0], ASK[1] | {"train": "no"}]}, "message 2 has the train 'no': give 0 or 1"),
+    ({"question": "?", "answer": " "}, "its answer is empty"), ({"data": ["?", ""]}, "its answer is empty"),
+    ({"prompt": "?", "completion": "bad", "label": "False"}, "marked as a bad one"),
+    ({"prompt": "?", "completion": "bad", "label": 0}, "marked as a bad one"),
     ({"question": "?", "answer": None}, "its answer is null"), ({"question": None, "answer": ""}, "its question is null"),
     ({"question": "who?", "answer": ["me", "I"]}, "its answer is a list of 2"),
     ({"question": "who?", "answers": {"text": []}}, "its answers is empty"),
@@ -232,6 +243,10 @@ def test_sciq_has_its_right_answer_anywhere():
     assert {choice.label for choice in choices} == {0, 1, 2, 3} and choices == [parse_choice(row, "") for row in rows]
 
 
+def test_a_number_as_the_right_ending():
+    assert parse_choice({"question": "30?", "choices": ["10", "20", "30", "40"], "answer": "30"}, "").label == 2
+
+
 def test_choice_columns_by_name():
     row = {"text": "Go on", "ctx": "not this", "answers": ["a", "b"], "endings": ["c", "d"], "label": 0, "right": "B"}
     choice = parse_choice(row, "", ChoiceColumns("text", "answers", "right"))
@@ -247,7 +262,10 @@ def test_choice_columns_by_name():
     ({"endings": {"label": ["A"]}}, "has no list of endings"), ({"endings": ["a", "", "c"]}, "ending 2 is empty"),
     ({"endings": ["a", "b", None]}, "ending 3 is null"), ({"endings": ["a", {"b": 1}]}, "ending 2 is of type dict"),
     ({"ctx": True}, "the context is of type bool"), ({"ctx": None}, "has no column ctx"),
-    ({"sol1": "a", "sol2": "", "endings": None, "label": 0}, "its sol2 is empty")], ids=ascii)
+    ({"sol1": "a", "sol2": "", "endings": None, "label": 0}, "its sol2 is empty"),
+    ({"endings": ["1", "2", "3", "4"], "label": "3"}, "'3', the text of ending 3, but also means ending 4"),
+    ({"endings": ["B", "A"], "label": "A"}, "'A', the text of ending 2, but also means ending 1")],
+    ids=ascii)
 def test_bad_choice_is_named(changes, words):
     with pytest.raises(BadInput) as error:
         parse_choice(HELLASWAG | changes, "")

@@ -138,19 +138,34 @@ GREETINGS = [["hi", "hello", f"{i // 2} plus {i % 2}?", "1"] for i in range(1000
     ([{"question": f"{i}?", "answer": "a"} for i in range(100)], 240, 10),
     ([{"question": f"{i}?", "answer": "a"} for i in range(3)], 240, 1),
     ([{"question": f"{i // 4}?", "answer": str(i)} for i in range(400)], 40, 40),
-    ([{"question": f"{i // 4}?", "answer": str(i)} for i in range(12)], 3, 4),   # every group is larger than the share
+    ([{"question": f"{i // 4}?", "answer": str(i)} for i in range(12)], 3, 1),   # every group is larger than the share
+    ([{"question": f"{i % 2}?" + " " * (i % 3), "answer": str(i)} for i in range(1000)], 240, 100),
     ([{"question": "0?" if i < 50 else f"{i}?", "answer": str(i)} for i in range(100)], 20, 10),
     ([{"system": f"{i}", "question": "the same?", "answer": "a"} for i in range(100)], 240, 10),
     ([{"data": [f"hi {i % 7}", *turns[1:]]} for i, turns in enumerate(GREETINGS)], 240, 100)], ids=[
-        "many", "few", "three", "of 4 answers", "few of 4 answers", "half ask the same", "system texts", "7 greetings"])
+        "many", "few", "three", "of 4 answers", "few of 4 answers", "two questions", "half ask the same",
+            "system texts", "7 greetings"])
 def test_held_out_share_and_what_leaks(rows, n, expected, tmp_path):
     """At most --val_conversations and a tenth are held out; what is asked there is not trained on."""
     train, held_out = read(rows, tmp_path, n)
-    assert len(held_out) == expected and len(train) == len(rows) - expected
+    n_unused = {12: 3, 1000: 400}.get(len(rows), 0) if "data" not in rows[0] else 0  # of questions with many answers
+    assert len(held_out) == expected and len(train) == len(rows) - expected - n_unused
     asked = [{turns[:-1] if "hi" not in turns[0] else turns[2:-1] for turns in part} for part in (train, held_out)]
-    assert not asked[0] & asked[1]
+    asked = [{tuple(text.strip() for text in turns) for turns in part} for part in asked]
+    assert train and not asked[0] & asked[1]
     again = read(rows[::-1], tmp_path, n)
     assert [sorted(part) for part in again] == [sorted(train), sorted(held_out)]
+
+
+def test_conversations_that_the_training_files_go_on_with_are_not_trained_on(tmp_path):
+    """Nor those that differ in white space."""
+    turns = ["a?", "a", "b?", "b", "c?", "c"]
+    write_jsonl(tmp_path / "train.jsonl", [{"data": turns}, {"data": ["d? ", "d"]}, {"data": ["e?", "e"]}])
+    write_jsonl(tmp_path / "test.jsonl", [{"data": turns[:4]}, {"data": ["d?", "other"]}])
+    report = ReadReport()
+    train, held_out = read_conversations(ConversationConfig(str(tmp_path)), ROLES, report)
+    assert [one.messages[0]["content"] for one in train] == ["e?"] and len(held_out) == 2
+    assert "not trained on: 2 conversations whose question is held out" in report.lines()
 
 
 def test_conversations_that_ask_the_same_cannot_be_held_out(tmp_path):

@@ -18,7 +18,7 @@ from convert import gguf, hf_mapping, hf_out  # noqa: E402
 from convert.hf_tokenizer import to_hf_tokenizer  # noqa: E402
 from convert.model_card import training_figures  # noqa: E402
 from layers import LINEARS, MIXERS, MLPS, NORMS  # noqa: E402
-from runtime.checkpoint import save_checkpoint  # noqa: E402
+from runtime.checkpoint import run_lock, save_checkpoint  # noqa: E402
 from runtime.device import DTYPES  # noqa: E402
 from sampling import GREEDY, generate  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -321,6 +321,30 @@ def test_export_replaces_only_an_exported_folder(tokenizer, tmp_path, refused):
     assert (tmp_path / "mine" / "precious").exists()
 
 
+def test_export_leaves_other_folders_alone(tokenizer, tmp_path, refused, monkeypatch):
+    """One that is named like a temporary one, the current folder, and that of an export at the same time."""
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "precious").write_text("x")
+    folder = run_export(random_model(), tokenizer, tmp_path)
+    assert (tmp_path / "out.tmp" / "precious").exists()
+    checkpoint = f"--checkpoint_path={tmp_path / 'gpt.pt'}"
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        refused(export.main, [checkpoint, "--out_path=.", "--overwrite"], "--out_path=.: is the current folder")
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "config.json").write_text("{}")
+    export.main([checkpoint, f"--out_path={tmp_path / 'link'}", "--overwrite"])
+    assert (tmp_path / "link").is_symlink() and len((folder / "config.json").read_text()) > 2
+
+    def interrupted(model, tokenizer, folder, *args):
+        monkeypatch.undo()
+        export.main([checkpoint, f"--out_path={tmp_path / 'same'}"])
+        (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(export, "export_model", interrupted)
+    refused(export.main, [checkpoint, f"--out_path={tmp_path / 'same'}"], "same: exists")
+    assert len((tmp_path / "same" / "config.json").read_text()) > 2 and not list(tmp_path.glob("same.*"))
+
+
 def test_export_without_a_checkpoint_leaves_nothing(tmp_path, refused):
     refused(export.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", f"--out_path={tmp_path / 'out'}"], "none.pt")
     assert not list(tmp_path.iterdir())
@@ -378,6 +402,9 @@ def test_a_model_that_cannot_be_found(source, words, tmp_path, refused, hub):
 def test_import_replaces_no_checkpoint(tmp_path, refused):
     (tmp_path / "in.pt").write_bytes(b"precious")
     refused(export.main, [f"--checkpoint_path={tmp_path / 'in.pt'}", "--import_path=org/none"], "in.pt: exists")
+    with run_lock(tmp_path / "in.pt", "a training"):
+        refused(export.main, [f"--checkpoint_path={tmp_path / 'in.pt'}", "--import_path=org/none", "--overwrite"],
+                "another process is writing there")
     assert (tmp_path / "in.pt").read_bytes() == b"precious"
 
 
@@ -399,7 +426,9 @@ def test_import_replaces_no_checkpoint(tmp_path, refused):
     ({"max_position_embeddings": 10**9}, ["config.json", "1000000000"]),
     ({"rope_parameters": [1]}, ["config.json"]), ({"rope_parameters": {"rope_theta": "x"}}, ["config.json"]),
     ({"rms_norm_eps": "1e-5"}, ["config.json"]), ({"model_type": ["llama"]}, ["config.json", "model_type"]),
-    ({"eos_token_id": "</s>"}, ["config.json", "eos_token_id"])], ids=str)
+    ({"eos_token_id": "</s>"}, ["config.json", "eos_token_id"]),
+    ({"tie_word_embeddings": True}, ["lm_head.weight differs from model.embed_tokens.weight"]),
+    ({"model_type": "mistral", "max_position_embeddings": 5000}, ["config.json", "sliding_window = 4096"])], ids=str)
 def test_a_config_that_is_unsupported_or_does_not_fit_the_weights(changes, words, tokenizer, tmp_path, refused):
     folder = save_hf(hf_llama(), tokenizer, tmp_path / "theirs")
     hf_config = json.loads((folder / "config.json").read_text())

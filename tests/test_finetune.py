@@ -14,7 +14,7 @@ from test_conversations import write_jsonl
 import finetune
 import train
 from conftest import assert_same, run_rows, saved_training, stderr_lines, train_tiny
-from dataloader import IGNORE_INDEX, PackedBatches, pack_rows
+from dataloader import IGNORE_INDEX, PackedBatches, encodable, pack_rows
 from finetune import compare_answers, read_answers, write_answers
 from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
 from runtime.config import BadInput
@@ -91,10 +91,23 @@ def test_fingerprint_depends_on_the_conversations(tokenizer):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
+def test_bytes_that_the_vocabulary_lacks(tokenizer):
+    """Of a foreign vocabulary: such a conversation is an error that names it, or left out."""
+    ranks = {token: token_id for token, token_id in tokenizer.ranks.items() if b"\xa1" not in token}
+    lacking = Tokenizer(ranks, tokenizer.pattern, tokenizer.special_tokens)
+    conversations = [conversation("¡who?", "me"), conversation("who?", "me")]
+    with pytest.raises(BadInput, match="0xA1"):
+        PackedBatches(lacking, conversations, 1, 64, 0)
+    assert encodable(conversations, lacking, skipped := []) == conversations[1:] and len(skipped) == 1
+    assert encodable(conversations, tokenizer, []) == conversations
+    with pytest.raises(BadInput, match="like every other"):
+        encodable(conversations[:1], lacking, [])
+
+
 def test_long_conversations_are_truncated_and_counted(tokenizer):
     conversations = [conversation("who", "x" * 50), conversation("y" * 50, "z"), conversation("a", "b")]
     batches = PackedBatches(tokenizer, conversations, 1, 16, 0)
-    assert batches.n_truncated == 2 and len(batches.conversations) == 2  # the second loses its only answer
+    assert (batches.n_truncated, batches.n_too_long, len(batches.conversations)) == (1, 1, 2)
     assert max(len(ids) for ids, _ in batches.conversations) == 17
 
 

@@ -24,6 +24,7 @@ from runtime.config import BadInput
 from shards import Manifest
 from tasks.rows import local_splits, read_dataset
 from text import columns, formats, parquet
+from text.folders import find_data_files
 from text.sources import SourceConfig, open_source
 
 TEXTS = ["first text", "zweiter Text: ä", "第三, \"quoted\"", "four\nlines\n\nand; more\t", "", " five "]
@@ -382,10 +383,11 @@ def test_files_named_as_held_out_are_the_validation_split(tmp_path, capsys, monk
     flags = [f"--dataset={tmp_path / 't'}", "--vocab_size=300", "--val_bytes=2000", "--shard_size_threshold=500"]
     download_data.main([*flags, f"--data_path={tmp_path / 'data'}"])
     error = capsys.readouterr().err
-    assert f"held out of {tmp_path / 't'}, for validation: {held_out}.jsonl" in error
+    assert f"held out, for validation: {tmp_path / 't'}: {held_out}.jsonl" in error
     assert ("left out" in error) == ("1 of the split test (test.jsonl)" in error) == (held_out == "validation")
     val = documents_in(tmp_path / "data", "val")
     assert val == numbered("held-out", 300)[:len(val)] and 20 < len(val) < 290
+    assert f"not used: {300 - len(val)} held-out documents beyond --val_bytes=2000" in error
     assert documents_in(tmp_path / "data", "train") == numbered("train", 500)
     download_data.main([*flags[:-2], "--val_bytes=1e6", "--shard_size_threshold=500", f"--data_path={tmp_path / 'all'}"])
     assert documents_in(tmp_path / "all", "val") == numbered("held-out", 300)
@@ -571,3 +573,13 @@ def test_small_files_do_not_take_gigabytes(tmp_path, name, kind):
                           env={**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2000
+
+
+def test_a_link_says_the_split_of_a_file(tmp_path):
+    for name in ("aa", "bb"):
+        write_lines(tmp_path / "blobs" / f"{name}.jsonl", name)
+    (tmp_path / "train.jsonl").symlink_to("blobs/aa.jsonl")
+    (tmp_path / "test.jsonl").symlink_to("blobs/bb.jsonl")
+    found = find_data_files(tmp_path)
+    assert [file.name for file in found.of_split("train")] == ["aa.jsonl"]
+    assert [file.name for file in found.of_split("test")] == ["bb.jsonl"]

@@ -123,7 +123,8 @@ def find_data_files(path: Path) -> DataFiles:
         raise BadInput(f"--dataset={path}: holds the shards of a prepared text, which only download_data.py reads: give "
                        f"the text that its manifest.json names")
     left_out: dict[str, list[str]] = defaultdict(list)
-    files = sorted(walk(path, left_out))
+    aliases: dict[Path, list[Path]] = {}
+    files = sorted(walk(path, left_out, aliases))
     if any(file_format(file.name) in ROW_FORMATS for file in files):
         text = [file for file in files if file_format(file.name) in TEXT_FORMATS]
         files = [file for file in files if file_format(file.name) in ROW_FORMATS]
@@ -134,7 +135,7 @@ def find_data_files(path: Path) -> DataFiles:
         raise BadInput(f"--dataset={path}: no file of {FORMAT_WORDS} in this folder"
                        + (f", but {', '.join(found[:5])}" if found else "")
                        + (f", hidden ones aside: {', '.join(left_out['hidden'][:3])}" if left_out["hidden"] else ""))
-    return DataFiles(path, tuple(files), tuple(split_in_name(file.relative_to(path)) for file in files), dict(left_out))
+    return DataFiles(path, tuple(files), tuple(split_of(file, path, aliases[file]) for file in files), dict(left_out))
 
 
 def is_prepared(folder: Path) -> bool:
@@ -142,10 +143,10 @@ def is_prepared(folder: Path) -> bool:
     return all((folder / name).exists() for name in ("manifest.json", "tokenizer.json", "val_000000.npy"))
 
 
-def walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
+def walk(root: Path, left_out: dict[str, list[str]], aliases: dict[Path, list[Path]]) -> Iterator[Path]:
     """Yields the files below `root` whose ending is that of a format; adds what it passes over to `left_out`. Each file and
-    folder once, under its own name rather than that of a link."""
-    seen = {real_id(root.stat(), root)}
+    folder once, under its own name rather than that of a link; `aliases` gets the other names of each file."""
+    seen: dict[tuple, Path] = {real_id(root.stat(), root): root}
     folders, links = [root], []
     while folders or links:
         folder = folders.pop() if folders else None
@@ -168,12 +169,14 @@ def walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
                 left_out[describe_other(path.name)].append(name)
             elif real_id(status, path) in seen:
                 left_out["read already under another name"].append(name)
+                aliases.setdefault(seen[real_id(status, path)], []).append(path)
             elif stat.S_ISDIR(status.st_mode):
-                seen.add(real_id(status, path))
+                seen[real_id(status, path)] = path
                 inner.append(path)
             else:
                 require_regular_file(path, str(path))
-                seen.add(real_id(status, path))
+                seen[real_id(status, path)] = path
+                aliases[path] = []
                 yield path
         folders += reversed(inner)
 
@@ -207,6 +210,11 @@ def follow(path: Path) -> os.stat_result:
 def real_id(status: os.stat_result, path: Path) -> tuple:
     """The same for all names of a file or folder."""
     return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(path),)
+
+
+def split_of(file: Path, root: Path, aliases: list[Path]) -> str | None:
+    """The split that the name of a file says, or else that of a link to it."""
+    return next((split for path in (file, *aliases) if (split := split_in_name(path.relative_to(root)))), None)
 
 
 def split_in_name(path: Path) -> str | None:

@@ -52,13 +52,22 @@ class SourceConfig:
 class Source:
     """An opened source. description: the flags and revisions that identify the text, for the manifest. read(state): its
     chunks from a state on, None for the beginning. train_state: where the text to train on starts, if held-out text comes
-    first. notes: lines about what is not read of local folders, and about what is held out. n_bytes: about how much text
-    there is to train on, None if that is not known."""
+    first. notes: lines about what is not read of local folders. held_out: the files of the held-out text, for a line.
+    n_bytes: about how much text there is to train on, None if that is not known."""
     description: dict
     read: Callable[[object], Iterator[Chunk]]
     train_state: dict | None = None
     notes: tuple[str, ...] = ()
+    held_out: str = ""
     n_bytes: int | None = None
+
+    def log_notes(self, uses_held_out: bool):
+        """Logs what is not read, and the held-out files either as such or as validation text."""
+        for note in self.notes:
+            log_line(note)
+        if self.held_out:
+            log_line(f"held out, for validation: {self.held_out}" if uses_held_out else
+                     f"left out, as held-out text: {self.held_out}")
 
     def chunks(self, position: dict | None = None) -> Iterator[Chunk]:
         """The chunks from `position` on, which Chunk.position_after returned; by default all."""
@@ -74,8 +83,7 @@ class Source:
 
     def documents(self) -> Iterator[str]:
         """The text of every document that is not held out; logs the notes, and a line for each part that is skipped."""
-        for note in self.notes:
-            log_line(note)
+        self.log_notes(uses_held_out=False)
         for chunk in self.read(self.train_state):
             for message in chunk.skipped:
                 log_line(f"skipped: {message}")
@@ -93,8 +101,9 @@ def open_source(config: SourceConfig, revisions: list[str] | None = None, part: 
     reads = [functools.partial(read_training_text, source) for source in opened]
     weights, sizes = mix_weights(config), [source.n_bytes for source in opened]
     n_bytes = None if None in sizes else int(sum(weights) * min(size / weight for size, weight in zip(sizes, weights)))
+    left_out = tuple(f"left out, as held-out text: {source.held_out}" for source in opened if source.held_out)
     return Source(description, functools.partial(interleave, reads, weights),
-                  notes=tuple(note for source in opened for note in source.notes), n_bytes=n_bytes)
+                  notes=tuple(note for source in opened for note in source.notes) + left_out, n_bytes=n_bytes)
 
 
 def read_training_text(source: Source, state: object) -> Iterator[Chunk]:
@@ -262,7 +271,7 @@ def interleave(reads: list[Callable], weights: list[float], state: dict | None) 
 def open_files(path: Path, config: SourceConfig, part: tuple[int, int]) -> Source:
     """A local file or folder. What its names say is validation text, or else test text, comes first, held out."""
     found = find_data_files(path)
-    train, held_out, notes = split_by_name(found)
+    train, held_out, note = split_by_name(found)
     first = split_files(list(map(local_file, held_out)), part, "val")
     parts = first + split_files(list(map(local_file, train)), part, "train" if held_out else None)
     read = lambda state: read_files(parts, config.text_column, state, config.skip_errors)
@@ -270,23 +279,20 @@ def open_files(path: Path, config: SourceConfig, part: tuple[int, int]) -> Sourc
     train_state = {"file": len(first), "row": 0, "byte": 0} if held_out else None
     if not any(len(chunk.documents) for chunk in read(train_state)):
         raise BadInput(f"--dataset={path}: contains no text")
-    return Source({"revision": files_revision([*held_out, *train])}, read, train_state, notes, n_bytes)
+    names = ", ".join(found.relative(file) for file in held_out[:3]) + (", …" if len(held_out) > 3 else "")
+    return Source({"revision": files_revision([*held_out, *train])}, read, train_state, (note,) if note else (),
+                  f"{path}: {names}" if held_out else "", n_bytes)
 
 
-def split_by_name(found: DataFiles) -> tuple[list[Path], list[Path], tuple[str, ...]]:
-    """The files to train on, the held-out ones, and lines about these and about what is left out. If no file is for
-    training, the names say nothing."""
+def split_by_name(found: DataFiles) -> tuple[list[Path], list[Path], str | None]:
+    """The files to train on, the held-out ones, and a line about what is left out. If no file is for training, the names say
+    nothing."""
     splits = found.named_splits()
     if "train" not in splits:
-        note = found.describe_left_out()
-        return list(found.files), [], (note,) if note else ()
+        return list(found.files), [], found.describe_left_out()
     held_out = next((split for split in ("validation", "test") if split in splits), None)
     files = found.of_split(held_out) if held_out else []
-    notes = [found.describe_left_out(splits - {"train", held_out})]
-    if files:
-        notes.append(f"held out of {found.root}, for validation: {found.relative(files[0])}"
-                     + (f" and {len(files) - 1} more" if len(files) > 1 else ""))
-    return found.of_split("train"), files, tuple(filter(None, notes))
+    return found.of_split("train"), files, found.describe_left_out(splits - {"train", held_out})
 
 
 def local_file(path: Path) -> TextFile:
