@@ -41,11 +41,11 @@ from download_data import read_shards, retokenize
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import align_columns, write_comparison
-from experiments.runner import JobResult, Runner, TrainingJob, flag_texts
+from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
 from model import GPT, GPTConfig, upgrade_config
-from optimizer import OptimizerConfig
+from optimizer import OptimizerConfig, make_optimizer
 from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.cli import (
     Parser,
@@ -60,10 +60,12 @@ from runtime.cli import (
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, Machine, describe_hardware, open_machine
 from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.forecast import format_bytes, format_seconds, free_disk
+from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
 from sampling import pretraining_flags
-from shards import DataFolder, open_data, require_block
+from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
 from text.documents import DocumentSet
 from text.sources import take_text
@@ -77,7 +79,7 @@ from tokenizer import (
     compile_pattern,
 )
 from train import PRESETS, PRETRAINING, RunConfig
-from trainer import LoopConfig, dry_run_step, next_token_loss
+from trainer import LoopConfig, next_token_loss
 
 REPO = Path(__file__).parent
 MATCH_TOLERANCE = 0.01     # largest relative difference in parameters between matched arms
@@ -716,22 +718,35 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
 # -- the forecast -----------------------------------------------------------------------------------------------------
 
 def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, device: DeviceConfig):
-    """Prints how long the runs of each arm take at the speed of a few timed batches, and of all. Where text has yet to be
+    """Prints what the runs of each arm need at the speed of a few timed steps, and all of them. Where text has yet to be
     encoded for an arm, its bytes per token count as those of --data_path."""
-    machine, lines, total = open_machine(device), [("arm", "parameters", "tokens/s", "runs", "time")], 0.0
-    for arm in arms:
+    machine, total, peak = open_machine(device), 0.0, 0
+    on_cpu, data = machine.device.type == "cpu", environment.data
+    if on_cpu:
+        torch.set_num_threads(threads_of_job(config.jobs))
+    lines = [("arm", "parameters", "memory", "tokens/s", "runs", "time")]
+    for arm in progress_bar(arms, desc="timing", unit="arm", leave=False, disable=None):
         if math.isnan(arm.bytes_per_token):
-            arm = dataclasses.replace(arm, bytes_per_token=environment.data.bytes_per_token)
-        speed, results = measure_speed(arm, environment.data, machine), ArmResults(arm)
+            arm = dataclasses.replace(arm, bytes_per_token=data.bytes_per_token)
+        memory, speed = measure_arm(arm, config.spec, data, machine)
+        results = ArmResults(arm)
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
             seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
         seconds += n_runs * (VALIDATIONS + 1) * validation_tokens(arm) / (3 * speed)  # the forward pass is a third of a step
-        total += seconds
-        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", f"{speed:,.0f}", str(n_runs),
-                      f"{seconds / 60:,.0f} min"))
+        total, peak = total + seconds, max(peak, memory)
+        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(memory), f"{speed:,.0f}",
+                      str(n_runs), format_seconds(seconds)))
     print("\n".join(align_columns(lines)))
-    print(f"about {total / 3600:.1f} hours in all, without the start of {sum(int(line[3]) for line in lines[1:])} processes")
+    jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
+    available = available_memory(machine.device)
+    print(f"time    about {format_seconds(total / jobs)} with --jobs={config.jobs}, without the start of "
+          f"{sum(int(line[4]) for line in lines[1:])} processes")
+    print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
+    if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
+        n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
+        print(f"disk    about {format_bytes(n_bytes)} for the text in {others} other vocabular{'ies' if others > 1 else 'y'}"
+              f", {format_bytes(free_disk(config.out_path))} free")
 
 
 def validation_tokens(arm: Arm) -> float:
@@ -742,18 +757,31 @@ def validation_tokens(arm: Arm) -> float:
     return run.val_iter * math.prod(arm.batch_shape) if run.val_iter else run.val_bytes / arm.bytes_per_token
 
 
-def measure_speed(arm: Arm, data: TrainingData, machine: Machine) -> float:
-    """Tokens per second of forward and backward passes; the optimizer takes a little more."""
-    config = build_meta_model(arm.flags, data.vocab_size and arm.vocab_size).config
-    model = GPT(config).to(machine.device)
+def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine) -> tuple[int, float]:
+    """Peak bytes, of the process on a CPU, and tokens per second of training steps on made-up tokens."""
+    with suppress(OSError):  # where the system cannot restart it, it is that of all arms so far
+        reset_peak_memory(machine.device)
+    model = GPT(build_meta_model(arm.flags, data.vocab_size and arm.vocab_size).config).to(machine.device)
+    schedule = read_flags(spec.optimizer, select_fields(spec.optimizer, arm.flags))
+    optimizer = make_optimizer(model, schedule, arm.step_tokens, machine.newton_schulz_dtype())
     batch = torch.zeros(2, *arm.batch_shape, dtype=torch.int64, device=machine.device)
-    seconds = []
-    for _ in range(3):  # the first one allocates memory
+
+    def pass_batch():
+        with machine.autocast():
+            loss = next_token_loss(model, batch)
+        loss.backward()
+
+    def timed(function: Callable) -> float:
         start = time.perf_counter()
-        dry_run_step(model, machine, next_token_loss, batch)
+        function()
         model.embed.weight.detach()[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return math.prod(arm.batch_shape) / min(seconds[1:])
+        return time.perf_counter() - start
+    seconds = []
+    for _ in range(4):
+        n_batches = arm.step_tokens // math.prod(arm.batch_shape)
+        seconds.append(n_batches * timed(pass_batch) + timed(optimizer.step))
+        optimizer.zero_grad()
+    return peak_memory(machine.device), arm.step_tokens / min(seconds[1:])  # the first one allocates memory
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from experiments.plots import draw_corpus_stats
 from runtime.cli import command, log_line, parse_flags, progress_bar
 from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.threads import available_cores, map_ahead
 from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, find_node_folders, open_data, verify
 from text.documents import DocumentSet, PackedDocuments, document_hashes, text_hash
@@ -631,7 +631,7 @@ class Progress:
 # -- the forecast -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Forecast:
+class TextForecast:
     """What a preparation will come to, by a sample of its text. seconds: without the tokenizer's training."""
     n_bytes: float
     tokens: float
@@ -646,10 +646,10 @@ class Forecast:
 
     def disk(self) -> str:
         warning = ": TOO LITTLE" if self.disk_bytes > self.free_bytes else ""
-        return f"{format_count(self.disk_bytes)}B on disk, {format_count(self.free_bytes)}B free{warning}"
+        return f"{format_bytes(self.disk_bytes)} on disk, {format_bytes(self.free_bytes)} free{warning}"
 
 
-def make_forecast(config: PrepareConfig, source: Source, sample: Sample, tokenizer: Tokenizer) -> Forecast:
+def make_forecast(config: PrepareConfig, source: Source, sample: Sample, tokenizer: Tokenizer) -> TextForecast:
     """By encoding the sample. Reading, one core after the other encoding, and writing overlap: the slowest sets the pace."""
     documents = PackedDocuments.concat(sample.documents)
     start = time.perf_counter()
@@ -660,9 +660,8 @@ def make_forecast(config: PrepareConfig, source: Source, sample: Sample, tokeniz
     share = min(1, config.tokens_threshold / (text_bytes / n_bytes * n_tokens))
     scale = share * text_bytes / n_bytes  # of the sample
     seconds = share * text_bytes * max(encode_seconds / n_bytes, sample.seconds / sample.n_bytes)
-    folder = next(folder for folder in (config.data_path, *config.data_path.absolute().parents) if folder.exists())
-    return Forecast(share * text_bytes, scale * n_tokens, scale * len(documents), seconds,
-                    scale * n_tokens * tokenizer.dtype.itemsize, shutil.disk_usage(folder).free)
+    return TextForecast(share * text_bytes, scale * n_tokens, scale * len(documents), seconds,
+                    scale * n_tokens * tokenizer.dtype.itemsize, free_disk(config.data_path))
 
 
 def format_count(n: float) -> str:
@@ -671,13 +670,6 @@ def format_count(n: float) -> str:
         if n >= unit:
             return f"{n / unit:,.{0 if n >= 100 * unit else 1}f} {name}"
     return f"{n:.0f} "
-
-
-def format_seconds(seconds: float) -> str:
-    """About how long: "5 s", "12 min", "3.5 h"."""
-    if seconds < 100:
-        return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def dry_run(config: PrepareConfig, source_config: SourceConfig):

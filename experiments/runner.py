@@ -64,7 +64,7 @@ class Runner:
         self.processes: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
         self.is_over = False
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // n_parallel))}
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads_of_job(n_parallel))}
 
     def run(self, jobs: list[Job], desc: str, on_end: Callable[[int, JobResult], None],
             on_wait: Callable[[], None] | None = None) -> list[JobResult]:
@@ -126,6 +126,11 @@ class Runner:
         if process.returncode and (self.stop.signal or self.is_over):
             return JobResult("stopped")
         return job.complete(interpret_exit(process.returncode, error_line(stderr, job.script)))
+
+
+def threads_of_job(n_parallel: int) -> int:
+    """Threads of a CPU that each of `n_parallel` jobs at a time gets."""
+    return max(1, available_cores() // n_parallel)
 
 
 def interpret_exit(code: int, reason: str) -> JobResult:

@@ -92,4 +92,5 @@ def format_bytes(n: float) -> str:
 
 def free_disk(path: Path) -> int:
     """Bytes that can still be written where `path` is, or will be."""
-    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

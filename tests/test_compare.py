@@ -463,10 +463,13 @@ def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
 
 def test_dry_run_prints_a_forecast_and_writes_nothing(fake_train, flags, tmp_path, capsys):
     compare.main([*flags, "--dry_run", "--arms", "mlp=gelu", "vocab_size=300", "--budget=bytes=40000"])
-    head, *rows, last = capsys.readouterr().out.splitlines()
-    assert head.split() == ["arm", "parameters", "tokens/s", "runs", "time"]
-    assert [row.split()[0] for row in rows] == ["mlp=gelu", "vocab_size=300"] and {row.split()[3] for row in rows} == {"7"}
-    assert last.startswith("about 0.") and "14 processes" in last
+    head, *rows, time, memory, disk = capsys.readouterr().out.splitlines()
+    assert head.split() == ["arm", "parameters", "memory", "tokens/s", "runs", "time"]
+    for row, name in zip(rows, ["mlp=gelu", "vocab_size=300"], strict=True):
+        arm, _, peak, unit, speed, runs, *_ = row.split()
+        assert arm == name and runs == "7" and float(speed.replace(",", "")) > 0 and float(peak) > 1 and unit.endswith("iB")
+    assert time.startswith("time    about") and "14 processes" in time
+    assert memory.endswith(" available") and disk.startswith("disk    about") and "1 other vocabulary," in disk
     assert not fake_train.log() and not (tmp_path / "out").exists()
 
 

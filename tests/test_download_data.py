@@ -533,7 +533,7 @@ def test_a_forecast_is_near_what_comes(tmp_path, text, data_path, monkeypatch, c
     download_data.main(flags)
     manifest = Manifest.load(Path("out/data"))
     total = lambda quantity: sum(manifest.total(split, quantity) for split in ("val", "train"))
-    number = lambda words: float(words[0].replace(",", "")) * {"k": 1e3, "M": 1e6}.get(words[1][0], 1)
+    number = lambda words: float(words[0].replace(",", "")) * {"k": 1e3, "M": 1e6, "K": 1024}.get(words[1][0], 1)
     documents, n_bytes, tokens = (part.replace("about ", "").split() for part in rows["expected"].split(", "))
     for expected, found in ((documents, "documents"), (n_bytes, "bytes"), (tokens, "tokens")):
         assert number(expected) == pytest.approx(total(found), rel=0.1), (rows["expected"], found)
@@ -545,9 +545,9 @@ def test_a_forecast_is_near_what_comes(tmp_path, text, data_path, monkeypatch, c
 
 
 def test_too_little_disk_is_said_before(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1024))
     prepare(tmp_path, text)
-    assert "1.0 kB free: TOO LITTLE" in capsys.readouterr().out
+    assert "1.0 KiB free: TOO LITTLE" in capsys.readouterr().out
 
 
 # -- several nodes ----------------------------------------------------------------------------------------------------
