@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from download_data import read_shards, retokenize
+from download_data import read_split, retokenize, validation_documents
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import align_columns, write_comparison
@@ -65,7 +65,6 @@ from runtime.signals import StopSignals
 from sampling import pretraining_flags
 from shards import DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
-from text.documents import DocumentSet
 from text.sources import take_text
 from tokenizer import (
     MAX_VOCAB_SIZE,
@@ -273,8 +272,7 @@ class Vocabularies:
     def make_tokenizer(self, vocabulary: VocabularyConfig, vocab_size: int) -> Tokenizer:
         if vocabulary.tokenizer_path:
             return Tokenizer.load(vocabulary.tokenizer_path)
-        chunks = read_shards(self.base.shards, {"split": "train", "token": 0})
-        texts = (text for chunk in chunks for text in chunk.documents.strings())
+        texts = (text for chunk in read_split(self.base.shards, "train") for text in chunk.documents.strings())
         return Tokenizer.train(take_text(texts, vocabulary.tokenizer_bytes), vocab_size,
                                vocabulary.pattern or next(iter(PATTERNS)), progress=True)
 
@@ -283,20 +281,12 @@ def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
     """Raises BadInput unless the folder `path` has the validation text of `base`: bits per byte of different texts cannot be
     compared."""
     data = open_data(path)
-    if validation_digest(data) != validation_digest(base):
+    # the manifest has a digest too, but not in folders of earlier versions, and another one in those of several nodes
+    if validation_documents(data).digest() != validation_documents(base).digest():
         raise BadInput(f"data_path={path}: its validation text is not that of {base.path}, so that bits per byte cannot be "
                        f"compared: prepare both from the same text, or encode one with vocab_size=, pattern= or "
                        f"tokenizer_path=")
     return data
-
-
-def validation_digest(data: DataFolder) -> str:
-    """Of the documents of the validation split, whatever the tokenizer. The manifest has one too, but not in folders of
-    earlier versions, and another one in those of several nodes."""
-    documents = DocumentSet()
-    for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", read_shards(data, None)):
-        documents.add(chunk.documents)
-    return documents.digest()
 
 
 # -- models to start from ---------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from runtime.config import BadInput
 from runtime.signals import sigint_blocked
-from shards import PREPARE_AGAIN, DataFolder, require_block
+from shards import DataFolder, check_ids, require_block
 from text.messages import has_loss
 from tokenizer import Tokenizer
 
@@ -180,7 +179,7 @@ class BlockBatches:
     """
     flag_name = "--data_path"
 
-    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int | None):
+    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int):
         """Raises BadInput when the split is shorter than one block."""
         self.tokens = require_block(data, split, block_size)
         self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`: workers get a copy of self
@@ -244,13 +243,6 @@ def val_tokens(data: DataFolder, n_bytes: int) -> int:
             return at + start + int(found[0])
         at += len(ids)
     return len(tokens)
-
-
-def check_ids(data_path: Path, vocab_size: int, ids: np.ndarray):
-    """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
-    if (largest := int(ids.max())) >= vocab_size:
-        raise BadInput(f"--data_path={data_path}: a shard holds id {largest}, beyond the vocabulary of {vocab_size}: it is "
-                       f"damaged: {PREPARE_AGAIN}")
 
 
 # -- packed conversations, for finetuning -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,17 @@ from runtime.cli import command, log_line, parse_flags, progress_bar
 from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.threads import available_cores, map_ahead
-from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, find_node_folders, open_data, verify
+from shards import (
+    SPLITS,
+    DataFolder,
+    Manifest,
+    ShardWriter,
+    check_ids,
+    documents_to_reach,
+    find_node_folders,
+    open_data,
+    verify,
+)
 from text.documents import DocumentSet, PackedDocuments, document_hashes, text_hash
 from text.folders import is_prepared, local_path
 from text.formats import CHUNK_BYTES, Chunk
@@ -312,8 +322,8 @@ def open_text(config: SourceConfig, revisions: list[str] | None = None, part: tu
 
 
 def prepared_folder(config: SourceConfig) -> Path | None:
-    """The data folder that --dataset names, if it does; it may hold the folders of several nodes."""
-    path = local_path(config.dataset)
+    """The data folder that --dataset names, if it does; it may hold the folders of several nodes. `builtin` is the text."""
+    path = None if config.dataset == "builtin" else local_path(config.dataset)
     is_one = path and (is_prepared(path) or path.is_dir() and find_node_folders(path))
     return path if is_one else None
 
@@ -329,26 +339,40 @@ def current_revisions(config: SourceConfig) -> list[str | None]:
 
 def read_shards(data: DataFolder, state: dict | None) -> Iterator[Chunk]:
     """The documents of a data folder, both splits one after the other."""
-    first_split, first_token = (state["split"], state["token"]) if state else (SPLITS[0], 0)
-    total = sum(data.manifest.total(split, "tokens") for split in SPLITS)
-    before = 0  # tokens in the splits before
-    for split in SPLITS[SPLITS.index(first_split):]:
-        tokens = data.split(split)
-        at = first_token if split == first_split else 0
-        while at < len(tokens):
-            n = CHUNK_BYTES // BYTES_PER_TOKEN
-            while True:  # whole documents, at least one
-                ids = tokens.read(at, min(at + n, len(tokens)))
-                if at + n >= len(tokens):
-                    break
-                if len(starts := np.flatnonzero(ids[1:] == data.tokenizer.separator_id)):
-                    ids = ids[:starts[-1] + 1]
-                    break
-                n *= 2
-            yield Chunk(decode_documents(data.tokenizer, ids), {"split": split, "token": at}, fraction=(before + at) / total,
-                        split=split)
-            at += len(ids)
-        before += len(tokens)
+    split, token = (state["split"], state["token"]) if state else (SPLITS[0], 0)
+    n_val, n_train = (data.manifest.total(name, "tokens") for name in SPLITS)
+    if split == "val":
+        yield from read_split(data, "val", token, lambda at: at / (n_val + n_train))
+        token = 0
+    yield from read_split(data, "train", token, lambda at: (n_val + at) / (n_val + n_train))
+
+
+def read_split(data: DataFolder, split: str, at: int = 0, fraction: Callable[[int], float] | None = None) -> Iterator[Chunk]:
+    """The documents of one split from token `at` on, about a megabyte of whole documents at a time. fraction(token) -> see
+    Chunk. Raises BadInput for shards that are damaged."""
+    tokens = data.split(split)
+    while at < len(tokens):
+        n = CHUNK_BYTES // BYTES_PER_TOKEN
+        while True:
+            ids = tokens.read(at, min(at + n, len(tokens)))
+            if at + n >= len(tokens):
+                break
+            if len(starts := np.flatnonzero(ids[1:] == data.tokenizer.separator_id)):
+                ids = ids[:starts[-1] + 1]
+                break
+            n *= 2  # not even one document
+        check_ids(data.path, data.manifest.vocab_size, ids)
+        yield Chunk(decode_documents(data.tokenizer, ids), {"split": split, "token": at},
+                    fraction=fraction(at) if fraction else None, split=split)
+        at += len(ids)
+
+
+def validation_documents(data: DataFolder) -> DocumentSet:
+    """Those of the validation split. Raises BadInput for shards that are damaged."""
+    documents = DocumentSet()
+    for chunk in read_split(data, "val"):
+        documents.add(chunk.documents)
+    return documents
 
 
 def retokenize(data: DataFolder, tokenizer: Tokenizer, out: Path) -> DataFolder:
@@ -356,7 +380,9 @@ def retokenize(data: DataFolder, tokenizer: Tokenizer, out: Path) -> DataFolder:
     split, in order. Resumes or returns what an earlier call has prepared there. Raises BadInput as `prepare` does."""
     if not (out / "tokenizer.json").exists():
         tokenizer.save(out / "tokenizer.json")
-    config, source_config = PrepareConfig(data_path=out), SourceConfig(dataset=str(data.path))
+    path = str(data.path)
+    path = f"./{path}" if path == "builtin" else path  # a folder of that name, not the built-in text
+    config, source_config = PrepareConfig(data_path=out), SourceConfig(dataset=path)
     resumed, _ = prepare(config, source_config, "the same command")
     if resumed.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise BadInput(f"--data_path={out}: was prepared with another tokenizer: choose another folder")
@@ -371,7 +397,9 @@ class Sample:
     def __init__(self):
         self.documents: list[PackedDocuments] = []
         self.n_bytes, self.seconds = 0, 0.0
-        self.fraction = 0.0  # of the source that a byte is; 0 if that is not known
+        self.start: float | None = None  # the fraction of the source before the first chunk; None if that is not known
+        self.fraction = 0.0              # of the source before the last chunk
+        self.bytes_before = 0            # the last chunk
 
     def watch(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         while True:
@@ -382,14 +410,17 @@ class Sample:
                 return
             if self.n_bytes < SAMPLE_BYTES:
                 self.documents.append(chunk.documents)
-            if chunk.fraction and self.n_bytes:
-                self.fraction = chunk.fraction / self.n_bytes
+            if chunk.fraction is not None:
+                self.start = chunk.fraction if self.start is None else self.start
+                self.fraction, self.bytes_before = chunk.fraction, self.n_bytes
             self.n_bytes += len(chunk.documents.utf8)
             yield chunk
 
     def text_bytes(self, source: Source) -> float:
-        """About how much text the source holds."""
-        return 1 / self.fraction if self.fraction else source.n_bytes or self.n_bytes
+        """About how much text the source holds from the first chunk on."""
+        if self.start is None or self.fraction <= self.start:
+            return source.n_bytes or self.n_bytes
+        return self.bytes_before * (1 - self.start) / (self.fraction - self.start)
 
 
 def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, tokenizer: Tokenizer) -> Sample:
@@ -515,9 +546,7 @@ class TrainingWriter:
         self.shards = ShardWriter(config.data_path, "train", config.shard_size_threshold, manifest)
         self.n_tokens = sum(manifest.total(split, "tokens") for split in SPLITS)
         self.n_trained = manifest.total("train", "tokens")
-        self.val_documents = DocumentSet()
-        for shard in manifest.shards["val"]:
-            self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
+        self.val_documents = validation_documents(DataFolder(config.data_path, manifest, tokenizer))
         if self.val_documents.digest() != manifest.val_digest:
             raise BadInput(f"--data_path={config.data_path}: its validation shards are not those that it was started with: "
                            f"restore them, or choose another --data_path")

@@ -130,8 +130,8 @@ def vocabulary_arms(data, vocabularies):
 
 
 def texts(folder, split) -> list[str]:
-    chunks = download_data.read_shards(compare.open_data(folder), {"split": split, "token": 0})
-    return [text for chunk in chunks if chunk.split == split for text in chunk.documents.strings()]
+    chunks = download_data.read_split(compare.open_data(folder), split)
+    return [text for chunk in chunks for text in chunk.documents.strings()]
 
 
 def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path):
