@@ -110,7 +110,7 @@ PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that downl
 
 
 def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig, show_progress: bool = False) -> dict:
-    """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of their text, on the fixed validation batches."""
+    """The losses of `mean_losses` on the fixed validation batches."""
     block_size = model.config.block_size
     n_tokens = validation_tokens(data, run, block_size)
     batches = val_batches(data, n_tokens, run.val_batch, block_size)

@@ -21,7 +21,7 @@ from experiments.analysis import (
     table_rows,
     verdict,
 )
-from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling
+from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
 from experiments.report import Figure, Table, csv_table, markdown_page, write_page
 from experiments.stats import Estimate
 from runtime.files import atomic_write
@@ -90,8 +90,8 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
              ("ul", [verdict(row, rows[0]) for row in rows[1:]] + [best] * bool(best)), table]
     if same:
         parts.append(("p", f"The same for all arms: {'; '.join(same)}."))
-    if warning := validation_warning(results):
-        parts.append(("p", warning))
+    if note := validation_note({result.arm.name: result.finished()[-1].rows for result in results if result.finished()}):
+        parts.append(("p", note))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
         parts += [Figure(draw_mean_curves(curves, by_bytes=not have_same_vocabulary(results)), f"curves{suffix}"),
@@ -99,15 +99,6 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
-
-
-def validation_warning(results: list[ArmResults]) -> str:
-    """Empty if all runs were validated on the same text, as far as their rows say."""
-    n_bytes = {run.rows[-1].get("val_bytes") for arm_results in results for run in arm_results.finished()}
-    if len(n_bytes) < 2:
-        return ""
-    texts = " and ".join(f"{n:,.0f} bytes" if n else "an unknown number" for n in sorted(n_bytes, key=lambda n: n or 0))
-    return f"Beware: not all runs were validated on the same text, but on {texts} of it."
 
 
 def vocabulary_section(series: dict[str, list[ArmResults]]) -> list:
