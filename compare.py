@@ -323,13 +323,13 @@ class ScriptSpec:
     starts_from_checkpoint: bool  # the flag checkpoint_path names the model of an arm
     arm_defaults: dict            # flags that an arm has unless they are given
     cell_defaults: dict           # the same, of each of its runs
-    shortest_validation: dict     # flags of a run that is only timed
+    shortest_validation: dict     # flags of a run that is only timed; None: not this one
 
 
 SCRIPTS = {
     "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, (VocabularyConfig,),
                         starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
-                        shortest_validation={"val_bytes": 1}),
+                        shortest_validation={"val_bytes": 1, "val_iter": None}),
     "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations, (),
                            starts_from_checkpoint=True, arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path},
                            cell_defaults={}, shortest_validation={"answer_tokens": 1})}
@@ -373,8 +373,10 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
 
     given: the flag that `text` was a value of, for the message. Raises BadInput.
     """
-    spec, parts = SCRIPTS[script], [part.strip() for part in text.split(",")]
+    spec = SCRIPTS[script]
     classes = spec.command.classes
+    # at commas before the name of a flag: a regular expression, pattern=\d{1,3}, has commas of its own
+    parts = [part.strip() for part in re.split(r",(?=\s*[\w-]+\s*(?:[=,]|$))", text)]
     if {"help", "h"} & {*parts}:
         raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
                        f"them")

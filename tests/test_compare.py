@@ -45,6 +45,7 @@ def read_csv(folder) -> list[dict]:
 
 def test_arm_is_flags_of_train_py():
     assert parse_arm("mlp=grkan, n_layer=4,bias", "--arms") == {"mlp": "grkan", "n_layer": 4, "bias": True}
+    assert parse_arm(r"pattern=\d{1,3}|[a,;]+|.,tied=0", "--arms") == {"pattern": r"\d{1,3}|[a,;]+|.", "tied": False}
 
 
 @pytest.mark.parametrize("text, words", [
@@ -262,6 +263,12 @@ def test_cell_name_changes_with_the_environment(gelu, environment, changed):
 def test_speed_cell_name_changes_with_the_hardware(gelu, environment):
     other = dataclasses.replace(environment, hardware="another")
     assert cell_name(gelu, other, stage="speed") != cell_name(gelu, environment, stage="speed")
+
+
+def test_a_speed_cell_validates_as_little_as_it_can(data, environment):
+    arm = build_arms(CompareConfig(), SHAPE | {"val_iter": 20}, data)[0]
+    flags = make_cell(arm, CompareConfig(), environment, "speed", 1.0, 1).job.flags
+    assert [flag for flag in flags if flag.startswith(("--val_iter", "--val_bytes"))] == ["--val_bytes=1"]
 
 
 def test_cell_name_changes_with_the_text(gelu, environment, data):
