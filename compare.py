@@ -38,9 +38,10 @@ import torch
 from tqdm import tqdm
 
 from download_data import read_split, retokenize, validation_documents
-from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
+from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
 from experiments.code_hash import code_hash
-from experiments.comparison import align_columns, write_comparison
+from experiments.comparison import write_comparison
+from experiments.report import align_columns
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
@@ -253,9 +254,13 @@ class Vocabularies:
             return data
         vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
         folder = self.folder / f"{readable_name(vocabulary.name)}-{data.fingerprint}"
+        with suppress(BadInput):  # complete, though the path of --data_path may have been spelled in another way
+            complete = open_data(folder)
+            _ = complete.split("train"), complete.split("val")  # raise for shards that are missing or damaged
+            return TrainingData.from_shards(complete)
         try:
             return self.encoded(vocabulary, data.vocab_size, folder)
-        except BadInput:  # damaged, or the path of the data is spelled in another way
+        except BadInput:  # damaged
             if not folder.exists():
                 raise
             shutil.rmtree(folder)
@@ -693,7 +698,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
     model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
-    unit = "tokens" if have_same_vocabulary(results) else "bytes"
+    unit = "tokens" if share_vocabulary(results) else "bytes"
     seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
                    for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_report import parse_page
@@ -178,6 +179,15 @@ def test_a_tokenizer_of_ones_own(vocabularies, data, tmp_path):
     values = {"data_path": data.shards.path} | parse_arm(f"tokenizer_path={tmp_path / 'a.json'}", "--arms")
     assert vocabularies.prepared(values).shards.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert vocabularies.planned(values).vocab_size == 270
+
+
+def test_text_is_not_encoded_again_where_the_path_of_the_data_is_spelled_in_another_way(data, vocabularies, vocabulary_arms,
+                                                                                     monkeypatch):
+    monkeypatch.setattr(compare, "retokenize", None)
+    monkeypatch.chdir(data.shards.path.parent)
+    shards = dataclasses.replace(data.shards, path=Path(data.shards.path.name))
+    moved = dataclasses.replace(vocabularies, base=dataclasses.replace(data, shards=shards))
+    assert moved.prepared({"vocab_size": 300}).shards.path == vocabulary_arms[1].flags["data_path"]
 
 
 def test_budget_in_bytes(vocabulary_arms, environment):
