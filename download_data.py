@@ -303,7 +303,7 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
     exception = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
     shards = Manifest.load(folder).shards if (folder / "manifest.json").exists() else {}
     if n_shards := sum(map(len, shards.values())):
-        message += f"; finished shards in {folder}: {n_shards}, resume after them with: {resume_command}"
+        message += f"; finished shards in {folder}: {n_shards}, resume after them with `{resume_command}`"
     return exception(message)
 
 
@@ -633,7 +633,7 @@ class Progress:
         total = lambda quantity: sum(manifest.total(split, quantity) for split in SPLITS)
         self.threshold, self.documents = config.tokens_threshold, total("documents")
         self.new_bytes = self.new_tokens = 0
-        self.n_val = manifest.total("val", "tokens")
+        self.start: tuple[float, int] | None = None  # the fraction of the text before the first chunk, and the tokens then
         # until more is known, a hub dataset is assumed to be larger than the threshold
         is_hub = "dataset_config" in manifest.source and "mix" not in manifest.source
         self.bar = progress_bar(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
@@ -647,8 +647,11 @@ class Progress:
         self.documents += documents
         self.new_bytes += n_bytes
         self.new_tokens += tokens
-        if chunk.fraction:  # the part of the text before this chunk; the threshold may come first
-            self.bar.total = min(self.threshold, self.n_val + int((self.bar.n - self.n_val) / chunk.fraction))
+        if chunk.fraction is not None:  # then the rest will be like what has come since; the threshold may come first
+            self.start = self.start or (chunk.fraction, self.bar.n)
+            before, n = self.start
+            if chunk.fraction > before:
+                self.bar.total = min(self.threshold, n + int((self.bar.n - n) * (1 - before) / (chunk.fraction - before)))
         bytes_per_token = self.new_bytes / self.new_tokens
         bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
         self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)

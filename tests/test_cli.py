@@ -142,6 +142,8 @@ def test_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
     stream.isatty = lambda: True
     wrapped = wrap(line, stream, " " * 9)
     assert wrapped.split() == line.split() and max(map(len, wrapped.splitlines()[:-1])) <= 40
+    command = "`python train.py --checkpoint_path=checkpoints/gpt.pt --resume_checkpoint`"
+    assert command in wrap(f"stopped at step 5, saved: {command} continues", stream)
 
 
 @pytest.mark.parametrize("columns", ["60", "120"])

@@ -290,7 +290,7 @@ def test_a_bad_row_found_after_resuming_keeps_finished_shards(tmp_path, text, mo
     before = contents(tmp_path / "data")
     error = capsys.readouterr().err
     assert "val_000000.npy" in before
-    assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with: python download_data.py" in error
+    assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with `python download_data.py" in error
     refused(download_data.main, [
         text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000", "--shard_size_threshold=1e9",
         "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "--shard_size_threshold")
@@ -561,6 +561,18 @@ def test_a_sample_says_how_much_text_follows_the_held_out_text():
     for _ in sample.watch(formats.Chunk(documents, None, fraction=fraction) for fraction in (0.5, 0.75)):
         pass
     assert sample.text_bytes(sources.Source({}, None)) == 2000
+
+
+def test_the_bar_ends_where_the_text_does_also_after_held_out_text(tmp_path, text):
+    """A fifth is held out, of which 1,000 tokens are written; then 4,000 are a half of the rest."""
+    manifest = Manifest.load(prepare(tmp_path, text))
+    manifest.shards = {"val": [replace(manifest.shards["val"][0], tokens=1000)], "train": []}
+    progress = download_data.Progress(download_data.PrepareConfig(tokens_threshold=10**9), manifest)
+    for fraction in (0.2, 0.6):
+        chunk = formats.Chunk(PackedDocuments.from_utf8([b"x"]), None, fraction=fraction)
+        progress.add(chunk, "train_000000.npy", 1, 4000, 9000)
+    progress.close()
+    assert progress.bar.total == 1000 + 8000
 
 
 def test_too_little_disk_is_said_before(tmp_path, text, monkeypatch, capsys):
