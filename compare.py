@@ -191,7 +191,7 @@ class TrainingData:
 
     @property
     def vocabulary(self) -> str:
-        """What differs between data of different vocabularies."""
+        """What differs between data of different vocabularies; "" where the model to start from has its own."""
         return self.digests[0] if self.vocab_size else ""
 
     @property
@@ -298,9 +298,11 @@ def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model that finetuning starts from. pretraining_flags: the flags of its own run. digest: of the file."""
+    """A model that finetuning starts from. pretraining_flags: the flags of its own run. tokenizer: its fingerprint. digest:
+    of the file."""
     config: GPTConfig
     pretraining_flags: dict
+    tokenizer: str
     digest: str
 
 
@@ -311,7 +313,8 @@ def read_pretrained(path: Path) -> PretrainedModel:
     with explain_damage(path):
         flags = pretraining_flags(checkpoint)
         config = GPTConfig(**upgrade_config(checkpoint["config"]))
-        return PretrainedModel(config, flags, hashlib.sha256(path.read_bytes()).hexdigest())
+        tokenizer = Tokenizer.from_json(checkpoint["tokenizer"]).fingerprint()
+        return PretrainedModel(config, flags, tokenizer, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 # -- scripts ----------------------------------------------------------------------------------------------------------
@@ -464,7 +467,7 @@ def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data:
     if unit == "bytes" and not data.vocab_size:
         raise BadInput(f"--budget={config.budget}: runs of {config.script}.py have no budget in bytes: give tokens=N, "
                        f"flops=N or seconds=N")
-    if len({arm.vocabulary for arm in arms}) == 1:
+    if len({arm.vocabulary for arm in arms}) == 1 or not data.vocab_size:
         return
     if unit == "tokens":
         raise BadInput(f"--budget={config.budget}: with different vocabularies as many tokens are different amounts of "
@@ -486,12 +489,14 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
     if data.shards:
         require_block(data.shards, "train", block_size)
         require_block(data.shards, "val", block_size if run.val_iter else 1)
+    vocabulary = data.vocabulary
     if spec.starts_from_checkpoint:
-        schedule = schedule.for_model(read_pretrained(values["checkpoint_path"]).pretraining_flags)
+        pretrained = read_pretrained(values["checkpoint_path"])
+        schedule, vocabulary = schedule.for_model(pretrained.pretraining_flags), pretrained.tokenizer
     step_tokens = run.batch_size * loop.num_batch_accum * block_size
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, block_size), schedule.peak_lr(step_tokens),
                model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token(),
-               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, data.vocabulary, data.digests)
+               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, vocabulary, data.digests)
 
 
 def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
@@ -698,7 +703,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
     model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
-    unit = "tokens" if share_vocabulary(results) else "bytes"
+    unit = "tokens" if share_vocabulary(results) or math.isnan(reference.bytes_per_token) else "bytes"
     seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
                    for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))

@@ -94,7 +94,8 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
         parts.append(("p", note))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
-        parts += [Figure(draw_mean_curves(curves, by_bytes=not share_vocabulary(results)), f"curves{suffix}"),
+        by_bytes = not share_vocabulary(results) and not math.isnan(results[0].arm.bytes_per_token)
+        parts += [Figure(draw_mean_curves(curves, by_bytes), f"curves{suffix}"),
                   Figure(draw_pareto_fronts({row["arm"]: row for row in rows if "bpb" in row}), f"front{suffix}")]
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]

@@ -20,7 +20,8 @@ from conftest import REPO, TINY_MODEL, run_rows
 from experiments.analysis import ArmResults
 from experiments.runner import JobResult
 from layers import MLPS
-from runtime.checkpoint import load_checkpoint
+from model import GPT, GPTConfig
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
 from tokenizer import Tokenizer
 
@@ -646,6 +647,18 @@ def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i}?", "answer": "yes"}) + "\n" for i in range(60)))
     return path
+
+
+def test_models_with_different_tokenizers_have_different_vocabularies(questions, tmp_path):
+    """Their tokens are not compared, though as many vectors are in their embeddings."""
+    shape = GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=64, vocab_size=270)
+    for name, text in (("a", "once upon a time"), ("b", "twice below a time"), ("c", "once upon a time")):
+        tokenizer = Tokenizer.train([text] * 9, 270)
+        save_checkpoint(tmp_path / f"{name}.pt", GPT(shape).to_checkpoint() | {"tokenizer": tokenizer.to_json()})
+    config = CompareConfig(script="finetune", arms=tuple(f"checkpoint_path={tmp_path / name}.pt" for name in "abc"))
+    common = {"dataset": str(questions)}
+    a, b, c = (arm.vocabulary for arm in build_arms(config, common, compare.load_conversations(common)))
+    assert a == c != b
 
 
 @pytest.mark.integration
