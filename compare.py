@@ -37,10 +37,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from download_data import read_shards, retokenize
-from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, have_same_vocabulary
+from download_data import read_split, retokenize, validation_documents
+from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
 from experiments.code_hash import code_hash
-from experiments.comparison import align_columns, write_comparison
+from experiments.comparison import write_comparison
+from experiments.report import align_columns
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
@@ -67,7 +68,6 @@ from runtime.signals import StopSignals
 from sampling import pretraining_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
-from text.documents import DocumentSet
 from text.sources import take_text
 from tokenizer import (
     MAX_VOCAB_SIZE,
@@ -193,7 +193,7 @@ class TrainingData:
 
     @property
     def vocabulary(self) -> str:
-        """What differs between data of different vocabularies."""
+        """What differs between data of different vocabularies; "" where the model to start from has its own."""
         return self.digests[0] if self.vocab_size else ""
 
     @property
@@ -256,9 +256,13 @@ class Vocabularies:
             return data
         vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
         folder = self.folder / f"{readable_name(vocabulary.name)}-{data.fingerprint}"
+        with suppress(BadInput):  # complete, though the path of --data_path may have been spelled in another way
+            complete = open_data(folder)
+            _ = complete.split("train"), complete.split("val")  # raise for shards that are missing or damaged
+            return TrainingData.from_shards(complete)
         try:
             return self.encoded(vocabulary, data.vocab_size, folder)
-        except BadInput:  # damaged, or the path of the data is spelled in another way
+        except BadInput:  # damaged
             if not folder.exists():
                 raise
             shutil.rmtree(folder)
@@ -275,8 +279,7 @@ class Vocabularies:
     def make_tokenizer(self, vocabulary: VocabularyConfig, vocab_size: int) -> Tokenizer:
         if vocabulary.tokenizer_path:
             return Tokenizer.load(vocabulary.tokenizer_path)
-        chunks = read_shards(self.base.shards, {"split": "train", "token": 0})
-        texts = (text for chunk in chunks for text in chunk.documents.strings())
+        texts = (text for chunk in read_split(self.base.shards, "train") for text in chunk.documents.strings())
         return Tokenizer.train(take_text(texts, vocabulary.tokenizer_bytes), vocab_size,
                                vocabulary.pattern or next(iter(PATTERNS)), progress=True)
 
@@ -285,29 +288,23 @@ def open_with_same_validation(path: Path, base: DataFolder) -> DataFolder:
     """Raises BadInput unless the folder `path` has the validation text of `base`: bits per byte of different texts cannot be
     compared."""
     data = open_data(path)
-    if validation_digest(data) != validation_digest(base):
+    # the manifest has a digest too, but not in folders of earlier versions, and another one in those of several nodes
+    if validation_documents(data).digest() != validation_documents(base).digest():
         raise BadInput(f"data_path={path}: its validation text is not that of {base.path}, so that bits per byte cannot be "
                        f"compared: prepare both from the same text, or encode one with vocab_size=, pattern= or "
                        f"tokenizer_path=")
     return data
 
 
-def validation_digest(data: DataFolder) -> str:
-    """Of the documents of the validation split, whatever the tokenizer. The manifest has one too, but not in folders of
-    earlier versions, and another one in those of several nodes."""
-    documents = DocumentSet()
-    for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", read_shards(data, None)):
-        documents.add(chunk.documents)
-    return documents.digest()
-
-
 # -- models to start from ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model that finetuning starts from. pretraining_flags: the flags of its own run. digest: of the file."""
+    """A model that finetuning starts from. pretraining_flags: the flags of its own run. tokenizer: its fingerprint. digest:
+    of the file."""
     config: GPTConfig
     pretraining_flags: dict
+    tokenizer: str
     digest: str
 
 
@@ -318,7 +315,8 @@ def read_pretrained(path: Path) -> PretrainedModel:
     with explain_damage(path):
         flags = pretraining_flags(checkpoint)
         config = GPTConfig(**upgrade_config(checkpoint["config"]))
-        return PretrainedModel(config, flags, hashlib.sha256(path.read_bytes()).hexdigest())
+        tokenizer = Tokenizer.from_json(checkpoint["tokenizer"]).fingerprint()
+        return PretrainedModel(config, flags, tokenizer, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 # -- scripts ----------------------------------------------------------------------------------------------------------
@@ -335,13 +333,13 @@ class ScriptSpec:
     starts_from_checkpoint: bool  # the flag checkpoint_path names the model of an arm
     arm_defaults: dict            # flags that an arm has unless they are given
     cell_defaults: dict           # the same, of each of its runs
-    shortest_validation: dict     # flags of a run that is only timed
+    shortest_validation: dict     # flags of a run that is only timed; None: not this one
 
 
 SCRIPTS = {
     "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, (VocabularyConfig,),
                         starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
-                        shortest_validation={"val_bytes": 1}),
+                        shortest_validation={"val_bytes": 1, "val_iter": None}),
     "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations, (),
                            starts_from_checkpoint=True, arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path},
                            cell_defaults={}, shortest_validation={"answer_tokens": 1})}
@@ -385,8 +383,10 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
 
     given: the flag that `text` was a value of, for the message. Raises BadInput.
     """
-    spec, parts = SCRIPTS[script], [part.strip() for part in text.split(",")]
+    spec = SCRIPTS[script]
     classes = spec.command.classes
+    # at commas before the name of a flag: a regular expression, pattern=\d{1,3}, has commas of its own
+    parts = [part.strip() for part in re.split(r",(?=\s*[\w-]+\s*(?:[=,]|$))", text)]
     if {"help", "h"} & {*parts}:
         raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
                        f"them")
@@ -469,7 +469,7 @@ def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data:
     if unit == "bytes" and not data.vocab_size:
         raise BadInput(f"--budget={config.budget}: runs of {config.script}.py have no budget in bytes: give tokens=N, "
                        f"flops=N or seconds=N")
-    if len({arm.vocabulary for arm in arms}) == 1:
+    if len({arm.vocabulary for arm in arms}) == 1 or not data.vocab_size:
         return
     if unit == "tokens":
         raise BadInput(f"--budget={config.budget}: with different vocabularies as many tokens are different amounts of "
@@ -491,12 +491,14 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
     if data.shards:
         require_block(data.shards, "train", block_size)
         require_block(data.shards, "val", block_size if run.val_iter else 1)
+    vocabulary = data.vocabulary
     if spec.starts_from_checkpoint:
-        schedule = schedule.for_model(read_pretrained(values["checkpoint_path"]).pretraining_flags)
+        pretrained = read_pretrained(values["checkpoint_path"])
+        schedule, vocabulary = schedule.for_model(pretrained.pretraining_flags), pretrained.tokenizer
     step_tokens = run.batch_size * loop.num_batch_accum * block_size
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, block_size), schedule.peak_lr(step_tokens),
                model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token(),
-               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, data.vocabulary, data.digests)
+               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, vocabulary, data.digests)
 
 
 def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
@@ -703,7 +705,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
     model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
-    unit = "tokens" if have_same_vocabulary(results) else "bytes"
+    unit = "tokens" if share_vocabulary(results) or math.isnan(reference.bytes_per_token) else "bytes"
     seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
                    for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))

@@ -9,10 +9,10 @@ tokens for pretraining, and rows packed with whole conversations for finetuning.
 import bisect
 import hashlib
 import itertools
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from runtime.config import BadInput
 from runtime.signals import sigint_blocked
-from shards import PREPARE_AGAIN, DataFolder, require_block
+from shards import DataFolder, check_ids, require_block
 from text.messages import has_loss
 from tokenizer import Tokenizer
 
@@ -179,7 +179,7 @@ class BlockBatches:
     """
     flag_name = "--data_path"
 
-    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int | None):
+    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int):
         """Raises BadInput when the split is shorter than one block."""
         self.tokens = require_block(data, split, block_size)
         self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`: workers get a copy of self
@@ -210,26 +210,16 @@ def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, 
     return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 
-def val_batches(data: DataFolder, batch_size: int, block_size: int, n_bytes: int | None = None,
-                n_batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The start of the validation split in blocks, always in the same order: with `n_batches` the first
-    n_batches * batch_size of them, or all there are; with `n_bytes` whole documents, see `val_tokens`, so that the text is
-    the same for every vocabulary, batch size and block size.
+def val_batches(data: DataFolder, n_tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `n_tokens` tokens of the validation split in blocks, always in the same order.
 
-    Yields inputs and targets, each int64 (at most batch_size, block_size). Targets behind the last document are
-    IGNORE_INDEX.
+    Yields inputs and targets, each int64 (at most batch_size, block_size). Every token but the first is a target once; those
+    behind the last are IGNORE_INDEX.
     """
-    tokens = data.split("val")
-    n_blocks = (len(tokens) - 1) // block_size
-    n_tokens = n_blocks * block_size + 1
-    if n_batches is None:
-        n_tokens = val_tokens(data, n_bytes)
-        n_blocks = -(-(n_tokens - 1) // block_size)
-    else:
-        n_blocks = min(n_batches * batch_size, n_blocks)
-    for first in range(0, n_blocks, batch_size):
-        n = min(batch_size, n_blocks - first) * block_size
-        ids = tokens.read(first * block_size, min(first * block_size + n + 1, n_tokens)).astype(np.int64)
+    tokens, step = data.split("val"), batch_size * block_size
+    for start in range(0, n_tokens - 1, step):
+        ids = tokens.read(start, min(start + step + 1, n_tokens)).astype(np.int64)
+        n = math.ceil((len(ids) - 1) / block_size) * block_size
         inputs, targets = np.zeros(n, np.int64), np.full(n, IGNORE_INDEX)
         inputs[:len(ids) - 1], targets[:len(ids) - 1] = ids[:-1], ids[1:]
         check_ids(data.path, data.manifest.vocab_size, ids)
@@ -237,7 +227,8 @@ def val_batches(data: DataFolder, batch_size: int, block_size: int, n_bytes: int
 
 
 def val_tokens(data: DataFolder, n_bytes: int) -> int:
-    """How many tokens the first documents of the validation split take that hold at least `n_bytes` of text, or all."""
+    """How many tokens the first documents of the validation split take that hold at least `n_bytes` of text, or all: the
+    same text for every vocabulary."""
     tokens, token_bytes, at = data.split("val"), data.tokenizer.token_bytes(), 0
     while at < len(tokens):
         ids = tokens.read(at, min(at + (1 << 20), len(tokens)))
@@ -252,13 +243,6 @@ def val_tokens(data: DataFolder, n_bytes: int) -> int:
             return at + start + int(found[0])
         at += len(ids)
     return len(tokens)
-
-
-def check_ids(data_path: Path, vocab_size: int, ids: np.ndarray):
-    """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
-    if (largest := int(ids.max())) >= vocab_size:
-        raise BadInput(f"--data_path={data_path}: a shard holds id {largest}, beyond the vocabulary of {vocab_size}: it is "
-                       f"damaged: {PREPARE_AGAIN}")
 
 
 # -- packed conversations, for finetuning -----------------------------------------------------------------------------

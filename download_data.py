@@ -20,7 +20,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,17 @@ from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.threads import available_cores, map_ahead
-from shards import SPLITS, DataFolder, Manifest, ShardWriter, documents_to_reach, find_node_folders, open_data, verify
+from shards import (
+    SPLITS,
+    DataFolder,
+    Manifest,
+    ShardWriter,
+    check_ids,
+    documents_to_reach,
+    find_node_folders,
+    open_data,
+    verify,
+)
 from text.documents import DocumentSet, PackedDocuments, document_hashes, text_hash
 from text.folders import is_prepared, local_path
 from text.formats import CHUNK_BYTES, Chunk
@@ -293,7 +303,7 @@ def with_resume_advice(error: BaseException, folder: Path, resume_command: str) 
     exception = next(kind for kind in (BadInput, OSError, KeyboardInterrupt) if isinstance(error, kind))
     shards = Manifest.load(folder).shards if (folder / "manifest.json").exists() else {}
     if n_shards := sum(map(len, shards.values())):
-        message += f"; finished shards in {folder}: {n_shards}, resume after them with: {resume_command}"
+        message += f"; finished shards in {folder}: {n_shards}, resume after them with `{resume_command}`"
     return exception(message)
 
 
@@ -312,8 +322,8 @@ def open_text(config: SourceConfig, revisions: list[str] | None = None, part: tu
 
 
 def prepared_folder(config: SourceConfig) -> Path | None:
-    """The data folder that --dataset names, if it does; it may hold the folders of several nodes."""
-    path = local_path(config.dataset)
+    """The data folder that --dataset names, if it does; it may hold the folders of several nodes. `builtin` is the text."""
+    path = None if config.dataset == "builtin" else local_path(config.dataset)
     is_one = path and (is_prepared(path) or path.is_dir() and find_node_folders(path))
     return path if is_one else None
 
@@ -329,26 +339,40 @@ def current_revisions(config: SourceConfig) -> list[str | None]:
 
 def read_shards(data: DataFolder, state: dict | None) -> Iterator[Chunk]:
     """The documents of a data folder, both splits one after the other."""
-    first_split, first_token = (state["split"], state["token"]) if state else (SPLITS[0], 0)
-    total = sum(data.manifest.total(split, "tokens") for split in SPLITS)
-    before = 0  # tokens in the splits before
-    for split in SPLITS[SPLITS.index(first_split):]:
-        tokens = data.split(split)
-        at = first_token if split == first_split else 0
-        while at < len(tokens):
-            n = CHUNK_BYTES // BYTES_PER_TOKEN
-            while True:  # whole documents, at least one
-                ids = tokens.read(at, min(at + n, len(tokens)))
-                if at + n >= len(tokens):
-                    break
-                if len(starts := np.flatnonzero(ids[1:] == data.tokenizer.separator_id)):
-                    ids = ids[:starts[-1] + 1]
-                    break
-                n *= 2
-            yield Chunk(decode_documents(data.tokenizer, ids), {"split": split, "token": at}, fraction=(before + at) / total,
-                        split=split)
-            at += len(ids)
-        before += len(tokens)
+    split, token = (state["split"], state["token"]) if state else (SPLITS[0], 0)
+    n_val, n_train = (data.manifest.total(name, "tokens") for name in SPLITS)
+    if split == "val":
+        yield from read_split(data, "val", token, lambda at: at / (n_val + n_train))
+        token = 0
+    yield from read_split(data, "train", token, lambda at: (n_val + at) / (n_val + n_train))
+
+
+def read_split(data: DataFolder, split: str, at: int = 0, fraction: Callable[[int], float] | None = None) -> Iterator[Chunk]:
+    """The documents of one split from token `at` on, about a megabyte of whole documents at a time. fraction(token) -> see
+    Chunk. Raises BadInput for shards that are damaged."""
+    tokens = data.split(split)
+    while at < len(tokens):
+        n = CHUNK_BYTES // BYTES_PER_TOKEN
+        while True:
+            ids = tokens.read(at, min(at + n, len(tokens)))
+            if at + n >= len(tokens):
+                break
+            if len(starts := np.flatnonzero(ids[1:] == data.tokenizer.separator_id)):
+                ids = ids[:starts[-1] + 1]
+                break
+            n *= 2  # not even one document
+        check_ids(data.path, data.manifest.vocab_size, ids)
+        yield Chunk(decode_documents(data.tokenizer, ids), {"split": split, "token": at},
+                    fraction=fraction(at) if fraction else None, split=split)
+        at += len(ids)
+
+
+def validation_documents(data: DataFolder) -> DocumentSet:
+    """Those of the validation split. Raises BadInput for shards that are damaged."""
+    documents = DocumentSet()
+    for chunk in read_split(data, "val"):
+        documents.add(chunk.documents)
+    return documents
 
 
 def retokenize(data: DataFolder, tokenizer: Tokenizer, out: Path) -> DataFolder:
@@ -356,7 +380,9 @@ def retokenize(data: DataFolder, tokenizer: Tokenizer, out: Path) -> DataFolder:
     split, in order. Resumes or returns what an earlier call has prepared there. Raises BadInput as `prepare` does."""
     if not (out / "tokenizer.json").exists():
         tokenizer.save(out / "tokenizer.json")
-    config, source_config = PrepareConfig(data_path=out), SourceConfig(dataset=str(data.path))
+    path = str(data.path)
+    path = f"./{path}" if path == "builtin" else path  # a folder of that name, not the built-in text
+    config, source_config = PrepareConfig(data_path=out), SourceConfig(dataset=path)
     resumed, _ = prepare(config, source_config, "the same command")
     if resumed.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise BadInput(f"--data_path={out}: was prepared with another tokenizer: choose another folder")
@@ -370,8 +396,10 @@ class Sample:
 
     def __init__(self):
         self.documents: list[PackedDocuments] = []
-        self.n_bytes, self.seconds = 0, 0.0
-        self.fraction = 0.0  # of the source that a byte is; 0 if that is not known
+        self.n_documents, self.n_bytes, self.seconds = 0, 0, 0.0
+        self.start: float | None = None  # the fraction of the source before the first chunk; None if that is not known
+        self.fraction = 0.0              # of the source before the last chunk
+        self.bytes_before = 0            # the last chunk
 
     def watch(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         while True:
@@ -382,14 +410,18 @@ class Sample:
                 return
             if self.n_bytes < SAMPLE_BYTES:
                 self.documents.append(chunk.documents)
-            if chunk.fraction and self.n_bytes:
-                self.fraction = chunk.fraction / self.n_bytes
+            if chunk.fraction is not None:
+                self.start = chunk.fraction if self.start is None else self.start
+                self.fraction, self.bytes_before = chunk.fraction, self.n_bytes
+            self.n_documents += len(chunk.documents)
             self.n_bytes += len(chunk.documents.utf8)
             yield chunk
 
     def text_bytes(self, source: Source) -> float:
-        """About how much text the source holds."""
-        return 1 / self.fraction if self.fraction else source.n_bytes or self.n_bytes
+        """About how much text the source holds from the first chunk on."""
+        if self.start is None or self.fraction <= self.start:
+            return source.n_bytes or self.n_bytes
+        return self.bytes_before * (1 - self.start) / (self.fraction - self.start)
 
 
 def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, tokenizer: Tokenizer) -> Sample:
@@ -401,8 +433,9 @@ def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, 
     manifest.shards["val"], manifest.n_skipped = [], 0
     writer = ShardWriter(folder, "val", config.shard_size_threshold, manifest)
     n_bytes, n_documents = max(1, config.val_bytes // config.num_nodes), 0
+    held_out = source.held_out_chunks()
     if source.train_state:
-        chunks = take_bytes(sample.watch(source.held_out_chunks()), n_bytes)
+        chunks = take_bytes(sample.watch(held_out), n_bytes)
     else:
         chunks = choose_validation(sample.watch(source.chunks()), val_share(config, source), n_bytes)
     try:
@@ -429,9 +462,9 @@ def write_validation(config: PrepareConfig, source: Source, manifest: Manifest, 
     if n_tokens >= config.tokens_threshold:
         raise BadInput(f"--tokens_threshold={config.tokens_threshold}: the validation split alone holds {n_tokens:,} "
                        f"tokens: give a larger number, or a smaller --val_bytes (now {config.val_bytes})")
-    n_held_out = sum(len(chunk.documents) for chunk in source.held_out_chunks())
-    if n_held_out > n_documents:
-        log_line(f"not used: {n_held_out - n_documents:,} held-out documents beyond --val_bytes={config.val_bytes}")
+    n_unused = sample.n_documents + sum(len(chunk.documents) for chunk in held_out) - n_documents
+    if source.train_state and n_unused:
+        log_line(f"not used: {n_unused:,} held-out documents beyond --val_bytes={config.val_bytes}")
     manifest.val_digest, manifest.n_val_passed = val_documents.digest(), len(val_documents) if source.train_state else 0
     manifest.save(folder)
     return sample
@@ -515,9 +548,7 @@ class TrainingWriter:
         self.shards = ShardWriter(config.data_path, "train", config.shard_size_threshold, manifest)
         self.n_tokens = sum(manifest.total(split, "tokens") for split in SPLITS)
         self.n_trained = manifest.total("train", "tokens")
-        self.val_documents = DocumentSet()
-        for shard in manifest.shards["val"]:
-            self.val_documents.add(decode_documents(tokenizer, np.load(config.data_path / shard.file)))
+        self.val_documents = validation_documents(DataFolder(config.data_path, manifest, tokenizer))
         if self.val_documents.digest() != manifest.val_digest:
             raise BadInput(f"--data_path={config.data_path}: its validation shards are not those that it was started with: "
                            f"restore them, or choose another --data_path")
@@ -604,7 +635,7 @@ class Progress:
         total = lambda quantity: sum(manifest.total(split, quantity) for split in SPLITS)
         self.threshold, self.documents = config.tokens_threshold, total("documents")
         self.new_bytes = self.new_tokens = 0
-        self.n_val = manifest.total("val", "tokens")
+        self.start: tuple[float, int] | None = None  # the fraction of the text before the first chunk, and the tokens then
         # until more is known, a hub dataset is assumed to be larger than the threshold
         is_hub = "dataset_config" in manifest.source and "mix" not in manifest.source
         self.bar = progress_bar(total=self.threshold if is_hub else None, initial=total("tokens"), unit="tok",
@@ -618,8 +649,11 @@ class Progress:
         self.documents += documents
         self.new_bytes += n_bytes
         self.new_tokens += tokens
-        if chunk.fraction:  # the part of the text before this chunk; the threshold may come first
-            self.bar.total = min(self.threshold, self.n_val + int((self.bar.n - self.n_val) / chunk.fraction))
+        if chunk.fraction is not None:  # then the rest will be like what has come since; the threshold may come first
+            self.start = self.start or (chunk.fraction, self.bar.n)
+            before, n = self.start
+            if chunk.fraction > before:
+                self.bar.total = min(self.threshold, n + int((self.bar.n - n) * (1 - before) / (chunk.fraction - before)))
         bytes_per_token = self.new_bytes / self.new_tokens
         bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
         self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)

@@ -167,8 +167,8 @@ def collate(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Iterable[tuple[Tensor, ...]],
                 n_batches: int | None = None) -> dict:
-    """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of the predicted text, over all targets of `batches`, as
-    train.py and finetune.py validate.
+    """val_loss, nats/token, and val_bpb, bits per byte, over all targets of `batches`, and how many tokens and bytes of text
+    these are: val_tokens, val_bytes. So train.py and finetune.py validate.
 
     A batch: inputs, targets and, where rows are packed, document starts, each (B, T). n_batches: shows, on a terminal, a
     progress bar of that many.
@@ -182,7 +182,8 @@ def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Ite
             losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
                                          doc_starts=doc_starts)
         sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte, "val_bytes": sums.text_bytes}
+    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte, "val_bytes": sums.text_bytes,
+            "val_tokens": sums.tokens}
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

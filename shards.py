@@ -319,6 +319,13 @@ def check_shard(path: Path, tokens: int, manifest: Manifest, separator_id: int):
                        f"{PREPARE_AGAIN}")
 
 
+def check_ids(data_path: Path, vocab_size: int, ids: np.ndarray):
+    """Raises BadInput for an id beyond the vocabulary: on a GPU, its embedding would fail without naming anything."""
+    if (largest := int(ids.max())) >= vocab_size:
+        raise BadInput(f"--data_path={data_path}: a shard holds id {largest}, beyond the vocabulary of {vocab_size}: it is "
+                       f"damaged: {PREPARE_AGAIN}")
+
+
 @dataclass(frozen=True)
 class DataFolder:
     """An opened data folder: its manifest and the tokenizer that its shards were made with."""

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import operator
 import os
 import sys
@@ -28,6 +29,7 @@ import regex
 from tqdm import tqdm
 
 from experiments import token_report
+from experiments.report import align_columns
 from kernels import bpe
 from runtime.cli import Parser, add_flags, command, log_line, parse_flags
 from runtime.config import BadInput, check_flags, flag
@@ -660,7 +662,8 @@ def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | No
             {f"{n_layer} layers x {width}": token_report.embedding_share(tokenizer.vocab_size, n_layer, width)
              for n_layer, width in SHOWN_SHAPES}))
     counted += f", {sum(len(to_utf8(text)) for text in texts) / 1e6:.1f} MB"
-    print(token_report.plain_table(token_report.comparison_table(stats)))
+    table = token_report.comparison_table(stats)
+    print(*align_columns([table.head, *table.rows], width=math.inf), sep="\n")
     token_report.write_tokenizer_page(page, stats, counted)
     print(page)
 

@@ -110,26 +110,30 @@ PRETRAINING = TrainingCommand("train.py", "Trains a GPT on the shards that downl
 
 
 def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig, show_progress: bool = False) -> dict:
-    """val_loss, nats/token, val_bpb, bits per byte, and val_bytes, of their text, on the fixed validation batches."""
+    """The losses of `mean_losses` on the fixed validation batches."""
     block_size = model.config.block_size
-    batches = val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter)
-    n_batches = math.ceil(validation_tokens(data, run, block_size) / run.val_batch / block_size)
+    n_tokens = validation_tokens(data, run, block_size)
+    batches = val_batches(data, n_tokens, run.val_batch, block_size)
+    n_batches = math.ceil((n_tokens - 1) / run.val_batch / block_size)
     return mean_losses(model, data.tokenizer, machine, batches, n_batches if show_progress else None)
 
 
 def validation_tokens(data: DataFolder, run: RunConfig, block_size: int) -> int:
-    """Tokens in a validation, at most."""
-    return run.val_iter * run.val_batch * block_size if run.val_iter else val_tokens(data, run.val_bytes)
+    """Tokens at the start of the validation split that a validation reads: whole blocks with --val_iter, else whole
+    documents."""
+    if not run.val_iter:
+        return val_tokens(data, run.val_bytes)
+    n_blocks = (len(data.split("val")) - 1) // block_size
+    return min(run.val_iter * run.val_batch, n_blocks) * block_size + 1
 
 
 def estimate_validation(model: GPT, data: DataFolder, machine: Machine, run: RunConfig) -> float:
     """Seconds of a validation, from its first batch."""
-    block_size = model.config.block_size
-    first = next(val_batches(data, run.val_batch, block_size, run.val_bytes, run.val_iter))
+    n_tokens = validation_tokens(data, run, model.config.block_size)
+    first = next(val_batches(data, n_tokens, run.val_batch, model.config.block_size))
     start = time.perf_counter()
     mean_losses(model, data.tokenizer, machine, [first])
-    seconds = time.perf_counter() - start
-    return seconds * max(1.0, validation_tokens(data, run, block_size) / first[0].numel())
+    return (time.perf_counter() - start) * max(1.0, n_tokens / first[0].numel())
 
 
 def shorter_run(configs: TrainConfigs, machine: Machine, flops: float) -> str:

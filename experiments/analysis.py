@@ -315,7 +315,7 @@ def format_steps_equivalent(row: dict) -> str:
 
 # -- vocabularies -----------------------------------------------------------------------------------------------------
 
-def have_same_vocabulary(results: list[ArmResults]) -> bool:
+def share_vocabulary(results: list[ArmResults]) -> bool:
     return len({arm_results.arm.vocabulary for arm_results in results}) == 1
 
 

@@ -16,13 +16,13 @@ from experiments.analysis import (
     describe_best,
     fit_scaling,
     format_steps_equivalent,
-    have_same_vocabulary,
+    share_vocabulary,
     short_verdict,
     table_rows,
     verdict,
 )
-from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling
-from experiments.report import Figure, Table, csv_table, markdown_page, write_page
+from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
+from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
 from experiments.stats import Estimate
 from runtime.files import atomic_write
 
@@ -65,7 +65,7 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     parts += vocabulary_section(by_vocabulary(results))
     if len(by_size) > 1:
         parts += scaling_section(by_size)
-    notes = [NOTES] + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not have_same_vocabulary(results))
+    notes = [NOTES] + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not share_vocabulary(results))
     parts += [("p", note) for note in notes]
     for old in out_path.glob("*.svg"):
         old.unlink()
@@ -90,24 +90,16 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
              ("ul", [verdict(row, rows[0]) for row in rows[1:]] + [best] * bool(best)), table]
     if same:
         parts.append(("p", f"The same for all arms: {'; '.join(same)}."))
-    if warning := validation_warning(results):
-        parts.append(("p", warning))
+    if note := validation_note({result.arm.name: result.finished()[-1].rows for result in results if result.finished()}):
+        parts.append(("p", note))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
-        parts += [Figure(draw_mean_curves(curves, by_bytes=not have_same_vocabulary(results)), f"curves{suffix}"),
+        by_bytes = not share_vocabulary(results) and not math.isnan(results[0].arm.bytes_per_token)
+        parts += [Figure(draw_mean_curves(curves, by_bytes), f"curves{suffix}"),
                   Figure(draw_pareto_fronts({row["arm"]: row for row in rows if "bpb" in row}), f"front{suffix}")]
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
-
-
-def validation_warning(results: list[ArmResults]) -> str:
-    """Empty if all runs were validated on the same text, as far as their rows say."""
-    n_bytes = {run.rows[-1].get("val_bytes") for arm_results in results for run in arm_results.finished()}
-    if len(n_bytes) < 2:
-        return ""
-    texts = " and ".join(f"{n:,.0f} bytes" if n else "an unknown number" for n in sorted(n_bytes, key=lambda n: n or 0))
-    return f"Beware: not all runs were validated on the same text, but on {texts} of it."
 
 
 def vocabulary_section(series: dict[str, list[ArmResults]]) -> list:
@@ -206,12 +198,3 @@ def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) ->
          "" if row is rows[0] else short_verdict(row)) for row in rows]
     lines = [results[0].arm.size] * bool(results[0].arm.size) + align_columns(texts, width)
     return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]
-
-
-def align_columns(texts: list[tuple[str, ...]], width: int = 80) -> list[str]:
-    """Lines of a table for a terminal. What stands in the first column is shortened where they would be longer than
-    `width`."""
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
-    shorten = lambda name: name if len(name) <= widths[0] else f"{name[:widths[0] - 1]}…"
-    return ["  ".join(text.ljust(n) for text, n in zip((shorten(line[0]), *line[1:]), widths)).rstrip() for line in texts]

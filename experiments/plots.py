@@ -101,8 +101,16 @@ def focus_y(axis, curves: Iterable[Sequence[tuple[float, float]]], shown: Iterab
 
 # -- which runs compare -----------------------------------------------------------------------------------------------
 
+def validation_counts(rows: list[dict]) -> tuple[int, int] | None:
+    """Bytes and tokens of the text that a run was validated on last; None in rows of earlier versions."""
+    return next(((row["val_bytes"], row["val_tokens"]) for row in reversed(rows) if "val_tokens" in row), None)
+
+
 def bytes_per_token(rows: list[dict]) -> float:
-    """Of the text that a run was validated on, by its loss in both units; NaN where that is unknown."""
+    """Of the text that a run was validated on; NaN where that is unknown. Where its tokens were not counted it is estimated
+    by the loss in both units, of which bits per byte leave out the separators between documents."""
+    if counts := validation_counts(rows):
+        return counts[0] / counts[1]
     ratios = [row["val_loss"] / row["val_bpb"] / math.log(2) for row in rows if row.get("val_loss") and row.get("val_bpb")]
     return statistics.median(ratios) if ratios else math.nan
 
@@ -118,6 +126,10 @@ def add_bytes(rows: list[dict]) -> list[dict]:
 
 def have_same_vocabulary(runs: Iterable[list[dict]]) -> bool:
     """Whether the runs' nats per token may be compared, as far as their rows tell."""
+    runs = list(runs)
+    counts = [validation_counts(rows) for rows in runs]
+    if None not in counts and len({n_bytes for n_bytes, _ in counts}) == 1:
+        return len({n_tokens for _, n_tokens in counts}) == 1
     ratios = [ratio for rows in runs if not math.isnan(ratio := bytes_per_token(rows))]
     return not ratios or max(ratios) <= min(ratios) * (1 + SAME_RATIO)
 

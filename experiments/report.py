@@ -45,6 +45,17 @@ class Figure:
                 f'{"".join(nested)}</svg>\n')
 
 
+def align_columns(rows: list[tuple[str, ...]], width: float = 80) -> list[str]:
+    """Lines of a table for a terminal, the head first; columns of numbers are flush right. Names in the first column are
+    shortened where lines would be longer than `width`."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    shorten = lambda name: name if len(name) <= widths[0] else f"{name[:widths[0] - 1]}…"
+    aligns = [str.ljust] + [str.rjust if re.match(r"[-+]?\d", rows[-1][i]) else str.ljust for i in range(1, len(widths))]
+    return ["  ".join(align(text, n) for align, text, n in zip(aligns, (shorten(row[0]), *row[1:]), widths)).rstrip()
+            for row in rows]
+
+
 def markdown(table: Table) -> str:
     lines = [table.head, ("---",) * len(table.head), *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -226,5 +226,6 @@ class TrainingJob:
 
 
 def flag_texts(values: dict) -> tuple[str, ...]:
-    """{"bias": True, "mlp": "gelu"} -> ("--bias=1", "--mlp=gelu"), sorted."""
-    return tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items()))
+    """{"bias": True, "mlp": "gelu", "n_hidden": None} -> ("--bias=1", "--mlp=gelu"), sorted."""
+    return tuple(f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(values.items())
+                 if value is not None)

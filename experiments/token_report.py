@@ -108,14 +108,6 @@ def comparison_table(stats: list[TokenizerStats]) -> Table:
     return Table(("", *(s.name for s in stats)), rows)
 
 
-def plain_table(table: Table) -> str:
-    """For a terminal; the numbers are flush right."""
-    lines = [table.head, *table.rows]
-    first, *others = (max(len(line[i]) for line in lines) for i in range(len(table.head)))
-    return "\n".join("  ".join([line[0].ljust(first), *(cell.rjust(n) for cell, n in zip(line[1:], others))])
-                     for line in lines)
-
-
 def write_tokenizer_page(path: Path, stats: list[TokenizerStats], counted: str):
     """A page with the table and a picture of bytes per token, and the picture alone beside it. counted: the text in which
     occurrences were counted."""

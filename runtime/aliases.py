@@ -5,12 +5,13 @@
 import difflib
 from collections.abc import Collection, Mapping
 
-# our flag -> what others call it
+# our flag -> what others call it; of several flags of a command that fit, the first one here is meant
 OTHER_NAMES = {
     "learning_rate": "lr max_lr peak_lr optimizer.lr matrix_lr base_lr",
     "max_iter": "max_iters max_steps num_iterations iters iterations n_iter n_iters num_steps train_steps total_steps steps "
                 "train.max_steps",
     "max_tokens": "train.max_tokens num_tokens total_tokens train_tokens",
+    "tokens_threshold": "max_tokens num_tokens total_tokens train_tokens",
     "max_seconds": "max_time time_limit train_time total_training_time",
     "epochs": "num_train_epochs train.epochs num_epochs n_epochs max_epochs epoch",
     "num_batch_accum": "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches "
@@ -39,20 +40,21 @@ OTHER_NAMES = {
     "dtype": "precision fp16 bf16 mixed_precision torch_dtype amp",
     "val_intervals": "eval_interval eval_every eval_steps eval.interval val_interval val_every eval_freq save_interval "
                      "save_steps save_every train.save_interval",
-    "val_iter": "eval_iters eval.max_iters val_iters eval_tokens val_steps",
+    "val_bytes": "val_tokens eval_tokens",
+    "val_iter": "eval_iters eval.max_iters val_iters val_steps",
     "log_intervals": "log_interval logging_steps log_every train.log_interval",
     "dataloader_num_workers": "num_workers workers n_workers",
     "resume_checkpoint": "resume resume_from resume_from_checkpoint from_checkpoint init_from",
+    "out_path": "out_dir output_dir output out output_path save_path",  # before the flags that may name an input
     "checkpoint_path": "checkpoint ckpt ckpt_path out_dir output_dir model model_path model_name_or_path checkpoint_dir "
                        "load_checkpoint output out",
-    "out_path": "out_dir output_dir output out output_path save_path",
     "overwrite": "overwrite_output_dir force",
-    "data_path": "data data_dir data_root dataset dataset_dir",
-    "dataset": "data data_dir dataset_name dataset_path train_file input input_file path file",
+    "data_path": "data data_dir data_root dataset dataset_dir out_dir output_dir output out out_path output_path",
+    "dataset": "data data_dir data_path dataset_name dataset_path train_file input input_file path file",
     "dataset_config": "dataset_config_name subset config_name",
     "text_column": "text_key text_field column content_column",
     "tokenizer_path": "tokenizer tokenizer_dir tokenizer_name tokenizer_file",
-    "vocab_size": "n_vocab vocab num_tokens",
+    "vocab_size": "n_vocab vocab",
     "max_new_tokens": "max_tokens max_length n_predict num_tokens length",
     "num_samples": "n_samples num_return_sequences samples",
     "temperature": "temp",
@@ -100,7 +102,8 @@ def explain_unknown(typed: str, known: Mapping[str, Collection[str]]) -> str:
     name = dashed.lstrip("-\u2013\u2014").replace("-", "_")  # editors turn -- into a dash
     if name in known:  # --learning-rate, -seed
         return f"{typed}: no such flag, did you mean --{name}{equals}{value}?"
-    if called := [flag for flag in alias_targets(name) if flag in known]:
+    targets = alias_targets(name)
+    if called := [flag for flag in targets if flag in known]:
         return f"{typed}: no such flag, did you mean --{called[0]}?"
     if instead := [words for words, names in NOT_HERE.items() if name in names.split()]:
         mentioned = {word.strip(":,;") for word in instead[0].split() if word.startswith("--")}
@@ -108,5 +111,7 @@ def explain_unknown(typed: str, known: Mapping[str, Collection[str]]) -> str:
             return f"{typed}: no such flag: {instead[0]}"
     if not equals and (flags := [flag for flag, choices in known.items() if name in choices and name != "auto"]):
         return f"{typed}: no such flag, did you mean --{flags[0]}={name}?"
-    close = difflib.get_close_matches(f"--{name}", [f"--{flag}" for flag in known], n=1)
+    # where it is known what is meant, and the command has no such flag, one that is only spelled alike would mislead
+    spelled = [] if targets else [f"--{flag}" for flag in known if flag != "help"]
+    close = difflib.get_close_matches(f"--{name}", spelled, n=1)
     return f"{typed}: no such flag" + (f", did you mean {close[0]}?" if close else ", see --help")

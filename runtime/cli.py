@@ -48,12 +48,14 @@ def terminal_width() -> int:
 
 
 def wrap(text: str, stream, indent: str = "") -> str:
-    """`text` with its lines broken between words at the terminal's width, where `stream` is one, later lines indented.
-    Elsewhere unchanged: a log keeps whole lines."""
+    """`text` with its lines broken between words at the terminal's width, where `stream` is one, later lines indented; a
+    command in backticks stays whole, to be copied. Elsewhere unchanged: a log keeps whole lines."""
     if not stream.isatty():
         return text
-    return "\n".join(textwrap.fill(line, terminal_width(), subsequent_indent=indent, break_long_words=False,
-                                   break_on_hyphens=False) for line in text.split("\n"))
+    text = re.sub("`.*?`", lambda command: command[0].replace(" ", "\0"), text)
+    lines = (textwrap.fill(line, terminal_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+             for line in text.split("\n"))
+    return "\n".join(lines).replace("\0", " ")
 
 
 def progress_bar(iterable=None, **options) -> tqdm:

@@ -19,7 +19,7 @@ from experiments.analysis import (
     table_rows,
     verdict,
 )
-from experiments.comparison import COLUMNS, short_table, table_of_columns, validation_warning
+from experiments.comparison import COLUMNS, short_table, size_section, table_of_columns
 from experiments.runner import TrainingJob
 
 
@@ -201,15 +201,13 @@ def test_optimum_of_the_vocabulary():
     assert "too few runs" in best_vocabulary(arms(3000)) and "too noisy" in best_vocabulary(arms(3000, 3000, 1e4))
 
 
-def test_validation_on_different_text_is_said():
-    def results(*n_bytes):
-        made = [make_results(str(i), [1.5]) for i in range(len(n_bytes))]
-        for arm_results, n in zip(made, n_bytes):
-            arm_results.runs[0].rows[-1].update({"val_bytes": n} if n else {})
-        return made
-    assert validation_warning(results(5000, 5000)) == validation_warning(results(None, None)) == ""
-    assert "on 4,000 bytes and 5,000 bytes of it" in validation_warning(results(5000, 4000))
-    assert "an unknown number and 5,000" in validation_warning(results(5000, None))
+@pytest.mark.parametrize("n_bytes, is_said", [(5000, False), (4000, True), (None, True)])
+def test_validation_on_different_text_is_said(n_bytes, is_said):
+    results = [make_results("a", [1.5]), make_results("b", [1.6])]
+    for arm_results, n in zip(results, (5000, n_bytes)):
+        arm_results.runs[0].rows[-1].update({"val_bytes": n} if n else {})
+    parts = size_section(results, table_rows(results), "conditions")
+    assert any("Not validated on the same text" in str(part) for part in parts) == is_said
 
 
 def test_scaling_fit_through_two_sizes():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import write_flags
 
-from runtime.aliases import NOT_HERE, OTHER_NAMES
+from runtime.aliases import NOT_HERE, OTHER_NAMES, explain_unknown
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import (
     BAD_INPUT,
@@ -142,6 +142,8 @@ def test_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
     stream.isatty = lambda: True
     wrapped = wrap(line, stream, " " * 9)
     assert wrapped.split() == line.split() and max(map(len, wrapped.splitlines()[:-1])) <= 40
+    command = "`python train.py --checkpoint_path=checkpoints/gpt.pt --resume_checkpoint`"
+    assert command in wrap(f"stopped at step 5, saved: {command} continues", stream)
 
 
 @pytest.mark.parametrize("columns", ["60", "120"])
@@ -157,6 +159,17 @@ def test_help_is_wrapped_at_the_width_of_the_terminal(capsys, monkeypatch, colum
                  "some steps (default: 0.5 1.0)",
                  "a large number (default: 1_000_000)"):
         assert part in words
+
+
+@pytest.mark.parametrize("typed, known, message", [
+    ("--output_dir=x", "checkpoint_path out_path", "did you mean --out_path?"), ("--out=x", "data_path", "--data_path?"),
+    ("--max_tokens=9", "tokens_threshold vocab_size val_bytes", "did you mean --tokens_threshold?"),
+    ("--val_tokens=9", "max_tokens val_bytes", "did you mean --val_bytes?"),
+    ("--data_path=x", "out_path dataset", "did you mean --dataset?"),
+    ("--lr=1", "help", "see --help"), ("--max_seq_len=9", "max_seconds", "see --help")])
+def test_a_flag_that_is_only_spelled_alike_is_not_suggested(typed, known, message):
+    """Where a command writes its output, an input of another meaning; and where it has no such flag, none."""
+    assert explain_unknown(typed, dict.fromkeys(known.split(), ())).endswith(message)
 
 
 @pytest.mark.parametrize("given, message", [

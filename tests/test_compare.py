@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_report import parse_page
@@ -19,7 +20,8 @@ from conftest import REPO, TINY_MODEL, run_rows
 from experiments.analysis import ArmResults
 from experiments.runner import JobResult
 from layers import MLPS
-from runtime.checkpoint import load_checkpoint
+from model import GPT, GPTConfig
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
 from tokenizer import Tokenizer
 
@@ -45,6 +47,7 @@ def read_csv(folder) -> list[dict]:
 
 def test_arm_is_flags_of_train_py():
     assert parse_arm("mlp=grkan, n_layer=4,bias", "--arms") == {"mlp": "grkan", "n_layer": 4, "bias": True}
+    assert parse_arm(r"pattern=\d{1,3}|[a,;]+|.,tied=0", "--arms") == {"pattern": r"\d{1,3}|[a,;]+|.", "tied": False}
 
 
 @pytest.mark.parametrize("text, words", [
@@ -130,8 +133,8 @@ def vocabulary_arms(data, vocabularies):
 
 
 def texts(folder, split) -> list[str]:
-    chunks = download_data.read_shards(compare.open_data(folder), {"split": split, "token": 0})
-    return [text for chunk in chunks if chunk.split == split for text in chunk.documents.strings()]
+    chunks = download_data.read_split(compare.open_data(folder), split)
+    return [text for chunk in chunks for text in chunk.documents.strings()]
 
 
 def test_each_vocabulary_has_the_same_documents(vocabulary_arms, data_path):
@@ -177,6 +180,15 @@ def test_a_tokenizer_of_ones_own(vocabularies, data, tmp_path):
     values = {"data_path": data.shards.path} | parse_arm(f"tokenizer_path={tmp_path / 'a.json'}", "--arms")
     assert vocabularies.prepared(values).shards.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert vocabularies.planned(values).vocab_size == 270
+
+
+def test_text_is_not_encoded_again_where_the_path_of_the_data_is_spelled_in_another_way(data, vocabularies, vocabulary_arms,
+                                                                                     monkeypatch):
+    monkeypatch.setattr(compare, "retokenize", None)
+    monkeypatch.chdir(data.shards.path.parent)
+    shards = dataclasses.replace(data.shards, path=Path(data.shards.path.name))
+    moved = dataclasses.replace(vocabularies, base=dataclasses.replace(data, shards=shards))
+    assert moved.prepared({"vocab_size": 300}).shards.path == vocabulary_arms[1].flags["data_path"]
 
 
 def test_budget_in_bytes(vocabulary_arms, environment):
@@ -262,6 +274,12 @@ def test_cell_name_changes_with_the_environment(gelu, environment, changed):
 def test_speed_cell_name_changes_with_the_hardware(gelu, environment):
     other = dataclasses.replace(environment, hardware="another")
     assert cell_name(gelu, other, stage="speed") != cell_name(gelu, environment, stage="speed")
+
+
+def test_a_speed_cell_validates_as_little_as_it_can(data, environment):
+    arm = build_arms(CompareConfig(), SHAPE | {"val_iter": 20}, data)[0]
+    flags = make_cell(arm, CompareConfig(), environment, "speed", 1.0, 1).job.flags
+    assert [flag for flag in flags if flag.startswith(("--val_iter", "--val_bytes"))] == ["--val_bytes=1"]
 
 
 def test_cell_name_changes_with_the_text(gelu, environment, data):
@@ -632,6 +650,18 @@ def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i}?", "answer": "yes"}) + "\n" for i in range(60)))
     return path
+
+
+def test_models_with_different_tokenizers_have_different_vocabularies(questions, tmp_path):
+    """Their tokens are not compared, though as many vectors are in their embeddings."""
+    shape = GPTConfig(n_layer=1, n_head=1, head_size=8, block_size=64, vocab_size=270)
+    for name, text in (("a", "once upon a time"), ("b", "twice below a time"), ("c", "once upon a time")):
+        tokenizer = Tokenizer.train([text] * 9, 270)
+        save_checkpoint(tmp_path / f"{name}.pt", GPT(shape).to_checkpoint() | {"tokenizer": tokenizer.to_json()})
+    config = CompareConfig(script="finetune", arms=tuple(f"checkpoint_path={tmp_path / name}.pt" for name in "abc"))
+    common = {"dataset": str(questions)}
+    a, b, c = (arm.vocabulary for arm in build_arms(config, common, compare.load_conversations(common)))
+    assert a == c != b
 
 
 @pytest.mark.integration

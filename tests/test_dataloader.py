@@ -24,6 +24,7 @@ from dataloader import (
     row_length,
     shard_loader,
     val_batches,
+    val_tokens,
 )
 from download_data import retokenize
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -66,7 +67,7 @@ def test_permute_index_is_a_permutation(n):
 def test_batches_are_contiguous(data):
     """Copying a view to a GPU would wait for a copy on the CPU first."""
     loader = shard_loader(data, 3, 16, seed=0)
-    assert all(part.is_contiguous() for part in (*loader.next_batch(), *next(val_batches(data, 3, 16, n_batches=1))))
+    assert all(part.is_contiguous() for part in (*loader.next_batch(), *next(val_batches(data, 49, 3, 16))))
 
 
 def test_permute_index_depends_only_on_seed_and_epoch():
@@ -177,11 +178,17 @@ def test_a_position_in_other_data_is_refused(data):
 
 def test_val_batches_are_sequential(data):
     tokens = data.split("val").read(0, len(data.split("val"))).astype(np.int64)
-    first, second = (list(val_batches(data, 4, BLOCK, n_batches=3)) for _ in range(2))
+    first, second = (list(val_batches(data, 3 * 4 * BLOCK + 1, 4, BLOCK)) for _ in range(2))
     assert equal(first, second)
-    assert torch.cat([inputs for inputs, _ in first]).flatten().tolist() == tokens[:3 * 4 * BLOCK].tolist()
-    everything = list(val_batches(data, 4, BLOCK, n_batches=10**6))
-    assert sum(len(inputs) for inputs, _ in everything) == (len(tokens) - 1) // BLOCK
+    for part, start in ((0, 0), (1, 1)):
+        assert torch.cat([batch[part] for batch in first]).flatten().tolist() == tokens[start:3 * 4 * BLOCK + start].tolist()
+
+
+@pytest.mark.parametrize("val_iter, n_blocks", [(3, 12), (10**6, None)])
+def test_val_iter_is_whole_blocks_as_far_as_the_split_goes(data, val_iter, n_blocks):
+    run = train.RunConfig(val_iter=val_iter, val_batch=4)
+    n_blocks = n_blocks or (len(data.split("val")) - 1) // BLOCK
+    assert train.validation_tokens(data, run, BLOCK) == n_blocks * BLOCK + 1
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +210,8 @@ def test_validation_by_bytes_covers_the_same_text_for_every_vocabulary(vocabular
         n_documents = next((n for n in range(1, len(documents)) if sum(map(len, documents[:n])) >= n_bytes), len(documents))
         expected = expected or documents[:n_documents]
         assert documents[:n_documents] == expected
-        for inputs, targets in val_batches(data, batch_size, block_size, n_bytes):
+        n_tokens = val_tokens(data, n_bytes)
+        for inputs, targets in val_batches(data, n_tokens, batch_size, block_size):
             assert inputs.shape == targets.shape and 0 < len(inputs) <= batch_size and inputs.shape[1] == block_size
             is_target = targets != IGNORE_INDEX
             both = is_target.flatten()[1:]
@@ -213,7 +221,7 @@ def test_validation_by_bytes_covers_the_same_text_for_every_vocabulary(vocabular
         covered = [token for token in text if token != data.tokenizer.separator_id]
         assert data.tokenizer.decode_bytes(covered) == b"".join(expected)
         assert len(text) - len(covered) == n_documents - 1
-        batches = [val_batches(data, batch_size, block_size, n_bytes) for _ in range(2)]
+        batches = [val_batches(data, n_tokens, batch_size, block_size) for _ in range(2)]
         assert equal(*map(list, batches))
 
 

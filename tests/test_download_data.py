@@ -25,6 +25,8 @@ from runtime.config import BadInput
 from runtime.files import folder_lock
 from shards import Manifest, open_data
 from text import formats, sources
+from text.builtin import builtin_revision
+from text.documents import PackedDocuments
 from tokenizer import Tokenizer
 
 
@@ -288,7 +290,7 @@ def test_a_bad_row_found_after_resuming_keeps_finished_shards(tmp_path, text, mo
     before = contents(tmp_path / "data")
     error = capsys.readouterr().err
     assert "val_000000.npy" in before
-    assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with: python download_data.py" in error
+    assert f"finished shards in {tmp_path / 'data'}: 1, resume after them with `python download_data.py" in error
     refused(download_data.main, [
         text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000", "--shard_size_threshold=1e9",
         "--tokens_threshold=1e9", "--tokenizer_bytes=30000"], "--shard_size_threshold")
@@ -505,10 +507,19 @@ def test_retokenize(tmp_path, text, data_path):
         download_data.retokenize(data, data.tokenizer, again.path)
 
 
+def test_a_data_folder_named_builtin_is_not_the_builtin_text(tmp_path, text, data_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, text, folder="builtin")
+    again = download_data.retokenize(open_data(Path("builtin")), Tokenizer.load(data_path / "tokenizer.json"), Path("again"))
+    assert documents_in(again.path, "train") == documents_in(Path("builtin"), "train")
+    source = download_data.open_text(sources.SourceConfig(dataset="builtin"))
+    assert source.description["revisions"] == [builtin_revision()]
+
+
 def test_data_folders_that_cannot_be_prepared_again(tmp_path, text, refused):
     first, other = prepare(tmp_path, text), f"--data_path={tmp_path / 'other'}"
     refused(download_data.main, [f"--dataset={first}", other, "--num_nodes=2"], "--num_nodes=2", "by one machine")
-    refused(download_data.main, [f"--dataset={first},builtin", "--mix=1,1", other], "only download_data.py reads")
+    refused(download_data.main, [f"--dataset={first},builtin", "--mix=1,1", other], "only by itself")
     refused(download_data.main, [f"--dataset={first}", f"--data_path={first}"], "--dataset=", "was prepared with")
     download_data.main([f"--dataset={first}", other, "--vocab_size=300"])
     shutil.rmtree(first)
@@ -542,6 +553,26 @@ def test_a_forecast_is_near_what_comes(tmp_path, text, data_path, monkeypatch, c
         assert f"--val_bytes={manifest.settings['val_bytes']}" in rows["defaults"]
     download_data.main([*flags, "--dry_run"])
     assert "complete already" in capsys.readouterr().out
+
+
+def test_a_sample_says_how_much_text_follows_the_held_out_text():
+    documents = PackedDocuments.from_utf8([b"x" * 1000])
+    sample = download_data.Sample()
+    for _ in sample.watch(formats.Chunk(documents, None, fraction=fraction) for fraction in (0.5, 0.75)):
+        pass
+    assert sample.text_bytes(sources.Source({}, None)) == 2000
+
+
+def test_the_bar_ends_where_the_text_does_also_after_held_out_text(tmp_path, text):
+    """A fifth is held out, of which 1,000 tokens are written; then 4,000 are a half of the rest."""
+    manifest = Manifest.load(prepare(tmp_path, text))
+    manifest.shards = {"val": [replace(manifest.shards["val"][0], tokens=1000)], "train": []}
+    progress = download_data.Progress(download_data.PrepareConfig(tokens_threshold=10**9), manifest)
+    for fraction in (0.2, 0.6):
+        chunk = formats.Chunk(PackedDocuments.from_utf8([b"x"]), None, fraction=fraction)
+        progress.add(chunk, "train_000000.npy", 1, 4000, 9000)
+    progress.close()
+    assert progress.bar.total == 1000 + 8000
 
 
 def test_too_little_disk_is_said_before(tmp_path, text, monkeypatch, capsys):
@@ -651,6 +682,16 @@ def test_damaged_shards_are_refused(tmp_path, text, refused, change, words):
         open_data(shard.parent).split("train")
     with pytest.raises(BadInput, match="does not match its manifest.json"):
         shards.verify(shard.parent)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda path: path.write_bytes(b""), "not a .npy file"), (Path.unlink, "missing"),
+    (lambda path: np.save(path, np.full_like(np.load(path), 400)), "not tokens of this vocabulary")],
+    ids=["cut off", "missing", "ids"])
+def test_damaged_validation_shards_are_refused_on_resuming(tmp_path, text, monkeypatch, refused, change, words):
+    interrupt_after_shards(monkeypatch, tmp_path, text, 3)
+    change(tmp_path / "data" / "val_000000.npy")
+    refused(lambda _: prepare(tmp_path, text), [], "val_000000.npy", words)
 
 
 def test_a_flipped_bit_anywhere_in_a_header_is_refused_or_harmless(tmp_path, text):

@@ -299,6 +299,7 @@ def test_mean_losses_of_answers_equal_a_loop_over_positions(byte_tokenizer):
     losses = mean_losses(model, byte_tokenizer, CPU, batches.sequential())
     assert losses["val_loss"] == pytest.approx(nats / n_tokens, rel=1e-5)
     assert losses["val_bpb"] == pytest.approx(text_nats / math.log(2) / n_bytes, rel=1e-5)
+    assert (losses["val_tokens"], losses["val_bytes"]) == (n_tokens, n_bytes)
 
 
 def test_all_conversations_of_a_dataset_are_read(tmp_path):

@@ -284,7 +284,7 @@ def test_a_hub_that_stays_away(prepare_from_hub, hub, undisturbed, tmp_path):
     done = prepare_from_hub(*flags)
     last, = stderr_lines(done.err)
     assert done.returncode == 1, done.err
-    assert "the hub stopped answering" in last and "resume after them with: python " in last
+    assert "the hub stopped answering" in last and "resume after them with `python " in last
     for flag in flags:
         assert flag in last
     finished = sorted(path.name for path in (tmp_path / "data").glob("*.npy"))
@@ -292,7 +292,7 @@ def test_a_hub_that_stays_away(prepare_from_hub, hub, undisturbed, tmp_path):
     hub.fail("away", "/api/", times=10**9)  # still away when that command is run
     done = prepare_from_hub(*flags)
     last = stderr_lines(done.err)[-1]
-    assert done.returncode == 1 and "stopped answering" in last and "resume after them with: python " in last
+    assert done.returncode == 1 and "stopped answering" in last and "resume after them with `python " in last
     assert sorted(path.name for path in (tmp_path / "data").glob("*.npy")) == finished
     hub.faults.clear()
     done = prepare_from_hub(*flags)

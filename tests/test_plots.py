@@ -8,6 +8,7 @@ import pytest
 from experiments.plots import (
     COLORS,
     add_bytes,
+    bytes_per_token,
     draw_accuracy_matrix,
     draw_by_vocabulary,
     draw_compression,
@@ -17,6 +18,7 @@ from experiments.plots import (
     draw_mean_curves,
     draw_pareto_fronts,
     draw_scaling,
+    have_same_vocabulary,
     import_pyplot,
     validation_note,
 )
@@ -115,6 +117,14 @@ def test_the_training_loss_in_bits_per_byte_by_hand():
     _, row = add_bytes([{"tokens": 0, "val_loss": 3.0, "val_bpb": 1.0}, {"tokens": 10, "train_loss": 1.5}])
     assert row["train_bpb"] == pytest.approx(0.5) and row["bytes"] == pytest.approx(30 / np.log(2))
     assert add_bytes([{"step": 1, "tokens": 9, "train_loss": 1.0}]) == [{"step": 1, "tokens": 9, "train_loss": 1.0}]
+
+
+@pytest.mark.parametrize("n_tokens, is_same", [(1000, True), (1003, False)])
+def test_counted_tokens_say_whether_vocabularies_differ(n_tokens, is_same):
+    """Also where short documents' separators, or vocabularies that are nearly as large, would make an estimate wrong."""
+    a = [{"val_loss": 3.0, "val_bpb": 1.0, "val_bytes": 4000, "val_tokens": 1000}]
+    b = [{"val_loss": 3.2, "val_bpb": 1.0, "val_bytes": 4000, "val_tokens": n_tokens}]
+    assert have_same_vocabulary([a, b]) == is_same and bytes_per_token(a) == 4
 
 
 @pytest.mark.parametrize("a, b, words", [

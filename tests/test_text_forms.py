@@ -247,7 +247,7 @@ def test_text_and_source_code_are_read(tmp_path, capsys):
 
 def test_a_prepared_folder_is_no_text_for_other_commands(data_path):
     for read_it in (read, lambda path: list(read_dataset(str(path), None, "train"))):
-        with pytest.raises(BadInput, match="holds the shards of a prepared text, which only download_data.py reads"):
+        with pytest.raises(BadInput, match="holds the shards of a prepared text, which download_data.py alone reads"):
             read_it(data_path)
 
 

@@ -120,8 +120,8 @@ def find_data_files(path: Path) -> DataFiles:
                            f"give {FORMAT_WORDS}, {' or '.join(COMPRESSIONS)} of these, or a folder of such files")
         return DataFiles(path, (path,), (None,), {})
     if is_prepared(path):
-        raise BadInput(f"--dataset={path}: holds the shards of a prepared text, which only download_data.py reads: give "
-                       f"the text that its manifest.json names")
+        raise BadInput(f"--dataset={path}: holds the shards of a prepared text, which download_data.py alone reads, and "
+                       f"only by itself: give the text that its manifest.json names")
     left_out: dict[str, list[str]] = defaultdict(list)
     aliases: dict[Path, list[Path]] = {}
     files = sorted(walk(path, left_out, aliases))
