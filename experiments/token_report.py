@@ -108,12 +108,18 @@ def comparison_table(stats: list[TokenizerStats]) -> Table:
     return Table(("", *(s.name for s in stats)), rows)
 
 
-def plain_table(table: Table) -> str:
-    """For a terminal; the numbers are flush right."""
+def plain_table(table: Table, width: int | None = None) -> str:
+    """For a terminal of `width` columns; the numbers are flush right. Columns for which there is no room beside the others
+    follow in a table of their own."""
     lines = [table.head, *table.rows]
-    first, *others = (max(len(line[i]) for line in lines) for i in range(len(table.head)))
-    return "\n".join("  ".join([line[0].ljust(first), *(cell.rjust(n) for cell, n in zip(line[1:], others))])
-                     for line in lines)
+    first, *widths = (max(map(len, column)) for column in zip(*lines))
+    blocks = [[]]  # of columns
+    for i, n in enumerate(widths, 1):
+        if width and blocks[-1] and first + sum(2 + widths[k - 1] for k in blocks[-1]) + 2 + n > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    return "\n\n".join("\n".join(line[0].ljust(first) + "".join("  " + line[i].rjust(widths[i - 1]) for i in block)
+                                 for line in lines) for block in blocks)
 
 
 def write_tokenizer_page(path: Path, stats: list[TokenizerStats], counted: str):

@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "out_path": "out_dir output_dir output out output_path save_path",
     "overwrite": "overwrite_output_dir force",
     "data_path": "data data_dir data_root dataset dataset_dir",
-    "dataset": "data data_dir dataset_name dataset_path train_file input input_file path file",
+    "dataset": "data data_dir data_path dataset_name dataset_path train_file input input_file path file",
     "dataset_config": "dataset_config_name subset config_name",
     "text_column": "text_key text_field column content_column",
     "tokenizer_path": "tokenizer tokenizer_dir tokenizer_name tokenizer_file",

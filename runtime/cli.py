@@ -56,6 +56,11 @@ def wrap(text: str, stream, indent: str = "") -> str:
                                    break_on_hyphens=False) for line in text.split("\n"))
 
 
+def say(text: str, indent: str = ""):
+    """Prints `text` on stdout, see `wrap`."""
+    print(wrap(text, sys.stdout, indent))
+
+
 def progress_bar(iterable=None, **options) -> tqdm:
     """tqdm that refreshes often on a terminal, and every half minute in a log file."""
     interval = 0.2 if sys.stderr.isatty() else 30

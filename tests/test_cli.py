@@ -10,7 +10,7 @@ import pytest
 import torch
 import write_flags
 
-from runtime.aliases import NOT_HERE, OTHER_NAMES
+from runtime.aliases import NOT_HERE, OTHER_NAMES, explain_unknown
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import (
     BAD_INPUT,
@@ -121,6 +121,12 @@ def test_other_names_lead_to_flags_that_exist():
     assert OTHER_NAMES.keys() <= ours
     mentioned = {word.strip(":,;")[2:] for words in NOT_HERE for word in words.split() if word.startswith("--")}
     assert mentioned <= ours
+
+
+@pytest.mark.parametrize("typed, known, ours", [("--data_path=x", ["dataset", "out_path"], "--dataset"),
+                                                ("--lr=1", ["learning_rate", "mlp"], "--learning_rate")])
+def test_the_usual_names_of_others_are_known(typed, known, ours):
+    assert explain_unknown(typed, dict.fromkeys(known, ())).endswith(f"did you mean {ours}?")
 
 
 @pytest.mark.parametrize("columns, shown, hidden", [(80, ["loss=3.41", "tok/s=1,234"], ["memory"]),

@@ -8,7 +8,8 @@ import pytest
 from test_report import parse_page
 
 import tokenizer as tokenizer_script
-from experiments.token_report import PAGE_COLORS, embedding_share, terminal_text, visible
+from experiments.report import Table
+from experiments.token_report import PAGE_COLORS, embedding_share, plain_table, terminal_text, visible
 from model import GPT, GPTConfig
 from text.samples import sample_texts
 from tokenizer import Tokenizer
@@ -173,6 +174,14 @@ def test_tokenizers_side_by_side(tmp_path, english, capsys):
     assert (tmp_path / "tokenizers.svg").stat().st_size > 5000
 
 
+def test_columns_that_do_not_fit_follow_in_another_table():
+    table = Table(("", *"abcde"), [("bytes per token", *[f"{i}.0".rjust(20, "1") for i in range(5)])])
+    lines = plain_table(table, 80).split("\n")
+    assert max(map(len, lines)) <= 80 and lines.count("") == 2
+    assert [word for line in lines for word in line.split() if len(word) == 1] == [*"abcde"]
+    assert all("bytes per token" in lines[i] for i in (1, 4, 7)) and "\n\n" not in plain_table(table)
+
+
 @pytest.mark.integration
 def test_files_of_the_same_name_are_told_apart(tmp_path, capsys):
     for name in ("a", "b"):
@@ -181,4 +190,4 @@ def test_files_of_the_same_name_are_told_apart(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("once upon a time")
     paths = [str(tmp_path / name / "tokenizer.json") for name in ("a", "b")]
     tokenizer_script.main(["--compare", *paths, f"--out_path={tmp_path / 'x.html'}", f"--dataset={tmp_path / 'text.txt'}"])
-    assert capsys.readouterr().out.split()[:2] == paths
+    assert capsys.readouterr().out.split()[:2] == ["a", "b"]
