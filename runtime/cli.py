@@ -313,7 +313,8 @@ def ignore_output_errors():
             with contextlib.suppress(OSError):
                 stream.flush()
             raw = LossyFile(stream.fileno(), "wb", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors,
+            buffer = raw if stream.write_through else io.BufferedWriter(raw)  # with PYTHONUNBUFFERED there is none
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors,
                                                 line_buffering=stream.line_buffering, write_through=stream.write_through))
 
 

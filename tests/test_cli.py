@@ -1,6 +1,7 @@
 """runtime/cli.py: the command line of flags, and the exit code and line of each kind of failure."""
 import io
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 import torch
 import write_flags
 
+from conftest import REPO
 from runtime.aliases import NOT_HERE, OTHER_NAMES, explain_unknown
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import (
@@ -269,3 +271,15 @@ def test_an_operation_that_deterministic_forbids_is_named():
             torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.integration
+def test_output_is_not_held_back_where_it_is_unbuffered(tmp_path):
+    """As in containers, which set PYTHONUNBUFFERED: what is printed arrives before the process ends."""
+    (tmp_path / "prints.py").write_text("from runtime.cli import ignore_output_errors\nignore_output_errors()\n"
+                                        "print('first')\nimport sys\nsys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-u", "prints.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}) as process:
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        process.communicate("\n")
+    assert ready
