@@ -57,14 +57,16 @@ class Job(Protocol):
 
 
 class Runner:
-    """Runs `n_parallel` jobs at a time, which share the cores: each gets OMP_NUM_THREADS accordingly."""
+    """Runs `n_parallel` jobs at a time, which share the cores: each gets OMP_NUM_THREADS accordingly, or what it is already
+    if that is less."""
 
     def __init__(self, n_parallel: int, stop: StopSignals):
         self.n_parallel, self.stop = n_parallel, stop
         self.processes: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
         self.is_over = False
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // n_parallel))}
+        threads, given = max(1, available_cores() // n_parallel), os.environ.get("OMP_NUM_THREADS", "")
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(min(threads, max(1, int(given))) if given.isdigit() else threads)}
 
     def run(self, jobs: list[Job], desc: str, on_end: Callable[[int, JobResult], None],
             on_wait: Callable[[], None] | None = None) -> list[JobResult]:
