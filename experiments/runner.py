@@ -66,7 +66,8 @@ class Runner:
         self.lock = threading.Lock()
         self.is_over = False
         threads, given = max(1, available_cores() // n_parallel), os.environ.get("OMP_NUM_THREADS", "")
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(min(threads, max(1, int(given))) if given.isdigit() else threads)}
+        threads = min(threads, max(1, int(given))) if given.isdigit() else threads
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
 
     def run(self, jobs: list[Job], desc: str, on_end: Callable[[int, JobResult], None],
             on_wait: Callable[[], None] | None = None) -> list[JobResult]:
