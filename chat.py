@@ -27,7 +27,9 @@ from tokenizer import Tokenizer
 HELP = """/reset        clear the conversation
 /save FILE    write the conversation as a line of JSON that finetune.py reads
 /help         show this
+/quit         end the conversation
 Ctrl-C stops an answer, Ctrl-D quits."""
+LEAVE = "/quit", "/exit", "/bye"
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Chat:
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 def chat_loop(chat: Chat, first_message: str = ""):
-    """Reads messages and commands, and prints answers, until the input ends."""
+    """Reads messages and commands, and prints answers, until the input ends or one of LEAVE."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (arrow keys and history for input())
     if hasattr(sys.stdin, "reconfigure"):
@@ -180,6 +182,8 @@ def chat_loop(chat: Chat, first_message: str = ""):
         except KeyboardInterrupt:
             print("\n(Ctrl-D quits)")
             continue
+        if line.strip() in LEAVE:
+            return
         try:
             if line.startswith("/"):
                 run_command(chat, line)
@@ -201,7 +205,7 @@ def run_command(chat: Chat, line: str):
         chat.save(parse_path(argument.strip()))
         print(f"(saved to {argument.strip()})")
     else:
-        print(HELP)
+        print(HELP if name in ("/save", "/help") else f"({name}: no such command)\n{HELP}")
 
 
 def print_answer(chat: Chat, message: str):

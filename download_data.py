@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.plots import draw_corpus_stats
-from runtime.cli import command, log_line, parse_flags, progress_bar
+from runtime.cli import command, log_line, parse_flags, progress_bar, say, set_postfix
 from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.forecast import format_bytes, format_seconds, free_disk
@@ -47,9 +47,9 @@ from shards import (
 )
 from text.documents import DocumentSet, PackedDocuments, document_hashes, text_hash
 from text.folders import is_prepared, local_path
-from text.formats import CHUNK_BYTES, Chunk
+from text.formats import CHUNK_BYTES, TXT_DOCUMENT_BYTES, TXT_MAX_BYTES, Chunk
 from text.sources import Source, SourceConfig, local_revisions, open_source, source_flags, take_text
-from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer
+from tokenizer import MAX_VOCAB_SIZE, TRAINING_BYTES, Tokenizer, TooFewMerges
 
 # Defaults of flags, most of which depend on how much text there is. TOKENS_THRESHOLD is a little more than the 328 M tokens
 # that train.py reads by default.
@@ -144,7 +144,7 @@ def prepare(config: PrepareConfig, source_config: SourceConfig, resume_command: 
                 source, tokenizer = resume_preparation(config, source_config, manifest)
             if not manifest.val_digest:
                 sample = write_validation(config, source, manifest, tokenizer)
-                print(make_forecast(config, source, sample, tokenizer).line())
+                say(make_forecast(config, source, sample, tokenizer).line())
             write_training(config, manifest, tokenizer, resume_chunks(folder, source, manifest))
             manifest.position, manifest.last_document, manifest.complete = {}, "", True
             manifest.save(folder)
@@ -258,21 +258,24 @@ def choose_tokenizer(given: PrepareConfig, config: PrepareConfig, source_config:
     if given.vocab_size not in (None, tokenizer.vocab_size):
         raise BadInput(f"--vocab_size={given.vocab_size}: the tokenizer {path} has {tokenizer.vocab_size}: "
                        f"drop the flag, or choose another tokenizer or folder")
-    print(f"using the tokenizer {path}")
+    say(f"using the tokenizer {path}")
     return tokenizer
 
 
 def train_tokenizer(source: Source, config: PrepareConfig, can_be_smaller: bool) -> Tokenizer:
-    """Trained on the start of the text. can_be_smaller: halves a vocabulary for which the text has too few merges."""
-    vocab_size = config.vocab_size
-    while True:
+    """Trained on the start of the text. can_be_smaller: where the text has too few merges for the vocabulary, it becomes
+    the largest power of two that it has them for, or below SMALLEST_VOCAB_SIZE all that it has."""
+    def train(vocab_size: int) -> Tokenizer:
         texts = (text for chunk in source.training_chunks() for text in chunk.documents.strings())
-        try:
-            return Tokenizer.train(take_text(texts, config.tokenizer_bytes), vocab_size, progress=True)
-        except BadInput:
-            if not can_be_smaller or vocab_size <= SMALLEST_VOCAB_SIZE:
-                raise
-        vocab_size //= 2
+        return Tokenizer.train(take_text(texts, config.tokenizer_bytes), vocab_size, progress=True)
+
+    try:
+        return train(config.vocab_size)
+    except TooFewMerges as error:
+        if not can_be_smaller:
+            raise
+        n = error.available
+    return train(n if n < SMALLEST_VOCAB_SIZE else 1 << (n.bit_length() - 1))
 
 
 def has_progress(folder: Path, is_bad_input: bool) -> bool:
@@ -603,7 +606,8 @@ class TrainingWriter:
                 raise BadInput(f"--dataset: the {self.manifest.n_duplicates:,} documents that would be trained on are all "
                                f"in the validation split too: give more text")
             raise BadInput("--dataset: holds a single document, which becomes the validation split, as a document is never "
-                           "divided between the splits: give more text")
+                           "divided between the splits: give more text, or several files (text without rows is cut at the "
+                           f"first blank line after {TXT_DOCUMENT_BYTES:,} bytes, or line end after {TXT_MAX_BYTES:,})")
         self.shards.close()
 
 
@@ -657,8 +661,8 @@ class Progress:
         bytes_per_token = self.new_bytes / self.new_tokens
         bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
         self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)
-        self.bar.set_postfix_str(f"{self.documents:,} docs, {bytes_per_second / 1e6:.1f} MB/s, "
-                                 f"{bytes_per_token:.2f} bytes/tok", refresh=False)
+        set_postfix(self.bar, {"docs": f"{self.documents:,}", "MB/s": f"{bytes_per_second / 1e6:.1f}",
+                               "bytes/tok": f"{bytes_per_token:.2f}"})
         self.bar.update(tokens)
 
 
@@ -806,9 +810,9 @@ def write_stats(data: DataFolder):
         rows.writerows([rank, token, counts[token], repr(data.tokenizer.tokens[token])[2:-1]]
                        for rank, token in enumerate(order.tolist(), 1))
     low, median, high = np.percentile(lengths, [5, 50, 95])
-    print(f"documents: {len(lengths):,}; tokens per document: median {median:,.0f}, 5 % below {low:,.0f}, 5 % above "
+    say(f"documents: {len(lengths):,}; tokens per document: median {median:,.0f}, 5 % below {low:,.0f}, 5 % above "
           f"{high:,.0f}, longest {lengths.max():,}")
-    print(f"tokens: {counts.sum():,}; {len(descending_counts):,} of the {len(counts):,} ids occur; the 100 most frequent "
+    say(f"tokens: {counts.sum():,}; {len(descending_counts):,} of the {len(counts):,} ids occur; the 100 most frequent "
           f"make up {descending_counts[:100].sum() / counts.sum():.0%}")
     print(f"{data.path / 'stats.png'}, {data.path / 'stats.csv'}")
 
@@ -835,9 +839,9 @@ def main(argv=None):
     resume_command = shlex.join(["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
     data, was_complete = prepare(config, source_config, resume_command)
     for line in describe_data(data):
-        print(line)
-    print(f"{config.data_path}: " + ("already complete, nothing to do" if was_complete else
-                                     f"finished in {time.perf_counter() - start_time:.1f} s"))
+        say(line)
+    say(f"{config.data_path}: " + ("already complete, nothing to do" if was_complete else
+                                   f"finished in {time.perf_counter() - start_time:.1f} s"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from dataloader import IGNORE_INDEX, PackedBatches, encodable
 from experiments.report import Table, markdown
 from model import GPT
-from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar
+from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
@@ -460,9 +460,10 @@ def main(argv=None):
     print(markdown(score_table(scores)))
     has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
-    print(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
-          f"{time.perf_counter() - start:.1f} s on {machine}")
-    print(*report.lines(), sep="\n", end="\n" * bool(report.lines()))
+    say(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
+        f"{time.perf_counter() - start:.1f} s on {machine}")
+    for line in report.lines():
+        say(line)
     if config.out_path:
         with atomic_write(config.out_path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -20,7 +20,7 @@ from convert.hf_out import export_model
 from convert.hf_tokenizer import to_hf_pattern
 from convert.model_card import CLASSES, load_lines, model_card
 from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, run_lock, save_checkpoint
-from runtime.cli import command, ignore_output_errors, parse_flags, read_path
+from runtime.cli import command, ignore_output_errors, parse_flags, read_path, say
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DTYPES
 from runtime.files import check_writable
@@ -80,8 +80,8 @@ def export_checkpoint(config: ExportConfig):
             write_gguf(model, tokenizer, folder / "model.gguf", config.weights)
     architecture, size = hf_architecture(model.config), sum(file.stat().st_size for file in config.out_path.iterdir())
     own_code = ", our own code: trust_remote_code=True lets transformers run the .py files in the folder"
-    print(f"{config.out_path}: {CLASSES[architecture]}, {model.n_parameters() / 1e6:.1f} M parameters, {size / 1e6:.1f} MB"
-          f"{own_code if architecture is None else ''}; it is loaded by")
+    say(f"{config.out_path}: {CLASSES[architecture]}, {model.n_parameters() / 1e6:.1f} M parameters, {size / 1e6:.1f} MB"
+        f"{own_code if architecture is None else ''}; it is loaded by")
     print(load_lines(str(config.out_path), architecture))
 
 
@@ -138,10 +138,10 @@ def import_checkpoint(config: ExportConfig):
         check_writable(path, f"--checkpoint_path={path}")
         model, tokenizer = import_model(download(config.import_path), config.chat_tokens)
         save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
-    print(f"{path}: {model.config.n_layer} layers x {model.config.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, "
-          f"context {model.config.block_size:,}, vocabulary {model.config.vocab_size:,}; "
-          f"`python generate.py --checkpoint_path={path}` samples from it, "
-          f"`python finetune.py --checkpoint_path={path}` finetunes it")
+    say(f"{path}: {model.config.n_layer} layers x {model.config.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, "
+        f"context {model.config.block_size:,}, vocabulary {model.config.vocab_size:,}; "
+        f"`python generate.py --checkpoint_path={path}` samples from it, "
+        f"`python finetune.py --checkpoint_path={path}` finetunes it")
 
 
 def download(source: str) -> Path:
@@ -150,7 +150,9 @@ def download(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(source):
-        raise BadInput(f"--import_path={source}: no such folder")
+        raise BadInput(f"--import_path={source}: " + ("is a file: give a folder" if path.exists() else "no such folder"))
+    if path.parent != Path() and path.parent.is_dir():
+        raise BadInput(f"--import_path={source}: no such folder; the hub is not asked, as there is a folder {path.parent}")
     import huggingface_hub
     from huggingface_hub.utils import logging  # not an attribute of huggingface_hub until something has imported it
     logging.set_verbosity_error()

@@ -37,7 +37,7 @@ from experiments.report import Figure, Table, markdown, write_page
 from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
 from runtime.checkpoint import run_folder
-from runtime.cli import command
+from runtime.cli import command, say
 from runtime.config import check_flags, flag
 from runtime.device import DeviceConfig, Machine, seed_everything
 from runtime.files import atomic_write
@@ -212,7 +212,7 @@ def report(state: TrainState, setup: TrainSetup):
               f"Metrics: metrics.jsonl; answers: answers.jsonl."),
         ("h2", "Before and after"), metrics, *([tasks] if tasks.rows else []), ("h2", "Loss of held-out answers"),
         Figure(draw_finetuning(rows), "loss"), *([("h2", "Answers"), samples] if samples.rows else [])])
-    print(f"\nsaved {path} and {page}; `python chat.py --checkpoint_path={path}` talks with it")
+    say(f"\nsaved {path} and {page}; `python chat.py --checkpoint_path={path}` talks with it")
 
 
 def compare_answers(rows: list[dict], answers: list[dict]) -> tuple[Table, Table, Table]:

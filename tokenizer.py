@@ -29,9 +29,9 @@ import regex
 from tqdm import tqdm
 
 from experiments import token_report
-from experiments.report import align_columns
+from experiments.report import align_columns, split_columns
 from kernels import bpe
-from runtime.cli import Parser, add_flags, command, log_line, parse_flags
+from runtime.cli import Parser, add_flags, command, log_line, parse_flags, say, terminal_width
 from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable, require_regular_file
 from runtime.threads import available_cores, map_in_threads
@@ -73,6 +73,15 @@ BATCH_CHARACTERS = 1 << 20    # characters of text encoded or counted in one cal
 # Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound
 # ones split ten million a second.
 SPLIT_SECONDS = 10, 30
+
+
+class TooFewMerges(BadInput):
+    """A text is too small, or repeats itself too much, for `vocab_size` tokens; it has merges for `available`."""
+
+    def __init__(self, vocab_size: int, available: int):
+        super().__init__(f"--vocab_size={vocab_size}: the text has merges for only {available} tokens: give more text or "
+                         f"--vocab_size={available}")
+        self.available = available
 
 
 class Tokenizer:
@@ -157,8 +166,7 @@ class Tokenizer:
         for left, right in learn_merges(count_words(texts, PATTERNS.get(pattern, pattern), progress), n_merges, progress):
             tokens.append(tokens[left] + tokens[right])
         if len(tokens) < 256 + n_merges:
-            raise BadInput(f"--vocab_size={vocab_size}: the text has merges for only {len(tokens) + len(special_tokens)} "
-                           f"tokens: give more text or a smaller --vocab_size")
+            raise TooFewMerges(vocab_size, len(tokens) + len(special_tokens))
         return cls.from_ranks({token: rank for rank, token in enumerate(tokens)}, pattern, special_tokens)
 
     @classmethod
@@ -592,9 +600,9 @@ def train_command(config: TokenizerConfig, source_config: SourceConfig):
     tokenizer = Tokenizer.train(texts, config.vocab_size, config.pattern, progress=True)
     tokenizer.save(config.tokenizer_path)
     n_tokens = len(tokenizer.encode_batch(sample)[0])
-    print(f"{config.tokenizer_path}: {tokenizer.vocab_size:,} tokens (256 bytes, {len(tokenizer.ranks) - 256:,} merges, "
-          f"{len(tokenizer.special_tokens)} special), {n_bytes / n_tokens:.2f} bytes per token on the first "
-          f"{n_bytes / 1e6:.1f} MB of its text, {time.perf_counter() - start:.1f} s")
+    say(f"{config.tokenizer_path}: {tokenizer.vocab_size:,} tokens (256 bytes, {len(tokenizer.ranks) - 256:,} merges, "
+        f"{len(tokenizer.special_tokens)} special), {n_bytes / n_tokens:.2f} bytes per token on the first "
+        f"{n_bytes / 1e6:.1f} MB of its text, {time.perf_counter() - start:.1f} s")
 
 
 def load_any(path: Path) -> Tokenizer:
@@ -634,7 +642,7 @@ def show_tokens(config: TokenizerConfig):
                f"one token")
     with_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(token_report.terminal_text(tokens, ids, config.ids, with_color))
-    print(summary)
+    say(summary)
     token_report.write_token_page(path, title, summary, tokens, ids)
     print(path)
 
@@ -642,7 +650,8 @@ def show_tokens(config: TokenizerConfig):
 def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | None):
     """Prints what --compare asks for, and writes a page of it. source_config: of the --dataset, if it is given."""
     paths, page = config.compare, report_path(config, config.compare[0], "tokenizers.html")
-    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else [*map(str, paths)]
+    several = [path.stem for path in paths], [path.absolute().parent.name for path in paths], [*map(str, paths)]
+    names = next((names for names in several if len(set(names)) == len(paths)), several[-1])
     tokenizers = [load_any(path) for path in paths]
     samples, counted = {kind: [text] for kind, text in sample_texts().items()}, "the built-in text"
     if source_config:
@@ -663,7 +672,8 @@ def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | No
              for n_layer, width in SHOWN_SHAPES}))
     counted += f", {sum(len(to_utf8(text)) for text in texts) / 1e6:.1f} MB"
     table = token_report.comparison_table(stats)
-    print(*align_columns([table.head, *table.rows], width=math.inf), sep="\n")
+    width = terminal_width() if sys.stdout.isatty() else math.inf
+    print(*("\n".join(align_columns(rows, width)) for rows in split_columns([table.head, *table.rows], width)), sep="\n\n")
     token_report.write_tokenizer_page(page, stats, counted)
     print(page)
 

@@ -8,7 +8,6 @@ Owns the presets, the flags of pretraining and its validation; the loop is train
 """
 import dataclasses
 import math
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from experiments.plots import draw_curves, validation_note
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, run_folder
-from runtime.cli import command, read_path, wrap
+from runtime.cli import command, read_path, say
 from runtime.config import BadInput, check_flags, flag, shorten
 from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
 from runtime.forecast import format_seconds
@@ -235,8 +234,8 @@ def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: Tr
 
 def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
     path = setup.writer.path
-    print(wrap(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
-               f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves", sys.stdout))
+    say(f"saved {path} and {run_folder(path)}/metrics.jsonl; `python generate.py --checkpoint_path={path}` samples "
+        f"from it, `python train.py --checkpoint_path={path} --plot` draws its curves")
     if run.sample_tokens:
         print("sample, the start of a document:")
         with setup.machine.autocast():
@@ -253,12 +252,16 @@ def plot(value: str, default: Path):
         rows_path = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
         is_standard = rows_path.name == "metrics.jsonl"
         pictures.append(rows_path.parent / "curves.png" if is_standard else rows_path.with_suffix(".png"))
+        if not rows_path.exists():
+            raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)}: no such file: check the path")
         runs[str(path)] = read_rows(rows_path)
         if not any({"val_loss", "tokens", "seconds"} <= row.keys() for row in runs[str(path)]):
             raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)} holds no validation rows: give checkpoints of "
                            f"runs that have started")
     draw_curves(runs, pictures[0])
-    print(pictures[0], *filter(None, [validation_note(runs)]), sep="\n")
+    print(pictures[0])
+    if note := validation_note(runs):
+        say(note)
 
 
 @command

@@ -30,6 +30,7 @@ from runtime.cli import (
     ignore_output_errors,
     log_line,
     progress_bar,
+    say,
     set_postfix,
     terminal_width,
     wrap,
@@ -583,7 +584,9 @@ def make_forecast(run: Run, step_seconds: float, validation_seconds: float | Non
 
 def print_forecast(run: Run):
     forecast = measure_run(run)
-    print(forecast_table(forecast), *forecast.warnings(), sep="\n")
+    print(forecast_table(forecast))
+    for warning in forecast.warnings():
+        say(warning)
 
 
 def report_forecast(run: Run, step_seconds: float, validation_seconds: float | None):

@@ -24,6 +24,7 @@ from experiments.analysis import (
 from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
 from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
 from experiments.stats import Estimate
+from runtime.cli import say
 from runtime.files import atomic_write
 
 SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
@@ -78,7 +79,7 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     for group, size_rows in zip(by_size, rows_by_size):
         print("\n".join(short_table(group, size_rows)))
     for name, arms in by_vocabulary(results).items():
-        print(f"{name}: {best_vocabulary(arms)}")
+        say(f"{name}: {best_vocabulary(arms)}")
     print(out_path / "comparison.html")
 
 

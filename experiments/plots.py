@@ -282,7 +282,7 @@ def draw_compression(results: dict[str, dict[str, float]]) -> list[str]:
         axis.barh(y, [values[kind] for kind in kinds], thickness * 0.9, color=color, label=wrap_label(name))
     axis.set_yticks(range(len(kinds)), [wrap_label(kind, 22) for kind in kinds])
     axis.invert_yaxis()
-    axis.set(xlabel="bytes per token", title="Bytes per token by kind of text (more is better)")
+    axis.set(xlabel="bytes per token", title="Bytes per token (more is better)")
     axis.figure.legend(loc="outside lower center", fontsize=8, frameon=False)  # inside, bars would be behind it
     return to_svgs([axis])
 

@@ -56,6 +56,18 @@ def align_columns(rows: list[tuple[str, ...]], width: float = 80) -> list[str]:
             for row in rows]
 
 
+def split_columns(rows: list[tuple[str, ...]], width: float) -> list[list[tuple[str, ...]]]:
+    """The table `rows`, or where its lines would be longer than `width`, several, each with the first column of it."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    parts, room = [[]], width - first  # of the numbers of columns
+    for i, n in enumerate(widths, 1):
+        if parts[-1] and room < n + 2:
+            parts, room = [*parts, []], width - first
+        parts[-1].append(i)
+        room -= n + 2
+    return [[(row[0], *(row[i] for i in part)) for row in rows] for part in parts]
+
+
 def markdown(table: Table) -> str:
     lines = [table.head, ("---",) * len(table.head), *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -57,7 +57,8 @@ class Job(Protocol):
 
 
 class Runner:
-    """Runs `n_parallel` jobs at a time, which share the cores: each gets OMP_NUM_THREADS accordingly."""
+    """Runs `n_parallel` jobs at a time, which share the cores: each gets OMP_NUM_THREADS accordingly, or what it is already
+    if that is less."""
 
     def __init__(self, n_parallel: int, stop: StopSignals):
         self.n_parallel, self.stop = n_parallel, stop
@@ -129,8 +130,9 @@ class Runner:
 
 
 def threads_of_job(n_parallel: int) -> int:
-    """Threads of a CPU that each of `n_parallel` jobs at a time gets."""
-    return max(1, available_cores() // n_parallel)
+    """Threads of a CPU that each of `n_parallel` jobs at a time gets, at most OMP_NUM_THREADS where that is given."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(available_cores() // n_parallel, int(given) if given.isdigit() else available_cores()))
 
 
 def interpret_exit(code: int, reason: str) -> JobResult:

@@ -58,6 +58,11 @@ def wrap(text: str, stream, indent: str = "") -> str:
     return "\n".join(lines).replace("\0", " ")
 
 
+def say(text: str, indent: str = ""):
+    """Prints `text` on stdout, see `wrap`."""
+    print(wrap(text, sys.stdout, indent))
+
+
 def progress_bar(iterable=None, **options) -> tqdm:
     """tqdm that refreshes often on a terminal, and every half minute in a log file."""
     interval = 0.2 if sys.stderr.isatty() else 30
@@ -310,7 +315,8 @@ def ignore_output_errors():
             with contextlib.suppress(OSError):
                 stream.flush()
             raw = LossyFile(stream.fileno(), "wb", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors,
+            buffer = raw if stream.write_through else io.BufferedWriter(raw)  # with PYTHONUNBUFFERED there is none
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors,
                                                 line_buffering=stream.line_buffering, write_through=stream.write_through))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoint import CheckpointWriter, explain_damage, load_resumable, owning_checkpoint, run_folder
-from runtime.cli import Parser, add_flags, parse_bool, read_path
+from runtime.cli import Parser, add_flags, parse_bool, read_path, say
 from runtime.config import BadInput, declared_flags, flag_names, read_flags, shorten
 from runtime.files import check_writable
 from runtime.metrics import is_finite_number, read_rows
@@ -111,9 +111,9 @@ class TrainingCommand:
             before, now = training["settings"][name], settings[name]
             if before != now:
                 note = "; the schedule now fits the new one" if name in STOP_FLAGS and now else ""
-                print(f"changed on resuming: {name} {before} -> {now}{note}")
+                say(f"changed on resuming: {name} {before} -> {now}{note}")
         if machine != training.get("machine"):
-            print(f"changed on resuming: machine {training.get('machine')} -> {machine}")
+            say(f"changed on resuming: machine {training.get('machine')} -> {machine}")
 
 
 def check_counters(training: dict):
@@ -144,5 +144,5 @@ def is_finished(loop, training: dict, resumed: Path) -> bool:
         if training["settings"][name] != limit:
             raise BadInput(f"--{name}={limit}: the checkpoint is at step {training['step']} already: give more")
         if loop.verbose:
-            print(f"{resumed}: already finished at step {training['step']:,}; a larger --{name} trains on")
+            say(f"{resumed}: already finished at step {training['step']:,}; a larger --{name} trains on")
     return bool(reached)

@@ -215,7 +215,7 @@ def test_conversation_from_a_pipe(attention_model, monkeypatch, capsys, tmp_path
                "/reset", "you")
     chat_loop(chat, "hello")
     assert capsys.readouterr().out.splitlines() == [
-        "first", "one", *HELP.splitlines() * 2, f"(saved to {path})",
+        "first", "one", "(/unknown: no such command)", *HELP.splitlines() * 2, f"(saved to {path})",
         f"(/save {path}: exists: choose another name)",
         "(the message has 37 tokens, the model's context holds 36: shorten it)",
         "full", "(the context is full: the oldest turns are dropped)", "(conversation cleared)", "two", ""]
@@ -250,6 +250,13 @@ def test_save_reports_an_unknown_home(attention_model, monkeypatch, capsys, tmp_
     type_lines(monkeypatch, "/save ~nobody-of-this-name/a.jsonl", "/reset")
     chat_loop(Chat(attention_model, BYTES, GREEDY, 3))
     assert "~nobody-of-this-name/a.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["/quit", "/exit", " /bye "])
+def test_a_conversation_ends_by_the_usual_words(attention_model, monkeypatch, capsys, line):
+    type_lines(monkeypatch, line, "/reset")
+    chat_loop(Chat(attention_model, BYTES, GREEDY, 3))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("system", ["", "be kind"])

@@ -1,6 +1,7 @@
 """runtime/cli.py: the command line of flags, and the exit code and line of each kind of failure."""
 import io
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 import torch
 import write_flags
 
+from conftest import REPO
 from runtime.aliases import NOT_HERE, OTHER_NAMES, explain_unknown
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import (
@@ -121,6 +123,12 @@ def test_other_names_lead_to_flags_that_exist():
     assert OTHER_NAMES.keys() <= ours
     mentioned = {word.strip(":,;")[2:] for words in NOT_HERE for word in words.split() if word.startswith("--")}
     assert mentioned <= ours
+
+
+@pytest.mark.parametrize("typed, known, ours", [("--data_path=x", ["dataset", "out_path"], "--dataset"),
+                                                ("--lr=1", ["learning_rate", "mlp"], "--learning_rate")])
+def test_the_usual_names_of_others_are_known(typed, known, ours):
+    assert explain_unknown(typed, dict.fromkeys(known, ())).endswith(f"did you mean {ours}?")
 
 
 @pytest.mark.parametrize("columns, shown, hidden", [(80, ["loss=3.41", "tok/s=1,234"], ["memory"]),
@@ -276,3 +284,15 @@ def test_an_operation_that_deterministic_forbids_is_named():
             torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.integration
+def test_output_is_not_held_back_where_it_is_unbuffered(tmp_path):
+    """As in containers, which set PYTHONUNBUFFERED: what is printed arrives before the process ends."""
+    (tmp_path / "prints.py").write_text("from runtime.cli import ignore_output_errors\nignore_output_errors()\n"
+                                        "print('first')\nimport sys\nsys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-u", "prints.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}) as process:
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        process.communicate("\n")
+    assert ready

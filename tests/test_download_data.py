@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -912,6 +913,16 @@ def test_builtin_text_of_other_packages_is_not_resumed(tmp_path, english, refuse
     assert contents(tmp_path / "data") == before
 
 
+@pytest.mark.parametrize("words, vocab_size", [(12, range(262, 512)), (400, [512, 1024])])
+def test_default_vocabulary_of_text_that_repeats_itself(tmp_path, words, vocab_size):
+    """Sums, speeches of a few words: large files for which there are few merges."""
+    some = [f"{i * 7919 % 99991:x}".translate(str.maketrans("0123456789", "ghijklmnop")) for i in range(words)]
+    text = "\n\n".join(" ".join(random.Random(i).choices(some, k=12)) for i in range(9000))
+    (tmp_path / "a.txt").write_text(text)
+    download_data.main([f"--dataset={tmp_path / 'a.txt'}", f"--data_path={tmp_path / 'data'}"])
+    assert Manifest.load(tmp_path / "data").vocab_size in vocab_size
+
+
 FLAGS = ["--vocab_size=400", "--val_bytes=8000"]
 
 
@@ -920,7 +931,7 @@ FLAGS = ["--vocab_size=400", "--val_bytes=8000"]
     ([*FLAGS, "--shard_size_threshold=0"], ["--shard_size_threshold=0"]),
     ([*FLAGS, "--tokenizer_path=none.json"], ["none.json", "no tokenizer"]),
     ([*FLAGS, "--tokenizer_path=text/a.jsonl"], ["not a tokenizer.json of this program"]),
-    ([*FLAGS, "--vocab_size=30000"], ["--vocab_size=30000", "merges for only"]),
+    ([*FLAGS, "--vocab_size=30000"], ["--vocab_size=30000", "merges for only", "or --vocab_size="]),
     (["--streaming=maybe"], ["--streaming", "'maybe'"]),
     (["--val_bytes=many"], ["--val_bytes", "'many'"]),
     (["--val_tokens=1000"], ["--val_tokens", "give --val_bytes"]),

@@ -399,6 +399,14 @@ def test_a_model_that_cannot_be_found(source, words, tmp_path, refused, hub):
     refused(export.main, flags, f"--import_path={source}", *words)
 
 
+def test_a_model_in_a_folder_that_is_there_is_not_sought_on_the_hub(tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/a.pt").touch()
+    refused(export.main, ["--import_path=checkpoints/llma"], "no such folder", "not asked")
+    refused(export.main, ["--import_path=checkpoints/a.pt"], "is a file")
+
+
 def test_import_replaces_no_checkpoint(tmp_path, refused):
     (tmp_path / "in.pt").write_bytes(b"precious")
     refused(export.main, [f"--checkpoint_path={tmp_path / 'in.pt'}", "--import_path=org/none"], "in.pt: exists")

@@ -1,11 +1,21 @@
 """Tables, pages and pictures of results."""
 import html.parser
+import math
 import re
 import statistics
 from xml.etree import ElementTree
 
 from experiments.plots import align_evaluations, draw_mean_curves, draw_pareto_fronts, draw_scaling, pareto_front
-from experiments.report import Figure, Table, csv_table, markdown, markdown_page, write_page
+from experiments.report import (
+    Figure,
+    Table,
+    align_columns,
+    csv_table,
+    markdown,
+    markdown_page,
+    split_columns,
+    write_page,
+)
 
 
 class PageParser(html.parser.HTMLParser):
@@ -134,3 +144,11 @@ def test_close_losses_have_different_labels_on_a_logarithmic_axis():
     svg, = draw_scaling({"a": ([(1e12, 1.579), (2e12, 1.571)], 1.937, 0.0074)})
     labels = re.findall(r">(1\.5\d*)</text>", svg)
     assert len(labels) > 1 and len(set(labels)) == len(labels)
+
+
+def test_columns_that_do_not_fit_follow_in_another_table():
+    rows = [("", *"abcde"), ("bytes per token", *[f"{i}.0".rjust(20, "1") for i in range(5)])]
+    parts = split_columns(rows, 80)
+    assert [part[0] for part in parts] == [("", "a", "b"), ("", "c", "d"), ("", "e")]
+    assert all(len(line) <= 80 for part in parts for line in align_columns(part))
+    assert split_columns(rows, math.inf) == [rows]

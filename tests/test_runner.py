@@ -260,3 +260,10 @@ def test_results_without_their_metrics_are_run_again(job, rows, knows_digest):
 def test_exit_0_without_final_row_is_a_failure(job):
     (job.folder / "metrics.jsonl").unlink()
     assert job.complete(JobResult("finished")).status == "failed" and not job.folder.exists()
+
+
+@pytest.mark.parametrize("given, jobs, threads", [("", 1, 8), ("1", 1, 1), ("16", 2, 4), ("many", 4, 2), ("", 99, 1)])
+def test_threads_of_a_job(monkeypatch, given, jobs, threads):
+    monkeypatch.setattr("experiments.runner.available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert Runner(jobs, None).environment["OMP_NUM_THREADS"] == str(threads)

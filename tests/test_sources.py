@@ -98,7 +98,7 @@ def test_a_long_txt_file_is_cut_at_blank_lines(tmp_path):
     assert all(document.startswith("paragraph") for document in documents)
     without_blank_lines = ["line " * 2000 + "\n"] * 300
     documents = read(write(tmp_path / "b.txt", without_blank_lines))
-    assert "".join(documents) == "".join(without_blank_lines) and len(documents) == 3
+    assert "".join(documents) == "".join(without_blank_lines) and len(documents) == 43
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])

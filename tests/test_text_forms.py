@@ -96,6 +96,15 @@ def test_a_long_txt_file_is_the_same_when_compressed(tmp_path, monkeypatch):
         assert "".join(found) == text and len(found) > 30
 
 
+@pytest.mark.parametrize("line_end", ["\n", " "])
+def test_half_a_megabyte_without_blank_lines_is_several_documents(tmp_path, line_end):
+    text = f"one sentence after another.{line_end}" * 20_000
+    (tmp_path / "a.txt").write_text(text)
+    found = list(open_source(SourceConfig(dataset=str(tmp_path / "a.txt"))).documents())
+    assert len(found) > 5 and "".join(found) == text
+    assert line_end == " " or all(document.endswith("\n") for document in found)
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("a.json", b'[{"text": "one"}, {bad]', "row 2 and what follows it cannot be parsed as JSON"),
     ("a.json", b'[{"text": "one"}, {"text": "tw', "row 2 and what follows it cannot be parsed as JSON"),

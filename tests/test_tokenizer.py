@@ -555,7 +555,7 @@ def test_a_single_text_is_refused():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], ["--vocab_size=32768", "merges for only", "smaller --vocab_size"]),
+    ([], ["--vocab_size=32768", "merges for only", "or --vocab_size="]),
     (["--vocab_size=258"], ["--vocab_size=258", "at least 261"]),
     (["--vocab_size=262", "--pattern=(["], ["--pattern=([", "regular expression"]),
     (["--tokenizer_path=text.txt/x.json"], ["--tokenizer_path=", "cannot be written"])], ids=str)

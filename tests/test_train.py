@@ -416,8 +416,8 @@ def test_plot_draws_finished_runs(plotted, capsys):
 
 def test_plot_needs_rows_of_validations(plotted, refused, tmp_path):
     refused(train.main, [f"--plot={plotted[0]},{tmp_path / 'none.pt'}"], "--plot=",
-            "none/metrics.jsonl holds no validation rows")
-    refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "holds no validation rows")
+            "none/metrics.jsonl: no such file")
+    refused(train.main, [f"--checkpoint_path={tmp_path / 'none.pt'}", "--plot"], "no such file")
     refused(train.main, ["--plot="], "--plot=: is empty")
     refused(train.main, ["--plot=a,~nosuchuser/x"], "--plot=a,~nosuchuser/x:", "the home of a user that does not exist")
     refused(train.main, ["--plot=" + "x" * 300], "--plot=xxx", "longer than file names can be")

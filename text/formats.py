@@ -28,7 +28,7 @@ from text.parquet import record_batches, text_batches
 CHUNK_BYTES = 1 << 20  # text that is read, encoded and passed on at a time
 # A txt file is cut at the first blank line after TXT_DOCUMENT_BYTES; where there is none, at the first line end after
 # TXT_MAX_BYTES; where there is none either, at TXT_MAX_BYTES.
-TXT_DOCUMENT_BYTES, TXT_MAX_BYTES = 16_384, 1 << 20
+TXT_DOCUMENT_BYTES, TXT_MAX_BYTES = 16_384, 65_536
 MAX_JSON_VALUES = 10_000_000  # in one document's row, beside its text: each takes up to 70 bytes
 
 
