@@ -62,11 +62,13 @@ def test_finished_jobs_are_not_run_again():
     assert run_jobs(job) == [JobResult("diverged", "before")] and not job.completed
 
 
-def test_jobs_share_the_cores(monkeypatch, tmp_path):
+@pytest.mark.parametrize("given, threads", [("", "4"), ("2", "2"), ("16", "4")])
+def test_jobs_share_the_cores(monkeypatch, tmp_path, given, threads):
     monkeypatch.setattr("experiments.runner.available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
     program = f"import os; open({str(tmp_path / 'threads')!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
     run_jobs(FakeJob(program), n_parallel=2)
-    assert (tmp_path / "threads").read_text() == "4"
+    assert (tmp_path / "threads").read_text() == threads
 
 
 def test_on_end_is_called_once_per_job():

@@ -8,7 +8,6 @@ import pytest
 from test_report import parse_page
 
 import tokenizer as tokenizer_script
-from experiments.report import Table
 from experiments.token_report import PAGE_COLORS, embedding_share, terminal_text, visible
 from model import GPT, GPTConfig
 from text.samples import sample_texts
