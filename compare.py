@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -740,10 +741,13 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(memory), f"{speed:,.0f}",
                       str(n_runs), format_seconds(seconds)))
     print("\n".join(align_columns(lines)))
+    start, n_processes = time.perf_counter(), sum(int(line[4]) for line in lines[1:])
+    subprocess.run([sys.executable, "-c", f"import {config.script}"], cwd=Path(__file__).parent, check=True)
+    total += n_processes * (time.perf_counter() - start)
     jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
     available = available_memory(machine.device)
-    print(f"time    about {format_seconds(total / jobs)} with --jobs={config.jobs}, without the start of "
-          f"{sum(int(line[4]) for line in lines[1:])} processes")
+    print(f"time    about {format_seconds(total / jobs)} with --jobs={config.jobs}, the start of {n_processes} processes "
+          f"included")
     print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
     if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
