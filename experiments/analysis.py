@@ -190,14 +190,16 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
         if not arm_results.finished():
             continue
         row |= outcome_columns(arm_results)
-        if arm_results is reference:
-            row["bpb_equal_seconds"] = row["bpb"]
-            continue
-        row |= difference_columns(arm_results, reference, *slope)
-        if reference.finished():
+        if arm_results is not reference:
+            row |= difference_columns(arm_results, reference, *slope)
+    fastest = min((row["seconds"] for row in rows if "seconds" in row), default=math.nan)
+    for row, arm_results in zip(rows, results):
+        if "seconds" in row:
             own_slope, log_ratio = arm_results.slope()
-            longer = math.log(row["seconds"] / rows[0]["seconds"])
-            if abs(longer) <= log_ratio:  # no further than was measured
+            longer = math.log(row["seconds"] / fastest)
+            if longer == 0:
+                row["bpb_equal_seconds"] = row["bpb"]
+            elif longer <= log_ratio:  # no further than was measured
                 row["bpb_equal_seconds"] = row["bpb"] + own_slope * longer
     return rows
 

@@ -30,17 +30,19 @@ from runtime.files import atomic_write
 SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
 NOTES = """\
 Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers seeds, not the choice of
-text. Differences are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). Steps
-equivalent: how many more (+) or fewer (-) steps the first arm would need to match the arm, with the interval that follows
-from the difference's. Bits/byte at equal seconds: what the arm would have reached in the time that the first arm took. Both
-are interpolated between an arm's best run on a part of the budget and its run of the same seed on the whole, each with a
-full cooldown, and never extrapolated beyond them. Learning rate: the search starts from the best of the grid on a part of
-the budget; lower rates are tried on the full budget with the first seed while they improve. The run at the best one is among
-those compared, so it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest of the grid. FLOPs
-are per training token, forward and backward: matrix products, and separately activations and the bases of KAN layers. Peak
-memory is the process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after all runs, one at a
-time with the arms taking turns, and seconds are those of a run at that speed; where the budget is in seconds, both are the
-runs' own. A column that would be the same for all arms is left out of the table, and its value stands below it."""
+text. Differences are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). Bits/byte at
+equal seconds: what the arm would have reached in the time that the fastest arm took, interpolated between its best run on a
+part of the budget and its run of the same seed on the whole, each with a full cooldown; none where that time is less than
+the first of them took. Steps equivalent: how many more (+) or fewer (-) steps the first arm would need to match the arm,
+from how much it gains between two such runs, with the interval that follows from the difference's; more steps assume that it
+goes on gaining as much, and neither goes beyond the ratio of the two. Learning rate: the search starts from the best of the
+grid on a part of the budget; lower rates are tried on the full budget with the first seed while they improve. The run at the
+best one is among those compared, so it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest
+of the grid. FLOPs are per training token, forward and backward: matrix products, and separately activations and the bases of
+KAN layers. Peak memory is the process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after
+all runs, one at a time with the arms taking turns, and seconds are those of a run at that speed; where the budget is in
+seconds, both are the runs' own. A column that would be the same for all arms is left out of the table, and its value stands
+below it."""
 VOCABULARY_NOTE = """\
 Arms of different vocabularies have steps and contexts of the same number of tokens, which hold different numbers of bytes of
 text, see "bytes per context"; losses in nats per token and tokens/s of theirs cannot be compared, bits per byte and bytes/s

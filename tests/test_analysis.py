@@ -69,6 +69,14 @@ def test_table_by_hand():
     assert "; equivalent to +41% (+3" in verdict(second, first) and "steps of a." in verdict(second, first)
 
 
+def test_no_arm_gets_better_than_measured_at_equal_seconds():
+    """The second arm is twice as fast: the first one is scored as of half its time."""
+    first, second = make_rows(make_results("a", [1.61], grid_bpb=2.01), make_results("b", [1.51], speed=2000.0))
+    assert second["bpb_equal_seconds"] == second["bpb"] and first["bpb_equal_seconds"] == pytest.approx(1.61 + 0.2)
+    first, _ = make_rows(make_results("a", [1.61]), make_results("b", [1.51], speed=8000.0))
+    assert "bpb_equal_seconds" not in first  # a part of the budget shorter than was measured
+
+
 def test_seconds_budget_uses_the_runs_own_speed():
     results = make_results("a", [1.6], speed=500.0)
     assert results.speed() == 500
