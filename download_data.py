@@ -658,11 +658,10 @@ class Progress:
             before, n = self.start
             if chunk.fraction > before:
                 self.bar.total = min(self.threshold, n + int((self.bar.n - n) * (1 - before) / (chunk.fraction - before)))
-        bytes_per_token = self.new_bytes / self.new_tokens
-        bytes_per_second = bytes_per_token * (self.bar.format_dict["rate"] or 0)
+        bytes_per_token, rate = self.new_bytes / self.new_tokens, self.bar.format_dict["rate"]
+        speed = {"MB/s": f"{bytes_per_token * rate / 1e6:.1f}"} if rate else {}  # none yet at the first chunk
         self.bar.set_description_str(shard.removesuffix(".npy"), refresh=False)
-        set_postfix(self.bar, {"docs": f"{self.documents:,}", "MB/s": f"{bytes_per_second / 1e6:.1f}",
-                               "bytes/tok": f"{bytes_per_token:.2f}"})
+        set_postfix(self.bar, {"docs": f"{self.documents:,}", **speed, "bytes/tok": f"{bytes_per_token:.2f}"})
         self.bar.update(tokens)
 
 
