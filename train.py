@@ -246,18 +246,19 @@ def report_end(state: TrainState, setup: TrainSetup, run: RunConfig):
 def plot(value: str, default: Path):
     """Draws the runs that --plot={value} names, separated by commas: checkpoints, their folders, or files of metrics; "1" is
     the checkpoint `default`. The picture goes beside the first one's metrics."""
-    paths = [default] if value == "1" else [read_path(name.strip(), f"--plot={shorten(value)}") for name in value.split(",")]
+    named = f"--checkpoint_path={default}" if value == "1" else f"--plot={shorten(value)}"
+    paths = [default] if value == "1" else [read_path(name.strip(), named) for name in value.split(",")]
     runs, pictures = {}, []
     for path in paths:
         rows_path = path if path.suffix == ".jsonl" else (path if path.is_dir() else run_folder(path)) / "metrics.jsonl"
         is_standard = rows_path.name == "metrics.jsonl"
         pictures.append(rows_path.parent / "curves.png" if is_standard else rows_path.with_suffix(".png"))
         if not rows_path.exists():
-            raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)}: no such file: check the path")
+            raise BadInput(f"{named}: {shorten(rows_path)}: no such file: check the path")
         runs[str(path)] = read_rows(rows_path)
         if not any({"val_loss", "tokens", "seconds"} <= row.keys() for row in runs[str(path)]):
-            raise BadInput(f"--plot={shorten(value)}: {shorten(rows_path)} holds no validation rows: give checkpoints of "
-                           f"runs that have started")
+            raise BadInput(f"{named}: {shorten(rows_path)} holds no validation rows: give checkpoints of runs that have "
+                           f"started")
     draw_curves(runs, pictures[0])
     print(pictures[0])
     if note := validation_note(runs):

@@ -362,7 +362,7 @@ def test_a_preset_may_name_the_checkpoint(data_path, tmp_path, monkeypatch, refu
     train.main(["--preset=quickstart", "--plot"])
     assert (run_folder(path) / "curves.png").exists()
     refused(train.main, ["--preset=quickstart", f"--checkpoint_path={tmp_path / 'other.pt'}", "--plot"],
-            "holds no validation rows")
+            f"--checkpoint_path={tmp_path / 'other.pt'}: ", "no such file")
 
 
 # -- the horizon ------------------------------------------------------------------------------------------------------
