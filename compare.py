@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from download_data import read_split, retokenize, validation_documents
@@ -47,7 +48,7 @@ from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, threa
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
 from model import GPT, GPTConfig, upgrade_config
-from optimizer import OptimizerConfig, make_optimizer
+from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.cli import (
     Parser,
@@ -80,7 +81,7 @@ from tokenizer import (
     compile_pattern,
 )
 from train import PRESETS, PRETRAINING, RunConfig
-from trainer import LoopConfig, next_token_loss
+from trainer import LoopConfig, TrainSetup, dry_run_step, init_state, next_token_loss, time_step
 
 REPO = Path(__file__).parent
 MATCH_TOLERANCE = 0.01     # largest relative difference in parameters between matched arms
@@ -736,7 +737,10 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
             seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
-        seconds += n_runs * (VALIDATIONS + 1) * validation_tokens(arm) / (3 * speed)  # the forward pass is a third of a step
+        n_grid = len(config.rates)
+        n_validations = (n_grid * validations(arm, config, "lr_grid", speed)
+                         + (n_runs - n_grid) * validations(arm, config, "run", speed))
+        seconds += n_validations * validation_tokens(arm) / (3 * speed)  # the forward pass is a third of a step
         total, peak = total + seconds, max(peak, memory)
         lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(memory), f"{speed:,.0f}",
                       str(n_runs), format_seconds(seconds)))
@@ -755,6 +759,14 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
               f", {format_bytes(free_disk(config.out_path))} free")
 
 
+def validations(arm: Arm, config: CompareConfig, stage: str, speed: float) -> int:
+    """How many a run of this stage has, at `speed` tokens per second."""
+    _, own = stage_flags(arm, config, stage)
+    n_tokens = own.get("max_tokens") or own["max_seconds"] * speed
+    interval = (arm.flags | own).get("val_intervals", config.spec.loop.val_intervals)
+    return 1 + math.ceil(n_tokens / arm.step_tokens / interval)
+
+
 def validation_tokens(arm: Arm) -> float:
     """Tokens of one validation of a run; 0 for conversations."""
     if math.isnan(arm.bytes_per_token):
@@ -763,31 +775,26 @@ def validation_tokens(arm: Arm) -> float:
     return run.val_iter * math.prod(arm.batch_shape) if run.val_iter else run.val_bytes / arm.bytes_per_token
 
 
+class MadeUpBatches:
+    """A loader of zeros, for timing."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.batch = torch.zeros(2, *shape, dtype=torch.int64)
+
+    def next_batch(self, model: GPT) -> Tensor:
+        return self.batch
+
+
 def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine) -> tuple[int, float]:
     """Peak bytes, of the process on a CPU, and tokens per second of training steps on made-up tokens."""
     with suppress(OSError):  # where the system cannot restart it, it is that of all arms so far
         reset_peak_memory(machine.device)
     model = GPT(build_meta_model(arm.flags, data.vocab_size and arm.vocab_size).config).to(machine.device)
-    schedule = read_flags(spec.optimizer, select_fields(spec.optimizer, arm.flags))
-    optimizer = make_optimizer(model, schedule, arm.step_tokens, machine.newton_schulz_dtype())
-    batch = torch.zeros(2, *arm.batch_shape, dtype=torch.int64, device=machine.device)
-
-    def pass_batch():
-        with machine.autocast():
-            loss = next_token_loss(model, batch)
-        loss.backward()
-
-    def timed(function: Callable) -> float:
-        start = time.perf_counter()
-        function()
-        model.embed.weight.detach()[0, 0].item()  # waits for the device
-        return time.perf_counter() - start
-    seconds = []
-    for _ in range(4):
-        n_batches = arm.step_tokens // math.prod(arm.batch_shape)
-        seconds.append(n_batches * timed(pass_batch) + timed(optimizer.step))
-        optimizer.zero_grad()
-    return peak_memory(machine.device), arm.step_tokens / min(seconds[1:])  # the first one allocates memory
+    schedule, loop = (read_flags(config, select_fields(config, arm.flags)) for config in (spec.optimizer, spec.loop))
+    batches, setup = MadeUpBatches(arm.batch_shape), TrainSetup(machine, schedule, arm.step_tokens)
+    seconds = time_step(init_state(model, batches, setup), loop, next_token_loss, setup, lambda: dry_run_step(
+        model, machine, next_token_loss, machine.to_device(batches.batch)))
+    return peak_memory(machine.device), arm.step_tokens / seconds
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from runtime.run import TrainingCommand, override_horizon
 from sampling import SamplingConfig, generate_text
 from shards import DataFolder, open_data, require_block
 from trainer import (
+    SHORTER,
     Evaluation,
     LoopConfig,
     Run,
@@ -85,7 +86,6 @@ class RunConfig(RunFlags):
                                    "many, the same ones for every vocabulary", at_least=1, on_resume="warn", scope="shared")
     val_iter: int = flag(None, "batches in a validation, always the same ones, in place of --val_bytes", at_least=1,
                          on_resume="warn", scope="shared")
-    val_digest: str = ""  # of the documents of the validation split, from the manifest
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in the training process", at_least=0,
                                        at_most=1000, on_resume="free")
     sample_tokens: int = flag(128, "tokens of text to generate from the trained model at the end", at_least=0,
@@ -139,7 +139,7 @@ def shorter_run(configs: TrainConfigs, machine: Machine, flops: float) -> str:
     """What to do about a run that takes too long. flops: a second that the model reaches."""
     preset = PRESETS["cpu"]
     if machine.device.type != "cpu" or configs.model.n_embd <= preset["n_head"] * preset["head_size"]:
-        return "--max_seconds=3600 fits the whole schedule into an hour"
+        return SHORTER
     shape = {name: value for name, value in preset.items() if name in GPTConfig.__dataclass_fields__}
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=configs.model.vocab_size, **shape))
@@ -171,8 +171,6 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
     machine, data = output.machine, open_data(run.data_path, None if checkpoint else configs.model.vocab_size)
     require_block(data, "train", configs.model.block_size)
     require_block(data, "val", configs.model.block_size if run.val_iter else 1)
-    run = dataclasses.replace(run, val_digest=data.manifest.val_digest)
-    configs = configs._replace(run=run)
     seed_everything(run.seed)
     if checkpoint:
         with explain_damage(resumed):

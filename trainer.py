@@ -64,6 +64,7 @@ from tokenizer import Tokenizer
 
 STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
 SMALL_BATCH_FLOPS = 5e11    # of a batch, below which threads may wait longer than they work: a second or so of one core
+SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
@@ -446,7 +447,7 @@ class Run:
     describe: Callable        # describe() -> the lines it starts with
     validation_seconds: Callable[[], float]  # estimate from a part of a validation, without effect
     epoch_tokens: float       # tokens in a pass over the training data
-    shorter: Callable[[float], str] = lambda flops: "--max_seconds=3600 fits the whole schedule into an hour"
+    shorter: Callable[[float], str] = lambda flops: SHORTER
     """shorter(FLOP/s that the model reaches) -> what to do about a run that takes too long"""
 
 
@@ -538,18 +539,19 @@ def measure_run(run: Run) -> Forecast:
     compile_where_asked(run)
     available = available_memory(run.setup.machine.device)
     try:
-        return make_forecast(run, time_step(run), run.validation_seconds(), available)
+        step_seconds = time_step(run.state, run.configs.loop, run.loss_fn, run.setup, run.dry_run)
+        return make_forecast(run, step_seconds, run.validation_seconds(), available)
     finally:
         run.state.loader.close()
 
 
-def time_step(run: Run) -> float:
-    """Seconds of an optimizer step, from steps of one and of two batches: one of many may take minutes."""
-    state, setup, loop = run.state, run.setup, run.configs.loop
-
+def time_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, setup: TrainSetup,
+              pass_batch: Callable[[], None]) -> float:
+    """Seconds of an optimizer step, from steps of one and of two batches: one of many may take minutes. pass_batch(): a
+    forward and backward pass of a batch, which is timed instead where even one step is slow."""
     def step_seconds(n_batches: int) -> float:
         start = time.perf_counter()
-        loss, _ = train_step(state, replace(loop, num_batch_accum=n_batches), run.loss_fn, setup.machine)
+        loss, _ = train_step(state, replace(loop, num_batch_accum=n_batches), loss_fn, setup.machine)
         loss.item()  # waits for the device
         return time.perf_counter() - start
     set_rates(state.optimizer, state.step, 0.0, setup.schedule)
@@ -558,7 +560,7 @@ def time_step(run: Run) -> float:
     if first > MAX_TIMING_SECONDS:
         if n_batches > 1:
             start = time.perf_counter()
-            run.dry_run()
+            pass_batch()
         return first + (n_batches - 1) * (time.perf_counter() - start)
     times, end = {1: [], 2: []}, time.perf_counter() + MAX_TIMING_SECONDS
     while not times[1] or len(times[1]) < 10 and time.perf_counter() < end:

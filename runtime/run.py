@@ -13,7 +13,7 @@ from runtime.metrics import is_finite_number, read_rows
 # The flags that end a run, and the counter of TrainState that each limits.
 STOP_FLAGS = {"max_iter": "step", "max_tokens": "tokens", "max_seconds": "seconds"}
 # Flags that were added after checkpoints of this format had been written, with what a run did before there was the flag.
-LATER_FLAGS = {"skip_errors": False, "threads": 0, "val_bytes": 400_000, "val_digest": ""}
+LATER_FLAGS = {"skip_errors": False, "threads": 0, "val_bytes": 400_000}
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,8 @@ def test_runs_validate_on_the_same_bytes_whatever_the_vocabulary(vocabularies, t
     assert covered[0] == covered[1] and len(covered[0]) == 1 and 3000 <= min(covered[0]) < 9000
     checkpoint = load_checkpoint(paths[0])
     settings = checkpoint["training"]["settings"]
-    assert settings["val_digest"] == vocabularies[0].manifest.val_digest == vocabularies[1].manifest.val_digest != ""
-    del settings["val_bytes"], settings["val_digest"]
+    assert vocabularies[0].manifest.val_digest == vocabularies[1].manifest.val_digest != ""
+    del settings["val_bytes"]
     settings["val_iter"] = 2
     save_checkpoint(paths[0], checkpoint)
     resume = ["--resume_checkpoint", f"--checkpoint_path={paths[0]}", "--verbose=0", "--device=cpu"]
