@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import IGNORE_INDEX, PackedBatches, encodable
+from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
 from experiments.report import Table, markdown
 from model import GPT
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
@@ -225,20 +225,10 @@ def document_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: S
     return sums
 
 
-def sliding_windows(ids: np.ndarray, block_size: int) -> Iterator[Window]:
-    """Windows of `block_size` inputs at a stride of half a block, which score every token of `ids` but the first once.
-
-    The first window scores all its tokens, the others those that are new. So a token is predicted from at least half a
-    block, or from all there is before it. Source: strided evaluation, as in Hugging Face's "Perplexity of fixed-length
-    models".
-    """
-    n, n_done = len(ids) - 1, 0
-    for start in range(0, n, max(1, block_size // 2)):
-        stop = min(start + block_size, n)
-        yield Window(ids[start:stop + 1], stop - n_done)
-        n_done = stop
-        if stop == n:
-            return
+def sliding_windows(ids: np.ndarray, block_size: int, stride: int | None = None) -> Iterator[Window]:
+    """The windows of dataloader.cut_windows that score every token of `ids` but the first once."""
+    for start, first, stop in cut_windows(len(ids) - 1, block_size, stride=stride):
+        yield Window(ids[start:stop + 1], stop - first)
 
 
 def bits_per_byte(documents: Sequence[LossSums]) -> Score:

@@ -101,6 +101,12 @@ class BlockCache:
         for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
             part.copy_rows_from(rows, source, other_rows, stop, n)
 
+    def detach(self):
+        for part in (self.mixer, *self.shifts):
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor):
+                    setattr(part, name, value.detach())
+
 
 @dataclass
 class Cache:
@@ -116,6 +122,11 @@ class Cache:
         at slot `length`."""
         for block, source in zip(self.blocks, other.blocks):
             block.copy_rows_from(rows, source, other_rows, self.length, other.length)
+
+    def detach(self):
+        """Cuts what is cached off the graph of the forward pass that made it."""
+        for block in self.blocks:
+            block.detach()
 
     def select_rows(self, rows: list[int]):
         """Row i becomes what row rows[i] was, as beam search needs it. rows: as many as the cache has."""

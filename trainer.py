@@ -327,7 +327,7 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
         total = total + loss.detach()
         n_tokens += batch[0].numel()
     state.scaler.unscale_(state.optimizer)
-    parameters = list(state.model.parameters())
+    parameters = [p for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
     norm = get_total_norm([p.grad for p in parameters])
     if loop.grad_clip:
         clip_grads_with_norm_(parameters, loop.grad_clip, norm)

@@ -1,0 +1,312 @@
+"""Training at inference time: a model that learns from what it has just read, and then forgets it again.
+
+A text is read a hop of tokens at a time. A hop is predicted first, with the weights as they are, and that is its score; then
+one step is taken on it. `forget` puts the weights back, bit for bit.
+
+    learner = Learner(model, AdaptConfig(), machine)
+    losses = learner.read(ids)      # in nats, of every hop, before the step on it
+    learner.forget()
+
+What precedes a hop is in the cache, as earlier weights made it: no gradient flows there, and little is computed twice. When
+the cache is full, it is made anew from the last half block with the weights as they are then. So every token is predicted
+from what it is in `evaluate.py`. Source: dynamic evaluation, Krause et al. 2018, arXiv:1709.07432; for transformers with
+cached contexts, Krause et al. 2019, arXiv:1904.08378.
+"""
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+
+from dataloader import cut_windows
+from layers.linear import linear_layers
+from model import GPT, Cache, GPTConfig
+from optimizer import CombinedOptimizer, parameter_kind
+from runtime.config import BadInput, check_flags, flag
+from runtime.device import Machine
+from runtime.metrics import NonFiniteGuard
+from sampling import cache_dtype
+from text.sources import SourceConfig, open_source, take_text
+from tokenizer import Tokenizer
+from trainer import MAX_FP16_SKIPS, LoopConfig, TrainState, train_step
+
+# -- what is trained --------------------------------------------------------------------------------------------------
+
+def in_last_half_mlps(name: str, config: GPTConfig) -> bool:
+    first, layer, part = (name.split(".") + ["", ""])[:3]
+    return first == "blocks" and part == "mlp" and int(layer) >= config.n_layer // 2
+
+
+# scope -> whether a parameter of this name is trained. lora trains none of the model's own, see LowRankUpdate.
+ADAPT_SCOPES: dict[str, Callable[[str, GPTConfig], bool]] = {
+    "all": lambda name, config: True, "last_half_mlps": in_last_half_mlps,
+    "norms": lambda name, config: "norm." in name, "lora": lambda name, config: False}
+
+
+class LowRankUpdate(nn.Module):
+    """weight + up @ down, of which `up`, zero at first, is trained, and `down` is fixed and has orthonormal rows.
+
+    At full rank, where `down` is the identity, a step of `up` is a step of `weight`. Sources: Hu et al. 2021 (LoRA),
+    arXiv:2106.09685; with `down` fixed, Zhang et al. 2023 (LoRA-FA), arXiv:2308.03303.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        n_out, n_in = weight.shape
+        rank = min(rank, n_in)
+        down = torch.eye(n_in) if rank == n_in else torch.linalg.qr(torch.randn(n_in, rank, generator=generator))[0].T
+        self.register_buffer("down", down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(n_out, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def add_low_rank_updates(model: GPT, rank: int) -> list[nn.Parameter]:
+    """Adds an update to every linear layer in the blocks. Returns the parameters that are trained."""
+    generator = torch.Generator().manual_seed(0)
+    updates = [LowRankUpdate(layer.weight, rank, generator) for layer in linear_layers(model)]
+    for layer, update in zip(linear_layers(model), updates):
+        parametrize.register_parametrization(layer, "weight", update)
+    return [update.up for update in updates]
+
+
+# -- update rules -----------------------------------------------------------------------------------------------------
+
+BETAS = 0.8, 0.99  # a document is some hundred steps: averages over fewer of them than in pretraining
+EMBED_RATIO = 2.0  # learning rate of embedding and head, relative to that of the rest
+RMS_EPSILON = 1e-8
+STATISTICS_BYTES = 100_000
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, with a step that can be skipped on the device."""
+
+    def __init__(self, groups: list[dict], config: "AdaptConfig"):
+        super().__init__(groups, betas=BETAS, weight_decay=0.0, fused=True)
+
+    def step(self, skip: Tensor | None = None):
+        self.found_inf = None if skip is None else skip.float()
+        super().step()
+
+
+class SGD(torch.optim.SGD):
+    """Plain gradient descent, as the first dynamic evaluation was (Mikolov et al. 2010)."""
+
+    def __init__(self, groups: list[dict], config: "AdaptConfig"):
+        super().__init__(groups, fused=True)
+
+    def step(self, skip: Tensor | None = None):
+        self.found_inf = None if skip is None else skip.float()
+        super().step()
+
+
+class RmsScaled(torch.optim.Optimizer):
+    """Steps along the gradient over its root mean square on other text, and back towards the initial weights, most where
+    that root mean square is large. Until `end_statistics` it changes nothing, and gathers the mean squares. Source: Krause
+    et al. 2018, section 4.1."""
+
+    def __init__(self, groups: list[dict], config: "AdaptConfig"):
+        """groups: with `initial`, a tensor for each parameter."""
+        super().__init__(groups, {"pull": config.adapt_pull})
+        self.squares = [[torch.zeros_like(p) for p in group["params"]] for group in self.param_groups]
+        self.n_gathered, self.rms = 0, None
+
+    def end_statistics(self):
+        self.rms = [[(total / self.n_gathered).sqrt() for total in squares] for squares in self.squares]
+        self.mean_rms = torch.cat([rms.flatten() for group in self.rms for rms in group]).mean()
+        del self.squares
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None):
+        keep = 1.0 if skip is None else (~skip).float()
+        if self.rms is None:
+            for group, squares in zip(self.param_groups, self.squares):
+                for p, total in zip(group["params"], squares):
+                    total.add_(p.grad.nan_to_num().square() * keep)
+            self.n_gathered += 1
+            return
+        for group, all_rms in zip(self.param_groups, self.rms):
+            for p, initial, rms in zip(group["params"], group["initial"], all_rms):
+                pull = (group["pull"] * rms / self.mean_rms).clamp(max=1.0)
+                change = (initial - p) * pull - group["lr"] * p.grad / (rms + RMS_EPSILON)
+                p.add_(change if skip is None else change.masked_fill(skip, 0.0))
+
+
+ADAPT_OPTIMIZERS = {"adamw": AdamW, "rms": RmsScaled, "sgd": SGD}
+AUTO_RATES = {"adamw": 6e-4, "rms": 2e-4, "sgd": 0.03}  # measured on the quick start's model, docs/adapt.md
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Training at inference time."""
+    adapt_rate: float = flag("auto", f"learning rate; that of the embedding is {EMBED_RATIO:g} times as high; auto: " +
+                             ", ".join(f"{rate:g} with {name}" for name, rate in AUTO_RATES.items()), above=0, at_most=1e6,
+                             auto=True)
+    adapt_hop: int = flag(16, "tokens that are scored, and then trained on, at a time; at most half a context", at_least=1)
+    adapt_scope: str = flag("all", "what is trained: all weights, the feed-forward layers of the last half of the blocks, "
+                                   "the parameters of the norms, or an update of low rank to every linear layer",
+                            choices=tuple(ADAPT_SCOPES))
+    adapt_optimizer: str = flag("adamw", "update rule; rms: the gradient over its root mean square on --adapt_statistics, "
+                                         "with a pull towards the weights before (RMS dynamic evaluation)",
+                                choices=tuple(ADAPT_OPTIMIZERS))
+    adapt_pull: float = flag(0.001, "with --adapt_optimizer=rms, the strength of that pull, per step", at_least=0, at_most=1)
+    adapt_statistics: str = flag("builtin", "with --adapt_optimizer=rms, a dataset as that of download_data.py, from whose "
+                                            "first 100 kB the root mean squares come")
+    adapt_rank: int = flag(8, "with --adapt_scope=lora, the rank of the updates", at_least=1)
+    __post_init__ = check_flags
+
+    @property
+    def rate(self) -> float:
+        return AUTO_RATES[self.adapt_optimizer] if self.adapt_rate == "auto" else self.adapt_rate
+
+
+# -- hops -------------------------------------------------------------------------------------------------------------
+
+class Hop(NamedTuple):
+    """Positions of a text: start to stop - 1 are read, given those from context_start on."""
+    context_start: int
+    start: int
+    stop: int
+
+
+def cut_hops(n: int, hop: int, block_size: int, first: int = 0) -> Iterator[Hop]:
+    """The hops that read positions `first` to n - 1 once each, in the windows of `evaluate.py`.
+
+    Example: n = 10, hop = 2, block_size = 4 -> 0-1, 2-3 with 0 on as context, 4-5 with 2 on, 6-7 with 4 on, 8-9 with 6 on.
+    """
+    for context_start, start, stop in cut_windows(n, block_size, first):
+        for hop_start in range(start, stop, hop):
+            yield Hop(context_start, hop_start, min(hop_start + hop, stop))
+
+
+# -- the learner ------------------------------------------------------------------------------------------------------
+
+class Learner:
+    """A model, in fp32 and on the device of `machine`, that trains at inference time. It is its own loader, whose batch is
+    what it reads now."""
+    loop = LoopConfig(max_iter=1, num_batch_accum=1)
+
+    def __init__(self, model: GPT, config: AdaptConfig, machine: Machine):
+        """Raises BadInput for a scope that the model has nothing in."""
+        self.model, self.config, self.machine = model, config, machine
+        self.hop = min(config.adapt_hop, max(1, model.config.block_size // 2))
+        model.requires_grad_(False)
+        in_scope = ADAPT_SCOPES[config.adapt_scope]
+        chosen = {name: p for name, p in model.named_parameters() if in_scope(name, model.config)}
+        if config.adapt_scope == "lora":
+            ups = {id(up) for up in add_low_rank_updates(model, config.adapt_rank)}
+            chosen = {name: p for name, p in model.named_parameters() if id(p) in ups}
+        if not chosen:
+            raise BadInput(f"--adapt_scope={config.adapt_scope}: this model has no parameters there: choose another")
+        by_ratio = {}
+        for name, p in chosen.items():
+            ratio = EMBED_RATIO if parameter_kind(name, p) in ("embedding", "head") else 1.0
+            by_ratio.setdefault(ratio, []).append(p.requires_grad_(True))
+        groups = [{"params": params, "initial": [p.detach().clone() for p in params], "lr": config.rate * ratio}
+                  for ratio, params in by_ratio.items()]
+        self.weights = [pair for group in groups for pair in zip(group["params"], group["initial"])]
+        name, guard = config.adapt_optimizer, self.make_guard()
+        optimizer = CombinedOptimizer({name: ADAPT_OPTIMIZERS[name](groups, config)})
+        self.state = TrainState(model, optimizer, machine.grad_scaler(), self, guard)
+        self.batch: tuple[Tensor, ...] = ()  # what `step` trains on
+
+    def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
+        return self.batch
+
+    def step(self, batch: tuple[Tensor, ...], loss_fn: Callable) -> Tensor:
+        """One step on a batch. Returns loss_fn(model, batch) before it, on the device. A step whose loss or gradient is not
+        finite changes nothing, see `check`."""
+        self.batch = batch
+        loss, _ = train_step(self.state, self.loop, loss_fn, self.machine)
+        self.state.step += 1
+        return loss
+
+    def check(self):
+        """Raises FloatingPointError when a step since the last `forget` was not finite."""
+        if step := self.state.guard.read()["failed_at"]:
+            raise FloatingPointError(f"loss or gradient not finite at step {step:,}: lower --adapt_rate, now "
+                                     f"{self.config.rate:g}")
+
+    def read(self, ids: Tensor, first: int = 0, learn: bool = True) -> Tensor:
+        """Reads positions `first` on of a text, ids (n + 1,) int64, given those before, and learns from every hop once it
+        is scored. Returns the summed losses of the hops (`cut_hops` tells which) in nats, (hops,) float64 on the CPU.
+        learn: False leaves the weights as they are. Raises FloatingPointError, see `check`."""
+        losses, cache, context_start = [], None, -1
+        for hop in cut_hops(len(ids) - 1, self.hop, self.model.config.block_size, first):
+            if hop.context_start != context_start:
+                cache, context_start = self.fill_cache(ids[hop.context_start:hop.start]), hop.context_start
+            batch = ids[None, hop.start:hop.stop], ids[None, hop.start + 1:hop.stop + 1]
+            losses.append(self.read_hop(batch, cache, learn).double() * (hop.stop - hop.start))
+        if learn:
+            self.check()
+        return torch.stack(losses).cpu()
+
+    def read_hop(self, batch: tuple[Tensor, Tensor], cache: Cache, learn: bool) -> Tensor:
+        """The mean loss of a hop, which goes into the cache. batch: inputs and targets, (1, T)."""
+        loss_fn = lambda model, batch: model.eager_forward(*batch, cache=cache)
+        if learn:
+            loss = self.step(batch, loss_fn)
+            cache.detach()
+            return loss
+        with torch.no_grad(), self.machine.autocast():
+            return loss_fn(self.model, self.machine.to_device(batch))
+
+    @torch.no_grad()
+    def fill_cache(self, context: Tensor) -> Cache:
+        """A cache of `block_size` positions that holds `context`, (n,) ids."""
+        with self.machine.autocast():
+            cache = self.model.init_cache(1, self.model.config.block_size, cache_dtype(self.model))
+            if len(context):
+                self.model.eager_forward(context[None].to(self.machine.device), cache=cache, logits_to_keep=1)
+        return cache
+
+    @torch.no_grad()
+    def forget(self):
+        """Puts the weights back as they were, bit for bit, and drops what the update rule has gathered since."""
+        for parameter, initial in self.weights:
+            parameter.copy_(initial)
+        for part in self.state.optimizer.parts.values():
+            part.state.clear()
+        self.state.step, self.state.scaler, self.state.guard = 0, self.machine.grad_scaler(), self.make_guard()
+
+    @torch.no_grad()
+    def keep(self):
+        """Makes the weights as they are now those that `forget` returns to."""
+        for parameter, initial in self.weights:
+            initial.copy_(parameter)
+
+    def make_guard(self) -> NonFiniteGuard:
+        return NonFiniteGuard(self.machine.device, limit=MAX_FP16_SKIPS if self.machine.dtype == "fp16" else 1)
+
+    def to_checkpoint(self) -> dict:
+        """Config and weights as they are now, see GPT.to_checkpoint, with updates of low rank added to the weights."""
+        checkpoint, updated = self.model.to_checkpoint(), {}
+        modules = dict(self.model.named_modules())
+        for name, value in checkpoint["model"].items():
+            layer, is_update, part = name.partition(".parametrizations.weight.")
+            if part == "original":
+                updated[f"{layer}.weight"] = modules[layer].weight.detach()
+            elif not is_update:
+                updated[name] = value
+        return checkpoint | {"model": updated}
+
+
+def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine: Machine) -> Learner:
+    """A learner that is ready to read, with the statistics that its update rule needs. Raises BadInput."""
+    learner = Learner(model.to(machine.device), config, machine)
+    if config.adapt_optimizer == "rms":
+        texts = open_source(SourceConfig(config.adapt_statistics)).documents()
+        for ids in encode_documents(tokenizer, take_text(texts, STATISTICS_BYTES)):
+            learner.read(ids)
+        learner.state.optimizer.parts["rms"].end_statistics()
+        learner.forget()
+    return learner
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tensor]:
+    """The ids of each text after the separator, (n + 1,) int64."""
+    for text in texts:
+        yield torch.tensor([tokenizer.separator_id, *tokenizer.encode(text)])
