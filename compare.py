@@ -44,7 +44,7 @@ from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.report import align_columns
-from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, threads_of_job
+from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
 from model import GPT, GPTConfig, upgrade_config
@@ -62,7 +62,7 @@ from runtime.cli import (
 )
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, Machine, describe_hardware, open_machine
-from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.files import folder_lock
 from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
@@ -829,21 +829,6 @@ def make_plan(config: CompareConfig, common: dict, data: TrainingData) -> dict:
     return json.loads(json.dumps(own | {"data": data.fingerprint, f"flags of {config.script}.py": shared}, default=str))
 
 
-def save_plan(config: CompareConfig, plan: dict):
-    """Writes plan.json. Raises BadInput when --out_path holds the results of another comparison."""
-    path, before = config.out_path / "plan.json", plan
-    check_writable(path, f"--out_path={config.out_path}")
-    if path.exists() and not config.overwrite:
-        with suppress(ValueError, RecursionError):  # damaged
-            found = json.loads(path.read_text(encoding="utf-8"))
-            before = found if isinstance(found, dict) else plan
-    if different := [name for name in {**before, **plan} if before.get(name) != plan.get(name)]:
-        raise BadInput(f"--out_path={config.out_path}: holds a comparison that differs in {shorten(different[0])}: choose "
-                       f"another path, or replace its results with --overwrite (identical runs are kept)")
-    with atomic_write(path, "w") as file:
-        json.dump(plan, file, indent=1)
-
-
 @command
 def main(argv=None):
     """Compares architectures, recipes or vocabularies at an equal budget."""
@@ -858,7 +843,7 @@ def main(argv=None):
         return
     line = command_line("compare.py", argv)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
-        save_plan(config, make_plan(config, common, data))
+        save_plan(config.out_path, make_plan(config, common, data), config.overwrite, "a comparison")
         start = time.perf_counter()
         arms = build_arms(config, common, data, Vocabularies(data, config.out_path / "data").prepared)
         check_budget(arms, config, environment)

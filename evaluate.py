@@ -133,15 +133,15 @@ class Window:
 
 
 @torch.inference_mode()
-def token_losses(model: GPT, machine: Machine, windows: Sequence[Window],
-                 batch_size: int) -> Iterator[tuple[int, Tensor]]:
+def token_losses(model: GPT, machine: Machine, windows: Sequence[Window], batch_size: int,
+                 show_progress: bool = True) -> Iterator[tuple[int, Tensor]]:
     """Yields (index of a window, the losses of its scored tokens in nats, (n_scored,) float64).
 
     Longest windows first: so a batch needs little padding, and too little memory shows at once.
     """
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
     n_tokens = sum(len(window.ids) - 1 for window in windows)
-    with progress_bar(total=n_tokens, unit="tok", unit_scale=True, delay=1) as bar:
+    with progress_bar(total=n_tokens, unit="tok", unit_scale=True, delay=1, disable=None if show_progress else True) as bar:
         for first in range(0, len(order), batch_size):
             indices = order[first:first + batch_size]
             idx, targets = collate([windows[i] for i in indices])

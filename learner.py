@@ -24,6 +24,7 @@ from dataloader import cut_windows
 from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
 from optimizer import CombinedOptimizer, parameter_kind
+from runtime.checkpoint import find_tensors
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import Machine
 from runtime.metrics import NonFiniteGuard
@@ -39,10 +40,16 @@ def in_last_half_mlps(name: str, config: GPTConfig) -> bool:
     return first == "blocks" and part == "mlp" and int(layer) >= config.n_layer // 2
 
 
-# scope -> whether a parameter of this name is trained. lora trains none of the model's own, see LowRankUpdate.
-ADAPT_SCOPES: dict[str, Callable[[str, GPTConfig], bool]] = {
-    "all": lambda name, config: True, "last_half_mlps": in_last_half_mlps,
-    "norms": lambda name, config: "norm." in name, "lora": lambda name, config: False}
+class AdaptScope(NamedTuple):
+    """A choice of --adapt_scope. trains(name of a parameter, config) -> bool. rate_ratio: of --adapt_rate=auto, relative to
+    that of all weights: the fewer are trained, the further each has to go."""
+    trains: Callable[[str, GPTConfig], bool]
+    rate_ratio: float
+
+
+ADAPT_SCOPES = {"all": AdaptScope(lambda name, config: True, 1.0), "last_half_mlps": AdaptScope(in_last_half_mlps, 2.0),
+                "norms": AdaptScope(lambda name, config: "norm." in name, 10.0),
+                "lora": AdaptScope(lambda name, config: False, 15.0)}  # none of the model's own, see LowRankUpdate
 
 
 class LowRankUpdate(nn.Module):
@@ -77,7 +84,7 @@ def add_low_rank_updates(model: GPT, rank: int) -> list[nn.Parameter]:
 
 BETAS = 0.8, 0.99  # a document is some hundred steps: averages over fewer of them than in pretraining
 EMBED_RATIO = 2.0  # learning rate of embedding and head, relative to that of the rest
-RMS_EPSILON = 1e-8
+RMS_FLOOR = 0.1    # of the mean root mean square: other text may have never used a token
 STATISTICS_BYTES = 100_000
 
 
@@ -131,7 +138,7 @@ class RmsScaled(torch.optim.Optimizer):
         for group, all_rms in zip(self.param_groups, self.rms):
             for p, initial, rms in zip(group["params"], group["initial"], all_rms):
                 pull = (group["pull"] * rms / self.mean_rms).clamp(max=1.0)
-                change = (initial - p) * pull - group["lr"] * p.grad / (rms + RMS_EPSILON)
+                change = (initial - p) * pull - group["lr"] * p.grad / (rms + RMS_FLOOR * self.mean_rms)
                 p.add_(change if skip is None else change.masked_fill(skip, 0.0))
 
 
@@ -143,8 +150,8 @@ AUTO_RATES = {"adamw": 6e-4, "rms": 2e-4, "sgd": 0.03}  # measured on the quick 
 class AdaptConfig:
     """Training at inference time."""
     adapt_rate: float = flag("auto", f"learning rate; that of the embedding is {EMBED_RATIO:g} times as high; auto: " +
-                             ", ".join(f"{rate:g} with {name}" for name, rate in AUTO_RATES.items()), above=0, at_most=1e6,
-                             auto=True)
+                             ", ".join(f"{rate:g} with {name}" for name, rate in AUTO_RATES.items()) +
+                             ", more where less is trained", above=0, at_most=1e6, auto=True)
     adapt_hop: int = flag(16, "tokens that are scored, and then trained on, at a time; at most half a context", at_least=1)
     adapt_scope: str = flag("all", "what is trained: all weights, the feed-forward layers of the last half of the blocks, "
                                    "the parameters of the norms, or an update of low rank to every linear layer",
@@ -160,7 +167,8 @@ class AdaptConfig:
 
     @property
     def rate(self) -> float:
-        return AUTO_RATES[self.adapt_optimizer] if self.adapt_rate == "auto" else self.adapt_rate
+        auto = AUTO_RATES[self.adapt_optimizer] * ADAPT_SCOPES[self.adapt_scope].rate_ratio
+        return auto if self.adapt_rate == "auto" else self.adapt_rate
 
 
 # -- hops -------------------------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ class Learner:
         self.model, self.config, self.machine = model, config, machine
         self.hop = min(config.adapt_hop, max(1, model.config.block_size // 2))
         model.requires_grad_(False)
-        in_scope = ADAPT_SCOPES[config.adapt_scope]
+        in_scope = ADAPT_SCOPES[config.adapt_scope].trains
         chosen = {name: p for name, p in model.named_parameters() if in_scope(name, model.config)}
         if config.adapt_scope == "lora":
             ups = {id(up) for up in add_low_rank_updates(model, config.adapt_rank)}
@@ -230,12 +238,13 @@ class Learner:
             raise FloatingPointError(f"loss or gradient not finite at step {step:,}: lower --adapt_rate, now "
                                      f"{self.config.rate:g}")
 
-    def read(self, ids: Tensor, first: int = 0, learn: bool = True) -> Tensor:
+    def read(self, ids: Tensor, first: int = 0, learn: bool = True, keep_state: bool = False) -> Tensor:
         """Reads positions `first` on of a text, ids (n + 1,) int64, given those before, and learns from every hop once it
         is scored. Returns the summed losses of the hops (`cut_hops` tells which) in nats, (hops,) float64 on the CPU.
-        learn: False leaves the weights as they are. Raises FloatingPointError, see `check`."""
-        losses, cache, context_start = [], None, -1
-        for hop in cut_hops(len(ids) - 1, self.hop, self.model.config.block_size, first):
+        learn: False leaves the weights as they are. keep_state: the cache is never made anew, for models whose cache does
+        not grow. Raises FloatingPointError, see `check`."""
+        losses, cache, context_start, n = [], None, -1, len(ids) - 1
+        for hop in cut_hops(n, self.hop, n if keep_state else self.model.config.block_size, first):
             if hop.context_start != context_start:
                 cache, context_start = self.fill_cache(ids[hop.context_start:hop.start]), hop.context_start
             batch = ids[None, hop.start:hop.stop], ids[None, hop.start + 1:hop.stop + 1]
@@ -277,6 +286,17 @@ class Learner:
         """Makes the weights as they are now those that `forget` returns to."""
         for parameter, initial in self.weights:
             initial.copy_(parameter)
+
+    def extra_bytes(self) -> int:
+        """What learning holds in memory besides the model, after a step: a copy of the trained weights, their gradients, and
+        what the update rule has gathered."""
+        gathered = find_tensors(self.state.optimizer.state_dict())
+        return sum(tensor.numel() * tensor.element_size() for tensor in gathered) + sum(
+            2 * initial.numel() * initial.element_size() for _, initial in self.weights)
+
+    def n_trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(initial.numel() for _, initial in self.weights)
 
     def make_guard(self) -> NonFiniteGuard:
         return NonFiniteGuard(self.machine.device, limit=MAX_FP16_SKIPS if self.machine.dtype == "fp16" else 1)

@@ -270,6 +270,29 @@ def draw_by_vocabulary(series: dict[str, list[tuple[int, float, float]]]) -> lis
     return to_svgs([axis])
 
 
+# -- adapting at inference time ---------------------------------------------------------------------------------------
+
+def draw_by_position(curves: dict[str, list[tuple[float, float]]], gains: dict[str, list[float]]) -> list[str]:
+    """Bits per byte against the position in a document, a curve for each way of reading; and the differences between two
+    ways, a group of points for each part of a document, with their mean. curves: name -> (tokens, bits per byte). gains:
+    name of the part -> a difference for each document. Returns panels."""
+    axes = make_panels(2)
+    for (name, curve), color in zip(curves.items(), COLORS * 9):
+        plot_points(axes[0], curve, marker=".", color=color, linewidth=1.3, label=wrap_label(name))
+    axes[0].set(xlabel="position in the document, tokens", ylabel="bits per byte",
+                title="Bits per byte by position\n(lower is better)")
+    add_legend(axes[0])
+    for i, values in enumerate(gains.values()):
+        spread = [i + 0.3 * ((k * 0.618) % 1 - 0.5) for k in range(len(values))]
+        axes[1].plot(spread, values, ".", color=COLORS[0], alpha=0.5, markersize=4)
+        axes[1].plot([i - 0.25, i + 0.25], [statistics.mean(values)] * 2, color=COLORS[1], linewidth=2)
+    axes[1].axhline(0, color=INK, linewidth=0.8)
+    axes[1].set_xticks(range(len(gains)), list(gains))
+    axes[1].set(ylabel="adapted minus static, bits per byte",
+                title="Difference by part of the document\n(a point: a document; a line: their mean)")
+    return to_svgs(axes)
+
+
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
 def draw_compression(results: dict[str, dict[str, float]]) -> list[str]:

@@ -23,8 +23,8 @@ from typing import Protocol
 
 from runtime.checkpoint import run_folder
 from runtime.cli import BAD_INPUT, DIVERGED, progress_bar
-from runtime.config import BadInput
-from runtime.files import atomic_write, folder_lock
+from runtime.config import BadInput, shorten
+from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.metrics import read_rows
 from runtime.signals import StopSignals
 from runtime.threads import available_cores
@@ -149,6 +149,24 @@ def error_line(stderr: str, script: Path) -> str:
     lines, prefix = [line for line in stderr.splitlines() if line.strip()], f"{script.name}: "
     own = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
     return " ".join((own or lines or ["printed nothing on stderr"])[-1].split())
+
+
+def save_plan(out_path: Path, plan: dict, overwrite: bool, what: str) -> bool:
+    """Writes plan.json, which says what the results in `out_path` belong to, "a comparison" or what else. Returns whether
+    there were others. Raises BadInput when there were and may not be replaced."""
+    path, before = out_path / "plan.json", None
+    check_writable(path, f"--out_path={out_path}")
+    if path.exists():
+        with suppress(ValueError, RecursionError):  # damaged
+            found = json.loads(path.read_text(encoding="utf-8"))
+            before = found if isinstance(found, dict) else None
+    different = [name for name in {**before, **plan} if before.get(name) != plan.get(name)] if before is not None else []
+    if different and not overwrite:
+        raise BadInput(f"--out_path={out_path}: holds {what} that differs in {shorten(different[0])}: choose another path, "
+                       f"or replace its results with --overwrite (identical runs are kept)")
+    with atomic_write(path, "w") as file:
+        json.dump(plan, file, indent=1)
+    return bool(different)
 
 
 @dataclass

@@ -17,6 +17,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "mean":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if not torch.is_grad_enabled():
+            flat, weight = flat.detach(), weight.detach()  # else autograd would have the gradients computed all the same
         return ChunkedCrossEntropy.apply(flat, weight, flat_targets, softcap, dtype, rows)
 
     def row_losses(x: Tensor, targets: Tensor) -> Tensor:

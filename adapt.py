@@ -1,0 +1,292 @@
+"""Measures what a model gains by training at inference time, on documents that it reads.
+
+    python adapt.py --checkpoint_path=checkpoints/quickstart.pt --dataset=notes.parquet
+    python adapt.py --checkpoint_path=checkpoints/quickstart.pt --dataset=data    validation documents of a data folder
+
+Every document is read twice by a `Learner` (learner.py), with the weights as they are and with a step after each hop of
+tokens, and by the controls: with weights that another document has led to, and with the compute spent on a longer overlap of
+windows. A row for each document goes into --out_path, from which the same command continues where it was stopped; at its end
+the folder holds adaptation.md and adaptation.html.
+"""
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from download_data import open_text, prepared_folder
+from evaluate import sliding_windows, token_losses
+from experiments.adaptation import AdaptationStudy, write_adaptation
+from experiments.runner import save_plan
+from layers import gated_delta
+from learner import AdaptConfig, Learner, cut_hops, open_learner
+from runtime.cli import (
+    command,
+    command_line,
+    explain_failures,
+    ignore_output_errors,
+    log_line,
+    parse_flags,
+    progress_bar,
+    say,
+)
+from runtime.config import BadInput, check_flags, flag
+from runtime.device import DeviceConfig, Machine, open_machine
+from runtime.files import explain_write_failure, folder_lock
+from runtime.signals import StopSignals
+from sampling import load_pretrained
+from text.sources import SourceConfig
+from tokenizer import Tokenizer
+from trainer import describe_machine
+
+OVERLAP_BATCH = 16  # windows in a forward pass of the control with a longer overlap
+
+
+@dataclass(frozen=True)
+class AdaptRunConfig:
+    """The evaluation."""
+    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model")
+    dataset: str = flag("data", "a folder that download_data.py has prepared, of which the validation documents are read; "
+                                "or a local file or folder, a dataset of the hub, or `builtin`, whose first documents are "
+                                "read")
+    dataset_config: str = flag(None, "configuration of a hub dataset")
+    text_column: str = flag("text", "column or JSON key that holds the text")
+    limit: int = flag(40, "documents to read, at most", at_least=1)
+    max_tokens: int = flag(None, "tokens of a document to read, at most (default: all)", at_least=2)
+    out_path: Path = flag(None, "folder for the rows and the page (default: --checkpoint_path without its ending, with "
+                                "_adapted added)")
+    overwrite: bool = flag(False, "let another evaluation replace the rows in --out_path")
+    skip_errors: bool = flag(False, "1 leaves out parts of files that cannot be read")
+    __post_init__ = check_flags
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Document:
+    """A text. ids: (n + 1,) int64, led by the separator. digest: of them."""
+    ids: Tensor
+    digest: str
+
+
+def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], int]:
+    """The first --limit documents of more than a hop, and how many shorter ones were left out before. Raises BadInput."""
+    source_config = SourceConfig(config.dataset, dataset_config=config.dataset_config, text_column=config.text_column,
+                                 skip_errors=config.skip_errors)
+    documents, n_short = [], 0
+    for text in texts_of(source_config):
+        ids = [tokenizer.separator_id, *tokenizer.encode(text)][:config.max_tokens and config.max_tokens + 1]
+        if len(ids) <= hop + 1:
+            n_short += 1
+            continue
+        documents.append(Document(torch.tensor(ids), hashlib.sha256(np.array(ids).tobytes()).hexdigest()[:16]))
+        if len(documents) == config.limit:
+            break
+    if not documents:
+        raise BadInput(f"--dataset={config.dataset}: holds no document of more than --adapt_hop={hop} tokens"
+                       + f", and {n_short:,} shorter ones" * bool(n_short))
+    return documents, n_short
+
+
+def texts_of(config: SourceConfig) -> Iterator[str]:
+    """The validation documents of a data folder, the held-out files of a local one that has some, else all documents."""
+    source = open_text(config)
+    chunks = source.chunks() if prepared_folder(config) else source.held_out_chunks()
+    held_out = (text for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", chunks)
+                for text in chunk.documents.strings())
+    first = next(held_out, None)
+    if first is not None:
+        source.log_notes(uses_held_out=True)
+        yield from itertools.chain([first], held_out)
+    elif prepared_folder(config):
+        raise BadInput(f"--dataset={config.dataset}: has no validation documents: give another dataset")
+    else:
+        yield from source.documents()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+def read_document(learner: Learner, document: Document, next_document: Document | None, token_bytes: Tensor,
+                  stride: int) -> dict:
+    """The row of a document, see experiments/adaptation.py. next_document: is scored with the weights that this one has led
+    to. Leaves the weights as they were. Raises FloatingPointError when a step was not finite."""
+    ids, n = document.ids, len(document.ids) - 1
+    hops = list(cut_hops(n, learner.hop, learner.model.config.block_size))
+    row = {"digest": document.digest, "next_digest": next_document and next_document.digest, "tokens": n,
+           "bytes": int(token_bytes[ids[1:]].sum()),
+           "hop_bytes": [int(token_bytes[ids[hop.start + 1:hop.stop + 1]].sum()) for hop in hops]}
+    try:
+        row["static"], row["static_seconds"] = timed_read(learner, ids, learn=False)
+        row["adapted"], row["adapted_seconds"] = timed_read(learner, ids)
+        if next_document:
+            row["next"] = sum(learner.read(next_document.ids, learn=False).tolist())
+        learner.forget()
+        windows = list(sliding_windows(ids.numpy(), learner.model.config.block_size, stride))
+        row["overlap"] = sum(losses.sum().item() for _, losses in token_losses(learner.model, learner.machine, windows,
+                                                                               OVERLAP_BATCH, show_progress=False))
+        if is_recurrent(learner):
+            for learn in (False, True):
+                losses = learner.read(ids, learn=learn, keep_state=True)
+                row["adapted_kept" if learn else "static_kept"] = sum(losses.tolist())
+        return row
+    finally:
+        learner.forget()
+
+
+def timed_read(learner: Learner, ids: Tensor, learn: bool = True) -> tuple[list[float], float]:
+    start = time.perf_counter()
+    losses = learner.read(ids, learn=learn).tolist()
+    return losses, time.perf_counter() - start
+
+
+def is_recurrent(learner: Learner) -> bool:
+    """Whether every layer carries a state through a text of any length."""
+    return not any(block.mixer.needs_mask for block in learner.model.blocks) and learner.model.positions is None
+
+
+def measure_cost(learner: Learner, documents: list[Document]) -> tuple[dict[str, float], int, int]:
+    """FLOPs per token of static and adapted reading in the windows of a long document, the stride of windows that cost as
+    many as adapted reading does, and the bytes that adapted reading holds in memory besides the model."""
+    block_size = learner.model.config.block_size
+    ids = max(documents, key=lambda document: len(document.ids)).ids[:2 * block_size]
+    first = block_size if len(ids) > block_size + 1 else 0  # from there on each window is like every other
+
+    n = len(ids) - 1 - first
+    flops = {"static": count_flops(lambda: learner.read(ids, first, learn=False)) / n,
+             "adapted": count_flops(lambda: learner.read(ids, first)) / n}
+    extra_bytes = learner.extra_bytes()
+    learner.forget()
+    window = [next(sliding_windows(ids.numpy(), block_size))]
+    a_window = count_flops(lambda: list(token_losses(learner.model, learner.machine, window, 1, show_progress=False)))
+    stride = max(1, min(block_size // 2, round(a_window / flops["adapted"])))
+    return flops | {"overlap": a_window / stride}, stride, extra_bytes
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of the matrix products of `run()`, by torch's counter, which needs to be told of some of them."""
+    recurrence = lambda factors, *rest, **kwargs: 2 * math.prod(factors) * factors[-1]
+    in_place = lambda total, a, b, *rest, **kwargs: 2 * math.prod(a) * b[-1]
+    counter = FlopCounterMode(display=False, custom_mapping={
+        getattr(torch.ops, gated_delta.NAMESPACE).linear_recurrence: recurrence, torch.ops.aten.addmm_: in_place})
+    with sdpa_kernel(SDPBackend.MATH), counter:  # flash attention on a CPU is not counted
+        run()
+    return counter.get_total_flops()
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """digest -> the row of a document; lines that a crash cut off are left out."""
+    rows = {}
+    if os.path.isfile(path):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("digest"), str):
+                    rows[row["digest"]] = row
+    return rows
+
+
+def write_row(path: Path, row: dict):
+    with explain_write_failure(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path) -> list[dict]:
+    """A row for each document, those that `path` holds already from there. Raises SystemExit when a signal stops it."""
+    earlier, rows = read_rows(path), []
+    with StopSignals() as stop, progress_bar(total=sum(len(document.ids) - 1 for document in documents), unit="tok",
+                                             unit_scale=True) as bar:
+        for i, document in enumerate(documents):
+            next_document = documents[(i + 1) % len(documents)] if len(documents) > 1 else None
+            row = earlier.get(document.digest)
+            if row is None or "diverged" not in row and row["next_digest"] != (next_document and next_document.digest):
+                try:
+                    row = read_document(learner, document, next_document, token_bytes, stride)
+                except FloatingPointError as error:
+                    row = {"digest": document.digest, "diverged": str(error)}
+                    tqdm.write(f"document {i + 1}: left out, {error}")
+                write_row(path, row)
+            else:
+                bar.initial += len(document.ids) - 1
+            rows.append(row)
+            bar.update(len(document.ids) - 1)
+            if stop.signal and i + 1 < len(documents):
+                log_line(f"stopped after {i + 1} of {len(documents)} documents, which are kept: the same command continues")
+                raise SystemExit(128 + stop.signal)
+    for before, row in zip([rows[-1], *rows], rows):
+        row["other"] = before.get("next")
+    return rows
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def make_plan(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine) -> dict:
+    """What rows depend on, as JSON: not how many documents are read."""
+    return {"dataset": config.dataset, "max_tokens": config.max_tokens, "machine": str(machine)} | vars(adapt) | {
+        "model": hashlib.sha256(config.checkpoint_path.read_bytes()).hexdigest()[:16]}
+
+
+def describe(learner: Learner, config: AdaptRunConfig, documents: list[Document], token_bytes: Tensor) -> list[str]:
+    model = learner.model
+    n_tokens = sum(len(document.ids) - 1 for document in documents)
+    n_bytes = int(token_bytes[torch.cat([document.ids[1:] for document in documents])].sum())
+    return [f"model {config.checkpoint_path}: {model.n_parameters() / 1e6:.2f} M parameters, context "
+            f"{model.config.block_size:,}; {learner.config.adapt_optimizer} at {learner.config.rate:g} on {learner.n_trained():,} "
+            f"({learner.config.adapt_scope}), hops of {learner.hop} tokens",
+            f"data {config.dataset}: {len(documents):,} documents, {n_tokens:,} tokens, {n_bytes:,} bytes",
+            f"machine {describe_machine(learner.machine)}"]
+
+
+def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, line: str):
+    model, tokenizer, _ = load_pretrained(config.checkpoint_path)
+    plan = make_plan(config, adapt, machine)
+    out_path = config.out_path or config.checkpoint_path.with_name(f"{config.checkpoint_path.stem}_adapted")
+    documents, n_short = read_documents(config, tokenizer, min(adapt.adapt_hop, max(1, model.config.block_size // 2)))
+    learner = open_learner(model, tokenizer, adapt, machine)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    conditions = describe(learner, config, documents, token_bytes)
+    with folder_lock(out_path, f"--out_path={out_path}"):
+        rows_path = out_path / "documents.jsonl"
+        if save_plan(out_path, plan, config.overwrite, "an evaluation"):
+            rows_path.unlink(missing_ok=True)
+        for condition in conditions:
+            say(condition)
+        flops, stride, extra_bytes = measure_cost(learner, documents)
+        rows = read_all(learner, documents, token_bytes, stride, rows_path)
+        finished = [row for row in rows if "diverged" not in row]
+        left_out = [f"{n_short:,} documents of at most {learner.hop} tokens were left out."] * bool(n_short)
+        if n := len(rows) - len(finished):
+            reason = next(row["diverged"] for row in rows if "diverged" in row)
+            left_out.append(f"{n:,} documents that diverged were left out: {reason}.")
+        if not finished:
+            raise FloatingPointError(f"all documents diverged: {reason}")
+        study = AdaptationStudy(f"Adapting {config.checkpoint_path} at inference time", learner.hop, flops, stride,
+                                extra_bytes, left_out, conditions, line)
+        write_adaptation(finished, study, out_path)
+
+
+@command
+def main(argv=None):
+    """Measures what a model gains by training at inference time, on the documents that it reads."""
+    ignore_output_errors()
+    config, adapt, device = parse_flags(main.__doc__, argv, AdaptRunConfig, AdaptConfig, DeviceConfig)
+    machine = open_machine(device)
+    with explain_failures(lambda: "try a smaller model, --adapt_scope=last_half_mlps, or --device=cpu"):
+        run_documents(config, adapt, machine, command_line("adapt.py", argv))
+
+
+if __name__ == "__main__":
+    main()
