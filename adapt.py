@@ -244,8 +244,8 @@ def describe(learner: Learner, config: AdaptRunConfig, documents: list[Document]
     n_tokens = sum(len(document.ids) - 1 for document in documents)
     n_bytes = int(token_bytes[torch.cat([document.ids[1:] for document in documents])].sum())
     return [f"model {config.checkpoint_path}: {model.n_parameters() / 1e6:.2f} M parameters, context "
-            f"{model.config.block_size:,}; {learner.config.adapt_optimizer} at {learner.config.rate:g} on {learner.n_trained():,} "
-            f"({learner.config.adapt_scope}), hops of {learner.hop} tokens",
+            f"{model.config.block_size:,}; {learner.config.adapt_optimizer} at {learner.config.rate:g} on "
+            f"{learner.n_trained():,} ({learner.config.adapt_scope}), hops of {learner.hop} tokens",
             f"data {config.dataset}: {len(documents):,} documents, {n_tokens:,} tokens, {n_bytes:,} bytes",
             f"machine {describe_machine(learner.machine)}"]
 
