@@ -290,7 +290,8 @@ class Learner:
     def extra_bytes(self) -> int:
         """What learning holds in memory besides the model, after a step: a copy of the trained weights, their gradients, and
         what the update rule has gathered."""
-        gathered = find_tensors(self.state.optimizer.state_dict())
+        (rule,) = self.state.optimizer.parts.values()
+        gathered = find_tensors([*rule.state.values(), getattr(rule, "rms", None)])
         return sum(tensor.numel() * tensor.element_size() for tensor in gathered) + sum(
             2 * initial.numel() * initial.element_size() for _, initial in self.weights)
 
