@@ -151,7 +151,7 @@ class AdaptConfig:
     """Training at inference time."""
     adapt_rate: float = flag("auto", f"learning rate; that of the embedding is {EMBED_RATIO:g} times as high; auto: " +
                              ", ".join(f"{rate:g} with {name}" for name, rate in AUTO_RATES.items()) +
-                             ", more where less is trained", above=0, at_most=1e6, auto=True)
+                             ", more where less is trained", above=0, auto=True)
     adapt_hop: int = flag(16, "tokens that are scored, and then trained on, at a time; at most half a context", at_least=1)
     adapt_scope: str = flag("all", "what is trained: all weights, the feed-forward layers of the last half of the blocks, "
                                    "the parameters of the norms, or an update of low rank to every linear layer",
