@@ -44,7 +44,7 @@ from runtime.cli import (
 )
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
-from runtime.files import explain_write_failure, folder_lock
+from runtime.files import atomic_write, explain_write_failure, folder_lock
 from runtime.signals import StopSignals
 from sampling import load_pretrained
 from text.sources import SourceConfig
@@ -207,6 +207,8 @@ def write_row(path: Path, row: dict):
 def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path) -> list[dict]:
     """A row for each document, those that `path` holds already from there. Raises SystemExit when a signal stops it."""
     earlier, rows = read_rows(path), []
+    with atomic_write(path, "w") as file:  # without a line that a crash cut off, which the next row would be added to
+        file.writelines(json.dumps(row) + "\n" for row in earlier.values())
     with StopSignals() as stop, progress_bar(total=sum(len(document.ids) - 1 for document in documents), unit="tok",
                                              unit_scale=True) as bar:
         for i, document in enumerate(documents):
