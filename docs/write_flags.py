@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import adapt  # noqa: E402
 import chat  # noqa: E402
 import compare  # noqa: E402
 import download_data  # noqa: E402
@@ -17,6 +18,7 @@ import generate  # noqa: E402
 import probes  # noqa: E402
 import tokenizer  # noqa: E402
 from finetune import FINETUNING  # noqa: E402
+from learner import AdaptConfig  # noqa: E402
 from runtime.cli import default_text  # noqa: E402
 from runtime.config import ON_RESUME, SCOPES, declared_flags  # noqa: E402
 from runtime.device import DeviceConfig  # noqa: E402
@@ -33,6 +35,7 @@ COMMANDS = {
     "chat": (chat.ChatConfig, SamplingConfig, DeviceConfig),
     "finetune": FINETUNING.classes,
     "evaluate": (evaluate.EvaluateConfig, DeviceConfig),
+    "adapt": (adapt.AdaptRunConfig, AdaptConfig, DeviceConfig),
     "export": (export.ExportConfig,),
     "compare": (compare.CompareConfig, compare.VocabularyConfig),
     "probes": (probes.ProbeConfig, probes.CellConfig),

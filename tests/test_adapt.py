@@ -121,7 +121,7 @@ def test_stopped_and_resumed_gives_the_same_rows(trained, documents, tmp_path, m
         file.write('{"digest": "cut off by a cra')
     run(*flags, f"--out_path={tmp_path / 'stopped'}")
     assert len(n_read) == 4
-    resumed = [row for row in adapt.read_rows(tmp_path / "stopped" / "documents.jsonl").values()]
+    resumed = adapt.read_rows(tmp_path / "stopped" / "documents.jsonl").values()
     assert [{name: value for name, value in row.items() if name not in TIMINGS} for row in resumed] == rows_in(
         tmp_path / "whole")
 
