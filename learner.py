@@ -24,7 +24,7 @@ from dataloader import cut_windows
 from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
 from optimizer import CombinedOptimizer, parameter_kind
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, declared_flags, flag
 from runtime.device import Machine
 from runtime.metrics import NonFiniteGuard
 from sampling import cache_dtype
@@ -242,7 +242,7 @@ class Learner:
             losses.append(self.read_hop(batch, cache, learn).double() * (hop.stop - hop.start))
         if learn:
             self.check()
-        return torch.stack(losses).cpu()
+        return torch.stack(losses).cpu() if losses else torch.zeros(0, dtype=torch.float64)
 
     def read_hop(self, batch: tuple[Tensor, Tensor], cache: Cache, learn: bool) -> Tensor:
         """The mean loss of a hop, which goes into the cache. batch: inputs and targets, (1, T)."""
@@ -266,6 +266,7 @@ class Learner:
     @torch.no_grad()
     def forget(self):
         """Puts the weights back as they were, bit for bit, and drops what the update rule has gathered since."""
+        self.state.optimizer.zero_grad()  # of a step that was interrupted
         for parameter, initial in self.weights:
             parameter.copy_(initial)
         for part in self.state.optimizer.parts.values():
@@ -292,6 +293,13 @@ class Learner:
             elif not is_update:
                 updated[name] = value
         return checkpoint | {"model": updated}
+
+
+def require_adapt(adapt: bool, config: AdaptConfig):
+    """Raises BadInput for a flag of `config` that is given without --adapt, by which it would go unused."""
+    for name, field in declared_flags(AdaptConfig).items():
+        if not adapt and getattr(config, name) != field.default:
+            raise BadInput(f"--{name}={getattr(config, name)}: is only used when the model learns: add --adapt")
 
 
 def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine: Machine) -> Learner:

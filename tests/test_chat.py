@@ -19,11 +19,13 @@ from conftest import REPO
 from model import GPT
 from runtime.checkpoint import save_checkpoint
 from runtime.config import BadInput
+from runtime.device import Machine
 from runtime.signals import StopSignals
 from sampling import GREEDY, SamplingConfig, sample
 from tasks.conversations import ConversationConfig, read_conversations
 from tokenizer import ROLES
 
+CPU = Machine(torch.device("cpu"), "fp32")
 SYSTEM, USER, ASSISTANT = (BYTES.chat_token_ids()[0][role] for role in ("system", "user", "assistant"))
 
 
@@ -213,7 +215,7 @@ def test_conversation_from_a_pipe(attention_model, monkeypatch, capsys, tmp_path
     check_logits(monkeypatch, chat, "first|one|full|two|")
     type_lines(monkeypatch, "hi", "  ", "/unknown", "/save", f"/save  {path} ", f"/save {path}", "m" * 37, "m" * 20,
                "/reset", "you")
-    chat_loop(chat, "hello")
+    chat_loop(chat, CPU, "hello")
     assert capsys.readouterr().out.splitlines() == [
         "first", "one", "(/unknown: no such command)", *HELP.splitlines() * 2, f"(saved to {path})",
         f"(/save {path}: exists: choose another name)",
@@ -228,7 +230,7 @@ def test_any_signal_stops_the_answer_and_all_but_sigint_quit(attention_model, mo
     check_logits(monkeypatch, chat, "abcdefgh", lambda n: n in numbers and signal.raise_signal(numbers[n]))
     type_lines(monkeypatch, "one", "two", "three")
     with pytest.raises(SystemExit) as stop:
-        chat_loop(chat)
+        chat_loop(chat, CPU)
     assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr().out == "ab (stopped)\ncdef (stopped)\n"
     assert chat.context_ids() == [START, *encode_turns(("one", "ab"), ("two", "cdef"))]
 
@@ -239,7 +241,7 @@ def test_second_ctrl_c_does_not_quit(attention_model, monkeypatch, capsys):
     check_logits(monkeypatch, chat, "abtwo|", lambda n: n == 2 and [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     type_lines(monkeypatch, "hello", "hi")
     try:
-        chat_loop(chat)
+        chat_loop(chat, CPU)
     except KeyboardInterrupt:
         pytest.fail("the program quit")  # the exception itself would end pytest
     assert chat.history[-1]["content"] == "btwo"
@@ -248,14 +250,14 @@ def test_second_ctrl_c_does_not_quit(attention_model, monkeypatch, capsys):
 def test_save_reports_an_unknown_home(attention_model, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     type_lines(monkeypatch, "/save ~nobody-of-this-name/a.jsonl", "/reset")
-    chat_loop(Chat(attention_model, BYTES, GREEDY, 3))
+    chat_loop(Chat(attention_model, BYTES, GREEDY, 3), CPU)
     assert "~nobody-of-this-name/a.jsonl" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", ["/quit", "/exit", " /bye "])
 def test_a_conversation_ends_by_the_usual_words(attention_model, monkeypatch, capsys, line):
     type_lines(monkeypatch, line, "/reset")
-    chat_loop(Chat(attention_model, BYTES, GREEDY, 3))
+    chat_loop(Chat(attention_model, BYTES, GREEDY, 3), CPU)
     assert capsys.readouterr().out == ""
 
 
@@ -263,7 +265,7 @@ def test_a_conversation_ends_by_the_usual_words(attention_model, monkeypatch, ca
 def test_a_conversation_without_messages_is_not_saved(attention_model, monkeypatch, capsys, tmp_path, system):
     path = tmp_path / "chat.jsonl"
     type_lines(monkeypatch, f"/save {path}", "hi", "/reset", f"/save {path}", "again", f"/save {path}")
-    chat_loop(Chat(attention_model, BYTES, GREEDY, 3, system))
+    chat_loop(Chat(attention_model, BYTES, GREEDY, 3, system), CPU)
     assert capsys.readouterr().out.count("nothing to save") == 2
     assert [message["content"] for message in json.loads(path.read_text())["messages"]][bool(system)] == "again"
 
