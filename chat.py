@@ -242,7 +242,7 @@ class Chat:
     def save_weights(self, path: Path):
         """Writes the weights as they are now as a checkpoint, without a state to resume from. Raises BadInput or OSError."""
         if not self.learner.state.step:
-            raise BadInput(f"/save {path}: nothing to save: the weights are those that the conversation began with")
+            raise BadInput(f"/save {path}: nothing to save: nothing has been learnt")
         check_new(path)
         save_checkpoint(path, self.learner.to_checkpoint() | {"tokenizer": self.tokenizer.to_json()} | self.provenance)
 
