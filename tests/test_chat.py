@@ -335,19 +335,24 @@ def test_an_interrupt_while_learning_forgets(attention_model, monkeypatch, capsy
     assert equal_weights(attention_model, weights) and chat.context_ids() == [START] and not chat.history
 
 
-def test_answers_see_the_weights_as_they_are_under_autocast(attention_model, monkeypatch):
-    """Autocast keeps its casts of the weights until it ends, so each answer needs one of its own."""
-    chat, distances = learning_chat(attention_model, adapt_rate=0.1), []
-    chat.learner.machine = Machine(torch.device("cpu"), "bf16")
+def test_learning_and_answers_see_the_weights_as_they_are_under_autocast(attention_model, monkeypatch):
+    """Around a step, autocast would keep its casts of the weights before. What is compared with is computed in fp32."""
+    chat, machine, distances = learning_chat(attention_model, adapt_rate=0.1), Machine(torch.device("cpu"), "bf16"), []
+    chat.learner.machine, learnt, learn = machine, [], chat.learn
+    monkeypatch.setattr(chat, "learn", lambda message: learnt.append(learn(message)))
 
     def compared_sample(logits, *others):
         with torch.autocast("cpu", enabled=False):
-            distances.append((logits - chat.model(torch.tensor([chat.context_ids()]))[:, -1]).abs().max().item())
+            ids = torch.tensor([chat.context_ids()])
+            expected = chat.model(ids)
+            losses = -expected[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        distances.append((logits - expected[:, -1]).abs().max().item())
+        distances.append(abs(learnt[-1].loss_after - losses[-2 - learnt[-1].tokens:-2].mean().item()))
         return torch.tensor([END])
     monkeypatch.setattr(chat_module, "sample", compared_sample)
     type_lines(monkeypatch, "hello", "you", "there")
-    chat_loop(chat, chat.learner.machine)
-    assert len(distances) == 3 and max(distances) < 0.3, distances
+    chat_loop(chat, machine)
+    assert len(distances) == 6 and max(distances) < 0.1, distances
 
 
 def test_commands_of_a_chat_that_learns(attention_model, monkeypatch, capsys, tmp_path):
