@@ -222,7 +222,7 @@ def learn_and_ask(chat: Chat, message: str) -> str:
 def test_a_message_is_scored_given_the_conversation_before_it(model, monkeypatch):
     """With a hop as long as the messages, so that the weights are those before: the words of the user alone, given all that
     came before them."""
-    chat = learning_chat(model, "be", adapt_hop=20)
+    chat = learning_chat(model, "be kind", adapt_hop=20)
     for message in ("hi", "yé"):
         ids = torch.tensor([*chat.context_ids(), USER, *message.encode()])
         logprobs = model(ids[None, :-1])[0].log_softmax(-1)
