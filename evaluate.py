@@ -7,6 +7,7 @@
 
 train.py and finetune.py validate with `mean_losses`, finetune.py also with the functions of the last task.
 """
+import gc
 import itertools
 import json
 import math
@@ -561,6 +562,7 @@ def main(argv=None):
         for path in config.checkpoint_path:
             scores[str(path)], new_rows = score_checkpoint(path, machine, examples, config, adapt)
             rows += [{"checkpoint": str(path)} | row for row in new_rows]
+            gc.collect()  # a learner and its state refer to each other: the next model would be loaded beside this one
     print(markdown(score_table(scores)))
     has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
