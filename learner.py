@@ -24,6 +24,7 @@ from dataloader import cut_windows
 from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
 from optimizer import CombinedOptimizer, parameter_kind
+from runtime.cli import progress_bar
 from runtime.config import BadInput, check_flags, declared_flags, flag
 from runtime.device import Machine
 from runtime.metrics import NonFiniteGuard
@@ -306,8 +307,8 @@ def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine:
     """A learner that is ready to read, with the statistics that its update rule needs. Raises BadInput."""
     learner = Learner(model.to(machine.device), config, machine)
     if config.adapt_optimizer == "rms":
-        texts = open_source(SourceConfig(config.adapt_statistics)).documents()
-        for ids in encode_documents(tokenizer, take_text(texts, STATISTICS_BYTES)):
+        texts = take_text(open_source(SourceConfig(config.adapt_statistics)).documents(), STATISTICS_BYTES)
+        for ids in progress_bar(encode_documents(tokenizer, texts), desc="statistics", unit="document", delay=1):
             learner.read(ids)
         learner.state.optimizer.parts["rms"].end_statistics()
         learner.forget()
