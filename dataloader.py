@@ -252,14 +252,14 @@ def cut_windows(n: int, block_size: int, first: int = 0, stride: int | None = No
     stop). stride: how far each is from the one before, by default half a block.
 
     The first window scores all that it holds from `first` on, the others what is new. So a position is predicted from at
-    least half a block, or from all there is before it. Source: strided evaluation, as in Hugging Face's "Perplexity of
-    fixed-length models".
+    least half a block, or from all there is before it, as always where all n fit into one block. Source: strided evaluation,
+    as in Hugging Face's "Perplexity of fixed-length models".
 
     Example: n = 10, block_size = 4 -> (0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10).
     """
     overlap = block_size - (stride or max(1, block_size // 2))
     while first < n:
-        start = max(0, first - overlap)
+        start = 0 if n <= block_size else max(0, first - overlap)
         stop = min(start + block_size, n)
         yield start, first, stop
         first = stop

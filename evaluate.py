@@ -3,15 +3,18 @@
     python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt
     python evaluate.py --checkpoint_path a.pt b.pt --task=choice                          HellaSwag
     python evaluate.py --checkpoint_path checkpoints/gpt_finetuned.pt --task=answers      the built-in questions
+    python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt --adapt   also after learning, see learner.py
 
 train.py and finetune.py validate with `mean_losses`, finetune.py also with the functions of the last task.
 """
+import gc
 import itertools
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,9 @@ from torch import Tensor
 
 from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
 from experiments.report import Table, markdown
+from learner import AdaptConfig, Learner, encode_documents, open_learner, require_adapt
 from model import GPT
+from runtime.checkpoint import explain_damage
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, Machine, open_machine
@@ -70,6 +75,8 @@ class EvaluateConfig:
     out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model")
     overwrite: bool = flag(False, "replace --out_path if it exists")
     skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
+    adapt: bool = flag(False, "also score a model that learns as it reads: a document hop by hop, each scored before the "
+                              "step on it; for choice the context, for answers the question and what precedes it")
 
     def __post_init__(self):
         check_flags(self)
@@ -110,7 +117,7 @@ class Score:
 
     def __str__(self) -> str:
         value = format(self.value, self.format)
-        return value if math.isnan(self.stderr) else f"{value} ± {format(self.stderr, self.format)}"
+        return value if math.isnan(self.stderr) else f"{value} ± {format(self.stderr, self.format.lstrip('+'))}"
 
 
 def count(n: int) -> Score:
@@ -121,6 +128,41 @@ def proportion(hits: Sequence[bool]) -> Score:
     """Fraction of hits; its standard error is that of a mean of zeros and ones, √(p (1 - p) / (n - 1))."""
     n, p = len(hits), sum(hits) / len(hits)
     return Score(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, "higher", ".1%")
+
+
+def adapted_proportion(name: str, static: Sequence[bool], adapted: Sequence[bool]) -> dict[str, Score]:
+    """Rows of the table: the fraction of hits after learning, and the mean of the paired differences."""
+    differences, n = [b - a for a, b in zip(static, adapted)], len(static)
+    stderr = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return {f"{name}, adapted": proportion(adapted),
+            f"{name}, adapted minus static": Score(statistics.mean(differences), stderr, "higher", "+.1%")}
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+def after_learning(learner: Learner, texts: Iterable[Tensor], score: Callable[[int, Tensor], object], unit: str,
+                   n: int) -> list:
+    """score(i, losses) for each of the `n` texts, ids, once the model has learnt from it; its hops had these losses in nats.
+    Then the model forgets it. None where a step was not finite. Raises FloatingPointError if that is everywhere."""
+    results, failure = [], None
+    for i, ids in enumerate(progress_bar(texts, total=n, desc="adapted", unit=unit, delay=1)):
+        try:
+            results.append(score(i, learner.read(ids)))
+        except FloatingPointError as error:
+            results.append(None)
+            failure = error
+        learner.forget()
+    if failure is not None and not any(result is not None for result in results):
+        raise failure
+    return results
+
+
+def drop_diverged(adapted: list, *others: list) -> tuple[dict[str, Score], list[list]]:
+    """The lists without what `after_learning` has no result of, and a row of the table that counts it."""
+    kept = [i for i, result in enumerate(adapted) if result is not None]
+    n_diverged = len(adapted) - len(kept)
+    return ({"left out, as learning from them diverged": count(n_diverged)} if n_diverged else {},
+            [[values[i] for i in kept] for values in (adapted, *others)])
 
 
 # -- token losses -----------------------------------------------------------------------------------------------------
@@ -199,14 +241,21 @@ def read_texts(config: EvaluateConfig, report: ReadReport) -> list[str]:
 
 
 def score_text(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: list[str],
-               config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+               config: EvaluateConfig, learner: Learner | None = None) -> tuple[dict[str, Score], list[dict]]:
     """Bits per byte and nats per token over all documents."""
     documents = document_losses(model, tokenizer, machine, texts, config.batch_size)
     rows = [{"document": i, "nats": sums.nats, "bytes": sums.text_bytes, "tokens": sums.tokens}
             for i, sums in enumerate(documents, 1)]
+    adapted, left_out = {}, {}
+    if learner is not None:
+        all_nats = after_learning(learner, encode_documents(tokenizer, texts), lambda i, losses: losses.sum().item(),
+                                  "document", len(texts))
+        left_out, (all_nats, documents, rows) = drop_diverged(all_nats, documents, rows)
+        adapted = adapted_bits_per_byte(documents, all_nats)
+        rows = [row | {"adapted_nats": nats} for row, nats in zip(rows, all_nats)]
     nats, n_bytes, n_tokens = (sum(row[name] for row in rows) for name in ("nats", "bytes", "tokens"))
-    return {"bits per byte": bits_per_byte(documents), "nats per token": Score(nats / n_tokens, better="lower"),
-            "tokens": count(n_tokens), "bytes": count(n_bytes)}, rows
+    return {"bits per byte": bits_per_byte(documents), **adapted, "nats per token": Score(nats / n_tokens, better="lower"),
+            "tokens": count(n_tokens), "bytes": count(n_bytes), **left_out}, rows
 
 
 def document_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: Sequence[str],
@@ -240,6 +289,14 @@ def bits_per_byte(documents: Sequence[LossSums]) -> Score:
     return Score(ratio, math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan, "lower")
 
 
+def adapted_bits_per_byte(documents: Sequence[LossSums], adapted_nats: Sequence[float]) -> dict[str, Score]:
+    """Rows of the table. documents: static; adapted_nats: of each, all of text, as a document holds no special tokens."""
+    adapted = [replace(sums, text_nats=nats) for sums, nats in zip(documents, adapted_nats)]
+    differences = [replace(b, text_nats=b.text_nats - a.text_nats) for a, b in zip(documents, adapted)]
+    return {"bits per byte, adapted": bits_per_byte(adapted),
+            "bits per byte, adapted minus static": replace(bits_per_byte(differences), format="+.4f")}
+
+
 # -- multiple choice --------------------------------------------------------------------------------------------------
 
 def read_choice_rows(config: EvaluateConfig, report: ReadReport) -> list[Choice]:
@@ -249,13 +306,13 @@ def read_choice_rows(config: EvaluateConfig, report: ReadReport) -> list[Choice]
 
 
 def score_choices(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: list[Choice],
-                  config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+                  config: EvaluateConfig, learner: Learner | None = None) -> tuple[dict[str, Score], list[dict]]:
     """An ending's score is the log-probability of its tokens; acc picks the largest, acc_norm the largest per character of
     the ending. Source: EleutherAI's lm-evaluation-harness, `multiple_choice`."""
     windows, fitting = [], []
     for choice in choices:
         try:
-            windows += list(ending_windows(choice, tokenizer, model.config.block_size))
+            windows.append(list(ending_windows(choice, tokenizer, model.config.block_size)))
             fitting.append(choice)
         except BadInput:
             if not config.skip_errors:
@@ -263,20 +320,40 @@ def score_choices(model: GPT, tokenizer: Tokenizer, machine: Machine, choices: l
     if not fitting:
         raise BadInput(f"--dataset={config.dataset}: no question has endings that fit into the model's context")
     n_left_out, choices = len(choices) - len(fitting), fitting
-    logprobs = [0.0] * len(windows)
-    for i, losses in token_losses(model, machine, windows, config.batch_size):
-        logprobs[i] = -losses.sum().item()
-    rows, remaining = [], iter(logprobs)
-    for choice in choices:
-        scores = list(itertools.islice(remaining, len(choice.endings)))
-        per_character = [score / len(ending) for score, ending in zip(scores, choice.endings)]
-        rows.append({"question": choice.context, "scores": scores, "chosen": scores.index(max(scores)),
-                     "chosen_norm": per_character.index(max(per_character)), "label": choice.label})
+    score = lambda windows: [-nats for nats in window_losses(model, machine, windows, config.batch_size)]
+    remaining = iter(score([window for of_choice in windows for window in of_choice]))
+    rows = [{"question": choice.context} | choose(choice, list(itertools.islice(remaining, len(choice.endings)))) |
+            {"label": choice.label} for choice in choices]
+    scores, left_out = {}, {}
+    if learner is not None:
+        contexts = encode_documents(tokenizer, (choice.context.rstrip() for choice in choices))
+        chosen = after_learning(learner, contexts, lambda i, losses: choose(choices[i], score(windows[i])), "question",
+                                len(choices))
+        left_out, (chosen, rows, choices) = drop_diverged(chosen, rows, choices)
+        rows = [row | {f"adapted_{name}": value for name, value in one.items()} for row, one in zip(rows, chosen)]
+    for name, key in (("acc", "chosen"), ("acc_norm", "chosen_norm")):
+        hits = [row[key] == row["label"] for row in rows]
+        scores[name] = proportion(hits)
+        if learner is not None:
+            scores |= adapted_proportion(name, hits, [row[f"adapted_{key}"] == row["label"] for row in rows])
     chance = sum(1 / len(choice.endings) for choice in choices) / len(choices)
-    return {"acc": proportion([row["chosen"] == row["label"] for row in rows]),
-            "acc_norm": proportion([row["chosen_norm"] == row["label"] for row in rows]),
-            "chance": Score(chance, format=".1%")} | (
-                {"questions longer than the context, left out": count(n_left_out)} if n_left_out else {}), rows
+    return scores | {"chance": Score(chance, format=".1%")} | (
+        {"questions longer than the context, left out": count(n_left_out)} if n_left_out else {}) | left_out, rows
+
+
+def window_losses(model: GPT, machine: Machine, windows: Sequence[Window], batch_size: int) -> list[float]:
+    """The summed loss of each window's scored tokens in nats."""
+    sums = [0.0] * len(windows)
+    for i, losses in token_losses(model, machine, windows, batch_size):
+        sums[i] = losses.sum().item()
+    return sums
+
+
+def choose(choice: Choice, scores: list[float]) -> dict:
+    """The scores of the endings, and which of these have the largest, by itself and per character."""
+    per_character = [score / len(ending) for score, ending in zip(scores, choice.endings)]
+    return {"scores": scores, "chosen": scores.index(max(scores)),
+            "chosen_norm": per_character.index(max(per_character))}
 
 
 def ending_windows(choice: Choice, tokenizer: Tokenizer, block_size: int) -> Iterator[Window]:
@@ -307,7 +384,7 @@ def read_questions(config: EvaluateConfig, report: ReadReport) -> list[Conversat
 
 
 def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversations: list[Conversation],
-                  config: EvaluateConfig) -> tuple[dict[str, Score], list[dict]]:
+                  config: EvaluateConfig, learner: Learner | None = None) -> tuple[dict[str, Score], list[dict]]:
     """As finetune.py validates: exact match of the last answer of each conversation, and bits per byte of everything that
     the assistant says."""
     block_size, answers = model.config.block_size, []
@@ -321,14 +398,23 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
         for first in range(0, len(prompts), PROMPTS_PER_BATCH):
             answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_PER_BATCH], config.answer_tokens)
             bar.update(len(answers) - bar.n)
+    adapted, left_out = {}, {}
+    if learner is not None and answers:
+        outputs = adapted_answers(learner, tokenizer, prompts, config.answer_tokens)
+        left_out, (outputs, answers) = drop_diverged(outputs, answers)
+        answers = [row | {"adapted_output": output, "adapted_correct": exact_match(output, row["answer"])}
+                   for row, output in zip(answers, outputs)]
+        adapted = adapted_proportion("exact match", *([row[name] for row in answers]
+                                                      for name in ("correct", "adapted_correct")))
     scores = {"exact match": proportion([row["correct"] for row in answers])} if answers else {}
+    scores |= adapted
     by_task = group_by_task(answers)
     if len(by_task) > 1:
         scores |= {f"- {task}": proportion([row["correct"] for row in rows]) for task, rows in by_task.items()}
     n_batches = math.ceil(batches.n_blocks / config.batch_size)
     bpb = mean_losses(model, tokenizer, machine, batches.sequential(), n_batches)["val_bpb"]
     return scores | {"questions that fit into the context": count(len(answers)),
-                     "bits per byte of the answers": Score(bpb, better="lower")}, answers
+                     "bits per byte of the answers": Score(bpb, better="lower")} | left_out, answers
 
 
 @dataclass(frozen=True)
@@ -359,11 +445,25 @@ def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], 
                    show_progress: bool = False) -> list[dict]:
     """A row for each prompt with the model's greedy answer, `output`, of at most `answer_tokens` tokens and no more
     than the longest right answer and its end. show_progress: a bar, on a terminal."""
-    longest = max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0) + 1
-    outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], min(longest, answer_tokens),
-                             show_progress)
+    outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts],
+                             min(longest_answer(tokenizer, prompts) + 1, answer_tokens), show_progress)
     return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
              "output": output, "correct": exact_match(output, prompt.answer)} for prompt, output in zip(prompts, outputs)]
+
+
+def adapted_answers(learner: Learner, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list:
+    """The model's greedy answer to each prompt after it has learnt from the prompt alone, see `after_learning`."""
+    n_tokens = min(answer_tokens, longest_answer(tokenizer, prompts) + 1)
+
+    def answer(i: int, losses: Tensor) -> str:
+        with learner.machine.autocast():  # its casts of the weights end with it
+            return greedy_answers(learner.model, tokenizer, [prompts[i].ids], n_tokens)[0]
+    return after_learning(learner, (torch.tensor(prompt.ids) for prompt in prompts), answer, "question", len(prompts))
+
+
+def longest_answer(tokenizer: Tokenizer, prompts: list[EvalPrompt]) -> int:
+    """Tokens of the longest right answer."""
+    return max((len(tokenizer.encode(prompt.answer)) for prompt in prompts), default=0)
 
 
 def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
@@ -406,16 +506,32 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-# task -> read(config, report) -> examples; score(model, tokenizer, machine, examples, config) -> (scores, rows of
-# --out_path); what an example is called
+# task -> read(config, report) -> examples; score(model, tokenizer, machine, examples, config, learner) -> (scores, rows of
+# --out_path), where a learner, of the model, adds the scores after learning; what an example is called
 EVALUATIONS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
                "answers": (read_questions, score_answers, "conversations")}
 
 
-def check_checkpoints(config: EvaluateConfig):
+def check_checkpoints(config: EvaluateConfig, adapt: AdaptConfig):
     """Raises BadInput if any of them cannot be used, before the first is scored."""
     for path in config.checkpoint_path:
-        load_pretrained(path, chat=config.task == "answers")
+        model, *_ = load_pretrained(path, chat=config.task == "answers")
+        if config.adapt:
+            with explain_damage(path):
+                Learner(model, adapt, Machine(torch.device("cpu"), "fp32"))  # the scope may have nothing in this model
+
+
+def score_checkpoint(path: Path, machine: Machine, examples: list, config: EvaluateConfig,
+                     adapt: AdaptConfig) -> tuple[dict[str, Score], list[dict]]:
+    """See EVALUATIONS."""
+    learner = None
+    if config.adapt:
+        model, tokenizer, _ = load_pretrained(path)  # all weights in fp32, to train on
+        learner = open_learner(model, tokenizer, adapt, machine)
+    else:
+        model, tokenizer = load_model(path, machine)
+    _, score, _ = EVALUATIONS[config.task]
+    return score(model, tokenizer, machine, examples, config, learner)
 
 
 def check_out_path(config: EvaluateConfig):
@@ -435,18 +551,18 @@ def score_table(scores: dict[str, dict[str, Score]]) -> Table:
 @command
 def main(argv=None):
     """Scores models on text, on multiple choice, or on questions."""
-    config, device_config = parse_flags(main.__doc__, argv, EvaluateConfig, DeviceConfig)
+    config, adapt, device_config = parse_flags(main.__doc__, argv, EvaluateConfig, AdaptConfig, DeviceConfig)
+    require_adapt(config.adapt, adapt)
     check_out_path(config)
-    check_checkpoints(config)
-    read, score, unit = EVALUATIONS[config.task]
+    check_checkpoints(config, adapt)
+    read, _, unit = EVALUATIONS[config.task]
     examples, machine = read(config, report := ReadReport()), open_machine(device_config)
     start, scores, rows = time.perf_counter(), {}, []
     with explain_failures(lambda: f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
         for path in config.checkpoint_path:
-            model, tokenizer = load_model(path, machine)
-            scores[str(path)], new_rows = score(model, tokenizer, machine, examples, config)
+            scores[str(path)], new_rows = score_checkpoint(path, machine, examples, config, adapt)
             rows += [{"checkpoint": str(path)} | row for row in new_rows]
-            del model  # or the next would be loaded beside it
+            gc.collect()  # a learner and its state refer to each other: the next model would be loaded beside this one
     print(markdown(score_table(scores)))
     has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""

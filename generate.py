@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat import ChatConfig, start_chat
+from learner import AdaptConfig, require_adapt
 from runtime.cli import command, explain_failures, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, open_machine
@@ -26,6 +27,7 @@ class GenerateConfig:
     chat: bool = flag(False, "talk with a model that finetune.py trained, as chat.py does")
     system: str = flag("", "with --chat, the system message that the conversation starts with")
     seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
+    adapt: bool = flag(False, "with --chat, learn from each message before it is answered, see chat.py")
 
     def __post_init__(self):
         check_flags(self)
@@ -34,9 +36,12 @@ class GenerateConfig:
             raise BadInput(f"--num_samples={self.num_samples}: --chat has one answer at a time: drop one of the two flags")
         if self.system and not self.chat:
             raise BadInput("--system: is only used in a conversation: add --chat")
+        if self.adapt and not self.chat:
+            raise BadInput("--adapt: learns from a conversation: add --chat")
 
     def chat_config(self) -> ChatConfig:
-        return ChatConfig(self.checkpoint_path, self.prompt, self.max_new_tokens, self.system, self.stop, self.seed)
+        return ChatConfig(self.checkpoint_path, self.prompt, self.max_new_tokens, self.system, self.stop, self.seed,
+                          self.adapt)
 
 
 def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
@@ -62,16 +67,19 @@ def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
 @command
 def main(argv=None):
     """Continues a prompt with text sampled from a trained model."""
-    config, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, SamplingConfig, DeviceConfig)
+    config, adapt, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, AdaptConfig, SamplingConfig,
+                                                         DeviceConfig)
+    require_adapt(config.adapt, adapt)
     machine = open_machine(device_config)
-    with explain_failures(lambda: "try a smaller model, fewer --num_samples, or --device=cpu"), machine.autocast():
+    with explain_failures(lambda: "try a smaller model, fewer --num_samples, or --device=cpu"):
         if config.chat:
-            start_chat(config.chat_config(), sampling, machine)
+            start_chat(config.chat_config(), sampling, machine, adapt)
             return
         model, tokenizer = load_model(config.checkpoint_path, machine)
         prompts = [encode_prompt(model, tokenizer, config.prompt)] * config.num_samples
         pieces = generate_texts(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, config.seed)
-        print_samples(pieces, config.num_samples, config.prompt)
+        with machine.autocast():
+            print_samples(pieces, config.num_samples, config.prompt)
 
 
 if __name__ == "__main__":

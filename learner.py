@@ -25,7 +25,8 @@ from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
 from optimizer import CombinedOptimizer, parameter_kind
 from runtime.checkpoint import find_tensors
-from runtime.config import BadInput, check_flags, flag
+from runtime.cli import progress_bar
+from runtime.config import BadInput, check_flags, declared_flags, flag
 from runtime.device import Machine
 from runtime.metrics import NonFiniteGuard
 from sampling import cache_dtype
@@ -85,7 +86,7 @@ def add_low_rank_updates(model: GPT, rank: int) -> list[nn.Parameter]:
 BETAS = 0.8, 0.99  # a document is some hundred steps: averages over fewer of them than in pretraining
 EMBED_RATIO = 2.0  # learning rate of embedding and head, relative to that of the rest
 RMS_FLOOR = 0.1    # of the mean root mean square: other text may have never used a token
-STATISTICS_BYTES = 100_000
+STATISTICS_BYTES = 30_000
 
 
 class AdamW(torch.optim.AdamW):
@@ -161,7 +162,7 @@ class AdaptConfig:
                                 choices=tuple(ADAPT_OPTIMIZERS))
     adapt_pull: float = flag(0.001, "with --adapt_optimizer=rms, the strength of that pull, per step", at_least=0, at_most=1)
     adapt_statistics: str = flag("builtin", "with --adapt_optimizer=rms, a dataset as that of download_data.py, from whose "
-                                            "first 100 kB the root mean squares come")
+                                            "first 30 kB the root mean squares come")
     adapt_rank: int = flag(8, "with --adapt_scope=lora, the rank of the updates", at_least=1)
     __post_init__ = check_flags
 
@@ -251,7 +252,7 @@ class Learner:
             losses.append(self.read_hop(batch, cache, learn).double() * (hop.stop - hop.start))
         if learn:
             self.check()
-        return torch.stack(losses).cpu()
+        return torch.stack(losses).cpu() if losses else torch.zeros(0, dtype=torch.float64)
 
     def read_hop(self, batch: tuple[Tensor, Tensor], cache: Cache, learn: bool) -> Tensor:
         """The mean loss of a hop, which goes into the cache. batch: inputs and targets, (1, T)."""
@@ -275,6 +276,7 @@ class Learner:
     @torch.no_grad()
     def forget(self):
         """Puts the weights back as they were, bit for bit, and drops what the update rule has gathered since."""
+        self.state.optimizer.zero_grad()  # of a step that was interrupted
         for parameter, initial in self.weights:
             parameter.copy_(initial)
         for part in self.state.optimizer.parts.values():
@@ -315,12 +317,19 @@ class Learner:
         return checkpoint | {"model": updated}
 
 
+def require_adapt(adapt: bool, config: AdaptConfig):
+    """Raises BadInput for a flag of `config` that is given without --adapt, by which it would go unused."""
+    for name, field in declared_flags(AdaptConfig).items():
+        if not adapt and getattr(config, name) != field.default:
+            raise BadInput(f"--{name}={getattr(config, name)}: is only used when the model learns: add --adapt")
+
+
 def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine: Machine) -> Learner:
     """A learner that is ready to read, with the statistics that its update rule needs. Raises BadInput."""
     learner = Learner(model.to(machine.device), config, machine)
     if config.adapt_optimizer == "rms":
-        texts = open_source(SourceConfig(config.adapt_statistics)).documents()
-        for ids in encode_documents(tokenizer, take_text(texts, STATISTICS_BYTES)):
+        texts = take_text(open_source(SourceConfig(config.adapt_statistics)).documents(), STATISTICS_BYTES)
+        for ids in progress_bar(encode_documents(tokenizer, texts), desc="statistics", unit="document", delay=1):
             learner.read(ids)
         learner.state.optimizer.parts["rms"].end_statistics()
         learner.forget()

@@ -63,6 +63,8 @@ class TrainingCommand:
             raise BadInput(f"--resume_checkpoint={path}: holds a model but no training state to resume")
         with explain_damage(path):
             training = checkpoint["training"]
+            if "step" not in training:  # chat.py wrote it
+                raise BadInput("holds a model but no training state to resume")
             if training["script"] != self.script:
                 raise BadInput(f"is a checkpoint of {training['script']}: resume it with that")
             check_counters(training)

@@ -13,6 +13,8 @@ from dataloader import PackedBatches
 from evaluate import (
     EvaluateConfig,
     accuracy,
+    adapted_bits_per_byte,
+    adapted_proportion,
     answer_prompts,
     bits_per_byte,
     document_losses,
@@ -25,11 +27,14 @@ from evaluate import (
     mean_losses,
     proportion,
     read_questions,
+    score_answers,
     score_choices,
     score_text,
     sliding_windows,
     token_losses,
 )
+from layers import MIXERS
+from learner import AdaptConfig, Learner, encode_documents
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
@@ -308,7 +313,119 @@ def test_all_conversations_of_a_dataset_are_read(tmp_path):
     assert [one.messages[1]["content"] for one in read_questions(config, ReadReport())] == [str(i) for i in range(30)]
 
 
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+def make_learner(block_size: int, vocab_size: int, mixer: str = "attention", scope: str = "all") -> Learner:
+    config = AdaptConfig(adapt_rate=0.03, adapt_hop=4, adapt_scope=scope)
+    return Learner(make_model(block_size, vocab_size, mixer), config, CPU)
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS, "DA"])
+def test_a_learner_that_does_not_learn_has_the_static_losses(tokenizer, english, mixer):
+    texts = [english[6][:150], "é", english[7][:40], ""]
+    static = document_losses(make_model(16, tokenizer.vocab_size, mixer), tokenizer, CPU, texts, batch_size=5)
+    learner = make_learner(16, tokenizer.vocab_size, mixer)
+    nats = [learner.read(ids, learn=False).sum().item() for ids in encode_documents(tokenizer, texts)]
+    assert [sums.nats for sums in static] == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["all", "lora"])
+def test_adapted_text_equals_a_learner_of_its_own_for_each_document(tokenizer, english, scope):
+    texts = [english[6][:150], english[7][:60], "é", english[8][:90]]
+    learner, config = make_learner(16, tokenizer.vocab_size, scope=scope), EvaluateConfig()
+    before = learner.model.embed.weight.clone()
+    scores, rows = score_text(learner.model, tokenizer, CPU, texts, config, learner)
+    nats = [make_learner(16, tokenizer.vocab_size, scope=scope).read(ids).sum().item()
+            for ids in encode_documents(tokenizer, texts)]
+    assert [row["adapted_nats"] for row in rows] == pytest.approx(nats, rel=1e-6)
+    assert scores["bits per byte, adapted"].value == pytest.approx(
+        sum(nats) / math.log(2) / sum(len(text.encode()) for text in texts))
+    static, _ = score_text(make_model(16, tokenizer.vocab_size), tokenizer, CPU, texts, config)
+    assert {name: scores[name].value for name in static} == pytest.approx({n: score.value for n, score in static.items()})
+    assert torch.equal(learner.model.embed.weight, before)
+
+
+def test_paired_differences_by_hand():
+    # 1 and 3 bits more in 1 and 2 bytes: 4/3 a byte, from which they are -1/3 and 1/3 away; √(2/1 · 2/9) / 3 = 2/9
+    documents = [LossSums(text_nats=bits * math.log(2), text_bytes=n) for bits, n in ((2, 1), (6, 2))]
+    scores = adapted_bits_per_byte(documents, [3 * math.log(2), 9 * math.log(2)])
+    assert [str(score) for score in scores.values()] == ["4.0000 ± 0.6667", "+1.3333 ± 0.2222"]
+    # one of four became a hit: 1/4, and √(3/16 / 3) = 1/4
+    scores = adapted_proportion("acc", [True, False, False, True], [True, True, False, True])
+    assert [str(score) for score in scores.values()] == ["75.0% ± 25.0%", "+25.0% ± 25.0%"]
+    assert [*scores] == ["acc, adapted", "acc, adapted minus static"]
+
+
+def test_adapted_choices_equal_endings_after_the_context_was_learnt(tokenizer):
+    choices, config = [parse_choice(row, "") for row in HELLASWAG], EvaluateConfig(task="choice")
+    learner = make_learner(64, tokenizer.vocab_size)
+    scores, rows = score_choices(learner.model, tokenizer, CPU, choices, config, learner)
+    static, static_rows = score_choices(make_model(64, tokenizer.vocab_size), tokenizer, CPU, choices, config)
+    for row, choice, static_row in zip(rows, choices, static_rows):
+        fresh = make_learner(64, tokenizer.vocab_size)
+        fresh.read(torch.tensor([tokenizer.separator_id, *tokenizer.encode(choice.context)]))
+        _, (expected,) = score_choices(fresh.model, tokenizer, CPU, [choice], config)
+        assert row["adapted_scores"] == pytest.approx(expected["scores"]) != pytest.approx(row["scores"])
+        assert row["scores"] == pytest.approx(static_row["scores"])
+        assert row["adapted_chosen"] == np.argmax(row["adapted_scores"])
+    hits = [row["adapted_chosen_norm"] == row["label"] for row in rows]
+    assert str(scores["acc_norm, adapted"]) == str(proportion(hits)) and str(scores["acc"]) == str(static["acc"])
+
+
+def test_adapted_answers_follow_what_was_learnt_from_the_prompt(byte_tokenizer):
+    conversations = [conversation("who" * n, "x", "and " * n, "y" * n) for n in (1, 2)]
+    learner, config = make_learner(64, byte_tokenizer.vocab_size), EvaluateConfig(task="answers", answer_tokens=9)
+    scores, rows = score_answers(learner.model, byte_tokenizer, CPU, conversations, config, learner)
+    _, static = score_answers(make_model(64, byte_tokenizer.vocab_size), byte_tokenizer, CPU, conversations, config)
+    for row, prompt in zip(rows, eval_prompts(conversations, byte_tokenizer, 64)):
+        fresh = make_learner(64, byte_tokenizer.vocab_size)
+        fresh.read(torch.tensor(prompt.ids))
+        assert [row["adapted_output"]] == greedy_answers(fresh.model, byte_tokenizer, [prompt.ids], 3)
+    assert [row["output"] for row in rows] == [row["output"] for row in static] != [row["adapted_output"] for row in rows]
+    assert scores["exact match, adapted"].value == 0 == scores["exact match, adapted minus static"].value
+
+
+def test_what_learning_diverges_on_is_left_out_and_counted(tokenizer, english, monkeypatch):
+    """Of both columns, and the next document is learnt from the weights as they were."""
+    texts, learner, step = [english[6][:60], english[7][:60], english[8][:60]], make_learner(16, tokenizer.vocab_size), 0
+
+    def read(ids):
+        nonlocal step
+        step += 1
+        losses = Learner.read(learner, ids)
+        if step in diverging:
+            raise FloatingPointError("loss or gradient not finite at step 1: lower --adapt_rate, now 0.03")
+        return losses
+    monkeypatch.setattr(learner, "read", read)
+    diverging = [2]
+    scores, rows = score_text(learner.model, tokenizer, CPU, texts, EvaluateConfig(), learner)
+    expected, _ = score_text(learner.model, tokenizer, CPU, [texts[0], texts[2]], EvaluateConfig(), learner)
+    assert scores.pop("left out, as learning from them diverged").value == 1 and [row["document"] for row in rows] == [1, 3]
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(
+        {name: score.value for name, score in expected.items()})
+    diverging = range(1, 100)
+    with pytest.raises(FloatingPointError, match="lower --adapt_rate"):
+        score_text(learner.model, tokenizer, CPU, texts, EvaluateConfig(), learner)
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
+
+def test_adapted_and_static_side_by_side(trained, chat_model, capsys, tmp_path, english):
+    """Two checkpoints; the static numbers are those without --adapt."""
+    texts, out = write_jsonl(tmp_path / "texts.jsonl", [{"text": text[:300]} for text in english[41:44]]), tmp_path / "out"
+    flags = ["--device=cpu", "--dtype=fp32", "--checkpoint_path", str(trained), str(chat_model), f"--dataset={texts}"]
+    capsys.readouterr()
+    evaluate.main(flags)
+    static = parse_table(capsys.readouterr().out)
+    evaluate.main([*flags, "--adapt", "--adapt_rate=0.01", f"--out_path={out}"])
+    table = parse_table(capsys.readouterr().out)
+    assert {name: table[name] for name in static} == static
+    assert [*table][2:5] == ["bits per byte", "bits per byte, adapted", "bits per byte, adapted minus static"]
+    for plain, adapted, difference in zip(*(table[name][1:] for name in [*table][2:5])):
+        plain, adapted, difference = (float(cell.split(" ± ")[0]) for cell in (plain, adapted, difference))
+        assert adapted - plain == pytest.approx(difference, abs=2e-4) and difference < -0.1
+    assert all(row["adapted_nats"] < row["nats"] for row in read_jsonl(out)) and len(read_jsonl(out)) == 6
+
 
 def test_text_side_by_side(trained, run_train, capsys, refused, tmp_path, english):
     """Two checkpoints in a table, and a row for each of their documents."""
@@ -457,6 +574,8 @@ def test_every_checkpoint_is_checked_before_the_first_is_scored(trained, refused
     (["--task=choice", "--dataset=ROWS", "--question_column=q"], ["line 1: has no column q", "--question_column"]),
     (["--task=answers", "--dataset=ROWS"], ["rows.jsonl: line 1: has no messages"]),
     (["--task=answers", "--question_column=q"], ["give both or none"]),
+    (["--adapt_hop=3"], ["--adapt_hop=3: is only used when the model learns: add --adapt"]),
+    (["--adapt", "--adapt_scope=norms"], ["gpt.pt: --adapt_scope=norms: this model has no parameters there"]),
     (["--out_path=FOLDER"], ["a folder"]), (["--batch_size=0"], ["--batch_size=0: must be at least 1"])], ids=str)
 def test_bad_flags_are_refused(trained, refused, tmp_path, flags, words):
     rows = write_jsonl(tmp_path / "rows.jsonl", [HELLASWAG[0], {"ctx": "no label", "endings": ["a", "b"]}])

@@ -66,6 +66,18 @@ def test_chat_flag_starts_a_conversation(flags, capsys, monkeypatch):
     assert contexts == [b"be kindhi", b"be kindgo on"]
 
 
+def test_adapt_flags_reach_the_conversation(flags, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "sample", lambda *args: torch.tensor([next(answers)]))
+    outputs = []
+    for more in (["--adapt", "--adapt_rate=0.05"], ["--adapt", "--adapt_rate=0.05", "--adapt_scope=lora"], []):
+        answers = iter(b"one.two.")
+        monkeypatch.setattr("sys.stdin", io.StringIO("go on\n/forget\n"))
+        main([*flags, "--chat", "--prompt=hi", "--stop", ".", *more])
+        outputs.append(capsys.readouterr().out.splitlines()[:3])
+    assert outputs == [["one", "two", "(what was learnt is forgotten, the weights are as they were)"]] * 2 + [
+        ["one", "two", "(/forget: no such command)"]]
+
+
 @pytest.mark.parametrize("given, words", [
     (["--temperature=-1"], ["--temperature=-1.0: must be at least 0"]),
     (["--top_p=0"], ["--top_p=0.0: must be above 0"]),
@@ -73,6 +85,8 @@ def test_chat_flag_starts_a_conversation(flags, capsys, monkeypatch):
     (["--stop="], ["--stop: one of its strings is empty"]),
     (["--chat", "--num_samples=2"], ["--num_samples=2: --chat has one answer at a time"]),
     (["--system=be kind"], ["--system: is only used in a conversation: add --chat"]),
+    (["--adapt"], ["--adapt: learns from a conversation: add --chat"]),
+    (["--chat", "--adapt_rate=0.01"], ["--adapt_rate=0.01: is only used when the model learns: add --adapt"]),
     (["--chat", f"--system={'s' * 50}"], ["tiny.pt: --system=ssssssssssssssssssss…: has 53 tokens"]),
     ([f"--prompt={'long ' * 20}"], ["--prompt=long long long long …: has 100 tokens", "holds 39"]),
     (["--checkpoint_path=none.pt"], ["none.pt: no checkpoint"])], ids=str)
