@@ -6,6 +6,8 @@
 
     python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
 
+    python compare.py --script=adapt --dataset=docs.parquet --arms checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt
+
 An arm is flags of train.py, or of finetune.py, where arms may also start from different models. Arms of train.py get as
 many parameters as the first one: the width of the hidden layer is solved for. All arms see the same data in the same order.
 For an arm with a vocabulary of its own, a tokenizer is trained on the training text of --data_path, and that folder's text
@@ -13,6 +15,8 @@ is encoded with it once, into --out_path/data.
 Each arm tries the same learning rates on part of the budget. Starting from the best, lower rates are tried on the full
 budget while they improve; then every seed is trained at the best rate. Each of these runs, a cell, has its full cooldown and
 is a process that checkpoints: the same command continues where it was stopped, and never repeats a finished cell.
+With --script=adapt nothing is trained before: arms are models, {seed} in a path stands for 1 to --seeds, and each reads the
+same documents with adapt.py.
 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the metrics of the cells
 stay in its folder `runs`.
@@ -30,7 +34,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +43,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adapt import AdaptRunConfig, clip_hop, read_documents
 from download_data import read_split, retokenize, validation_documents
+from experiments.adaptation_comparison import (
+    AdaptArm,
+    AdaptCell,
+    AdaptJob,
+    AdaptResult,
+    AdaptResults,
+    write_adaptation_comparison,
+)
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
@@ -47,6 +60,7 @@ from experiments.report import align_columns
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
+from learner import AdaptConfig
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -100,16 +114,19 @@ class CompareConfig:
                                                             "vocab_size, pattern and tokenizer_path; the first is the "
                                                             "reference")
     script: str = flag("train", "what a run is: train.py, or finetune.py, where an arm may be the model to start from: "
-                                "checkpoint_path=a.pt", choices=("train", "finetune"), scope="run")
+                                "checkpoint_path=a.pt; or adapt.py, where an arm is a model, or one for each seed: "
+                                "checkpoint_path=a_{seed}.pt", choices=("train", "finetune", "adapt"), scope="run")
     budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
                                      "matrix products, activations and bases")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
-    rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate", above=0)
+    rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
+                                                     "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms of train.py have in common besides the budget; non_embedding: the parameters "
-                                    "without the embedding and an untied head",
+    match: str = flag("parameters", "what arms of train.py have in common besides the budget, and what those of adapt.py "
+                                    "must have in common; non_embedding: the parameters without the embedding and an untied "
+                                    "head",
                       choices=("parameters", "non_embedding", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
     jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
@@ -385,33 +402,40 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
 
     given: the flag that `text` was a value of, for the message. Raises BadInput.
     """
-    spec = SCRIPTS[script]
-    classes = spec.command.classes
+    classes, vocabulary = script_flags(script)
     # at commas before the name of a flag: a regular expression, pattern=\d{1,3}, has commas of its own
     parts = [part.strip() for part in re.split(r",(?=\s*[\w-]+\s*(?:[=,]|$))", text)]
     if {"help", "h"} & {*parts}:
         raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
                        f"them")
     parser = Parser(None)
-    add_arm_flags(parser, spec)
+    add_arm_flags(parser, script)
     try:
         values = vars(parser.parse_args([f"--{part}" for part in parts]))
-        for config in (*classes, *spec.vocabulary):
+        for config in (*classes, *vocabulary):
             read_flags(config, select_fields(config, values))
     except BadInput as error:
         suggestions = [f"{name}={part}" for part in parts for name, field in declared_flags(*classes).items()
                        if part in (field.metadata["flag"].choices or ()) or name == "mixer" and part in MIXERS]
         raise BadInput(f"{given} {text!r}: " + (f"did you mean {suggestions[0]}?" if suggestions else str(error))) from None
-    allowed = flag_names(*classes, *spec.vocabulary, scope="arm") | ({"data_path"} if spec.vocabulary else set())
+    allowed = flag_names(*classes, *vocabulary, scope="arm") | ({"data_path"} if vocabulary else set())
     if not_of_an_arm := values.keys() - allowed:
         raise BadInput(f"{given} {text!r}: {min(not_of_an_arm)} is not part of an architecture or recipe: leave it out")
     return values
 
 
-def add_arm_flags(parser: Parser, spec: ScriptSpec, without: set[str] = frozenset()):
+def script_flags(script: str) -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """The dataclasses of a script's flags, and VocabularyConfig where an arm may have a vocabulary of its own."""
+    if script == "adapt":
+        return (AdaptRunConfig, AdaptConfig, DeviceConfig), ()
+    return SCRIPTS[script].command.classes, SCRIPTS[script].vocabulary
+
+
+def add_arm_flags(parser: Parser, script: str, without: set[str] = frozenset()):
     """The flags of the vocabulary and of the script; those that are not given are absent from the namespace."""
-    add_flags(parser, *spec.vocabulary, suppress=True)
-    add_flags(parser, *spec.command.classes, suppress=True, without=without | set(declared_flags(*spec.vocabulary)))
+    classes, vocabulary = script_flags(script)
+    add_flags(parser, *vocabulary, suppress=True)
+    add_flags(parser, *classes, suppress=True, without=without | set(declared_flags(*vocabulary)))
 
 
 def select_fields(config: type, values: dict) -> dict:
@@ -616,17 +640,17 @@ class ComparisonBar:
         self.bar = progress_bar(desc="starting", miniters=0, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| "
                                 "{elapsed} passed, about {remaining} left")
 
-    def add(self, cell: Cell, ended: JobResult):
+    def add(self, cell: Cell | AdaptCell, ended: JobResult):
         """Counts a cell that has ended; one of an earlier run of the command says nothing about speed."""
-        if ended.is_earlier and cell.job.checkpoint not in self.costs:
+        if ended.is_earlier and cell.job.folder not in self.costs:
             self.bar.initial += cell.cost
-        self.costs[cell.job.checkpoint] = cell.cost
+        self.costs[cell.job.folder] = cell.cost
 
-    def refresh(self, cells: list[Cell]):
+    def refresh(self, cells: list[Cell | AdaptCell]):
         """cells: of this stage; those that run count in part."""
         if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
             self.checked = time.monotonic()
-            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.checkpoint not in self.costs)
+            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.folder not in self.costs)
             self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
             self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
             self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
@@ -678,25 +702,25 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     return all_results
 
 
-def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals,
-              bar: ComparisonBar) -> list[list[CellResult]]:
+def cell_result(cell: Cell, ended: JobResult) -> CellResult:
+    return CellResult(cell, ended.status, ended.reason, cell.job.rows())
+
+
+def run_stage(stage: str, cells: list[list], jobs: int, stop: StopSignals, bar: ComparisonBar,
+              make_result: Callable = cell_result) -> list[list]:
     """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each. Speeds
-    are measured one at a time."""
+    are measured one at a time. make_result(cell, how it ended): what a result is."""
     if stop.signal:
         return [[] for _ in cells]
     order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
 
     def on_end(i: int, ended: JobResult):
         bar.add(order[i], ended)
-        tqdm.write(cell_result(order[i], ended).describe())
+        tqdm.write(make_result(order[i], ended).describe())
     all_ended = Runner(1 if stage == "speed" else jobs, stop).run(
         [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
-    results = {cell.job.checkpoint: cell_result(cell, ended) for cell, ended in zip(order, all_ended)}
-    return [[results[cell.job.checkpoint] for cell in own] for own in cells]
-
-
-def cell_result(cell: Cell, ended: JobResult) -> CellResult:
-    return CellResult(cell, ended.status, ended.reason, cell.job.rows())
+    results = {cell.job.folder: make_result(cell, ended) for cell, ended in zip(order, all_ended)}
+    return [[results[cell.job.folder] for cell in own] for own in cells]
 
 
 MATCHED = {"parameters": "as many parameters as the first", "none": "parameters not matched",
@@ -797,6 +821,181 @@ def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine
     return peak_memory(machine.device), arm.step_tokens / seconds
 
 
+# -- models that adapt at inference time ------------------------------------------------------------------------------
+
+WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "grid_share", "null", "dry_run"
+
+
+def read_adapt_flags(values: dict) -> tuple[CompareConfig, dict]:
+    """The comparison and the flags of adapt.py that hold for all arms, from the flags that were given. Raises BadInput."""
+    for name in WITHOUT_MEANING_TO_ADAPT:
+        if name in values:
+            raise BadInput(f"--{name}: has no meaning with --script=adapt, which trains nothing before: leave it out")
+    if "arms" not in values:
+        raise BadInput("--arms: give two or more models, such as checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt")
+    config = read_flags(CompareConfig, values)
+    common = {name: value for name, value in values.items() if name not in declared_flags(CompareConfig)}
+    seeded = [text for text in (*config.arms, str(common.get("checkpoint_path", ""))) if "{seed}" in text]
+    if values.get("seeds", 1) > 1 and not seeded:
+        raise BadInput(f"--seeds={config.seeds}: no arm has {{seed}} in its path, so that each is one model: name a model "
+                       f"of each seed, as in checkpoint_path=a_{{seed}}.pt, or leave --seeds out")
+    return config, common
+
+
+def build_adapt_arms(config: CompareConfig, common: dict) -> list[AdaptArm]:
+    """Raises BadInput for models that do not exist, and, unless --match=none, for arms of different sizes."""
+    arms, reference = [], None
+    for name, text in zip(short_names(config.arms), config.arms):
+        values = common | parse_arm(text, "--arms", "adapt")
+        try:
+            arm, matched = build_adapt_arm(name, text, values, config)
+            reference = reference or matched
+            if config.match != "none" and abs(matched - reference) > MATCH_TOLERANCE * reference:
+                what = "parameters besides its embedding" if config.match == "non_embedding" else "parameters"
+                raise BadInput(f"has {matched:,} {what}, the first arm {reference:,}: train models of one size, or compare "
+                               f"them as they are with --match=none")
+        except BadInput as error:
+            raise BadInput(f"--arms {text!r}: {error}") from None
+        arms.append(arm)
+    return arms
+
+
+def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -> tuple[AdaptArm, int]:
+    """The arm and its number of parameters that --match compares. Raises BadInput."""
+    if "checkpoint_path" not in values:
+        raise BadInput("names no model: add checkpoint_path=a.pt, or checkpoint_path=a_{seed}.pt for one of each seed")
+    path = str(values["checkpoint_path"])
+    seeds = range(1, config.seeds + 1) if "{seed}" in path else (1,)
+    paths = {seed: Path(path.replace("{seed}", str(seed))) for seed in seeds}
+    models = {seed: read_pretrained(path) for seed, path in paths.items()}
+    for seed, model in models.items():
+        if (model.config, model.tokenizer) != (models[1].config, models[1].tokenizer):
+            raise BadInput(f"{paths[seed]} has another {'shape' if model.config != models[1].config else 'tokenizer'} than "
+                           f"{paths[1]}: the models of an arm differ in their seed alone")
+        if twin := next((other for other in range(1, seed) if models[other].digest == model.digest), None):
+            raise BadInput(f"{paths[seed]} is the same file as {paths[twin]}: give a model trained with another seed")
+    model = build_meta_model({"checkpoint_path": paths[1]}, None)
+    flags = {name: value for name, value in values.items() if name != "checkpoint_path"}
+    rate = read_flags(AdaptConfig, select_fields(AdaptConfig, flags)).rate
+    n_parameters = model.n_parameters()
+    arm = AdaptArm(name, text, paths, flags, rate, n_parameters, model.config.block_size, models[1].tokenizer,
+                   model.flops_per_token() + model.elementwise_flops_per_token())
+    return arm, n_parameters - (embedding_parameters(model) if config.match == "non_embedding" else 0)
+
+
+def short_names(texts: tuple[str, ...]) -> list[str]:
+    """"checkpoint_path=models/gelu_{seed}.pt" -> "gelu", if the names of the arms differ then, else as they are."""
+    shorten_path = lambda match: re.sub(r"[_.-]?\{seed\}", "", Path(match[1]).stem) or match[1]
+    names = [re.sub(r"\bcheckpoint_path=([^,]*)", shorten_path, text) for text in texts]
+    return names if len(set(names)) == len(texts) else list(texts)
+
+
+@dataclass(frozen=True)
+class AdaptDocuments:
+    """The documents of a comparison. digests: name of an arm -> of the texts, first those that count, then those on which
+    the learning rate is chosen. n_counted, n_rates: how many of either."""
+    digests: dict[str, list[str]]
+    n_counted: int
+    n_rates: int
+
+
+def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptArm]) -> AdaptDocuments:
+    """Raises BadInput when there are too few."""
+    run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
+    n_rates = max(2, math.ceil(run.limit / 4)) if len(config.rates) > 1 else 0
+    wanted, found, digests = dataclasses.replace(run, limit=run.limit + n_rates), {}, {}
+    for arm in arms:
+        hop = clip_hop(read_flags(AdaptConfig, select_fields(AdaptConfig, arm.flags)).adapt_hop, arm.block_size)
+        if (arm.tokenizer, hop) not in found:
+            tokenizer = Tokenizer.from_json(load_checkpoint(arm.checkpoints[1])["tokenizer"])
+            found[arm.tokenizer, hop] = [document.text_digest for document in read_documents(wanted, tokenizer, hop)[0]]
+        digests[arm.name] = found[arm.tokenizer, hop]
+    n = min(map(len, digests.values()))
+    if n_rates and n < run.limit + n_rates:
+        raise BadInput(f"--dataset={run.dataset}: has {n:,} documents that are long enough, of which --limit={run.limit} "
+                       f"leaves less than {n_rates} to choose the learning rate on: give a lower --limit, or one rate: "
+                       f"--rates 1")
+    return AdaptDocuments(digests, run.limit, n_rates)
+
+
+def make_adapt_cell(arm: AdaptArm, config: CompareConfig, documents: AdaptDocuments, machine: str, stage: str,
+                    multiple: float, seed: int) -> AdaptCell:
+    """stage: "rates" or "runs", see AdaptCell."""
+    is_run = stage == "runs"
+    skip, limit = (0, documents.n_counted) if is_run else (documents.n_counted, documents.n_rates)
+    values = arm.flags | {"adapt_rate": arm.base_rate * multiple, "skip": skip, "limit": limit, "controls": is_run}
+    path = arm.checkpoints[seed]
+    inputs = [read_pretrained(path).digest, *documents.digests[arm.name][skip:skip + limit], machine,
+              torch.__version__, code_hash(REPO / "adapt.py"),
+              *flag_texts({name: value for name, value in values.items() if name != "dataset"})]
+    digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:10]
+    folder = config.out_path / "runs" / f"{readable_name(arm.name)}-{stage}-{multiple:g}-{seed}-{digest}"
+    job = AdaptJob(REPO / "adapt.py", folder, flag_texts(values | {"checkpoint_path": path}))
+    return AdaptCell(arm, stage, multiple, seed, limit, job, limit * arm.flops_per_token * (2.0 if is_run else 1.0))
+
+
+def run_adaptation(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, machine: str,
+                   stop: StopSignals) -> list[AdaptResults]:
+    """Tries every arm's learning rates with its first model, then reads the documents that count with each of its models at
+    the best."""
+    cell = lambda arm, stage, multiple, seed: make_adapt_cell(arm, config, documents, machine, stage, multiple, seed)
+    rates = [[cell(arm, "rates", multiple, arm.seeds[0]) for multiple in config.rates] if documents.n_rates else []
+             for arm in arms]
+    expected = sum(cell.cost for own in rates for cell in own) + sum(
+        cell(arm, "runs", 1.0, seed).cost for arm in arms for seed in arm.seeds)
+    all_results, bar = [AdaptResults(arm) for arm in arms], ComparisonBar(lambda: expected)
+    run = lambda stage, cells: run_stage(stage, cells, config.jobs, stop, bar, AdaptResult.from_job)
+    with closing(bar.bar):
+        for results, own in zip(all_results, run("rates", rates)):
+            results.rates = own
+        best = [results.best_multiple() if results.rates else config.rates[0] for results in all_results]
+        runs = [[cell(arm, "runs", multiple, seed) for seed in arm.seeds] if multiple else []
+                for arm, multiple in zip(arms, best)]
+        for results, own in zip(all_results, run("runs", runs)):
+            results.runs = own
+    return all_results
+
+
+def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, common: dict,
+                              machine: str, hardware: str) -> list[str]:
+    """Sentences."""
+    models = "; ".join(f"{arm.name}: {arm.text}, {len(arm.seeds)} model{'s' * (len(arm.seeds) > 1)}"
+                       + " (its path has no {seed}, so --seeds is 1 for it)" * ("{seed}" not in str(arm.text) and
+                                                                                len(arm.seeds) == 1)
+                       for arm in arms)
+    n = min(documents.n_counted, *map(len, documents.digests.values()))
+    run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
+    length = f" of at most {run.max_tokens:,} tokens" if run.max_tokens else ""
+    rates = (f"the {documents.n_rates} after them are for the choice of the learning rate" if documents.n_rates else
+             "no learning rate was chosen")
+    sizes = {"none": "Parameters not matched", "parameters": "Equal parameters, within 1 %",
+             "non_embedding": "Equal parameters besides the embedding, within 1 %"}[config.match]
+    return [f"{models}.", f"{sizes}.", f"{n} documents of {run.dataset}{length}; {rates}.", f"{hardware}, {machine}."]
+
+
+def compare_adaptation(config: CompareConfig, common: dict, line: str):
+    """The command with --script=adapt. line: as typed."""
+    arms = build_adapt_arms(config, common)
+    documents = read_adapt_documents(config, common, arms)
+    machine, hardware = query_device(read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
+    digest = hashlib.sha256(json.dumps(sorted(documents.digests.items())).encode()).hexdigest()[:16]
+    with folder_lock(config.out_path, f"--out_path={config.out_path}"):
+        save_plan(config.out_path, make_adapt_plan(config, common, digest), config.overwrite, "a comparison")
+        with StopSignals() as stop:
+            results = run_adaptation(arms, config, documents, machine, stop)
+        exit_if_stopped(stop, line)
+        conditions = describe_adapt_conditions(arms, config, documents, common, machine, hardware)
+        write_adaptation_comparison(results, conditions, line, config.out_path)
+    exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+
+
+def make_adapt_plan(config: CompareConfig, common: dict, documents: str) -> dict:
+    """What makes it this comparison rather than another, as JSON: see make_plan."""
+    own = {name: getattr(config, name) for name in ("arms", "rates", "match")}
+    shared = {name: value for name, value in common.items() if name != "dataset"}
+    return json.loads(json.dumps(own | {"documents": documents, "flags of adapt.py": shared}, default=str))
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnvironment):
@@ -809,13 +1008,15 @@ def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnviron
 def read_command_line(argv) -> tuple[CompareConfig, dict]:
     """The comparison, and the flags of its script that are given for all its runs. Raises BadInput."""
     script_parser = Parser(None)
-    script_parser.add_argument("--script", choices=tuple(SCRIPTS), default="train")
+    script_parser.add_argument("--script", choices=(*SCRIPTS, "adapt"), default="train")
     script = script_parser.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
                                              if text not in ("-h", "--help")])[0].script
-    spec, parser = SCRIPTS[script], Parser(main.__doc__)
-    add_flags(parser, CompareConfig)
-    add_arm_flags(parser, spec, without=flag_names(*spec.command.classes, scope="run"))
+    parser = Parser(main.__doc__)
+    add_flags(parser, CompareConfig, suppress=script == "adapt")
+    add_arm_flags(parser, script, without=flag_names(*script_flags(script)[0], scope="run"))
     values = vars(parser.parse_args(argv))
+    if script == "adapt":
+        return read_adapt_flags(values)
     own = declared_flags(CompareConfig)
     return read_flags(CompareConfig, values), {name: value for name, value in values.items() if name not in own}
 
@@ -834,6 +1035,10 @@ def main(argv=None):
     """Compares architectures, recipes or vocabularies at an equal budget."""
     ignore_output_errors()
     config, common = read_command_line(argv)
+    line = command_line("compare.py", argv)
+    if config.script == "adapt":
+        compare_adaptation(config, common, line)
+        return
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
@@ -841,7 +1046,6 @@ def main(argv=None):
     if config.dry_run:
         print_forecast(arms, config, environment, read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
         return
-    line = command_line("compare.py", argv)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_plan(config, common, data), config.overwrite, "a comparison")
         start = time.perf_counter()
@@ -849,13 +1053,21 @@ def main(argv=None):
         check_budget(arms, config, environment)
         with StopSignals() as stop:
             results = run_all(arms, config, environment, stop)
-        if stop.signal:
-            print(f"stopped, all runs are saved: the same command continues: {line}", file=sys.stderr)
-            raise SystemExit(128 + stop.signal)
+        exit_if_stopped(stop, line)
         write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
                          config.null)
         print(f"{time.perf_counter() - start:,.0f} s")
-    if any(result.status in ("failed", "killed") for arm_results in results for result in arm_results.results()):
+    exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+
+
+def exit_if_stopped(stop: StopSignals, line: str):
+    if stop.signal:
+        print(f"stopped, all runs are saved: the same command continues: {line}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
+
+
+def exit_if_failed(statuses: Iterable[str]):
+    if not {"failed", "killed"}.isdisjoint(statuses):
         raise OSError("some runs failed, see above; the same command runs them again")
 
 
