@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapt import AdaptRunConfig, clip_hop, read_documents
+from adapt import AdaptRunConfig, Document, clip_hop, is_recurrent, read_documents, timed_read
 from download_data import read_split, retokenize, validation_documents
 from experiments.adaptation_comparison import (
     AdaptArm,
@@ -60,7 +60,7 @@ from experiments.report import align_columns
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
-from learner import AdaptConfig
+from learner import AdaptConfig, open_learner
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -81,7 +81,7 @@ from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
-from sampling import pretraining_flags
+from sampling import load_pretrained, pretraining_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
 from text.sources import take_text
@@ -823,7 +823,7 @@ def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine
 
 # -- models that adapt at inference time ------------------------------------------------------------------------------
 
-WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "grid_share", "null", "dry_run"
+WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "grid_share", "null"
 
 
 def read_adapt_flags(values: dict) -> tuple[CompareConfig, dict]:
@@ -876,11 +876,14 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
             raise BadInput(f"{paths[seed]} is the same file as {paths[twin]}: give a model trained with another seed")
     model = build_meta_model({"checkpoint_path": paths[1]}, None)
     flags = {name: value for name, value in values.items() if name != "checkpoint_path"}
-    rate = read_flags(AdaptConfig, select_fields(AdaptConfig, flags)).rate
     n_parameters = model.n_parameters()
-    arm = AdaptArm(name, text, paths, flags, rate, n_parameters, model.config.block_size, models[1].tokenizer,
-                   model.flops_per_token() + model.elementwise_flops_per_token())
+    arm = AdaptArm(name, text, paths, flags, adapt_config(flags).rate, n_parameters, model.config.block_size,
+                   models[1].tokenizer, model.flops_per_token() + model.elementwise_flops_per_token())
     return arm, n_parameters - (embedding_parameters(model) if config.match == "non_embedding" else 0)
+
+
+def adapt_config(values: dict) -> AdaptConfig:
+    return read_flags(AdaptConfig, select_fields(AdaptConfig, values))
 
 
 def short_names(texts: tuple[str, ...]) -> list[str]:
@@ -892,30 +895,38 @@ def short_names(texts: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class AdaptDocuments:
-    """The documents of a comparison. digests: name of an arm -> of the texts, first those that count, then those on which
-    the learning rate is chosen. n_counted, n_rates: how many of either."""
-    digests: dict[str, list[str]]
+    """The documents of a comparison. of_arm: name of an arm -> first those that count, then those on which the learning
+    rate is chosen. n_counted, n_rates: how many of either."""
+    of_arm: dict[str, list[Document]]
     n_counted: int
     n_rates: int
+
+    def select(self, arm: AdaptArm, stage: str) -> list[Document]:
+        return self.of_arm[arm.name][:self.n_counted] if stage == "runs" else self.of_arm[arm.name][self.n_counted:]
+
+    def digest(self) -> str:
+        """16 hex digits of the texts."""
+        texts = [document.text_digest for documents in self.of_arm.values() for document in documents]
+        return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptArm]) -> AdaptDocuments:
     """Raises BadInput when there are too few."""
     run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
     n_rates = max(2, math.ceil(run.limit / 4)) if len(config.rates) > 1 else 0
-    wanted, found, digests = dataclasses.replace(run, limit=run.limit + n_rates), {}, {}
+    wanted, found, of_arm = dataclasses.replace(run, limit=run.limit + n_rates), {}, {}
     for arm in arms:
-        hop = clip_hop(read_flags(AdaptConfig, select_fields(AdaptConfig, arm.flags)).adapt_hop, arm.block_size)
+        hop = clip_hop(adapt_config(arm.flags).adapt_hop, arm.block_size)
         if (arm.tokenizer, hop) not in found:
             tokenizer = Tokenizer.from_json(load_checkpoint(arm.checkpoints[1])["tokenizer"])
-            found[arm.tokenizer, hop] = [document.text_digest for document in read_documents(wanted, tokenizer, hop)[0]]
-        digests[arm.name] = found[arm.tokenizer, hop]
-    n = min(map(len, digests.values()))
+            found[arm.tokenizer, hop], _ = read_documents(wanted, tokenizer, hop)
+        of_arm[arm.name] = found[arm.tokenizer, hop]
+    n = min(map(len, of_arm.values()))
     if n_rates and n < run.limit + n_rates:
         raise BadInput(f"--dataset={run.dataset}: has {n:,} documents that are long enough, of which --limit={run.limit} "
                        f"leaves less than {n_rates} to choose the learning rate on: give a lower --limit, or one rate: "
                        f"--rates 1")
-    return AdaptDocuments(digests, run.limit, n_rates)
+    return AdaptDocuments(of_arm, run.limit, n_rates)
 
 
 def make_adapt_cell(arm: AdaptArm, config: CompareConfig, documents: AdaptDocuments, machine: str, stage: str,
@@ -925,7 +936,8 @@ def make_adapt_cell(arm: AdaptArm, config: CompareConfig, documents: AdaptDocume
     skip, limit = (0, documents.n_counted) if is_run else (documents.n_counted, documents.n_rates)
     values = arm.flags | {"adapt_rate": arm.base_rate * multiple, "skip": skip, "limit": limit, "controls": is_run}
     path = arm.checkpoints[seed]
-    inputs = [read_pretrained(path).digest, *documents.digests[arm.name][skip:skip + limit], machine,
+    texts = [document.text_digest for document in documents.select(arm, stage)]
+    inputs = [read_pretrained(path).digest, *texts, machine,
               torch.__version__, code_hash(REPO / "adapt.py"),
               *flag_texts({name: value for name, value in values.items() if name != "dataset"})]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:10]
@@ -936,23 +948,30 @@ def make_adapt_cell(arm: AdaptArm, config: CompareConfig, documents: AdaptDocume
 
 def run_adaptation(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, machine: str,
                    stop: StopSignals) -> list[AdaptResults]:
-    """Tries every arm's learning rates with its first model, then reads the documents that count with each of its models at
-    the best."""
+    """Tries every arm's learning rates with its first model, further ones while the lowest or highest is the best, then
+    reads the documents that count with each of its models at the best."""
+    all_results = [AdaptResults(arm) for arm in arms]
     cell = lambda arm, stage, multiple, seed: make_adapt_cell(arm, config, documents, machine, stage, multiple, seed)
-    rates = [[cell(arm, "rates", multiple, arm.seeds[0]) for multiple in config.rates] if documents.n_rates else []
-             for arm in arms]
-    expected = sum(cell.cost for own in rates for cell in own) + sum(
-        cell(arm, "runs", 1.0, seed).cost for arm in arms for seed in arm.seeds)
-    all_results, bar = [AdaptResults(arm) for arm in arms], ComparisonBar(lambda: expected)
-    run = lambda stage, cells: run_stage(stage, cells, config.jobs, stop, bar, AdaptResult.from_job)
+    cost = lambda arm, stage: cell(arm, stage, 1.0, arm.seeds[0]).cost
+    n_rates = lambda results: max(len(results.rates), len(config.rates) if documents.n_rates else 0)
+    bar = ComparisonBar(lambda: sum(n_rates(results) * cost(results.arm, "rates") + len(results.arm.seeds) * cost(
+        results.arm, "runs") for results in all_results))
+
+    def run(stage: str, selected: list[AdaptResults], multiples: Callable, seeds: Callable) -> list[list[AdaptResult]]:
+        cells = [[cell(results.arm, stage, multiple, seed) for multiple in multiples(results) for seed in seeds(results.arm)]
+                 for results in selected]
+        return run_stage(stage, cells, config.jobs, stop, bar, AdaptResult.from_job)
     with closing(bar.bar):
-        for results, own in zip(all_results, run("rates", rates)):
-            results.rates = own
-        best = [results.best_multiple() if results.rates else config.rates[0] for results in all_results]
-        runs = [[cell(arm, "runs", multiple, seed) for seed in arm.seeds] if multiple else []
-                for arm, multiple in zip(arms, best)]
-        for results, own in zip(all_results, run("runs", runs)):
-            results.runs = own
+        searching, multiples = all_results if documents.n_rates else [], lambda _: config.rates
+        while searching and not stop.signal:
+            for results, tried in zip(searching, run("rates", searching, multiples, lambda arm: arm.seeds[:1])):
+                results.rates += tried
+            multiples = lambda results: [results.next_multiple(len(config.rates))]
+            searching = [results for results in all_results if results.next_multiple(len(config.rates))]
+        best = lambda results: [results.best_multiple() if results.rates else config.rates[0]]
+        able = [results for results in all_results if best(results) != [None]]
+        for results, runs in zip(able, run("runs", able, best, lambda arm: arm.seeds)):
+            results.runs = runs
     return all_results
 
 
@@ -960,10 +979,8 @@ def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, docum
                               machine: str, hardware: str) -> list[str]:
     """Sentences."""
     models = "; ".join(f"{arm.name}: {arm.text}, {len(arm.seeds)} model{'s' * (len(arm.seeds) > 1)}"
-                       + " (its path has no {seed}, so --seeds is 1 for it)" * ("{seed}" not in str(arm.text) and
-                                                                                len(arm.seeds) == 1)
-                       for arm in arms)
-    n = min(documents.n_counted, *map(len, documents.digests.values()))
+                       + " (no {seed} in its path: --seeds is 1 for it)" * (config.seeds > len(arm.seeds)) for arm in arms)
+    n = min(documents.n_counted, *map(len, documents.of_arm.values()))
     run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
     length = f" of at most {run.max_tokens:,} tokens" if run.max_tokens else ""
     rates = (f"the {documents.n_rates} after them are for the choice of the learning rate" if documents.n_rates else
@@ -977,16 +994,46 @@ def compare_adaptation(config: CompareConfig, common: dict, line: str):
     """The command with --script=adapt. line: as typed."""
     arms = build_adapt_arms(config, common)
     documents = read_adapt_documents(config, common, arms)
-    machine, hardware = query_device(read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
-    digest = hashlib.sha256(json.dumps(sorted(documents.digests.items())).encode()).hexdigest()[:16]
+    device = read_flags(DeviceConfig, select_fields(DeviceConfig, common))
+    if config.dry_run:
+        print_adapt_forecast(arms, config, documents, device)
+        return
+    machine, hardware = query_device(device)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
-        save_plan(config.out_path, make_adapt_plan(config, common, digest), config.overwrite, "a comparison")
+        save_plan(config.out_path, make_adapt_plan(config, common, documents.digest()), config.overwrite, "a comparison")
         with StopSignals() as stop:
             results = run_adaptation(arms, config, documents, machine, stop)
         exit_if_stopped(stop, line)
         conditions = describe_adapt_conditions(arms, config, documents, common, machine, hardware)
         write_adaptation_comparison(results, conditions, line, config.out_path)
     exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+
+
+def print_adapt_forecast(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, device: DeviceConfig):
+    """Prints how many runs of each arm there are, and how long they take at the speed of two contexts of made-up tokens."""
+    machine, total, n_runs = open_machine(device), 0.0, 0
+    if machine.device.type == "cpu":
+        torch.set_num_threads(threads_of_job(config.jobs))
+    lines = [("arm", "parameters", "memory besides the model", "tokens/s", "runs", "time")]
+    for arm in arms:
+        model, tokenizer, _ = load_pretrained(arm.checkpoints[1])
+        learner, ids = open_learner(model, tokenizer, adapt_config(arm.flags), machine), torch.zeros(
+            2 * arm.block_size + 1, dtype=torch.int64)
+        learner.read(ids[:learner.hop + 1])  # the first step is slow
+        static, adapted = (seconds / (len(ids) - 1) for learn in (False, True)
+                           for _, seconds in [timed_read(learner, ids, learn)])
+        tokens = lambda stage, arm=arm: sum(len(document.ids) - 1 for document in documents.select(arm, stage))
+        kept = static + adapted if is_recurrent(learner) else 0.0
+        n_rates = len(config.rates) if documents.n_rates else 0
+        # a control is scored without steps, another costs as much as adapting
+        seconds = tokens("rates") * n_rates * (static + adapted) + tokens("runs") * len(arm.seeds) * (
+            2 * static + 2 * adapted + kept)
+        total, n_runs = total + seconds, n_runs + n_rates + len(arm.seeds)
+        lines.append((arm.name, f"{arm.n_parameters:,}", format_bytes(learner.extra_bytes()), f"{1 / adapted:,.0f}",
+                      str(n_rates + len(arm.seeds)), format_seconds(seconds)))
+    print("\n".join(align_columns(lines)))
+    print(f"time    about {format_seconds(total / config.jobs)} with --jobs={config.jobs}, without the start of {n_runs} "
+          f"processes; more where the best of --rates is the lowest or highest, beyond which others are tried then")
 
 
 def make_adapt_plan(config: CompareConfig, common: dict, documents: str) -> dict:

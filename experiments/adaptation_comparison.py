@@ -32,6 +32,7 @@ from runtime.forecast import format_bytes
 
 CONTROLS = "other", "overlap", "static_kept", "adapted_kept"  # keys of READINGS
 POSITION_TOKENS = 64  # per point of the curves by position
+MAX_MORE_RATES = 3    # tried beyond the lowest or highest of --rates
 SUMMARY_KEYS = {"hop", "rate", "n_trained", "flops", "stride", "extra_bytes", "rows"}  # of adaptation.json
 NOTES = """\
 Every arm reads the same documents, and all numbers are means over those that every model of every arm has read to their end,
@@ -44,7 +45,8 @@ documents. A difference is called significant where both exclude 0 and the large
 differences in gain and in adapted bits per byte on this page (Holm), is below 0.05."""
 RATE_NOTE = """\
 Learning rate: each arm tried the same multiples of --adapt_rate with its first model, on {n} documents that come after those
-that count, and reads these at the rate with the largest mean gain. (edge): that was the lowest or highest tried."""
+that count, and further ones while the lowest or highest was the best; those that count are read at the rate with the largest
+mean gain. (edge): that was still the lowest or highest tried."""
 CONTROL_NOTE = """\
 Controls are bits per byte minus those of static reading, with the interval over documents; negative is better than static.
 Adapted to another document: scored with the weights that the document before it has led to; were it better than static, part
@@ -189,6 +191,15 @@ class AdaptResults:
         finished = [result for result in self.rates if result.summary]
         best = min(finished, key=lambda result: (result.n_diverged(), -result.mean_gain()), default=None)
         return best and best.cell.multiple
+
+    def next_multiple(self, n_given: int) -> float | None:
+        """The multiple to try next where the best is the lowest or highest tried: as far beyond it as its neighbour is on
+        the other side. None elsewhere, and when MAX_MORE_RATES were tried besides the `n_given` first."""
+        tried, best = sorted(result.cell.multiple for result in self.rates), self.best_multiple()
+        if best is None or len(tried) < 2 or len(tried) >= n_given + MAX_MORE_RATES:
+            return None
+        neighbour = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best)
+        return neighbour and best * best / neighbour
 
     def finished(self) -> dict[int, AdaptResult]:
         """seed -> its finished run."""
@@ -494,19 +505,24 @@ def draw(results: list[AdaptResults], rows: list[dict], documents: list[str]) ->
 
 
 def write_adaptation_comparison(results: list[AdaptResults], conditions: list[str], command_line: str, out_path: Path):
-    """Writes the report into `out_path`, and prints a short table of it. conditions: sentences. Raises OSError when no
-    document has been read by all models."""
+    """Writes the report into `out_path`, and prints a short table of it. conditions: sentences. Raises OSError, or
+    FloatingPointError, when no document has been read by all models."""
     documents = common_documents(results)
+    problems = [problem for arm_results in results for problem in arm_results.problems()]
     if not documents:
-        raise OSError("no document was read to its end by every model, so that nothing can be compared: "
-                      + next((problem for arm_results in results for problem in arm_results.problems()), "none finished"))
+        have_failed = any(result.status not in FINAL_STATUSES for arm_results in results for result in arm_results.results())
+        raise (OSError if have_failed else FloatingPointError)(
+            f"no document was read to its end by every model, so that nothing can be compared: {problems[0]}")
     rows = table_rows(results, documents)
     sentences = [describe_gain(row) for row in rows] + [verdict(row, rows[0]) for row in rows[1:]]
+    n_read = max(len(run.summary["rows"]) for arm_results in results for run in arm_results.finished().values())
+    if n_read > len(documents):
+        sentences.append(f"{n_read - len(documents)} of {n_read} documents count for no arm, because not every model has "
+                         f"read them to their end.")
     figure = draw(results, rows, documents)
     parts = [("code", command_line), ("p", " ".join(conditions)), ("h2", "Results"), ("ul", sentences),
              *([("ul", best)] if (best := describe_best(results, documents)) else []), result_table(rows), figure,
              ("h2", "Controls"), control_table(rows), quarter_table(rows), ("h2", "Cost"), cost_table(rows)]
-    problems = [problem for arm_results in results for problem in arm_results.problems()]
     if problems:
         parts += [("h3", "Left out"), ("ul", problems)]
     n_rates = {result.cell.n_documents for arm_results in results for result in arm_results.rates}

@@ -314,11 +314,11 @@ def draw_adapting_arms(curves: dict[str, dict[str, list[tuple[float, float]]]],
     for i, ((values, margin), color) in enumerate(zip(gains.values(), COLORS * 9)):
         plot_group(axes[1], i, values, color, color)
         if math.isfinite(margin):
-            axes[1].errorbar(i, statistics.mean(values), yerr=margin, color=INK, capsize=4)
+            axes[1].errorbar(i, statistics.mean(values), yerr=margin, color=INK, capsize=4, linewidth=1)
     axes[1].axhline(0, color=INK, linewidth=0.8)
     axes[1].set_xticks(range(len(gains)), [wrap_label(arm, 60 // len(gains)) for arm in gains], fontsize=8)
-    axes[1].set(ylabel="static minus adapted, bits per byte", title="Gain (higher is better)\n(a point: a document; a "
-                                                                    "line: their mean; a bar: 95 %, over seeds)")
+    axes[1].set(ylabel="static minus adapted, bits per byte",
+                title="Gain (higher is better)\n(a point: a document; bar: 95 % over seeds)")
     return to_svgs(axes)
 
 
