@@ -60,7 +60,7 @@ from experiments.report import align_columns
 from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
-from learner import AdaptConfig, open_learner
+from learner import AdaptConfig, has_scope, open_learner
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -867,6 +867,9 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
     path = str(values["checkpoint_path"])
     seeds = range(1, config.seeds + 1) if "{seed}" in path else (1,)
     paths = {seed: Path(path.replace("{seed}", str(seed))) for seed in seeds}
+    if missing := next((seed for seed in seeds if seed > 1 and not paths[seed].exists()), None):
+        raise BadInput(f"{paths[missing]}: no such file, which --seeds={config.seeds} asks for: train it, or give "
+                       f"--seeds={missing - 1}")
     models = {seed: read_pretrained(path) for seed, path in paths.items()}
     for seed, model in models.items():
         if (model.config, model.tokenizer) != (models[1].config, models[1].tokenizer):
@@ -876,8 +879,10 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
             raise BadInput(f"{paths[seed]} is the same file as {paths[twin]}: give a model trained with another seed")
     model = build_meta_model({"checkpoint_path": paths[1]}, None)
     flags = {name: value for name, value in values.items() if name != "checkpoint_path"}
-    n_parameters = model.n_parameters()
-    arm = AdaptArm(name, text, paths, flags, adapt_config(flags).rate, n_parameters, model.config.block_size,
+    adapt, n_parameters = adapt_config(flags), model.n_parameters()
+    if not has_scope(model, adapt.adapt_scope):
+        raise BadInput(f"adapt_scope={adapt.adapt_scope}: this model has no parameters there: choose another")
+    arm = AdaptArm(name, text, paths, flags, adapt.rate, n_parameters, model.config.block_size,
                    models[1].tokenizer, model.flops_per_token() + model.elementwise_flops_per_token())
     return arm, n_parameters - (embedding_parameters(model) if config.match == "non_embedding" else 0)
 

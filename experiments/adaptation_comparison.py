@@ -400,7 +400,7 @@ def verdict(row: dict, reference: dict) -> str:
     return f"{row['arm']}: {clauses}.{missing}{edges}"
 
 
-SHORT_VERDICTS = {"none": "no significant difference", "documents": "only these models", "uncorrected": "only by itself"}
+SHORT_VERDICTS = {"none": "not significant", "documents": "only these models", "uncorrected": "only by itself"}
 
 
 def short_verdict(row: dict) -> str:
