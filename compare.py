@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -41,23 +40,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from adapt import AdaptRunConfig, Document, clip_hop, is_recurrent, read_documents, timed_read
+from adapt import AdaptRunConfig, clip_hop, is_recurrent, read_documents, timed_read
 from download_data import read_split, retokenize, validation_documents
-from experiments.adaptation_comparison import (
-    AdaptArm,
-    AdaptCell,
-    AdaptJob,
-    AdaptResult,
-    AdaptResults,
-    write_adaptation_comparison,
-)
+from experiments.adaptation_cells import AdaptArm, AdaptDocuments, AdaptStudy, DocumentSize, run_adaptation
+from experiments.adaptation_comparison import write_adaptation_comparison
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.report import align_columns
-from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.stages import ComparisonBar, readable_name, run_stage
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
 from learner import AdaptConfig, has_scope, open_learner
@@ -593,11 +586,6 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
 
 
-def readable_name(text: str) -> str:
-    """`text` as a part of a file's name, which may have up to 255 bytes in all."""
-    return re.sub(r"[^a-zA-Z0-9=.-]", "_", text)[:80]
-
-
 def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dict]:
     """The fraction of the budget that a cell of this stage gets, and the flags that limit it. Raises BadInput."""
     if stage == "speed":
@@ -631,31 +619,6 @@ def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnviro
 
 # -- running them -----------------------------------------------------------------------------------------------------
 
-class ComparisonBar:
-    """One bar over all cells, weighted by what each costs, with the time that remains. That is an estimate until the search
-    for the learning rate is over. expected_cost(): of all cells, those that have run included."""
-
-    def __init__(self, expected_cost: Callable[[], float]):
-        self.expected_cost, self.costs, self.checked = expected_cost, {}, 0.0
-        self.bar = progress_bar(desc="starting", miniters=0, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| "
-                                "{elapsed} passed, about {remaining} left")
-
-    def add(self, cell: Cell | AdaptCell, ended: JobResult):
-        """Counts a cell that has ended; one of an earlier run of the command says nothing about speed."""
-        if ended.is_earlier and cell.job.folder not in self.costs:
-            self.bar.initial += cell.cost
-        self.costs[cell.job.folder] = cell.cost
-
-    def refresh(self, cells: list[Cell | AdaptCell]):
-        """cells: of this stage; those that run count in part."""
-        if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
-            self.checked = time.monotonic()
-            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.folder not in self.costs)
-            self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
-            self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
-            self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
-
-
 def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment) -> float:
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
     known how many are."""
@@ -685,7 +648,7 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
         cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
                   for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
-        return run_stage(stage, cells, config.jobs, stop, bar)
+        return run_stage(stage, cells, 1 if stage == "speed" else config.jobs, stop, bar, cell_result)
     with closing(bar.bar):
         for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
             arm_results.grid = grid
@@ -704,23 +667,6 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
 
 def cell_result(cell: Cell, ended: JobResult) -> CellResult:
     return CellResult(cell, ended.status, ended.reason, cell.job.rows())
-
-
-def run_stage(stage: str, cells: list[list], jobs: int, stop: StopSignals, bar: ComparisonBar,
-              make_result: Callable = cell_result) -> list[list]:
-    """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each. Speeds
-    are measured one at a time. make_result(cell, how it ended): what a result is."""
-    if stop.signal:
-        return [[] for _ in cells]
-    order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
-
-    def on_end(i: int, ended: JobResult):
-        bar.add(order[i], ended)
-        tqdm.write(make_result(order[i], ended).describe())
-    all_ended = Runner(1 if stage == "speed" else jobs, stop).run(
-        [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
-    results = {cell.job.folder: make_result(cell, ended) for cell, ended in zip(order, all_ended)}
-    return [[results[cell.job.folder] for cell in own] for own in cells]
 
 
 MATCHED = {"parameters": "as many parameters as the first", "none": "parameters not matched",
@@ -877,14 +823,16 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
                            f"{paths[1]}: the models of an arm differ in their seed alone")
         if twin := next((other for other in range(1, seed) if models[other].digest == model.digest), None):
             raise BadInput(f"{paths[seed]} is the same file as {paths[twin]}: give a model trained with another seed")
-    model = build_meta_model({"checkpoint_path": paths[1]}, None)
+    network = build_meta_model({"checkpoint_path": paths[1]}, None)
     flags = {name: value for name, value in values.items() if name != "checkpoint_path"}
-    adapt, n_parameters = adapt_config(flags), model.n_parameters()
-    if not has_scope(model, adapt.adapt_scope):
+    adapt, n_parameters = adapt_config(flags), network.n_parameters()
+    if not has_scope(network, adapt.adapt_scope):
         raise BadInput(f"adapt_scope={adapt.adapt_scope}: this model has no parameters there: choose another")
-    arm = AdaptArm(name, text, paths, flags, adapt.rate, n_parameters, model.config.block_size,
-                   models[1].tokenizer, model.flops_per_token() + model.elementwise_flops_per_token())
-    return arm, n_parameters - (embedding_parameters(model) if config.match == "non_embedding" else 0)
+    digests = {seed: model.digest for seed, model in models.items()}
+    flops = network.flops_per_token() + network.elementwise_flops_per_token()
+    arm = AdaptArm(name, text, paths, digests, flags, adapt.rate, n_parameters, network.config.block_size,
+                   models[1].tokenizer, flops)
+    return arm, n_parameters - (embedding_parameters(network) if config.match == "non_embedding" else 0)
 
 
 def adapt_config(values: dict) -> AdaptConfig:
@@ -898,23 +846,6 @@ def short_names(texts: tuple[str, ...]) -> list[str]:
     return names if len(set(names)) == len(texts) else list(texts)
 
 
-@dataclass(frozen=True)
-class AdaptDocuments:
-    """The documents of a comparison. of_arm: name of an arm -> first those that count, then those on which the learning
-    rate is chosen. n_counted, n_rates: how many of either."""
-    of_arm: dict[str, list[Document]]
-    n_counted: int
-    n_rates: int
-
-    def select(self, arm: AdaptArm, stage: str) -> list[Document]:
-        return self.of_arm[arm.name][:self.n_counted] if stage == "runs" else self.of_arm[arm.name][self.n_counted:]
-
-    def digest(self) -> str:
-        """16 hex digits of the texts."""
-        texts = [document.text_digest for documents in self.of_arm.values() for document in documents]
-        return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
 def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptArm]) -> AdaptDocuments:
     """Raises BadInput when there are too few."""
     run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
@@ -924,7 +855,8 @@ def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptAr
         hop = clip_hop(adapt_config(arm.flags).adapt_hop, arm.block_size)
         if (arm.tokenizer, hop) not in found:
             tokenizer = Tokenizer.from_json(load_checkpoint(arm.checkpoints[1])["tokenizer"])
-            found[arm.tokenizer, hop], _ = read_documents(wanted, tokenizer, hop)
+            found[arm.tokenizer, hop] = [DocumentSize(document.text_digest, len(document.ids) - 1)
+                                         for document in read_documents(wanted, tokenizer, hop)[0]]
         of_arm[arm.name] = found[arm.tokenizer, hop]
     n = min(map(len, of_arm.values()))
     if n_rates and n < run.limit + n_rates:
@@ -932,52 +864,6 @@ def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptAr
                        f"leaves less than {n_rates} to choose the learning rate on: give a lower --limit, or one rate: "
                        f"--rates 1")
     return AdaptDocuments(of_arm, run.limit, n_rates)
-
-
-def make_adapt_cell(arm: AdaptArm, config: CompareConfig, documents: AdaptDocuments, machine: str, stage: str,
-                    multiple: float, seed: int) -> AdaptCell:
-    """stage: "rates" or "runs", see AdaptCell."""
-    is_run = stage == "runs"
-    skip, limit = (0, documents.n_counted) if is_run else (documents.n_counted, documents.n_rates)
-    values = arm.flags | {"adapt_rate": arm.base_rate * multiple, "skip": skip, "limit": limit, "controls": is_run}
-    path = arm.checkpoints[seed]
-    texts = [document.text_digest for document in documents.select(arm, stage)]
-    inputs = [read_pretrained(path).digest, *texts, machine,
-              torch.__version__, code_hash(REPO / "adapt.py"),
-              *flag_texts({name: value for name, value in values.items() if name != "dataset"})]
-    digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:10]
-    folder = config.out_path / "runs" / f"{readable_name(arm.name)}-{stage}-{multiple:g}-{seed}-{digest}"
-    job = AdaptJob(REPO / "adapt.py", folder, flag_texts(values | {"checkpoint_path": path}))
-    return AdaptCell(arm, stage, multiple, seed, limit, job, limit * arm.flops_per_token * (2.0 if is_run else 1.0))
-
-
-def run_adaptation(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, machine: str,
-                   stop: StopSignals) -> list[AdaptResults]:
-    """Tries every arm's learning rates with its first model, further ones while the lowest or highest is the best, then
-    reads the documents that count with each of its models at the best."""
-    all_results = [AdaptResults(arm) for arm in arms]
-    cell = lambda arm, stage, multiple, seed: make_adapt_cell(arm, config, documents, machine, stage, multiple, seed)
-    cost = lambda arm, stage: cell(arm, stage, 1.0, arm.seeds[0]).cost
-    n_rates = lambda results: max(len(results.rates), len(config.rates) if documents.n_rates else 0)
-    bar = ComparisonBar(lambda: sum(n_rates(results) * cost(results.arm, "rates") + len(results.arm.seeds) * cost(
-        results.arm, "runs") for results in all_results))
-
-    def run(stage: str, selected: list[AdaptResults], multiples: Callable, seeds: Callable) -> list[list[AdaptResult]]:
-        cells = [[cell(results.arm, stage, multiple, seed) for multiple in multiples(results) for seed in seeds(results.arm)]
-                 for results in selected]
-        return run_stage(stage, cells, config.jobs, stop, bar, AdaptResult.from_job)
-    with closing(bar.bar):
-        searching, multiples = all_results if documents.n_rates else [], lambda _: config.rates
-        while searching and not stop.signal:
-            for results, tried in zip(searching, run("rates", searching, multiples, lambda arm: arm.seeds[:1])):
-                results.rates += tried
-            multiples = lambda results: [results.next_multiple(len(config.rates))]
-            searching = [results for results in all_results if results.next_multiple(len(config.rates))]
-        best = lambda results: [results.best_multiple() if results.rates else config.rates[0]]
-        able = [results for results in all_results if best(results) != [None]]
-        for results, runs in zip(able, run("runs", able, best, lambda arm: arm.seeds)):
-            results.runs = runs
-    return all_results
 
 
 def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, common: dict,
@@ -1004,10 +890,12 @@ def compare_adaptation(config: CompareConfig, common: dict, line: str):
         print_adapt_forecast(arms, config, documents, device)
         return
     machine, hardware = query_device(device)
+    environment = f"{machine} {torch.__version__} {code_hash(REPO / 'adapt.py')}"
+    study = AdaptStudy(REPO / "adapt.py", config.out_path / "runs", documents, config.rates, environment, config.jobs)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_adapt_plan(config, common, documents.digest()), config.overwrite, "a comparison")
         with StopSignals() as stop:
-            results = run_adaptation(arms, config, documents, machine, stop)
+            results = run_adaptation(arms, study, stop)
         exit_if_stopped(stop, line)
         conditions = describe_adapt_conditions(arms, config, documents, common, machine, hardware)
         write_adaptation_comparison(results, conditions, line, config.out_path)
@@ -1027,7 +915,7 @@ def print_adapt_forecast(arms: list[AdaptArm], config: CompareConfig, documents:
         learner.read(ids[:learner.hop + 1])  # the first step is slow
         static, adapted = (seconds / (len(ids) - 1) for learn in (False, True)
                            for _, seconds in [timed_read(learner, ids, learn)])
-        tokens = lambda stage, arm=arm: sum(len(document.ids) - 1 for document in documents.select(arm, stage))
+        tokens = lambda stage, arm=arm: sum(document.n_tokens for document in documents.select(arm, stage))
         kept = static + adapted if is_recurrent(learner) else 0.0
         n_rates = len(config.rates) if documents.n_rates else 0
         # a control is scored without steps, another costs as much as adapting

@@ -1,15 +1,11 @@
-"""Which model adapts best at inference time: the cells of `compare.py --script=adapt`, their statistics, and the report.
+"""Which model adapts best at inference time: the statistics and the report of `compare.py --script=adapt`.
 
-A cell is a process of adapt.py, which reads the same documents with one model of an arm. compare.py fills an AdaptResults
-for each arm, and calls `write_adaptation_comparison` at the end, which writes comparison.md, .csv, .html and a picture.
+compare.py calls `write_adaptation_comparison` when the cells of experiments/adaptation_cells.py are done; it writes
+comparison.md, .csv, .html and a picture.
 """
-import json
 import math
-import os
 import statistics
-import sys
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +17,11 @@ from experiments.adaptation import (
     gains_by_quarter,
     seconds_ratio,
 )
+from experiments.adaptation_cells import AdaptResults, gain
 from experiments.analysis import SIGNIFICANCE
 from experiments.plots import draw_adapting_arms
 from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
-from experiments.runner import FINAL_STATUSES, JobResult
+from experiments.runner import FINAL_STATUSES
 from experiments.stats import Estimate, holm, p_value
 from runtime.cli import say
 from runtime.files import atomic_write
@@ -32,8 +29,6 @@ from runtime.forecast import format_bytes
 
 CONTROLS = "other", "overlap", "static_kept", "adapted_kept"  # keys of READINGS
 POSITION_TOKENS = 64  # per point of the curves by position
-MAX_MORE_RATES = 3    # tried beyond the lowest or highest of --rates
-SUMMARY_KEYS = {"hop", "rate", "n_trained", "flops", "stride", "extra_bytes", "rows"}  # of adaptation.json
 NOTES = """\
 Every arm reads the same documents, and all numbers are means over those that every model of every arm has read to their end,
 each document counting once, and over the models of an arm. Gain: bits per byte static minus adapted; positive is better. A
@@ -59,166 +54,7 @@ The arms do not share one tokenizer: bits per byte compare, positions in tokens,
 other amounts of text; with --max_tokens the arms read different amounts of each document."""
 
 
-# -- arms and cells ---------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, eq=False)
-class AdaptArm:
-    """An architecture, as one or more models trained with different seeds, and how it adapts. flags: of adapt.py. base_rate:
-    the learning rate that multiples refer to. flops_per_token: for comparing what cells cost."""
-    name: str
-    text: str                     # as given with --arms
-    checkpoints: dict[int, Path]  # seed -> model
-    flags: dict
-    base_rate: float
-    n_parameters: int
-    block_size: int
-    tokenizer: str
-    flops_per_token: int
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(self.checkpoints)
-
-
-@dataclass(frozen=True)
-class AdaptJob:
-    """A run of adapt.py, with its rows, page and adaptation.json in `folder`. It continues by itself."""
-    script: Path
-    folder: Path
-    flags: tuple[str, ...]
-
-    def command(self) -> list[str]:
-        return [sys.executable, str(self.script), f"--out_path={self.folder}", *self.flags, "--overwrite"]
-
-    def summary(self) -> dict | None:
-        """adaptation.json; None where it is missing or damaged."""
-        summary = read_json(self.folder / "adaptation.json")
-        return summary if summary.keys() >= SUMMARY_KEYS and summary["rows"] else None
-
-    def n_read(self) -> int:
-        """Documents that have been read."""
-        with suppress(OSError):
-            return (self.folder / "documents.jsonl").read_bytes().count(b"\n")
-        return 0
-
-    def previous_result(self) -> JobResult | None:
-        if self.summary():
-            return JobResult("finished")
-        saved = read_json(self.folder / "result.json")
-        return JobResult("diverged", str(saved.get("reason"))) if saved.get("status") == "diverged" else None
-
-    def complete(self, result: JobResult) -> JobResult:
-        if result.status == "bad input":
-            return JobResult("failed", result.reason)
-        if result.status == "finished" and not self.summary():
-            return JobResult("failed", "its adaptation.json is missing")
-        if result.status == "diverged":
-            with atomic_write(self.folder / "result.json", "w") as file:
-                json.dump({"status": result.status, "reason": result.reason}, file, indent=1)
-        return result
-
-
-def read_json(path: Path) -> dict:
-    """{} where the file is missing or holds something else."""
-    if os.path.isfile(path):
-        with suppress(ValueError, RecursionError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content if isinstance(content, dict) else {}
-    return {}
-
-
-@dataclass(frozen=True)
-class AdaptCell:
-    """What one model of an arm reads: in stage "rates" a few documents, to choose the learning rate, in stage "runs" those
-    that count. cost: how long it takes, relative to other cells."""
-    arm: AdaptArm
-    stage: str
-    multiple: float
-    seed: int
-    n_documents: int
-    job: AdaptJob
-    cost: float
-
-    def progress(self) -> float:
-        """The part of it that has run, 0 to 1."""
-        return min(1.0, self.job.n_read() / self.n_documents)
-
-
-class AdaptResult(NamedTuple):
-    """How a cell ended (status and reason as in runner.JobResult), and its adaptation.json if it finished."""
-    cell: AdaptCell
-    status: str
-    reason: str
-    summary: dict | None
-
-    @classmethod
-    def from_job(cls, cell: AdaptCell, ended: JobResult) -> "AdaptResult":
-        return cls(cell, ended.status, ended.reason, cell.job.summary() if ended.status == "finished" else None)
-
-    def rows(self) -> dict[str, dict]:
-        """text_digest -> row of each document that was read to its end."""
-        return {row["text_digest"]: row for row in self.summary["rows"] if "diverged" not in row}
-
-    def n_diverged(self) -> int:
-        return sum("diverged" in row for row in self.summary["rows"])
-
-    def mean_gain(self) -> float:
-        """Bits per byte static minus adapted."""
-        return statistics.mean(map(gain, self.rows().values()))
-
-    def describe(self) -> str:
-        cell = self.cell
-        which = f"{cell.arm.name}, adapt_rate x {cell.multiple:g}, seed {cell.seed}"
-        which += " (choosing the rate)" * (cell.stage == "rates")
-        if self.status != "finished":
-            return f"{which}: {self.status}: {self.reason}"
-        diverged = f", {self.n_diverged()} of {len(self.summary['rows'])} documents diverged" * bool(self.n_diverged())
-        return f"{which}: gain {self.mean_gain():+.4f} bits/byte{diverged}"
-
-
-@dataclass(eq=False)
-class AdaptResults:
-    """All results of an arm. rates: empty where only one multiple is tried."""
-    arm: AdaptArm
-    rates: list[AdaptResult] = field(default_factory=list)
-    runs: list[AdaptResult] = field(default_factory=list)
-
-    def best_multiple(self) -> float | None:
-        """The one with the fewest documents that diverged, and of these the largest mean gain. None while a cell has to be
-        run again, or when all have diverged."""
-        if any(result.status not in FINAL_STATUSES for result in self.rates):
-            return None
-        finished = [result for result in self.rates if result.summary]
-        best = min(finished, key=lambda result: (result.n_diverged(), -result.mean_gain()), default=None)
-        return best and best.cell.multiple
-
-    def next_multiple(self, n_given: int) -> float | None:
-        """The multiple to try next where the best is the lowest or highest tried: as far beyond it as its neighbour is on
-        the other side. None elsewhere, and when MAX_MORE_RATES were tried besides the `n_given` first."""
-        tried, best = sorted(result.cell.multiple for result in self.rates), self.best_multiple()
-        if best is None or len(tried) < 2 or len(tried) >= n_given + MAX_MORE_RATES:
-            return None
-        neighbour = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best)
-        return neighbour and best * best / neighbour
-
-    def finished(self) -> dict[int, AdaptResult]:
-        """seed -> its finished run."""
-        return {run.cell.seed: run for run in self.runs if run.summary}
-
-    def results(self) -> list[AdaptResult]:
-        return self.rates + self.runs
-
-    def problems(self) -> list[str]:
-        """Cells that did not finish, and documents that were left out."""
-        return [result.describe() for result in self.results() if not result.summary or result.n_diverged()]
-
-
 # -- statistics -------------------------------------------------------------------------------------------------------
-
-def gain(row: dict) -> float:
-    """Bits per byte static minus adapted of a document: positive is better."""
-    return bits_per_byte(row, "static") - bits_per_byte(row, "adapted")
-
 
 class TwoWay(NamedTuple):
     """A mean over documents and seeds, with its interval over either. p: the larger of the two p-values of its being 0."""
@@ -246,7 +82,7 @@ def common_documents(results: list[AdaptResults]) -> list[str]:
     return [digest for digest in runs[0] if all(digest in rows for rows in runs)] if runs else []
 
 
-def measure(arm_results: AdaptResults, documents: list[str], quantity) -> dict[int, list[float]]:
+def measure(arm_results: AdaptResults, documents: list[str], quantity: Callable[[dict], float]) -> dict[int, list[float]]:
     """seed -> quantity(row) of each of the documents."""
     return {seed: [quantity(rows[digest]) for digest in documents]
             for seed, run in arm_results.finished().items() for rows in [run.rows()]}

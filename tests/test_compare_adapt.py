@@ -15,12 +15,8 @@ import pytest
 import adapt
 import compare
 from conftest import REPO, train_tiny
+from experiments.adaptation_cells import AdaptArm, AdaptCell, AdaptJob, AdaptResult, AdaptResults
 from experiments.adaptation_comparison import (
-    AdaptArm,
-    AdaptCell,
-    AdaptJob,
-    AdaptResult,
-    AdaptResults,
     common_documents,
     describe_best,
     describe_gain,
@@ -220,7 +216,7 @@ def make_results(name: str, gains: list[list[float]], static: float = 3.0, other
                  parameters: int = 1000) -> AdaptResults:
     """An arm whose models gain so much (a list for each seed, a number for each document, None: diverged) from `static`."""
     seeds = range(1, len(gains) + 1)
-    arm = AdaptArm(name, name, {seed: Path(f"{name}_{seed}.pt") for seed in seeds}, {}, 6e-4, parameters, 16, "a", 1)
+    arm = AdaptArm(name, name, {seed: Path(f"{name}_{seed}.pt") for seed in seeds}, {}, {}, 6e-4, parameters, 16, "a", 1)
     runs = []
     for seed, own in zip(seeds, gains):
         nats = 8 * math.log(2)  # of 1 bit/byte in documents of 8 bytes, in four hops of 2
