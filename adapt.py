@@ -6,7 +6,7 @@
 Every document is read twice by a `Learner` (learner.py), with the weights as they are and with a step after each hop of
 tokens, and by the controls: with weights that another document has led to, and with the compute spent on a longer overlap of
 windows. A row for each document goes into --out_path, from which the same command continues where it was stopped; at its end
-the folder holds adaptation.md and adaptation.html.
+the folder holds adaptation.md and adaptation.html, and adaptation.json with what they were made of.
 """
 import hashlib
 import itertools
@@ -60,15 +60,17 @@ class AdaptRunConfig:
     checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model")
     dataset: str = flag("data", "a folder that download_data.py has prepared, of which the validation documents are read; "
                                 "or a local file or folder, a dataset of the hub, or `builtin`, whose first documents are "
-                                "read")
-    dataset_config: str = flag(None, "configuration of a hub dataset")
-    text_column: str = flag("text", "column or JSON key that holds the text")
-    limit: int = flag(40, "documents to read, at most", at_least=1)
-    max_tokens: int = flag(None, "tokens of a document to read, at most (default: all)", at_least=2)
+                                "read", scope="shared")
+    dataset_config: str = flag(None, "configuration of a hub dataset", scope="shared")
+    text_column: str = flag("text", "column or JSON key that holds the text", scope="shared")
+    limit: int = flag(40, "documents to read, at most", at_least=1, scope="shared")
+    skip: int = flag(0, "documents to leave out before the first that is read", at_least=0, scope="run")
+    max_tokens: int = flag(None, "tokens of a document to read, at most (default: all)", at_least=2, scope="shared")
+    controls: bool = flag(True, "0 leaves out the controls, which take about as long as the rest", scope="run")
     out_path: Path = flag(None, "folder for the rows and the page (default: --checkpoint_path without its ending, with "
-                                "_adapted added)")
-    overwrite: bool = flag(False, "let another evaluation replace the rows in --out_path")
-    skip_errors: bool = flag(False, "1 leaves out parts of files that cannot be read")
+                                "_adapted added)", scope="run")
+    overwrite: bool = flag(False, "let another evaluation replace the rows in --out_path", scope="run")
+    skip_errors: bool = flag(False, "1 leaves out parts of files that cannot be read", scope="shared")
     __post_init__ = check_flags
 
 
@@ -76,26 +78,39 @@ class AdaptRunConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A text. ids: (n + 1,) int64, led by the separator. digest: of them."""
+    """A text. ids: (n + 1,) int64, led by the separator. digest: of them. text_digest: of the text, whatever the
+    tokenizer."""
     ids: Tensor
     digest: str
+    text_digest: str
+
+
+def clip_hop(hop: int, block_size: int) -> int:
+    """The hop in a model of this context, in which two of them fit."""
+    return min(hop, max(1, block_size // 2))
 
 
 def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], int]:
-    """The first --limit documents of more than a hop, and how many shorter ones were left out before. Raises BadInput."""
+    """--limit documents of more than a hop, after the first --skip of these, and how many shorter ones were left out before.
+    Raises BadInput."""
     source_config = SourceConfig(config.dataset, dataset_config=config.dataset_config, text_column=config.text_column,
                                  skip_errors=config.skip_errors)
-    documents, n_short = [], 0
+    documents, n_short, n_skipped = [], 0, 0
     for text in texts_of(source_config):
         ids = [tokenizer.separator_id, *tokenizer.encode(text)][:config.max_tokens and config.max_tokens + 1]
         if len(ids) <= hop + 1:
             n_short += 1
             continue
-        documents.append(Document(torch.tensor(ids), hashlib.sha256(np.array(ids).tobytes()).hexdigest()[:16]))
+        if n_skipped < config.skip:
+            n_skipped += 1
+            continue
+        digests = (hashlib.sha256(content).hexdigest()[:16] for content in (np.array(ids).tobytes(), text.encode()))
+        documents.append(Document(torch.tensor(ids), *digests))
         if len(documents) == config.limit:
             break
     if not documents:
         raise BadInput(f"--dataset={config.dataset}: holds no document of more than --adapt_hop={hop} tokens"
+                       + f" after the first --skip={config.skip}" * bool(config.skip)
                        + f", and {n_short:,} shorter ones" * bool(n_short))
     return documents, n_short
 
@@ -119,17 +134,20 @@ def texts_of(config: SourceConfig) -> Iterator[str]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 def read_document(learner: Learner, document: Document, next_document: Document | None, token_bytes: Tensor,
-                  stride: int) -> dict:
+                  stride: int, controls: bool = True) -> dict:
     """The row of a document, see experiments/adaptation.py. next_document: is scored with the weights that this one has led
     to. Leaves the weights as they were. Raises FloatingPointError when a step was not finite."""
     ids, n = document.ids, len(document.ids) - 1
     hops = list(cut_hops(n, learner.hop, learner.model.config.block_size))
-    row = {"digest": document.digest, "next_digest": next_document and next_document.digest, "tokens": n,
+    row = {"digest": document.digest, "text_digest": document.text_digest,
+           "next_digest": next_document and next_document.digest, "tokens": n,
            "bytes": int(token_bytes[ids[1:]].sum()),
            "hop_bytes": [int(token_bytes[ids[hop.start + 1:hop.stop + 1]].sum()) for hop in hops]}
     try:
         row["static"], row["static_seconds"] = timed_read(learner, ids, learn=False)
         row["adapted"], row["adapted_seconds"] = timed_read(learner, ids)
+        if not controls:
+            return row
         if next_document:
             row["next"] = sum(learner.read(next_document.ids, learn=False).tolist())
         learner.forget()
@@ -204,7 +222,8 @@ def write_row(path: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path) -> list[dict]:
+def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path,
+             controls: bool = True) -> list[dict]:
     """A row for each document, those that `path` holds already from there. Raises SystemExit when a signal stops it."""
     earlier, rows = read_rows(path), []
     with atomic_write(path, "w") as file:  # without a line that a crash cut off, which the next row would be added to
@@ -216,7 +235,7 @@ def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, s
             row = earlier.get(document.digest)
             if row is None or "diverged" not in row and row["next_digest"] != (next_document and next_document.digest):
                 try:
-                    row = read_document(learner, document, next_document, token_bytes, stride)
+                    row = read_document(learner, document, next_document, token_bytes, stride, controls)
                 except FloatingPointError as error:
                     row = {"digest": document.digest, "diverged": str(error)}
                     tqdm.write(f"document {i + 1}: left out, {error}")
@@ -237,7 +256,8 @@ def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, s
 
 def make_plan(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine) -> dict:
     """What rows depend on, as JSON: not how many documents are read."""
-    return {"dataset": config.dataset, "max_tokens": config.max_tokens, "machine": str(machine)} | vars(adapt) | {
+    return {"dataset": config.dataset, "max_tokens": config.max_tokens, "controls": config.controls,
+            "machine": str(machine)} | vars(adapt) | {
         "model": hashlib.sha256(config.checkpoint_path.read_bytes()).hexdigest()[:16]}
 
 
@@ -256,7 +276,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
     model, tokenizer, _ = load_pretrained(config.checkpoint_path)
     plan = make_plan(config, adapt, machine)
     out_path = config.out_path or config.checkpoint_path.with_name(f"{config.checkpoint_path.stem}_adapted")
-    documents, n_short = read_documents(config, tokenizer, min(adapt.adapt_hop, max(1, model.config.block_size // 2)))
+    documents, n_short = read_documents(config, tokenizer, clip_hop(adapt.adapt_hop, model.config.block_size))
     learner = open_learner(model, tokenizer, adapt, machine)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     conditions = describe(learner, config, documents, token_bytes)
@@ -267,7 +287,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
         for condition in conditions:
             say(condition)
         flops, stride, extra_bytes = measure_cost(learner, documents)
-        rows = read_all(learner, documents, token_bytes, stride, rows_path)
+        rows = read_all(learner, documents, token_bytes, stride, rows_path, config.controls)
         finished = [row for row in rows if "diverged" not in row]
         left_out = [f"{n_short:,} documents of at most {learner.hop} tokens were left out."] * bool(n_short)
         if n := len(rows) - len(finished):
@@ -278,6 +298,9 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
         study = AdaptationStudy(f"Adapting {config.checkpoint_path} at inference time", learner.hop, flops, stride,
                                 extra_bytes, left_out, conditions, line)
         write_adaptation(finished, study, out_path)
+        with atomic_write(out_path / "adaptation.json", "w") as file:  # last: where it is, the evaluation is complete
+            json.dump(plan | {"hop": learner.hop, "rate": adapt.rate, "n_trained": learner.n_trained(), "flops": flops,
+                              "stride": stride, "extra_bytes": extra_bytes, "n_short": n_short, "rows": rows}, file)
 
 
 @command

@@ -6,6 +6,8 @@
 
     python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
 
+    python compare.py --script=adapt --dataset=docs.parquet --arms checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt
+
 An arm is flags of train.py, or of finetune.py, where arms may also start from different models. Arms of train.py get as
 many parameters as the first one: the width of the hidden layer is solved for. All arms see the same data in the same order.
 For an arm with a vocabulary of its own, a tokenizer is trained on the training text of --data_path, and that folder's text
@@ -13,6 +15,8 @@ is encoded with it once, into --out_path/data.
 Each arm tries the same learning rates on part of the budget. Starting from the best, lower rates are tried on the full
 budget while they improve; then every seed is trained at the best rate. Each of these runs, a cell, has its full cooldown and
 is a process that checkpoints: the same command continues where it was stopped, and never repeats a finished cell.
+With --script=adapt nothing is trained before: arms are models, {seed} in a path stands for 1 to --seeds, and each reads the
+same documents with adapt.py.
 
 Writes comparison.md, comparison.csv, a page (comparison.html) and its pictures into --out_path; the metrics of the cells
 stay in its folder `runs`.
@@ -21,7 +25,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -30,23 +33,27 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from adapt import AdaptRunConfig, clip_hop, is_recurrent, read_documents, timed_read
 from download_data import read_split, retokenize, validation_documents
+from experiments.adaptation_cells import AdaptArm, AdaptDocuments, AdaptStudy, DocumentSize, run_adaptation
+from experiments.adaptation_comparison import write_adaptation_comparison
 from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.report import align_columns
-from experiments.runner import JobResult, Runner, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.stages import ComparisonBar, readable_name, run_stage
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
+from learner import AdaptConfig, has_scope, open_learner
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -67,7 +74,7 @@ from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
-from sampling import pretraining_flags
+from sampling import load_pretrained, pretraining_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
 from text.sources import take_text
@@ -100,16 +107,19 @@ class CompareConfig:
                                                             "vocab_size, pattern and tokenizer_path; the first is the "
                                                             "reference")
     script: str = flag("train", "what a run is: train.py, or finetune.py, where an arm may be the model to start from: "
-                                "checkpoint_path=a.pt", choices=("train", "finetune"), scope="run")
+                                "checkpoint_path=a.pt; or adapt.py, where an arm is a model, or one for each seed: "
+                                "checkpoint_path=a_{seed}.pt", choices=("train", "finetune", "adapt"), scope="run")
     budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
                                      "matrix products, activations and bases")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
-    rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate", above=0)
+    rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
+                                                     "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms of train.py have in common besides the budget; non_embedding: the parameters "
-                                    "without the embedding and an untied head",
+    match: str = flag("parameters", "what arms of train.py have in common besides the budget, and what those of adapt.py "
+                                    "must have in common; non_embedding: the parameters without the embedding and an untied "
+                                    "head",
                       choices=("parameters", "non_embedding", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
     jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
@@ -385,33 +395,40 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
 
     given: the flag that `text` was a value of, for the message. Raises BadInput.
     """
-    spec = SCRIPTS[script]
-    classes = spec.command.classes
+    classes, vocabulary = script_flags(script)
     # at commas before the name of a flag: a regular expression, pattern=\d{1,3}, has commas of its own
     parts = [part.strip() for part in re.split(r",(?=\s*[\w-]+\s*(?:[=,]|$))", text)]
     if {"help", "h"} & {*parts}:
         raise BadInput(f"{given} {text!r}: give flags of {script}.py, such as mlp=relu2; `python {script}.py --help` lists "
                        f"them")
     parser = Parser(None)
-    add_arm_flags(parser, spec)
+    add_arm_flags(parser, script)
     try:
         values = vars(parser.parse_args([f"--{part}" for part in parts]))
-        for config in (*classes, *spec.vocabulary):
+        for config in (*classes, *vocabulary):
             read_flags(config, select_fields(config, values))
     except BadInput as error:
         suggestions = [f"{name}={part}" for part in parts for name, field in declared_flags(*classes).items()
                        if part in (field.metadata["flag"].choices or ()) or name == "mixer" and part in MIXERS]
         raise BadInput(f"{given} {text!r}: " + (f"did you mean {suggestions[0]}?" if suggestions else str(error))) from None
-    allowed = flag_names(*classes, *spec.vocabulary, scope="arm") | ({"data_path"} if spec.vocabulary else set())
+    allowed = flag_names(*classes, *vocabulary, scope="arm") | ({"data_path"} if vocabulary else set())
     if not_of_an_arm := values.keys() - allowed:
         raise BadInput(f"{given} {text!r}: {min(not_of_an_arm)} is not part of an architecture or recipe: leave it out")
     return values
 
 
-def add_arm_flags(parser: Parser, spec: ScriptSpec, without: set[str] = frozenset()):
+def script_flags(script: str) -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """The dataclasses of a script's flags, and VocabularyConfig where an arm may have a vocabulary of its own."""
+    if script == "adapt":
+        return (AdaptRunConfig, AdaptConfig, DeviceConfig), ()
+    return SCRIPTS[script].command.classes, SCRIPTS[script].vocabulary
+
+
+def add_arm_flags(parser: Parser, script: str, without: set[str] = frozenset()):
     """The flags of the vocabulary and of the script; those that are not given are absent from the namespace."""
-    add_flags(parser, *spec.vocabulary, suppress=True)
-    add_flags(parser, *spec.command.classes, suppress=True, without=without | set(declared_flags(*spec.vocabulary)))
+    classes, vocabulary = script_flags(script)
+    add_flags(parser, *vocabulary, suppress=True)
+    add_flags(parser, *classes, suppress=True, without=without | set(declared_flags(*vocabulary)))
 
 
 def select_fields(config: type, values: dict) -> dict:
@@ -569,11 +586,6 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
 
 
-def readable_name(text: str) -> str:
-    """`text` as a part of a file's name, which may have up to 255 bytes in all."""
-    return re.sub(r"[^a-zA-Z0-9=.-]", "_", text)[:80]
-
-
 def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dict]:
     """The fraction of the budget that a cell of this stage gets, and the flags that limit it. Raises BadInput."""
     if stage == "speed":
@@ -607,31 +619,6 @@ def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnviro
 
 # -- running them -----------------------------------------------------------------------------------------------------
 
-class ComparisonBar:
-    """One bar over all cells, weighted by what each costs, with the time that remains. That is an estimate until the search
-    for the learning rate is over. expected_cost(): of all cells, those that have run included."""
-
-    def __init__(self, expected_cost: Callable[[], float]):
-        self.expected_cost, self.costs, self.checked = expected_cost, {}, 0.0
-        self.bar = progress_bar(desc="starting", miniters=0, smoothing=0, bar_format="{desc} {percentage:3.0f}%|{bar}| "
-                                "{elapsed} passed, about {remaining} left")
-
-    def add(self, cell: Cell, ended: JobResult):
-        """Counts a cell that has ended; one of an earlier run of the command says nothing about speed."""
-        if ended.is_earlier and cell.job.checkpoint not in self.costs:
-            self.bar.initial += cell.cost
-        self.costs[cell.job.checkpoint] = cell.cost
-
-    def refresh(self, cells: list[Cell]):
-        """cells: of this stage; those that run count in part."""
-        if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
-            self.checked = time.monotonic()
-            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.checkpoint not in self.costs)
-            self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
-            self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
-            self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
-
-
 def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment) -> float:
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
     known how many are."""
@@ -661,7 +648,7 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
         cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
                   for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
-        return run_stage(stage, cells, config.jobs, stop, bar)
+        return run_stage(stage, cells, 1 if stage == "speed" else config.jobs, stop, bar, cell_result)
     with closing(bar.bar):
         for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
             arm_results.grid = grid
@@ -676,23 +663,6 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
             for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
                 arm_results.speeds = speeds
     return all_results
-
-
-def run_stage(stage: str, cells: list[list[Cell]], jobs: int, stop: StopSignals,
-              bar: ComparisonBar) -> list[list[CellResult]]:
-    """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each. Speeds
-    are measured one at a time."""
-    if stop.signal:
-        return [[] for _ in cells]
-    order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
-
-    def on_end(i: int, ended: JobResult):
-        bar.add(order[i], ended)
-        tqdm.write(cell_result(order[i], ended).describe())
-    all_ended = Runner(1 if stage == "speed" else jobs, stop).run(
-        [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
-    results = {cell.job.checkpoint: cell_result(cell, ended) for cell, ended in zip(order, all_ended)}
-    return [[results[cell.job.checkpoint] for cell in own] for own in cells]
 
 
 def cell_result(cell: Cell, ended: JobResult) -> CellResult:
@@ -797,6 +767,175 @@ def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine
     return peak_memory(machine.device), arm.step_tokens / seconds
 
 
+# -- models that adapt at inference time ------------------------------------------------------------------------------
+
+WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "grid_share", "null"
+
+
+def read_adapt_flags(values: dict) -> tuple[CompareConfig, dict]:
+    """The comparison and the flags of adapt.py that hold for all arms, from the flags that were given. Raises BadInput."""
+    for name in WITHOUT_MEANING_TO_ADAPT:
+        if name in values:
+            raise BadInput(f"--{name}: has no meaning with --script=adapt, which trains nothing before: leave it out")
+    if "arms" not in values:
+        raise BadInput("--arms: give two or more models, such as checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt")
+    config = read_flags(CompareConfig, values)
+    common = {name: value for name, value in values.items() if name not in declared_flags(CompareConfig)}
+    seeded = [text for text in (*config.arms, str(common.get("checkpoint_path", ""))) if "{seed}" in text]
+    if values.get("seeds", 1) > 1 and not seeded:
+        raise BadInput(f"--seeds={config.seeds}: no arm has {{seed}} in its path, so that each is one model: name a model "
+                       f"of each seed, as in checkpoint_path=a_{{seed}}.pt, or leave --seeds out")
+    return config, common
+
+
+def build_adapt_arms(config: CompareConfig, common: dict) -> list[AdaptArm]:
+    """Raises BadInput for models that do not exist, and, unless --match=none, for arms of different sizes."""
+    arms, reference = [], None
+    for name, text in zip(short_names(config.arms), config.arms):
+        values = common | parse_arm(text, "--arms", "adapt")
+        try:
+            arm, matched = build_adapt_arm(name, text, values, config)
+            reference = reference or matched
+            if config.match != "none" and abs(matched - reference) > MATCH_TOLERANCE * reference:
+                what = "parameters besides its embedding" if config.match == "non_embedding" else "parameters"
+                raise BadInput(f"has {matched:,} {what}, the first arm {reference:,}: train models of one size, or compare "
+                               f"them as they are with --match=none")
+        except BadInput as error:
+            raise BadInput(f"--arms {text!r}: {error}") from None
+        arms.append(arm)
+    return arms
+
+
+def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -> tuple[AdaptArm, int]:
+    """The arm and its number of parameters that --match compares. Raises BadInput."""
+    if "checkpoint_path" not in values:
+        raise BadInput("names no model: add checkpoint_path=a.pt, or checkpoint_path=a_{seed}.pt for one of each seed")
+    path = str(values["checkpoint_path"])
+    seeds = range(1, config.seeds + 1) if "{seed}" in path else (1,)
+    paths = {seed: Path(path.replace("{seed}", str(seed))) for seed in seeds}
+    if missing := next((seed for seed in seeds if seed > 1 and not paths[seed].exists()), None):
+        raise BadInput(f"{paths[missing]}: no such file, which --seeds={config.seeds} asks for: train it, or give "
+                       f"--seeds={missing - 1}")
+    models = {seed: read_pretrained(path) for seed, path in paths.items()}
+    for seed, model in models.items():
+        if (model.config, model.tokenizer) != (models[1].config, models[1].tokenizer):
+            raise BadInput(f"{paths[seed]} has another {'shape' if model.config != models[1].config else 'tokenizer'} than "
+                           f"{paths[1]}: the models of an arm differ in their seed alone")
+        if twin := next((other for other in range(1, seed) if models[other].digest == model.digest), None):
+            raise BadInput(f"{paths[seed]} is the same file as {paths[twin]}: give a model trained with another seed")
+    network = build_meta_model({"checkpoint_path": paths[1]}, None)
+    flags = {name: value for name, value in values.items() if name != "checkpoint_path"}
+    adapt, n_parameters = adapt_config(flags), network.n_parameters()
+    if not has_scope(network, adapt.adapt_scope):
+        raise BadInput(f"adapt_scope={adapt.adapt_scope}: this model has no parameters there: choose another")
+    digests = {seed: model.digest for seed, model in models.items()}
+    flops = network.flops_per_token() + network.elementwise_flops_per_token()
+    arm = AdaptArm(name, text, paths, digests, flags, adapt.rate, n_parameters, network.config.block_size,
+                   models[1].tokenizer, flops)
+    return arm, n_parameters - (embedding_parameters(network) if config.match == "non_embedding" else 0)
+
+
+def adapt_config(values: dict) -> AdaptConfig:
+    return read_flags(AdaptConfig, select_fields(AdaptConfig, values))
+
+
+def short_names(texts: tuple[str, ...]) -> list[str]:
+    """"checkpoint_path=models/gelu_{seed}.pt" -> "gelu", if the names of the arms differ then, else as they are."""
+    shorten_path = lambda match: re.sub(r"[_.-]?\{seed\}", "", Path(match[1]).stem) or match[1]
+    names = [re.sub(r"\bcheckpoint_path=([^,]*)", shorten_path, text) for text in texts]
+    return names if len(set(names)) == len(texts) else list(texts)
+
+
+def read_adapt_documents(config: CompareConfig, common: dict, arms: list[AdaptArm]) -> AdaptDocuments:
+    """Raises BadInput when there are too few."""
+    run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
+    n_rates = max(2, math.ceil(run.limit / 4)) if len(config.rates) > 1 else 0
+    wanted, found, of_arm = dataclasses.replace(run, limit=run.limit + n_rates), {}, {}
+    for arm in arms:
+        hop = clip_hop(adapt_config(arm.flags).adapt_hop, arm.block_size)
+        if (arm.tokenizer, hop) not in found:
+            tokenizer = Tokenizer.from_json(load_checkpoint(arm.checkpoints[1])["tokenizer"])
+            found[arm.tokenizer, hop] = [DocumentSize(document.text_digest, len(document.ids) - 1)
+                                         for document in read_documents(wanted, tokenizer, hop)[0]]
+        of_arm[arm.name] = found[arm.tokenizer, hop]
+    n = min(map(len, of_arm.values()))
+    if n_rates and n < run.limit + n_rates:
+        raise BadInput(f"--dataset={run.dataset}: has {n:,} documents that are long enough, of which --limit={run.limit} "
+                       f"leaves less than {n_rates} to choose the learning rate on: give a lower --limit, or one rate: "
+                       f"--rates 1")
+    return AdaptDocuments(of_arm, run.limit, n_rates)
+
+
+def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, common: dict,
+                              machine: str, hardware: str) -> list[str]:
+    """Sentences."""
+    models = "; ".join(f"{arm.name}: {arm.text}, {len(arm.seeds)} model{'s' * (len(arm.seeds) > 1)}"
+                       + " (no {seed} in its path: --seeds is 1 for it)" * (config.seeds > len(arm.seeds)) for arm in arms)
+    n = min(documents.n_counted, *map(len, documents.of_arm.values()))
+    run = read_flags(AdaptRunConfig, select_fields(AdaptRunConfig, common))
+    length = f" of at most {run.max_tokens:,} tokens" if run.max_tokens else ""
+    rates = (f"the {documents.n_rates} after them are for the choice of the learning rate" if documents.n_rates else
+             "no learning rate was chosen")
+    sizes = {"none": "Parameters not matched", "parameters": "Equal parameters, within 1 %",
+             "non_embedding": "Equal parameters besides the embedding, within 1 %"}[config.match]
+    return [f"{models}.", f"{sizes}.", f"{n} documents of {run.dataset}{length}; {rates}.", f"{hardware}, {machine}."]
+
+
+def compare_adaptation(config: CompareConfig, common: dict, line: str):
+    """The command with --script=adapt. line: as typed."""
+    arms = build_adapt_arms(config, common)
+    documents = read_adapt_documents(config, common, arms)
+    device = read_flags(DeviceConfig, select_fields(DeviceConfig, common))
+    if config.dry_run:
+        print_adapt_forecast(arms, config, documents, device)
+        return
+    machine, hardware = query_device(device)
+    environment = f"{machine} {torch.__version__} {code_hash(REPO / 'adapt.py')}"
+    study = AdaptStudy(REPO / "adapt.py", config.out_path / "runs", documents, config.rates, environment, config.jobs)
+    with folder_lock(config.out_path, f"--out_path={config.out_path}"):
+        save_plan(config.out_path, make_adapt_plan(config, common, documents.digest()), config.overwrite, "a comparison")
+        with StopSignals() as stop:
+            results = run_adaptation(arms, study, stop)
+        exit_if_stopped(stop, line)
+        conditions = describe_adapt_conditions(arms, config, documents, common, machine, hardware)
+        write_adaptation_comparison(results, conditions, line, config.out_path)
+    exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+
+
+def print_adapt_forecast(arms: list[AdaptArm], config: CompareConfig, documents: AdaptDocuments, device: DeviceConfig):
+    """Prints how many runs of each arm there are, and how long they take at the speed of two contexts of made-up tokens."""
+    machine, total, n_runs = open_machine(device), 0.0, 0
+    if machine.device.type == "cpu":
+        torch.set_num_threads(threads_of_job(config.jobs))
+    lines = [("arm", "parameters", "memory besides the model", "tokens/s", "runs", "time")]
+    for arm in arms:
+        model, tokenizer, _ = load_pretrained(arm.checkpoints[1])
+        learner, ids = open_learner(model, tokenizer, adapt_config(arm.flags), machine), torch.zeros(
+            2 * arm.block_size + 1, dtype=torch.int64)
+        learner.read(ids[:learner.hop + 1])  # the first step is slow
+        static, adapted = (seconds / (len(ids) - 1) for learn in (False, True)
+                           for _, seconds in [timed_read(learner, ids, learn)])
+        tokens = lambda stage, arm=arm: sum(document.n_tokens for document in documents.select(arm, stage))
+        kept = static + adapted if is_recurrent(learner) else 0.0
+        n_rates = len(config.rates) if documents.n_rates else 0
+        # a control is scored without steps, another costs as much as adapting
+        seconds = tokens("rates") * n_rates * (static + adapted) + tokens("runs") * len(arm.seeds) * (
+            2 * static + 2 * adapted + kept)
+        total, n_runs = total + seconds, n_runs + n_rates + len(arm.seeds)
+        lines.append((arm.name, f"{arm.n_parameters:,}", format_bytes(learner.extra_bytes()), f"{1 / adapted:,.0f}",
+                      str(n_rates + len(arm.seeds)), format_seconds(seconds)))
+    print("\n".join(align_columns(lines)))
+    print(f"time    about {format_seconds(total / config.jobs)} with --jobs={config.jobs}, without the start of {n_runs} "
+          f"processes; more where the best of --rates is the lowest or highest, beyond which others are tried then")
+
+
+def make_adapt_plan(config: CompareConfig, common: dict, documents: str) -> dict:
+    """What makes it this comparison rather than another, as JSON: see make_plan."""
+    own = {name: getattr(config, name) for name in ("arms", "rates", "match")}
+    shared = {name: value for name, value in common.items() if name != "dataset"}
+    return json.loads(json.dumps(own | {"documents": documents, "flags of adapt.py": shared}, default=str))
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnvironment):
@@ -809,13 +948,15 @@ def check_budget(arms: list[Arm], config: CompareConfig, environment: RunEnviron
 def read_command_line(argv) -> tuple[CompareConfig, dict]:
     """The comparison, and the flags of its script that are given for all its runs. Raises BadInput."""
     script_parser = Parser(None)
-    script_parser.add_argument("--script", choices=tuple(SCRIPTS), default="train")
+    script_parser.add_argument("--script", choices=(*SCRIPTS, "adapt"), default="train")
     script = script_parser.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
                                              if text not in ("-h", "--help")])[0].script
-    spec, parser = SCRIPTS[script], Parser(main.__doc__)
-    add_flags(parser, CompareConfig)
-    add_arm_flags(parser, spec, without=flag_names(*spec.command.classes, scope="run"))
+    parser = Parser(main.__doc__)
+    add_flags(parser, CompareConfig, suppress=script == "adapt")
+    add_arm_flags(parser, script, without=flag_names(*script_flags(script)[0], scope="run"))
     values = vars(parser.parse_args(argv))
+    if script == "adapt":
+        return read_adapt_flags(values)
     own = declared_flags(CompareConfig)
     return read_flags(CompareConfig, values), {name: value for name, value in values.items() if name not in own}
 
@@ -834,6 +975,10 @@ def main(argv=None):
     """Compares architectures, recipes or vocabularies at an equal budget."""
     ignore_output_errors()
     config, common = read_command_line(argv)
+    line = command_line("compare.py", argv)
+    if config.script == "adapt":
+        compare_adaptation(config, common, line)
+        return
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
@@ -841,7 +986,6 @@ def main(argv=None):
     if config.dry_run:
         print_forecast(arms, config, environment, read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
         return
-    line = command_line("compare.py", argv)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_plan(config, common, data), config.overwrite, "a comparison")
         start = time.perf_counter()
@@ -849,13 +993,21 @@ def main(argv=None):
         check_budget(arms, config, environment)
         with StopSignals() as stop:
             results = run_all(arms, config, environment, stop)
-        if stop.signal:
-            print(f"stopped, all runs are saved: the same command continues: {line}", file=sys.stderr)
-            raise SystemExit(128 + stop.signal)
+        exit_if_stopped(stop, line)
         write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
                          config.null)
         print(f"{time.perf_counter() - start:,.0f} s")
-    if any(result.status in ("failed", "killed") for arm_results in results for result in arm_results.results()):
+    exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+
+
+def exit_if_stopped(stop: StopSignals, line: str):
+    if stop.signal:
+        print(f"stopped, all runs are saved: the same command continues: {line}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
+
+
+def exit_if_failed(statuses: Iterable[str]):
+    if not {"failed", "killed"}.isdisjoint(statuses):
         raise OSError("some runs failed, see above; the same command runs them again")
 
 

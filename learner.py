@@ -53,6 +53,11 @@ ADAPT_SCOPES = {"all": AdaptScope(lambda name, config: True, 1.0), "last_half_ml
                 "lora": AdaptScope(lambda name, config: False, 15.0)}  # none of the model's own, see LowRankUpdate
 
 
+def has_scope(model: GPT, scope: str) -> bool:
+    """Whether the model has parameters that this --adapt_scope trains."""
+    return scope == "lora" or any(ADAPT_SCOPES[scope].trains(name, model.config) for name, _ in model.named_parameters())
+
+
 class LowRankUpdate(nn.Module):
     """weight + up @ down, of which `up`, zero at first, is trained, and `down` is fixed and has orthonormal rows.
 
@@ -208,7 +213,7 @@ class Learner:
         if config.adapt_scope == "lora":
             ups = {id(up) for up in add_low_rank_updates(model, config.adapt_rank)}
             chosen = {name: p for name, p in model.named_parameters() if id(p) in ups}
-        if not chosen:
+        if not has_scope(model, config.adapt_scope):
             raise BadInput(f"--adapt_scope={config.adapt_scope}: this model has no parameters there: choose another")
         by_ratio = {}
         for name, p in chosen.items():

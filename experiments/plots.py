@@ -283,13 +283,42 @@ def draw_by_position(curves: dict[str, list[tuple[float, float]]], gains: dict[s
                 title="Bits per byte by position\n(lower is better)")
     add_legend(axes[0])
     for i, values in enumerate(gains.values()):
-        spread = [i + 0.3 * ((k * 0.618) % 1 - 0.5) for k in range(len(values))]
-        axes[1].plot(spread, values, ".", color=COLORS[0], alpha=0.5, markersize=4)
-        axes[1].plot([i - 0.25, i + 0.25], [statistics.mean(values)] * 2, color=COLORS[1], linewidth=2)
+        plot_group(axes[1], i, values, COLORS[0], COLORS[1])
     axes[1].axhline(0, color=INK, linewidth=0.8)
     axes[1].set_xticks(range(len(gains)), list(gains))
     axes[1].set(ylabel="adapted minus static, bits per byte",
                 title="Difference by part of the document\n(a point: a document; a line: their mean)")
+    return to_svgs(axes)
+
+
+def plot_group(axis, x: float, values: list[float], color: str, mean_color: str):
+    """The values as points beside each other around `x`, and a line at their mean."""
+    spread = [x + 0.3 * ((k * 0.618) % 1 - 0.5) for k in range(len(values))]
+    axis.plot(spread, values, ".", color=color, alpha=0.5, markersize=4)
+    axis.plot([x - 0.25, x + 0.25], [statistics.mean(values)] * 2, color=mean_color, linewidth=2)
+
+
+def draw_adapting_arms(curves: dict[str, dict[str, list[tuple[float, float]]]],
+                       gains: dict[str, tuple[list[float], float]]) -> list[str]:
+    """Bits per byte against the position in a document, two curves of one color for each arm; and the gains of each arm.
+    curves: arm -> "static" and "adapted" -> (tokens, bits per byte). gains: arm -> (a gain for each document, half-width of
+    the interval of their mean over seeds, or infinity). Returns panels."""
+    axes = make_panels(2)
+    for (arm, by_reading), color in zip(curves.items(), COLORS * 9):
+        for reading, style in (("static", ":"), ("adapted", "-")):
+            plot_points(axes[0], by_reading[reading], linestyle=style, color=color, linewidth=1.3,
+                        label=wrap_label(arm) if reading == "adapted" else None)
+    axes[0].set(xlabel="position in the document, tokens", ylabel="bits per byte",
+                title="Bits per byte by position\n(lower is better)")
+    add_legend(axes[0], "line: adapted, dotted: static")
+    for i, ((values, margin), color) in enumerate(zip(gains.values(), COLORS * 9)):
+        plot_group(axes[1], i, values, color, color)
+        if math.isfinite(margin):
+            axes[1].errorbar(i, statistics.mean(values), yerr=margin, color=INK, capsize=4, linewidth=1)
+    axes[1].axhline(0, color=INK, linewidth=0.8)
+    axes[1].set_xticks(range(len(gains)), [wrap_label(arm, 60 // len(gains)) for arm in gains], fontsize=8)
+    axes[1].set(ylabel="static minus adapted, bits per byte",
+                title="Gain (higher is better)\n(a point: a document; bar: 95 % over seeds)")
     return to_svgs(axes)
 
 
