@@ -31,8 +31,9 @@ def line(name: str, result: dict) -> tuple[str, ...]:
     rows = [row for row in result["rows"] if "diverged" not in row]
     static = Estimate.from_values([bits_per_byte(row, "static") for row in rows]).mean
     own = gains(rows, "adapted")
-    return (name, str(len(rows)), f"{static:.4f}", f"**{difference(own)}**", f"{sum(gain < 0 for gain in own)} of {len(own)}",
-            difference(gains(rows, "other")), difference(gains(rows, "overlap")), f"{seconds_ratio(rows):.2f}",
+    better = f"{sum(gain < 0 for gain in own)} of {len(own)}"
+    return (name, str(len(rows)), f"{static:.4f}", f"**{difference(own)}**", better, difference(gains(rows, "other")),
+            difference(gains(rows, "overlap")), f"{seconds_ratio(rows):.2f}",
             f"{result['flops']['adapted'] / result['flops']['static']:.2f}")
 
 
@@ -42,7 +43,6 @@ def main():
     parser.add_argument("--data", required=True, help="folder that the model's data was prepared in")
     parser.add_argument("--text", required=True, help="foreign documents")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", default="the quick start's model")
     args, flags = parser.parse_known_args()
     datasets = {"foreign": args.text, "in domain": args.data}
     results = {name: run(args.checkpoint_path, dataset, args.out / name.replace(" ", "_"), flags)
@@ -52,11 +52,11 @@ def main():
          "static, longer overlap", "time / static", "FLOPs / static"),
         [line(name, result) for name, result in results.items()]))
     first = next(iter(results.values()))
-    note = (f"Differences in bits per byte against static, means over documents ± the half-width of their 95 % interval; lower "
-            f"is better. {args.name[0].upper() + args.name[1:]}; {first['adapt_optimizer']} at {first['rate']:g}, hops of "
-            f"{first['hop']} tokens, {first['machine']}; foreign: {Path(args.text).name}, in domain: validation documents of "
-            f"the data; {machine()}: `python bench/adapt.py --checkpoint_path=checkpoints/quickstart.pt --data=data "
-            f"--text={Path(args.text).name} --out=runs/adapt`.")
+    note = (f"Differences in bits per byte against static, means over documents ± the half-width of their 95 % interval; "
+            f"lower is better. The quick start's model; {first['adapt_optimizer']} at {first['rate']:g}, hops of "
+            f"{first['hop']} tokens, {first['machine']}; foreign: {Path(args.text).name}, in domain: the validation "
+            f"documents of the data; {machine()}: `python bench/adapt.py --checkpoint_path=checkpoints/quickstart.pt "
+            f"--data=data --text={Path(args.text).name} --out=runs/adapt`.")
     write_into_docs("bench/adapt.py", f"{table}\n\n{note}")
     print(table)
 
