@@ -1,5 +1,6 @@
 """compare.py --script=adapt: models of several seeds as arms, paired numbers, the page, resuming, bad input."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from experiments.adaptation_comparison import (
     short_table,
     table_rows,
     verdict,
+    write_adaptation_comparison,
 )
 from experiments.runner import JobResult, Runner, interpret_exit
 
@@ -143,6 +145,13 @@ def test_a_damaged_or_failed_cell_runs_again(flags, in_process, tmp_path, capsys
     path.write_text(path.read_text()[:100])
     compare.main(flags)
     assert len(in_process) == 5 and read_csv(tmp_path / "out") == rows
+
+
+def test_forecast_runs_nothing(flags, in_process, tmp_path, capsys):
+    compare.main([*flags, "--rates", "1", "2", "--dry_run"])
+    printed = capsys.readouterr().out
+    assert re.search(r"gelu +14,403 .* 4 ", printed) and "time    about" in printed  # two rates, two seeds
+    assert not in_process and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -282,6 +291,27 @@ def test_documents_that_diverged_count_for_no_arm():
     assert common_documents(results) == ["0", "2"]
     assert table_rows(results, ["0", "2"])[0]["gain"] == pytest.approx(0.7)
     assert results[1].problems() == ["b, adapt_rate x 1, seed 1: gain +0.8000 bits/byte, 1 of 3 documents diverged"]
+
+
+def test_page_says_what_does_not_compare_and_what_was_left_out(tmp_path, capsys):
+    first, other = make_results("a", [[0.5, 0.7, 0.9]] * 2), make_results("b", [[0.6, None, 1.0], [0.6, 0.8, 1.0]])
+    other.arm = dataclasses.replace(other.arm, tokenizer="another")
+    write_adaptation_comparison([first, other], ["Conditions."], "python compare.py", tmp_path)
+    page = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "The arms do not share one tokenizer" in page and "Conditions." in page
+    assert "1 of 3 documents count for no arm" in page and "1 of 3 documents diverged" in page
+    assert {path.name for path in tmp_path.iterdir()} == {"adapting.svg", "comparison.md", "comparison.csv",
+                                                          "comparison.html"}
+    assert "left out: b, adapt_rate x 1, seed 1" in capsys.readouterr().out
+    write_adaptation_comparison([first, first], [], "python compare.py", tmp_path)
+    assert "do not share" not in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_nothing_to_compare_is_an_error(tmp_path):
+    results = [make_results("a", [[0.5, None]]), make_results("b", [[None, 0.5]])]
+    with pytest.raises(FloatingPointError, match="no document was read to its end by every model.*1 of 2 documents"):
+        write_adaptation_comparison(results, [], "python compare.py", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arm_without_runs_is_in_the_table():
