@@ -354,7 +354,7 @@ def open_meta_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Pa
                           label="adapted {:.4f} nats/token")
     context = [part[:, :model.config.block_size] for part in output.machine.to_device(batches.read(0))]
     return Run(configs, state, setup, loss_fn, evaluate, partial(dry_run_step, model, output.machine, loss_fn, context),
-               partial(describe_meta, state, setup, held_out, configs),
+               partial(describe_meta, state, setup, len(held_out), learner.hop, configs),
                partial(estimate_document_validation, learner, tokenizer, held_out), batches.n_tokens)
 
 
@@ -389,15 +389,15 @@ def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: Finetu
             f"until {configs.loop.horizon()}"]
 
 
-def describe_meta(state: TrainState, setup: TrainSetup, held_out: list[Tensor], configs: FinetuneConfigs) -> list[str]:
+def describe_meta(state: TrainState, setup: TrainSetup, n_held_out: int, hop: int, configs: FinetuneConfigs) -> list[str]:
     """The lines that a run with --meta starts with."""
     batches, adapt = state.loader.batches, configs.adapt
     return [f"model    {configs.run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
             f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"data     {configs.source.dataset}: {batches.n_tokens:,} tokens in {batches.n_blocks:,} pieces of at most "
-            f"{batches.block_size:,}; {len(held_out):,} documents held out",
+            f"{batches.block_size:,}; {n_held_out:,} documents held out",
             f"learner  {configs.meta.meta}: {adapt.adapt_optimizer} at {adapt.rate:g} on {adapt.adapt_scope}, hops of "
-            f"{adapt.adapt_hop}",
+            f"{hop} tokens",
             f"machine  {describe_machine(setup.machine)}; steps of {configs.loop.num_batch_accum} pieces until "
             f"{configs.loop.horizon()}"]
 
