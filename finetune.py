@@ -139,8 +139,9 @@ class FinetuneConfigs(NamedTuple):
 FINETUNING = TrainingCommand("finetune.py", "Finetunes a model on conversations, or with --meta to adapt better.",
                              FinetuneConfigs, "out_path")
 META_DEFAULTS = {"dataset": "builtin", "num_batch_accum": 4}  # of a run with --meta, where it differs
-CONVERSATION_FLAGS = {"batch_size", "answer_tokens", "split", "question_column", "answer_column", "val_conversations",
-                      "gradient_checkpointing"}  # that a run with --meta has no use for
+# That a run with --meta has no use for. Nor has it for --answer_tokens, with which compare.py times any finetuning.
+CONVERSATION_FLAGS = {"batch_size", "split", "question_column", "answer_column", "val_conversations",
+                      "gradient_checkpointing"}
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
