@@ -227,9 +227,10 @@ def test_it_learns_and_reports(run, capsys, objective):
 
 
 @pytest.mark.integration
-def test_resumed_run_equals_an_uninterrupted_one(run):
-    whole = run("--meta=fomaml", "--max_iter=8", "--cooldown_frac=0", out="whole/gpt.pt")
-    parts = run("--meta=fomaml", "--max_iter=5", "--cooldown_frac=0", out="parts/gpt.pt")
+@pytest.mark.parametrize("scope", ["all", "last_half_mlps"])
+def test_resumed_run_equals_an_uninterrupted_one(run, scope):
+    flags = "--meta=fomaml", f"--adapt_scope={scope}", "--cooldown_frac=0"
+    whole, parts = run(*flags, "--max_iter=8", out="whole/gpt.pt"), run(*flags, "--max_iter=5", out="parts/gpt.pt")
     run("--resume_checkpoint", "--max_iter=8", out="parts/gpt.pt")
     assert_same(saved_training(parts), saved_training(whole))
     keep = {0, 1, 2, 3, 4, 6, 7, 8}  # at step 5 the run that ended there was validated
