@@ -31,7 +31,8 @@ SCORES = "static", "adapted", "frozen"
 def score_model(path: Path, texts: dict[str, list[str]], args) -> list[dict]:
     """A row for each document: bits per byte of its first tokens, as many as --contexts hold; shorter ones are left out."""
     model, tokenizer, _ = load_pretrained(path)
-    learner = Learner(model, AdaptConfig(adapt_hop=args.adapt_hop), open_machine(DeviceConfig(device="cpu", dtype="fp32")))
+    config = AdaptConfig(adapt_hop=args.adapt_hop, adapt_rate=args.adapt_rate)
+    learner = Learner(model, config, open_machine(DeviceConfig(device="cpu", dtype="fp32")))
     n, token_bytes, rows = args.contexts * model.config.block_size, tokenizer.token_bytes(), []
     for name, some in texts.items():
         documents = (ids[:n + 1] for ids in encode_documents(tokenizer, some))
@@ -90,6 +91,7 @@ def main():
     parser.add_argument("--documents", type=int, default=24, help="of each set")
     parser.add_argument("--contexts", type=int, default=4)
     parser.add_argument("--adapt_hop", type=int, default=32)
+    parser.add_argument("--adapt_rate", type=float, default="auto")
     parser.add_argument("--scores", type=Path, default=REPO / "studies" / "meta.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
