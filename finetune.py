@@ -6,7 +6,7 @@
 The loop is trainer.py's. What differs from pretraining: rows are packed with whole conversations, none of which attends to
 another, and only the assistant's messages carry a loss. The model answers the held-out questions before the first step and
 at every validation. The folder named after the checkpoint holds metrics.jsonl, answers.jsonl and, at the end,
-finetuning.html.
+finetuning.html. With --meta it trains on documents instead, so that the model adapts better at inference time: meta.py.
 """
 import dataclasses
 import itertools
@@ -34,11 +34,24 @@ from evaluate import (
 )
 from experiments.plots import draw_finetuning
 from experiments.report import Figure, Table, markdown, write_page
+from learner import AdaptConfig, Learner
+from meta import (
+    DocumentBatches,
+    MetaConfig,
+    check_meta,
+    compare_validations,
+    encode_pieces,
+    estimate_document_validation,
+    meta_loss,
+    read_documents,
+    report_parts,
+    validate_documents,
+)
 from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
 from runtime.checkpoint import run_folder
 from runtime.cli import command, say
-from runtime.config import check_flags, flag
+from runtime.config import BadInput, check_flags, flag, flag_names
 from runtime.device import DeviceConfig, Machine, seed_everything
 from runtime.files import atomic_write
 from runtime.metrics import read_rows
@@ -116,12 +129,30 @@ class FinetuneConfigs(NamedTuple):
     """The flags of finetune.py."""
     run: FinetuneConfig
     source: ConversationConfig
+    meta: MetaConfig
+    adapt: AdaptConfig
     optimizer: FinetuneOptimizer
     loop: FinetuneLoop
     device: DeviceConfig
 
 
-FINETUNING = TrainingCommand("finetune.py", "Finetunes a model on conversations.", FinetuneConfigs, "out_path")
+FINETUNING = TrainingCommand("finetune.py", "Finetunes a model on conversations, or with --meta to adapt better.",
+                             FinetuneConfigs, "out_path")
+META_DEFAULTS = {"dataset": "builtin", "num_batch_accum": 4}  # of a run with --meta, where it differs
+# That a run with --meta has no use for. Nor has it for --answer_tokens, with which compare.py times any finetuning.
+CONVERSATION_FLAGS = {"batch_size", "split", "question_column", "answer_column", "val_conversations",
+                      "gradient_checkpointing"}
+
+
+def resolve_flags(start: dict, given: dict) -> dict:
+    """The values of all flags. start: {} or the flags of the resumed run. Raises BadInput for a flag without effect."""
+    defaults = FINETUNING.defaults()
+    values = override_horizon(defaults | (META_DEFAULTS if given.get("meta") else {}) | start, given)
+    unused = CONVERSATION_FLAGS if values["meta"] else flag_names(MetaConfig, AdaptConfig)
+    if idle := sorted(name for name in given.keys() & unused if given[name] != defaults[name]):
+        raise BadInput(f"--{idle[0]}={given[idle[0]]}: has no effect " + (
+            "with --meta: drop it" if values["meta"] else "without --meta: drop it, or add --meta=fomaml"))
+    return values
 
 
 # -- loss and validation ----------------------------------------------------------------------------------------------
@@ -215,6 +246,17 @@ def report(state: TrainState, setup: TrainSetup):
     say(f"\nsaved {path} and {page}; `python chat.py --checkpoint_path={path}` talks with it")
 
 
+def report_meta(state: TrainState, setup: TrainSetup):
+    """`report` of a run with --meta."""
+    path, settings = setup.writer.path, setup.settings
+    rows = read_rows(run_folder(path) / "metrics.jsonl")
+    table, page = compare_validations(rows), run_folder(path) / "finetuning.html"
+    print(markdown(table))
+    write_page(page, f"Meta-learning {settings['checkpoint_path']} on {settings['dataset']}",
+               report_parts(state, setup, rows, table))
+    say(f"\nsaved {path} and {page}; `python adapt.py --checkpoint_path={path}` adapts it to documents")
+
+
 def compare_answers(rows: list[dict], answers: list[dict]) -> tuple[Table, Table, Table]:
     """Before and after: the metrics, the accuracy by task, and sample answers. rows: of metrics.jsonl; answers: of
     answers.jsonl."""
@@ -256,6 +298,11 @@ def truncate(text: str, n: int = 60) -> str:
 def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
     """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it, with --epochs and "auto" resolved.
     Raises BadInput before any file is written."""
+    return (open_meta_run if configs.meta.meta else open_conversation_run)(configs, checkpoint, resumed)
+
+
+def open_conversation_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """See `open_run`."""
     run, loop, schedule = configs.run, configs.loop, configs.optimizer
     output = open_output(FINETUNING, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
@@ -273,9 +320,7 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     step_rows = run.batch_size * loop.num_batch_accum
-    if not (loop.max_iter or loop.max_tokens or loop.max_seconds):
-        loop = dataclasses.replace(loop, max_iter=max(1, math.ceil(run.epochs * batches.n_blocks / step_rows)))
-    configs = configs._replace(optimizer=schedule, loop=loop)
+    configs = configs._replace(optimizer=schedule, loop=resolve_epochs(loop, run.epochs * batches.n_blocks / step_rows))
     loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
     state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * batches.block_size,
                                  FINETUNING.settings(*configs) | vars(model.config))
@@ -283,6 +328,41 @@ def open_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | 
     return Run(configs, state, setup, answer_loss, evaluate, partial(dry_run, state, machine, run.batch_size),
                partial(describe, state, setup, val, configs), partial(estimate_validation, state, setup, val, run),
                batches.n_blocks * batches.block_size)
+
+
+def open_meta_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """See `open_run`."""
+    run, source, meta, schedule = configs.run, configs.source, configs.meta, configs.optimizer
+    check_meta(source.dataset, configs.adapt)
+    output = open_output(FINETUNING, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
+    model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint)
+    if not checkpoint:
+        schedule = schedule.for_model(pretraining_flags)
+    learner = Learner(model.to(output.machine.device), configs.adapt, output.machine)
+    texts = read_documents(source.dataset, source.dataset_config, source.skip_errors, meta)
+    n_tokens = meta.meta_contexts * model.config.block_size
+    pieces, held_out = encode_pieces(source.dataset, texts, tokenizer, n_tokens, learner.hop)
+    seed_everything(run.seed)
+    batches, n_accum = DocumentBatches(pieces, run.seed), configs.loop.num_batch_accum
+    loop = resolve_epochs(configs.loop, run.epochs * batches.n_blocks / n_accum)
+    configs = configs._replace(optimizer=schedule, loop=loop)
+    step_tokens = n_accum * batches.n_tokens // batches.n_blocks
+    loader = TrainLoader(batches, batches.fingerprint())
+    state, setup = restore_state(output, model, tokenizer, schedule, loader, step_tokens,
+                                 FINETUNING.settings(*configs) | vars(model.config))
+    loss_fn = partial(meta_loss, learner, meta.meta)
+    evaluate = Evaluation(lambda state: validate_documents(learner, tokenizer, held_out, loop.verbose),
+                          label="adapted {:.4f} nats/token")
+    context = [part[:, :model.config.block_size] for part in output.machine.to_device(batches.read(0))]
+    return Run(configs, state, setup, loss_fn, evaluate, partial(dry_run_step, model, output.machine, loss_fn, context),
+               partial(describe_meta, state, setup, len(held_out), learner.hop, configs),
+               partial(estimate_document_validation, learner, tokenizer, held_out), batches.n_tokens)
+
+
+def resolve_epochs(loop: FinetuneLoop, n_steps: float) -> FinetuneLoop:
+    """`loop`, with an end after `n_steps` where it has none."""
+    has_end = loop.max_iter or loop.max_tokens or loop.max_seconds
+    return loop if has_end else dataclasses.replace(loop, max_iter=max(1, math.ceil(n_steps)))
 
 
 def dry_run(state: TrainState, machine: Machine, batch_size: int):
@@ -310,19 +390,32 @@ def describe(state: TrainState, setup: TrainSetup, val: HeldOut, configs: Finetu
             f"until {configs.loop.horizon()}"]
 
 
-def default_out_path(path: Path) -> Path:
-    """checkpoints/gpt.pt -> checkpoints/gpt_finetuned.pt"""
-    return path.with_name(path.stem + "_finetuned" + (path.suffix or ".pt"))
+def describe_meta(state: TrainState, setup: TrainSetup, n_held_out: int, hop: int, configs: FinetuneConfigs) -> list[str]:
+    """The lines that a run with --meta starts with."""
+    batches, adapt = state.loader.batches, configs.adapt
+    return [f"model    {configs.run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
+            f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
+            f"data     {configs.source.dataset}: {batches.n_tokens:,} tokens in {batches.n_blocks:,} pieces of at most "
+            f"{batches.block_size:,}; {n_held_out:,} documents held out",
+            f"learner  {configs.meta.meta}: {adapt.adapt_optimizer} at {adapt.rate:g} on {adapt.adapt_scope}, hops of "
+            f"{hop} tokens",
+            f"machine  {describe_machine(setup.machine)}; steps of {configs.loop.num_batch_accum} pieces until "
+            f"{configs.loop.horizon()}"]
+
+
+def default_out_path(path: Path, meta: str | None = None) -> Path:
+    """checkpoints/gpt.pt -> checkpoints/gpt_finetuned.pt, or checkpoints/gpt_fomaml.pt"""
+    return path.with_name(f"{path.stem}_{meta or 'finetuned'}{path.suffix or '.pt'}")
 
 
 @command
 def main(argv=None):
     given, defaults = FINETUNING.flags_given(argv), FINETUNING.defaults()
-    path, resumed = FINETUNING.paths(given, default_out_path(given.get("checkpoint_path", defaults["checkpoint_path"])))
-    run = train_command(FINETUNING, given, path, resumed, lambda start, given: override_horizon(defaults | start, given),
-                        open_run)
+    base = given.get("checkpoint_path", defaults["checkpoint_path"])
+    path, resumed = FINETUNING.paths(given, default_out_path(base, given.get("meta")))
+    run = train_command(FINETUNING, given, path, resumed, resolve_flags, open_run)
     if run and run.configs.loop.verbose:
-        report(run.state, run.setup)
+        (report_meta if run.configs.meta.meta else report)(run.state, run.setup)
 
 
 if __name__ == "__main__":

@@ -102,16 +102,17 @@ MAX_STEP_DECAY = 0.05  # per step, for runs of a few steps
 
 
 def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> dict[type, list[dict]]:
-    """Optimizer class -> its groups; every parameter is in one group. Besides `lr` and `weight_decay`, a group has
-    `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from) and `stacked`, the number of equal
-    matrices that are stacked along the rows of each parameter."""
+    """Optimizer class -> its groups; every parameter that is trained is in one group. Besides `lr` and `weight_decay`, a
+    group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from) and `stacked`, the number of
+    equal matrices that are stacked along the rows of each parameter."""
     shape, by_kind, groups = model.config, {}, {}
     settings = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd)
     settings = {"matrix": settings["matrix"], "qkv": settings["matrix"]} | settings
     # one matrix each for keys and values, and as many of their shape for the queries as there are heads that share them
     qkv_matrices = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
     for name, parameter in model.named_parameters():
-        by_kind.setdefault(parameter_kind(name, parameter), []).append(parameter)
+        if parameter.requires_grad:
+            by_kind.setdefault(parameter_kind(name, parameter), []).append(parameter)
     for kind, (optimizer_class, lr, decay) in settings.items():
         if kind in by_kind:
             is_auto = decay == "auto"

@@ -177,16 +177,16 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None 
     return to_svgs(axes)
 
 
-def draw_finetuning(rows: list[dict]) -> list[str]:
-    """A finetuning from before its first step to its end: the loss of held-out answers, beside that of training, and exact
-    match where it was measured, with the step of the lowest loss marked. Returns panels."""
+def draw_finetuning(rows: list[dict], held_out: str = "held-out answers") -> list[str]:
+    """A finetuning from before its first step to its end: the loss of `held_out`, beside that of training, and exact match
+    where it was measured, with the step of the lowest loss marked. Returns panels."""
     val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     matches = [(row["step"], row["exact_match"]) for row in rows if "exact_match" in row]
     best_step, best_loss = min(val, key=lambda point: point[1])
     axes = make_panels(1 + bool(matches))
     plot_points(axes[0], train, color=COLORS[0], linewidth=0.7, alpha=0.6, label="training")
-    plot_points(axes[0], val, color=COLORS[0], marker="o", markersize=3, label="held-out answers")
+    plot_points(axes[0], val, color=COLORS[0], marker="o", markersize=3, label=held_out)
     plot_points(axes[0], [(best_step, best_loss)], color=COLORS[1], linestyle="", marker="o", markersize=9, fillstyle="none",
                 label=f"best: step {best_step:,}, {best_loss:.4f}")
     if best_loss > 0 and val[0][1] / best_loss > 5:  # from 9 to 0.06 nats: a linear axis would show one step
@@ -194,7 +194,7 @@ def draw_finetuning(rows: list[dict]) -> list[str]:
     focus_y(axes[0], [train, val], shown=[loss for _, loss in val])
     if axes[0].get_yscale() == "log":
         set_log_ticks(axes[0])
-    axes[0].set(xlabel="step", ylabel="nats/token", title="Loss of held-out answers")
+    axes[0].set(xlabel="step", ylabel="nats/token", title=f"Loss of {held_out}")
     if matches:
         plot_points(axes[1], matches, color=COLORS[0], marker="o", markersize=3, label="held-out answers")
         axes[1].axvline(best_step, color=COLORS[1], linewidth=1, linestyle="--", label=f"lowest loss: step {best_step:,}")
