@@ -1,6 +1,6 @@
 """Few-shot rules at inference time: a model trains on the demonstrations of a rule it has never seen, answers, and forgets.
 
-    train_on(learner, task, rng, n_steps=40, n_rows=16)     leave-one-out, re-ordered, recoloured demonstrations
+    train_on(learner, task, rng, n_steps=40, n_rows=8)     leave-one-out, re-ordered, recoloured demonstrations
     answers = answer(model, machine, task, [plain_view(3)])
     learner.forget()
 
@@ -10,6 +10,7 @@ the same command continues where it was stopped; so do the bases. Source: Akyür
 """
 import dataclasses
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -84,7 +85,7 @@ class RulesConfig:
     converged_iter: int = flag(600, "optimizer steps of the converged base", at_least=1)
     train_rules: int = flag(1000, "rules per family that a base is trained on, at most", at_least=1, at_most=100_000)
     adapt_steps: int = flag(40, "optimizer steps at inference time, for each rule", at_least=1, at_most=100_000)
-    adapt_rows: int = flag(16, "rows in each of these steps", at_least=1, at_most=100_000)
+    adapt_rows: int = flag(8, "rows in each of these steps", at_least=1, at_most=100_000)
     batch_size: int = flag(32, "episodes in a batch of a base's training", at_least=1, at_most=1_000_000)
     learning_rate: float = flag(0.02, "peak learning rate of a base's training, see train.py", above=0)
     n_layer: int = redeclare(GPTConfig, "n_layer", 4)
@@ -262,9 +263,12 @@ def train_on(learner: Learner, task: Task, rng: np.random.Generator, n_steps: in
 
 # -- answers ----------------------------------------------------------------------------------------------------------
 
-def max_answer_tokens(task: Task) -> int:
-    """Twice the longest output that is shown, with its end: a model that has learnt nothing may never end."""
-    return 2 * max(len(encode_grid(pair.output)) for pair in task.demonstrations) + 1
+def max_answer_tokens(task: Task, question: Grid) -> int:
+    """As many as the longest output that is shown, or as its size relative to its input, with its end: a model that has
+    learnt nothing may never end."""
+    sizes = [(len(encode_grid(pair.output)), len(encode_grid(pair.input))) for pair in task.demonstrations]
+    scaled = max(output / given for output, given in sizes) * len(encode_grid(question))
+    return 1 + max(math.ceil(scaled), *(output for output, _ in sizes))
 
 
 def answer(model: GPT, machine: Machine, task: Task, views: Sequence[View]) -> tuple[list[list[Grid | None]], int]:
@@ -290,7 +294,7 @@ def decode(model: GPT, machine: Machine, task: Task, inputs: list[Grid],
     device, n, block_size = machine.device, len(inputs), model.config.block_size
     shown = torch.tensor([[token for pair in view.demonstrations(task) for token in encode_pair(pair)] for view in views])
     new = torch.tensor([encode_question(view.colors[grid]) for view in views for grid in inputs]).to(device)
-    max_len = min(block_size, shown.size(1) + new.size(1) + max_answer_tokens(task) - 1)
+    max_len = min(block_size, shown.size(1) + new.size(1) + max_answer_tokens(task, inputs[0]) - 1)
     tokens, has_ended, n_tokens = [], torch.zeros(len(new), dtype=torch.bool, device=device), shown.numel()
     with machine.autocast():
         context = model.init_cache(len(views), shown.size(1), cache_dtype(model))

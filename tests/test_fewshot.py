@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fewshot
-from fewshot import RulesConfig, View, plain_view
+from fewshot import RulesConfig, View
 from layers import LINEARS
 from learner import ADAPT_OPTIMIZERS, ADAPT_SCOPES, AdaptConfig, Learner
 from model import GPT
@@ -87,8 +87,7 @@ def test_votes_over_recoloured_views_are_exact_for_a_model_that_copies(monkeypat
 # -- what is learnt from, and forgotten -------------------------------------------------------------------------------
 
 def test_no_batch_and_no_answer_depends_on_the_true_answers(monkeypatch):
-    task, batches = example_task(), {}
-    step = Learner.step
+    task, step = example_task(), Learner.step
 
     def run(task) -> tuple[list, list]:
         seen = []
@@ -98,7 +97,7 @@ def test_no_batch_and_no_answer_depends_on_the_true_answers(monkeypatch):
         answers, _ = fewshot.answer(learner.model, MACHINE, task, fewshot.draw_views(np.random.default_rng(1), 3, 4))
         return seen, answers
     (batches, answers), (other_batches, other_answers) = run(task), run(with_other_answers(task))
-    assert len(batches) == 4
+    assert len(batches) == 4 and any(grid is not None for found in answers for grid in found)
     assert all(torch.equal(a, b) for pair in zip(batches, other_batches) for a, b in zip(*pair))
     assert all(np.array_equal(a, b) for pair in zip(answers, other_answers) for a, b in zip(*pair))
 
@@ -162,12 +161,12 @@ def test_answers_are_greedy_continuations(flags):
     expected = []
     for ids in rows:
         n = len(ids)
-        while len(ids) < n + fewshot.max_answer_tokens(task) and fewshot.PAIR_END not in ids[n:]:
+        while len(ids) < n + 6 and fewshot.PAIR_END not in ids[n:]:
             with torch.no_grad():
                 ids = [*ids, model(torch.tensor([ids]))[0, -1].argmax().item()]
         if fewshot.PAIR_END in ids[n:]:
             expected.append(ids[n:-1])
-    assert outputs == expected
+    assert outputs == expected and outputs
 
 
 def test_equal_compute():
@@ -216,7 +215,8 @@ def test_stopped_and_resumed_gives_the_same_rows(tmp_path, monkeypatch, capsys):
         pytest.fail("trained again") if base != "random" else train_base(config, machine, base, seed)))
     assert run(tmp_path / "stopped") == whole
     assert {file.name for file in (tmp_path / "stopped").iterdir()} == {
-        "plan.json", "rules.jsonl", "rules.md", "rules.csv", "rules.svg", "rules.html", "undertrained-0.pt", "converged-0.pt"}
+        "plan.json", *(f"rules.{kind}" for kind in ("jsonl", "md", "csv", "svg", "html")), "undertrained-0.pt",
+        "converged-0.pt"}
 
 
 train_base = fewshot.train_base
@@ -272,5 +272,6 @@ def test_training_at_inference_time_solves_new_permutations():
     config = RulesConfig(families=("permutation",), undertrained_iter=300)
     model, _ = fewshot.train_base(config, MACHINE, "undertrained", 0)
     learner = fewshot.open_rule_learner(model, config, fewshot.rule_rate(AdaptConfig()), MACHINE)
-    rows = [fewshot.run_arms(learner, config, make_task(rule, 3, 32), None, 0) for rule in draw_rules("permutation", "test", 3)]
+    tasks = [make_task(rule, 3, 32) for rule in draw_rules("permutation", "test", 3)]
+    rows = [fewshot.run_arms(learner, config, task, None, 0) for task in tasks]
     assert np.mean([row["in_context"] for row in rows]) < 0.2 and np.mean([row["trained"] for row in rows]) > 0.6
