@@ -23,12 +23,13 @@ TINY = RulesConfig(n_layer=1, n_head=2, head_size=8, families=("permutation", "f
 
 
 def make_model(**flags) -> GPT:
-    """With weights that are not zero, so that its answers depend on what it reads."""
+    """With weights that are not zero, so that its answers depend on what it reads, and some of them end."""
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(TINY, **flags).model_config())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        model.embed.weight[fewshot.PAIR_END] *= 1.5
     return model
 
 
@@ -145,17 +146,12 @@ def test_rate_that_diverges_is_named_and_forgotten():
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [{}, {"mixer": "DA", "n_layer": 2}, *({"linear": name} for name in LINEARS)])
-def test_answers_are_greedy_continuations(flags):
+def test_answers_are_greedy_continuations(flags, monkeypatch):
     """With the demonstrations of a view read once for all questions, as without any cache."""
-    model, task = make_model(**flags), example_task()
-    views = fewshot.draw_views(np.random.default_rng(0), 3, 3)
-    outputs = []
-    decode_grid = fewshot.decode_grid
-    fewshot.decode_grid = lambda ids: outputs.append(list(ids)) or decode_grid(ids)
-    try:
-        fewshot.decode(model, MACHINE, task, [pair.input for pair in task.questions], views)
-    finally:
-        fewshot.decode_grid = decode_grid
+    model, task, outputs = make_model(**flags), example_task(n_questions=8), []
+    views, decode_grid = fewshot.draw_views(np.random.default_rng(0), 3, 4), fewshot.decode_grid
+    monkeypatch.setattr(fewshot, "decode_grid", lambda ids: outputs.append(list(ids)) or decode_grid(ids))
+    fewshot.decode(model, MACHINE, task, [pair.input for pair in task.questions], views)
     rows = [[token for pair in view.demonstrations(task) for token in fewshot.encode_pair(pair)]
             + encode_question(view.colors[question.input]) for view in views for question in task.questions]
     expected = []
