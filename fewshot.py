@@ -78,11 +78,11 @@ class RulesConfig:
     demonstrations: int = flag(3, "pairs that show a rule", at_least=2, at_most=100)
     questions: int = flag(32, "pairs of each rule that are asked for", at_least=1, at_most=100)
     seeds: int = flag(1, "bases of each kind, which differ in weights and data", at_least=1, at_most=1000)
-    bases: tuple[str, ...] = flag(BASES, "models that answer; undertrained and converged: trained for --undertrained_iter "
-                                         "and --converged_iter steps on rules in context; random: not trained",
-                                  choices=BASES)
-    undertrained_iter: int = flag(300, "optimizer steps of the undertrained base", at_least=1)
-    converged_iter: int = flag(600, "optimizer steps of the converged base", at_least=1)
+    bases: tuple[str, ...] = flag(("undertrained", "random"),
+                                  "models that answer; undertrained and converged: trained for --undertrained_iter and "
+                                  "--converged_iter steps on rules in context; random: not trained", choices=BASES)
+    undertrained_iter: int = flag(400, "optimizer steps of the undertrained base", at_least=1)
+    converged_iter: int = flag(2000, "optimizer steps of the converged base", at_least=1)
     train_rules: int = flag(1000, "rules per family that a base is trained on, at most", at_least=1, at_most=100_000)
     adapt_steps: int = flag(40, "optimizer steps at inference time, for each rule", at_least=1, at_most=100_000)
     adapt_rows: int = flag(8, "rows in each of these steps", at_least=1, at_most=100_000)
@@ -349,9 +349,11 @@ def make_budget(config: RulesConfig, task: Task) -> Budget:
                   1 + round(VOTING_SHARE * views))
 
 
-def run_arms(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task | None, seed: int) -> dict:
+def run_arms(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task | None, seed: int,
+             votes: bool = True) -> dict:
     """The accuracy of each arm, and FLOPs per question under flops_<arm>. elsewhere: another task, which is answered with
-    the weights that this one has led to. Leaves the weights as they were. Raises FloatingPointError, see `train_on`."""
+    the weights that this one has led to. votes: False leaves out the arms that vote. Leaves the weights as they were. Raises
+    FloatingPointError, see `train_on`."""
     model, machine, budget = learner.model, learner.machine, make_budget(config, task)
     rng, n = np.random.default_rng([3, seed, digest(task.name)]), len(task.demonstrations)
     row, trained_tokens = {}, 0
@@ -363,9 +365,11 @@ def run_arms(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task 
         row[f"flops_{arm}"] = flops / len(task.questions)
     try:
         measure("in_context", task, 1)
-        measure("in_context_voting", task, budget.views)
+        if votes:
+            measure("in_context_voting", task, budget.views)
         trained_tokens += train_on(learner, task, rng, budget.shared_steps, config.adapt_rows)
-        measure("trained_voting", task, budget.shared_views)
+        if votes:
+            measure("trained_voting", task, budget.shared_views)
         trained_tokens += train_on(learner, task, rng, budget.steps - budget.shared_steps, config.adapt_rows)
         measure("trained", task, 1)
         if elsewhere:
@@ -431,7 +435,7 @@ def run_task(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task 
     row = dict(zip(("base", "seed", "family", "rule"), key)) | {"questions": len(task.questions)}
     start = time.perf_counter()
     try:
-        row |= run_arms(learner, config, task, elsewhere, seed=key[1])
+        row |= run_arms(learner, config, task, elsewhere, seed=key[1], votes=key[0] != "random")
     except FloatingPointError as error:
         row["diverged"] = str(error)
     return row | {"seconds": round(time.perf_counter() - start, 2)}
