@@ -9,6 +9,7 @@ by the rank of their hash, so that no rule of a test is one that a base is train
 which neither is. Every grid that a rule draws tells it from the other rules of its family. Tasks of the same kind, but not
 these: ARC, Chollet 2019, arXiv:1911.01547, whose JSON files `read_arc` reads.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -183,6 +184,7 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+@functools.cache
 def split_parameters(family: str, split: str) -> list[tuple]:
     """The parameters of a family that "train" or "test" has, in the order of their hashes."""
     ranked = sorted(FAMILIES[family].parameters, key=lambda parameter: digest(f"{family} {parameter}"))

@@ -22,6 +22,11 @@ TINY = RulesConfig(n_layer=1, n_head=2, head_size=8, families=("permutation", "f
                    questions=3, adapt_steps=2, adapt_rows=2, undertrained_iter=3, converged_iter=4, batch_size=2)
 
 
+@pytest.fixture(autouse=True)
+def few_evaluated_episodes(monkeypatch):
+    monkeypatch.setattr(fewshot, "EVAL_EPISODES", 4)
+
+
 def make_model(**flags) -> GPT:
     """With weights that are not zero, so that its answers depend on what it reads."""
     torch.manual_seed(0)
