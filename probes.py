@@ -40,7 +40,7 @@ from runtime.cli import (
     parse_flags,
     progress_bar,
 )
-from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags
+from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
 from runtime.device import DeviceConfig, Machine, open_machine, seed_everything
 from runtime.files import atomic_write, check_writable, folder_lock
 from runtime.forecast import format_seconds
@@ -72,12 +72,6 @@ class ProbeConfig:
     dry_run: bool = flag(False, "print the forecast, and do nothing")
     cell: int = flag(None, "internal: train only the cell of --arms, --tasks and this seed, in this process", at_least=0)
     __post_init__ = check_flags
-
-
-def redeclare(config: type, name: str, default, **changes):
-    """The flag of `config` with another default. changes: of what is declared of it, see runtime.config.Flag."""
-    declared = declared_flags(config)[name].metadata["flag"]
-    return dataclasses.field(default=default, metadata={"flag": dataclasses.replace(declared, **changes)})
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,12 @@ def declared_flags(*configs: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for config in configs for field in dataclasses.fields(config) if "flag" in field.metadata}
 
 
+def redeclare(config: type, name: str, default, **changes):
+    """The flag of `config` with another default. changes: of what is declared of it, see runtime.config.Flag."""
+    declared = declared_flags(config)[name].metadata["flag"]
+    return dataclasses.field(default=default, metadata={"flag": dataclasses.replace(declared, **changes)})
+
+
 def flag_names(*configs: type, on_resume: str | None = None, scope: str | None = None) -> set[str]:
     """Names of the flags that are declared with this on_resume and this scope, where given."""
     return {name for name, field in declared_flags(*configs).items()
