@@ -1,7 +1,8 @@
-"""Measures what a model gains by training at inference time, on documents that it reads.
+"""Measures what a model gains by training at inference time: on documents that it reads, or on a rule that it is shown.
 
     python adapt.py --checkpoint_path=checkpoints/quickstart.pt --dataset=notes.parquet
     python adapt.py --checkpoint_path=checkpoints/quickstart.pt --dataset=data    validation documents of a data folder
+    python adapt.py --task=rules                                                  few-shot rules, see fewshot.py
 
 Every document is read twice by a `Learner` (learner.py), with the weights as they are and with a step after each hop of
 tokens, and by the controls: with weights that another document has led to, and with the compute spent on a longer overlap of
@@ -30,6 +31,7 @@ from download_data import open_text, prepared_folder
 from evaluate import sliding_windows, token_losses
 from experiments.adaptation import AdaptationStudy, write_adaptation
 from experiments.runner import save_plan
+from fewshot import RulesConfig, run_rules
 from layers import gated_delta
 from learner import AdaptConfig, Learner, cut_hops, open_learner
 from runtime.cli import (
@@ -40,9 +42,10 @@ from runtime.cli import (
     log_line,
     parse_flags,
     progress_bar,
+    read_path,
     say,
 )
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, explain_write_failure, folder_lock
 from runtime.signals import StopSignals
@@ -57,21 +60,46 @@ OVERLAP_BATCH = 16  # windows in a forward pass of the control with a longer ove
 @dataclass(frozen=True)
 class AdaptRunConfig:
     """The evaluation."""
-    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model")
-    dataset: str = flag("data", "a folder that download_data.py has prepared, of which the validation documents are read; "
-                                "or a local file or folder, a dataset of the hub, or `builtin`, whose first documents are "
-                                "read", scope="shared")
+    task: str = flag("documents", "documents: read by a model; rules: new ones, from a few demonstrations, by small models "
+                                  "that are trained for it", choices=("documents", "rules"), scope="run")
+    checkpoint_path: Path = flag(Path("checkpoints/gpt.pt"), "the model that reads documents")
+    dataset: str = flag(None, "a folder that download_data.py has prepared, of which the validation documents are read; or "
+                              "a local file or folder, a dataset of the hub, or `builtin`, whose first documents are read "
+                              "(default: data). With --task=rules, a JSON file of ARC's form or a folder of them (default: "
+                              "rules made from a seed)", scope="shared")
     dataset_config: str = flag(None, "configuration of a hub dataset", scope="shared")
     text_column: str = flag("text", "column or JSON key that holds the text", scope="shared")
-    limit: int = flag(40, "documents to read, at most", at_least=1, scope="shared")
+    limit: int = flag(None, "documents to read, or ARC tasks to answer, at most (default: 40 documents, all tasks)",
+                      at_least=1, scope="shared")
     skip: int = flag(0, "documents to leave out before the first that is read", at_least=0, scope="run")
     max_tokens: int = flag(None, "tokens of a document to read, at most (default: all)", at_least=2, scope="shared")
     controls: bool = flag(True, "0 leaves out the controls, which take about as long as the rest", scope="run")
     out_path: Path = flag(None, "folder for the rows and the page (default: --checkpoint_path without its ending, with "
-                                "_adapted added)", scope="run")
+                                "_adapted added; rules)", scope="run")
     overwrite: bool = flag(False, "let another evaluation replace the rows in --out_path", scope="run")
     skip_errors: bool = flag(False, "1 leaves out parts of files that cannot be read", scope="shared")
-    __post_init__ = check_flags
+    seed: int = flag(0, "with --task=rules, random seed of bases and rules", at_least=0, at_most=2**63 - 1, scope="run")
+
+    def __post_init__(self):
+        check_flags(self)
+        for name, value in (("dataset", "data"), ("limit", 40)) if self.task == "documents" else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+# Flags of one task that have no effect with the other
+DOCUMENT_FLAGS = {"checkpoint_path", "dataset_config", "text_column", "skip", "max_tokens", "controls", "skip_errors",
+                  "adapt_hop"}
+RULES_FLAGS = flag_names(RulesConfig) | {"seed"}
+
+
+def check_used(task: str, *configs: object):
+    """Raises BadInput for a flag that is given and has no effect with this task."""
+    unused, other = (RULES_FLAGS, "--task=rules") if task == "documents" else (DOCUMENT_FLAGS, "--task=documents")
+    for config in configs:
+        for name, field in declared_flags(type(config)).items():
+            if name in unused and (value := getattr(config, name)) != field.default:
+                raise BadInput(f"--{name}={shorten(value)}: is only used with {other}: leave it out")
 
 
 # -- documents --------------------------------------------------------------------------------------------------------
@@ -305,12 +333,18 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
 
 @command
 def main(argv=None):
-    """Measures what a model gains by training at inference time, on the documents that it reads."""
+    """Measures what a model gains by training at inference time, on documents or on new rules."""
     ignore_output_errors()
-    config, adapt, device = parse_flags(main.__doc__, argv, AdaptRunConfig, AdaptConfig, DeviceConfig)
-    machine = open_machine(device)
+    config, adapt, rules, device = parse_flags(main.__doc__, argv, AdaptRunConfig, AdaptConfig, RulesConfig, DeviceConfig)
+    check_used(config.task, config, adapt, rules)
+    machine, line = open_machine(device), command_line("adapt.py", argv)
     with explain_failures(lambda: "try a smaller model, --adapt_scope=last_half_mlps, or --device=cpu"):
-        run_documents(config, adapt, machine, command_line("adapt.py", argv))
+        if config.task == "documents":
+            run_documents(config, adapt, machine, line)
+            return
+        arc = config.dataset and read_path(config.dataset, f"--dataset={config.dataset}")
+        print(run_rules(rules, adapt, machine, config.out_path or Path("rules"), line, arc, config.limit, config.seed,
+                        config.overwrite))
 
 
 if __name__ == "__main__":

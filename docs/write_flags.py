@@ -17,6 +17,7 @@ import export  # noqa: E402
 import generate  # noqa: E402
 import probes  # noqa: E402
 import tokenizer  # noqa: E402
+from fewshot import RulesConfig  # noqa: E402
 from finetune import FINETUNING  # noqa: E402
 from learner import AdaptConfig  # noqa: E402
 from runtime.cli import default_text  # noqa: E402
@@ -35,7 +36,7 @@ COMMANDS = {
     "chat": (chat.ChatConfig, AdaptConfig, SamplingConfig, DeviceConfig),
     "finetune": FINETUNING.classes,
     "evaluate": (evaluate.EvaluateConfig, AdaptConfig, DeviceConfig),
-    "adapt": (adapt.AdaptRunConfig, AdaptConfig, DeviceConfig),
+    "adapt": (adapt.AdaptRunConfig, AdaptConfig, RulesConfig, DeviceConfig),
     "export": (export.ExportConfig,),
     "compare": (compare.CompareConfig, compare.VocabularyConfig),
     "probes": (probes.ProbeConfig, probes.CellConfig),
