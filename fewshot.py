@@ -73,7 +73,9 @@ EVAL_EPISODES = 256      # of rules of training, in an evaluation of a base
 @dataclass(frozen=True)
 class RulesConfig:
     """--task=rules: new rules from a few demonstrations."""
-    families: tuple[str, ...] = flag(FAMILY_NAMES, "kinds of rules; with a +, two steps in this order", choices=FAMILY_NAMES)
+    families: tuple[str, ...] = flag(FAMILY_NAMES, "kinds of rules that are asked for; with a +, two steps in this order",
+                                     choices=FAMILY_NAMES)
+    train_families: tuple[str, ...] = flag(FAMILY_NAMES, "kinds of rules that a base is trained on", choices=FAMILY_NAMES)
     rules: int = flag(2, "rules of a test per family, at most", at_least=1, at_most=100_000)
     demonstrations: int = flag(3, "pairs that show a rule", at_least=2, at_most=100)
     questions: int = flag(32, "pairs of each rule that are asked for", at_least=1, at_most=100)
@@ -143,7 +145,7 @@ class EpisodeLoader:
 
 def episode_loader(config: RulesConfig, batch_size: int, seed: Sequence[int]) -> EpisodeLoader:
     """Of rules of training."""
-    rules = {family: draw_rules(family, "train", config.train_rules) for family in dict.fromkeys(config.families)}
+    rules = {family: draw_rules(family, "train", config.train_rules) for family in dict.fromkeys(config.train_families)}
     return EpisodeLoader(rules, config.demonstrations + 1, batch_size, seed)
 
 
@@ -313,6 +315,19 @@ def decode(model: GPT, machine: Machine, task: Task, inputs: list[Grid],
     return [undone[i::n] for i in range(n)], n_tokens
 
 
+def answers_demonstrations(model: GPT, machine: Machine, task: Task) -> tuple[bool, int]:
+    """Whether each demonstration is answered exactly in context, shown the others, and how many tokens that read."""
+    n_tokens = 0
+    for i, pair in enumerate(task.demonstrations):
+        others = [*task.demonstrations[:i], *task.demonstrations[i + 1:]]
+        shown = dataclasses.replace(task, demonstrations=others, questions=[pair])
+        answers, n = answer(model, machine, shown, [plain_view(len(others))])
+        n_tokens += n
+        if accuracy([vote(found) for found in answers], [pair]) < 1:
+            return False, n_tokens
+    return True, n_tokens
+
+
 def vote(answers: Sequence[Grid | None]) -> Grid | None:
     """The most frequent of the answers that are grids; of several, the first."""
     grids = {(grid.shape, grid.tobytes()): grid for grid in answers if grid is not None}
@@ -367,11 +382,15 @@ def run_arms(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task 
         measure("in_context", task, 1)
         if votes:
             measure("in_context_voting", task, budget.views)
+        is_known, n_tokens = answers_demonstrations(model, machine, task)
         trained_tokens += train_on(learner, task, rng, budget.shared_steps, config.adapt_rows)
         if votes:
             measure("trained_voting", task, budget.shared_views)
         trained_tokens += train_on(learner, task, rng, budget.steps - budget.shared_steps, config.adapt_rows)
         measure("trained", task, 1)
+        chosen = "in_context" if is_known else "trained"
+        checking = model.flops_per_token() * n_tokens / 3 / len(task.questions)
+        row |= {"trained_if_needed": row[chosen], "flops_trained_if_needed": row[f"flops_{chosen}"] + checking}
         if elsewhere:
             n = len(elsewhere.demonstrations)
             measure("trained_elsewhere", elsewhere, 1)
@@ -464,12 +483,12 @@ def n_context(task: Task) -> int:
 
 def select_tasks(config: RulesConfig, dataset: Path | None, limit: int | None) -> tuple[list[Task], int]:
     """The tasks to answer and how many ARC tasks do not fit into the context. Raises BadInput."""
+    tasks = rule_tasks(config)[:limit] if dataset is None else []
+    trained = [make_task(draw_rules(family, "train", 1)[0], config.demonstrations, 1) for family in config.train_families]
+    if (longest := max(map(n_context, tasks + trained))) > config.block_size:
+        raise BadInput(f"--block_size={config.block_size}: {config.demonstrations} demonstrations and a question need "
+                       f"{longest} tokens: give at least as many, or fewer --demonstrations")
     if dataset is None:
-        tasks = rule_tasks(config)[:limit]
-        longest = max(map(n_context, tasks))
-        if longest > config.block_size:
-            raise BadInput(f"--block_size={config.block_size}: {config.demonstrations} demonstrations and a question need "
-                           f"{longest} tokens: give at least as many, or fewer --demonstrations")
         return tasks, 0
     found = read_arc(dataset, f"--dataset={dataset}")
     fitting = [task for task in found if n_context(task) <= config.block_size]
@@ -481,7 +500,7 @@ def select_tasks(config: RulesConfig, dataset: Path | None, limit: int | None) -
 
 def make_plan(config: RulesConfig, adapt: AdaptConfig, machine: Machine, dataset: Path | None) -> dict:
     """What rows and bases depend on, as JSON: not how many rules or seeds there are."""
-    free = {"rules", "seeds", "bases"}
+    free = {"families", "rules", "seeds", "bases"}
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()
              if name not in free}
     return flags | vars(adapt) | {"dataset": dataset and str(dataset), "machine": str(machine), "code": code_hash(SCRIPT)}

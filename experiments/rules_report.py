@@ -14,10 +14,12 @@ from runtime.files import atomic_write
 
 # key of a row -> what it is called
 ARMS = {"in_context": "in context", "in_context_voting": "in context, voting", "trained": "trained",
-        "trained_voting": "trained, voting", "trained_elsewhere": "trained on another rule"}
+        "trained_if_needed": "trained if needed", "trained_voting": "trained, voting",
+        "trained_elsewhere": "trained on another rule"}
 # (name, arm, the arm it is compared with)
 GAINS = (("trained - in context", "trained", "in_context"),
          ("trained - in context, voting", "trained", "in_context_voting"),
+         ("trained if needed - in context", "trained_if_needed", "in_context"),
          ("trained, voting - in context, voting", "trained_voting", "in_context_voting"))
 SINGLE, COMPOSED = "single rules", "compositions of two"
 NOTES = """\
@@ -25,7 +27,8 @@ Entries are percent of exact answers, means over rules of their means over seeds
 over rules (Student's t), of differences paired by rule; higher is better. In context: the demonstrations, then the question.
 Voting: the most frequent answer over views, which show the demonstrations in other orders and with other names for the
 colours. Trained: steps on views of the demonstrations in which every output is asked for given the pairs before it; before
-the next rule the weights are put back bit for bit. Trained on another rule: the weights that another rule of the same family
+the next rule the weights are put back bit for bit. Trained if needed: not where the model answers every demonstration, shown
+the others, in context. Trained on another rule: the weights that another rule of the same family
 has led to, in context. The arms that vote or train have the same number of FLOPs: voting alone spends all on views, training
 alone on steps, both together a quarter on views. FLOPs are those of matrix products at full context, per question."""
 
@@ -140,7 +143,7 @@ def draw_arms(rows_by_base: dict[str, list[dict]]) -> list[str]:
     """A panel for each base: a line for each group of rules, a dot for each arm."""
     most = max(len(groups(rows)) for rows in rows_by_base.values())
     axes = make_panels(len(rows_by_base), height=1.6 + 0.25 * most)
-    markers = dict(zip(ARMS, "osD^x"))
+    markers = dict(zip(ARMS, "osDv^x"))
     for axis, (base, rows) in zip(axes, rows_by_base.items()):
         names = list(groups(rows))
         for arm, marker in markers.items():

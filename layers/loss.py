@@ -52,7 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w = weight.to(dtype)
         total = torch.zeros((), device=x.device)
-        x_grads, weight_grad = [], torch.zeros_like(weight) if needs_grad else None
+        x_grads, weight_grad = [], None
         for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
             is_target = target >= 0
             losses, grad = losses_and_logit_grad((x_rows @ w.T).float(), target.clamp(min=0), softcap, needs_grad)
@@ -61,7 +61,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             grad, x_rows = grad.to(dtype), x_rows * is_target[:, None]
             x_grads.append((grad @ w).mul_(is_target[:, None]))
-            if dtype == weight.dtype:
+            if weight_grad is None:
+                weight_grad = (grad.T @ x_rows).to(weight.dtype)
+            elif dtype == weight.dtype:
                 weight_grad.addmm_(grad.T, x_rows)
             else:
                 weight_grad += grad.T @ x_rows

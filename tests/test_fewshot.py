@@ -18,7 +18,8 @@ from runtime.device import DeviceConfig, open_machine
 from tasks.rules import Pair, draw_rules, encode_question, make_task
 
 MACHINE = open_machine(DeviceConfig("cpu", "fp32"))
-TINY = RulesConfig(n_layer=1, n_head=2, head_size=8, families=("permutation", "fill"), bases=fewshot.BASES, rules=2,
+TINY = RulesConfig(n_layer=1, n_head=2, head_size=8, families=("permutation", "fill"),
+                   train_families=("permutation", "fill"), bases=fewshot.BASES, rules=2,
                    questions=3, adapt_steps=2, adapt_rows=2, undertrained_iter=3, converged_iter=4, batch_size=2)
 
 
@@ -251,8 +252,9 @@ def test_arc_tasks_that_do_not_fit_are_left_out_and_counted(tmp_path, capsys):
     config = dataclasses.replace(TINY, bases=("undertrained",))
     rows = run(tmp_path / "out", config, dataset=tmp_path)
     assert [row["rule"] for row in rows] == ["small"] and "1 left out" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="none of its 2 tasks fits"):
-        run(tmp_path / "none", dataclasses.replace(config, block_size=8), dataset=tmp_path)
+    (tmp_path / "small.json").unlink()
+    with pytest.raises(BadInput, match="none of its 1 tasks fits"):
+        run(tmp_path / "none", config, dataset=tmp_path)
 
 
 def test_context_that_is_too_short_for_the_rules_is_refused(tmp_path):
@@ -269,7 +271,7 @@ def test_rate_is_that_of_rules_unless_given():
 @pytest.mark.slow
 def test_training_at_inference_time_solves_new_permutations():
     """A base of three hundred steps on permutations: next to nothing right in context, most after training."""
-    config = RulesConfig(families=("permutation",), undertrained_iter=300)
+    config = RulesConfig(families=("permutation",), train_families=("permutation",), undertrained_iter=300)
     model, _ = fewshot.train_base(config, MACHINE, "undertrained", 0)
     learner = fewshot.open_rule_learner(model, config, fewshot.rule_rate(AdaptConfig()), MACHINE)
     tasks = [make_task(rule, 3, 32) for rule in draw_rules("permutation", "test", 3)]
