@@ -249,15 +249,18 @@ class Learner:
         is scored. Returns the summed losses of the hops (`cut_hops` tells which) in nats, (hops,) float64 on the CPU.
         learn: False leaves the weights as they are. keep_state: the cache is never made anew, for models whose cache does
         not grow. Raises FloatingPointError, see `check`."""
-        losses, cache, context_start, n = [], None, -1, len(ids) - 1
+        ids, n = ids.to(self.machine.device), len(ids) - 1
+        means, lengths, cache, context_start = [], [], None, -1
         for hop in cut_hops(n, self.hop, n if keep_state else self.model.config.block_size, first):
             if hop.context_start != context_start:
                 cache, context_start = self.fill_cache(ids[hop.context_start:hop.start]), hop.context_start
             batch = ids[None, hop.start:hop.stop], ids[None, hop.start + 1:hop.stop + 1]
-            losses.append(self.read_hop(batch, cache, learn).double() * (hop.stop - hop.start))
+            means.append(self.read_hop(batch, cache, learn))
+            lengths.append(hop.stop - hop.start)
         if learn:
             self.check()
-        return torch.stack(losses).cpu() if losses else torch.zeros(0, dtype=torch.float64)
+        means = torch.stack(means).cpu().double() if means else torch.zeros(0, dtype=torch.float64)
+        return means * torch.tensor(lengths, dtype=torch.float64)
 
     def read_hop(self, batch: tuple[Tensor, Tensor], cache: Cache, learn: bool) -> Tensor:
         """The mean loss of a hop, which goes into the cache. batch: inputs and targets, (1, T)."""
@@ -275,7 +278,7 @@ class Learner:
         with self.machine.autocast():
             cache = self.model.init_cache(1, self.model.config.block_size, cache_dtype(self.model))
             if len(context):
-                self.model.eager_forward(context[None].to(self.machine.device), cache=cache, logits_to_keep=1)
+                self.model.eager_forward(context[None], cache=cache, logits_to_keep=1)
         return cache
 
     @torch.no_grad()
