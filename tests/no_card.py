@@ -79,6 +79,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import trainer  # noqa: E402
 from layers import LINEARS, MIXERS, MLPS  # noqa: E402
+from learner import AdaptConfig, Learner  # noqa: E402
 from model import GPT  # noqa: E402
 from optimizer import OptimizerConfig, set_rates  # noqa: E402
 from runtime.device import DeviceConfig, Machine, copy_stream, open_machine  # noqa: E402
@@ -258,6 +259,22 @@ def decode():
                     assert sample(logits, sampling, None, seen).device == GPU
 
 
+def adapt_step():
+    """Reading two hops at inference time, with a step on each, has no host sync, with any mixer. (sgd's fused kernel knows no
+    fake tensors.)"""
+    for switches, dtype, optimizer in (({}, "bf16", "adamw"), ({"mixer": "gated_delta"}, "bf16", "adamw"),
+                                       ({"mixer": "DA", "linear": "grkan"}, "fp16", "adamw"), ({}, "fp32", "rms")):
+        with FakeTensorMode():
+            config = AdaptConfig(adapt_optimizer=optimizer)
+            learner = Learner(to_gpu(GPT(tiny_config(**switches))), config, Machine(GPU, dtype))
+            ids = torch.empty(1, 12, dtype=torch.int64, device=GPU)
+            with NoHostSync():
+                cache = learner.fill_cache(ids[0, :4])
+                losses = [learner.read_hop((ids[:, i:i + 4], ids[:, i + 1:i + 5]), cache, learn=True) for i in (4, 7)]
+                learner.forget()
+            assert all(loss.device == GPU and loss.dim() == 0 for loss in losses)
+
+
 def machine_setup():
     """open_machine enables TF32, and with --deterministic only deterministic kernels."""
     with mock.patch.dict("os.environ"):
@@ -328,7 +345,8 @@ def compiled(capability: str, **switches):
             getattr(PyCodeCache.load(source), name).precompile(warm_cache_only=True)
 
 
-CHECKS = {check.__name__: check for check in (train_step, host_sync_is_detected, copy_stream_order, decode, machine_setup)}
+CHECKS = {check.__name__: check for check in (train_step, host_sync_is_detected, copy_stream_order, decode, adapt_step,
+                                              machine_setup)}
 
 
 def main(names: list[str]):

@@ -11,7 +11,7 @@ import torch
 from conftest import REPO
 from layers import LINEARS, MIXERS, MLPS
 
-CHECKS = ["train_step", "host_sync_is_detected", "copy_stream_order", "decode", "machine_setup"]
+CHECKS = ["train_step", "host_sync_is_detected", "copy_stream_order", "decode", "adapt_step", "machine_setup"]
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch: see no_card.py"),

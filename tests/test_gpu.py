@@ -31,6 +31,7 @@ from conftest import REPO, assert_same, before_batch, run_rows, saved_training, 
 from kernels.rational import rational, rational_backward, rational_backward_torch, rational_torch, triton_kernels
 from layers import LINEARS, MIXERS, MLPS, loss
 from layers.loss import cross_entropy
+from learner import AdaptConfig, Learner
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.device import DTYPES, Machine, can_compile, compile_model
@@ -199,6 +200,20 @@ def test_generated_tokens_equal_the_cpus(card):
         want = generate_on(torch.device("cpu"))
         got = generate_on(card)
     assert (got == want).float().mean() > 0.95  # after a tie that is broken differently, all tokens differ
+
+
+@pytest.mark.parametrize("mixer", ["DA", *MIXERS])
+def test_learning_at_inference_time_equals_the_cpus(card, mixer):
+    """Losses of the hops, each before the step on it, and weights that are put back bit for bit."""
+    ids, losses = random_ids(1, 100)[0], []
+    for device in (torch.device("cpu"), card):
+        model = random_model(mixer=mixer, **SHAPE).to(device)
+        learner = Learner(model, AdaptConfig(), Machine(device, "fp32"))
+        before = [parameter.clone() for parameter in model.parameters()]
+        losses.append(learner.read(ids))
+        learner.forget()
+        assert all(torch.equal(parameter, initial) for parameter, initial in zip(model.parameters(), before))
+    assert torch.allclose(*losses, rtol=1e-3)
 
 
 def test_an_fp16_overflow_skips_steps_until_the_loss_scale_fits(card, run_train, monkeypatch):
