@@ -260,8 +260,8 @@ def decode():
 
 
 def adapt_step():
-    """Reading two hops at inference time, with a step on each, has no host sync, with any mixer. (sgd's fused kernel knows no
-    fake tensors.)"""
+    """Reading two hops at inference time, with a step on each, has no host sync, with any mixer. (sgd's fused kernel has no
+    fake one.)"""
     for switches, dtype, optimizer in (({}, "bf16", "adamw"), ({"mixer": "gated_delta"}, "bf16", "adamw"),
                                        ({"mixer": "DA", "linear": "grkan"}, "fp16", "adamw"), ({}, "fp32", "rms")):
         with FakeTensorMode():
