@@ -31,7 +31,7 @@ from experiments.adaptation import AdaptationStudy, write_adaptation
 from experiments.runner import save_plan
 from fewshot import RulesConfig, run_rules
 from layers import gated_delta
-from learner import AdaptConfig, Learner, cut_hops, open_learner
+from learner import AdaptConfig, Learner, clip_hop, cut_hops, open_learner
 from runtime.cli import (
     command,
     command_line,
@@ -112,11 +112,6 @@ class Document:
     ids: Tensor
     digest: str
     text_digest: str
-
-
-def clip_hop(hop: int, block_size: int) -> int:
-    """The hop in a model of this context, in which two of them fit."""
-    return min(hop, max(1, block_size // 2))
 
 
 def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], int]:
@@ -337,7 +332,7 @@ def main(argv=None):
         if config.task == "documents":
             run_documents(config, adapt, machine, line)
             return
-        arc = config.dataset and read_path(config.dataset, f"--dataset={config.dataset}")
+        arc = None if config.dataset is None else read_path(config.dataset, f"--dataset={config.dataset}")
         print(run_rules(rules, adapt, machine, config.out_path or Path("rules"), line, arc, config.limit, config.seed,
                         config.overwrite))
 
