@@ -13,10 +13,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from experiments.adaptation import AdaptationStudy, write_adaptation
 from experiments.runner import save_plan
 from fewshot import RulesConfig, run_rules
 from layers import gated_delta
-from learner import AdaptConfig, Learner, cut_hops, open_learner
+from learner import AdaptConfig, Learner, clip_hop, cut_hops, open_learner
 from runtime.cli import (
     command,
     command_line,
@@ -47,13 +45,16 @@ from runtime.cli import (
 )
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
-from runtime.files import atomic_write, explain_write_failure, folder_lock
+from runtime.files import append_json_line, atomic_write, folder_lock, read_json_lines
 from runtime.signals import StopSignals
 from sampling import load_pretrained
 from text.sources import SourceConfig
 from tokenizer import Tokenizer
 from trainer import describe_machine
 
+# of every row of a document that did not diverge
+ROW_KEYS = {"digest", "text_digest", "next_digest", "tokens", "bytes", "hop_bytes", "static", "adapted", "static_seconds",
+            "adapted_seconds"}
 OVERLAP_BATCH = 16  # windows in a forward pass of the control with a longer overlap
 
 
@@ -111,11 +112,6 @@ class Document:
     ids: Tensor
     digest: str
     text_digest: str
-
-
-def clip_hop(hop: int, block_size: int) -> int:
-    """The hop in a model of this context, in which two of them fit."""
-    return min(hop, max(1, block_size // 2))
 
 
 def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], int]:
@@ -180,8 +176,8 @@ def read_document(learner: Learner, document: Document, next_document: Document 
             row["next"] = sum(learner.read(next_document.ids, learn=False).tolist())
         learner.forget()
         windows = list(sliding_windows(ids.numpy(), learner.model.config.block_size, stride))
-        row["overlap"] = sum(losses.sum().item() for _, losses in token_losses(learner.model, learner.machine, windows,
-                                                                               OVERLAP_BATCH, show_progress=False))
+        losses = token_losses(learner.model, learner.machine, windows, OVERLAP_BATCH, show_progress=False)
+        row |= {"stride": stride, "overlap": sum(of_window.sum().item() for _, of_window in losses)}
         if is_recurrent(learner):
             for learn in (False, True):
                 losses = learner.read(ids, learn=learn, keep_state=True)
@@ -234,20 +230,15 @@ def count_flops(run: Callable[[], object]) -> int:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 def read_rows(path: Path) -> dict[str, dict]:
-    """digest -> the row of a document; lines that a crash cut off are left out."""
-    rows = {}
-    if os.path.isfile(path):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("digest"), str):
-                    rows[row["digest"]] = row
-    return rows
+    """digest -> the row of a document."""
+    return {row["digest"]: row for row in read_json_lines(path)
+            if isinstance(row.get("digest"), str) and ("diverged" in row or row.keys() >= ROW_KEYS)}
 
 
-def write_row(path: Path, row: dict):
-    with explain_write_failure(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def is_current(row: dict, next_document: Document | None, stride: int) -> bool:
+    """Whether the row of an earlier run, which may have read fewer documents, is what would be measured now."""
+    return "diverged" in row or (row["next_digest"] == (next_document and next_document.digest)
+                                 and row.get("stride", stride) == stride)
 
 
 def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path,
@@ -261,13 +252,13 @@ def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, s
         for i, document in enumerate(documents):
             next_document = documents[(i + 1) % len(documents)] if len(documents) > 1 else None
             row = earlier.get(document.digest)
-            if row is None or "diverged" not in row and row["next_digest"] != (next_document and next_document.digest):
+            if row is None or not is_current(row, next_document, stride):
                 try:
                     row = read_document(learner, document, next_document, token_bytes, stride, controls)
                 except FloatingPointError as error:
                     row = {"digest": document.digest, "diverged": str(error)}
                     tqdm.write(f"document {i + 1}: left out, {error}")
-                write_row(path, row)
+                append_json_line(path, row)
             else:
                 bar.initial += len(document.ids) - 1
             rows.append(row)
@@ -310,8 +301,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
     conditions = describe(learner, config, documents, token_bytes)
     with folder_lock(out_path, f"--out_path={out_path}"):
         rows_path = out_path / "documents.jsonl"
-        if save_plan(out_path, plan, config.overwrite, "an evaluation"):
-            rows_path.unlink(missing_ok=True)
+        save_plan(out_path, plan, config.overwrite, "an evaluation", [rows_path])
         for condition in conditions:
             say(condition)
         flops, stride, extra_bytes = measure_cost(learner, documents)
@@ -342,7 +332,7 @@ def main(argv=None):
         if config.task == "documents":
             run_documents(config, adapt, machine, line)
             return
-        arc = config.dataset and read_path(config.dataset, f"--dataset={config.dataset}")
+        arc = None if config.dataset is None else read_path(config.dataset, f"--dataset={config.dataset}")
         print(run_rules(rules, adapt, machine, config.out_path or Path("rules"), line, arc, config.limit, config.seed,
                         config.overwrite))
 

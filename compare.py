@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapt import AdaptRunConfig, clip_hop, is_recurrent, read_documents, timed_read
+from adapt import AdaptRunConfig, is_recurrent, read_documents, timed_read
 from download_data import read_split, retokenize, validation_documents
 from experiments.adaptation_cells import AdaptArm, AdaptDocuments, AdaptStudy, DocumentSize, run_adaptation
 from experiments.adaptation_comparison import write_adaptation_comparison
@@ -53,7 +53,7 @@ from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, th
 from experiments.stages import ComparisonBar, readable_name, run_stage
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from layers import MIXERS
-from learner import AdaptConfig, has_scope, open_learner
+from learner import AdaptConfig, clip_hop, has_scope, open_learner
 from model import GPT, GPTConfig, upgrade_config
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -131,7 +131,8 @@ class CompareConfig:
     def __post_init__(self):
         check_flags(self)
         if not self.null and len(self.arms) < 2:
-            raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more, or one and --null")
+            raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more"
+                           + ", or one and --null" * (self.script != "adapt"))
         for name in ("arms", "sizes", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")

@@ -11,11 +11,9 @@ the same command continues where it was stopped; so do the bases. Source: Akyür
 import dataclasses
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +29,11 @@ from experiments.runner import save_plan
 from learner import ADAPT_SCOPES, AdaptConfig, Learner
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import explain_damage, load_checkpoint, save_checkpoint
 from runtime.cli import log_line, progress_bar, say
 from runtime.config import BadInput, check_flags, flag, read_flags, redeclare
 from runtime.device import Machine, describe_hardware, seed_everything
-from runtime.files import atomic_write, explain_write_failure, folder_lock
+from runtime.files import append_json_line, atomic_write, folder_lock, read_json_lines
 from runtime.signals import StopSignals
 from sampling import cache_dtype
 from tasks.rules import (
@@ -195,7 +193,8 @@ def open_base(config: RulesConfig, machine: Machine, base: str, seed: int, folde
     path = folder / f"{base}-{seed}.pt"
     if path.exists():
         checkpoint = load_checkpoint(path)
-        return GPT.from_checkpoint(checkpoint).to(machine.device), checkpoint["evaluations"]
+        with explain_damage(path):
+            return GPT.from_checkpoint(checkpoint).to(machine.device), checkpoint["evaluations"]
     model, rows = train_base(config, machine, base, seed)
     if rows:
         save_checkpoint(path, model.to_checkpoint() | {"evaluations": rows})
@@ -401,24 +400,24 @@ def run_arms(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
+KEY_NAMES = "base", "seed", "family", "rule"
+ROW_KEYS = {*KEY_NAMES, "questions", "seconds"}  # of every row
+
+
 def row_key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("base", "seed", "family", "rule"))
+    return tuple(row[name] for name in KEY_NAMES)
 
 
-def read_rule_rows(path: Path) -> list[dict]:
-    """The rows of rules; lines that a crash cut off are left out."""
-    rows = {}
-    if os.path.isfile(path):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
-                rows[row_key(row)] = row
-    return list(rows.values())
+def read_rule_rows(path: Path) -> dict[tuple, dict]:
+    """row_key -> row."""
+    return {row_key(row): row for row in read_json_lines(path)
+            if row.keys() >= ROW_KEYS and all(isinstance(part, (str, int)) for part in row_key(row))}
 
 
-def append_row(path: Path, row: dict):
-    with explain_write_failure(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def is_current(row: dict, elsewhere: Task | None) -> bool:
+    """Whether the row of an earlier run, which may have had fewer rules, is what would be measured now."""
+    name = elsewhere and elsewhere.name
+    return row.get("elsewhere", name) == name
 
 
 def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: list[Task], seed: int,
@@ -426,8 +425,8 @@ def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: 
     """A row for each base, seed and task, those that are in `folder` already from there, and the evaluations of each base,
     (base, seed) -> rows. Raises SystemExit when a signal stops it, and what `open_base` raises."""
     path, evaluations = folder / "rules.jsonl", {}
-    found = {row_key(row): row for row in read_rule_rows(path)}
-    with atomic_write(path, "w") as file:
+    found = read_rule_rows(path)
+    with atomic_write(path, "w") as file:  # without a line that a crash cut off, which the next row would be added to
         file.writelines(json.dumps(row) + "\n" for row in found.values())
     wanted = [(base, base_seed) for base_seed in range(seed, seed + config.seeds) for base in dict.fromkeys(config.bases)]
     rows = []
@@ -437,10 +436,10 @@ def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: 
             learner = open_rule_learner(model, config, adapt, machine)
             with StopSignals("stopping after this rule; again stops now") as stop:
                 for task in tasks:
-                    key = base, base_seed, task.family, task.name
-                    if key not in found:
-                        found[key] = run_task(learner, config, task, other_task(tasks, task), key)
-                        append_row(path, found[key])
+                    key, elsewhere = (base, base_seed, task.family, task.name), other_task(tasks, task)
+                    if key not in found or not is_current(found[key], elsewhere):
+                        found[key] = run_task(learner, config, task, elsewhere, key)
+                        append_json_line(path, found[key])
                     rows.append(found[key])
                     bar.update()
                     if stop.signal and len(rows) < len(wanted) * len(tasks):
@@ -451,7 +450,7 @@ def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: 
 
 
 def run_task(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task | None, key: tuple) -> dict:
-    row = dict(zip(("base", "seed", "family", "rule"), key)) | {"questions": len(task.questions)}
+    row = dict(zip(KEY_NAMES, key)) | {"questions": len(task.questions), "elsewhere": elsewhere and elsewhere.name}
     start = time.perf_counter()
     try:
         row |= run_arms(learner, config, task, elsewhere, seed=key[1], votes=key[0] != "random")
@@ -521,9 +520,8 @@ def run_rules(config: RulesConfig, adapt: AdaptConfig, machine: Machine, out_pat
     adapt, gpt = rule_rate(adapt), config.model_config()
     tasks, n_left_out = select_tasks(config, dataset, limit)
     with folder_lock(out_path, f"--out_path={out_path}"):
-        if save_plan(out_path, make_plan(config, adapt, machine, dataset), overwrite, "an evaluation"):
-            for path in (out_path / "rules.jsonl", *out_path.glob("*.pt")):
-                path.unlink(missing_ok=True)
+        results = [out_path / "rules.jsonl", *(path for base in BASES for path in out_path.glob(f"{base}-*.pt"))]
+        save_plan(out_path, make_plan(config, adapt, machine, dataset), overwrite, "an evaluation", results)
         n_parameters = GPT(gpt).n_parameters()
         conditions = [f"{n_parameters / 1e3:,.0f} k parameters, {gpt.n_layer} layers, {gpt.n_head} heads x {gpt.head_size}, "
                       f"mixer {gpt.mixer}, mlp {gpt.mlp}, linear {gpt.linear}, context {gpt.block_size:,}",

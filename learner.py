@@ -186,6 +186,11 @@ class Hop(NamedTuple):
     stop: int
 
 
+def clip_hop(hop: int, block_size: int) -> int:
+    """The hop in a model of this context, in which two of them fit."""
+    return min(hop, max(1, block_size // 2))
+
+
 def cut_hops(n: int, hop: int, block_size: int, first: int = 0) -> Iterator[Hop]:
     """The hops that read positions `first` to n - 1 once each, in the windows of `evaluate.py`.
 
@@ -206,7 +211,7 @@ class Learner:
     def __init__(self, model: GPT, config: AdaptConfig, machine: Machine):
         """Raises BadInput for a scope that the model has nothing in."""
         self.model, self.config, self.machine = model, config, machine
-        self.hop = min(config.adapt_hop, max(1, model.config.block_size // 2))
+        self.hop = clip_hop(config.adapt_hop, model.config.block_size)
         model.requires_grad_(False)
         in_scope = ADAPT_SCOPES[config.adapt_scope].trains
         chosen = {name: p for name, p in model.named_parameters() if in_scope(name, model.config)}
@@ -248,7 +253,8 @@ class Learner:
         """Reads positions `first` on of a text, ids (n + 1,) int64, given those before, and learns from every hop once it
         is scored. Returns the summed losses of the hops (`cut_hops` tells which) in nats, (hops,) float64 on the CPU.
         learn: False leaves the weights as they are. keep_state: the cache is never made anew, for models whose cache does
-        not grow. Raises FloatingPointError, see `check`."""
+        not grow. Raises FloatingPointError, see `check`, and when a loss without steps is not finite: it may be the last
+        step before that has led to such weights."""
         ids, n = ids.to(self.machine.device), len(ids) - 1
         means, lengths, cache, context_start = [], [], None, -1
         for hop in cut_hops(n, self.hop, n if keep_state else self.model.config.block_size, first):
@@ -260,6 +266,9 @@ class Learner:
         if learn:
             self.check()
         means = torch.stack(means).cpu().double() if means else torch.zeros(0, dtype=torch.float64)
+        if not learn and not means.isfinite().all():
+            raise FloatingPointError(f"loss not finite after step {self.state.step:,}: lower --adapt_rate, now "
+                                     f"{self.config.rate:g}")
         return means * torch.tensor(lengths, dtype=torch.float64)
 
     def read_hop(self, batch: tuple[Tensor, Tensor], cache: Cache, learn: bool) -> Tensor:
@@ -336,7 +345,10 @@ def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine:
     """A learner that is ready to read, with the statistics that its update rule needs. Raises BadInput."""
     learner = Learner(model.to(machine.device), config, machine)
     if config.adapt_optimizer == "rms":
-        texts = take_text(open_source(SourceConfig(config.adapt_statistics)).documents(), STATISTICS_BYTES)
+        try:
+            texts = list(take_text(open_source(SourceConfig(config.adapt_statistics)).documents(), STATISTICS_BYTES))
+        except BadInput as error:
+            raise BadInput(f"--adapt_statistics={config.adapt_statistics}: {error}") from None
         for ids in progress_bar(encode_documents(tokenizer, texts), desc="statistics", unit="document", delay=1):
             learner.read(ids)
         learner.state.optimizer.parts["rms"].end_statistics()

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from typing import Protocol
 from runtime.checkpoint import run_folder
 from runtime.cli import BAD_INPUT, DIVERGED, progress_bar
 from runtime.config import BadInput, shorten
-from runtime.files import atomic_write, check_writable, folder_lock
+from runtime.files import atomic_write, check_writable, explain_write_failure, folder_lock
 from runtime.metrics import read_rows
 from runtime.signals import StopSignals
 from runtime.threads import available_cores
@@ -151,22 +151,29 @@ def error_line(stderr: str, script: Path) -> str:
     return " ".join((own or lines or ["printed nothing on stderr"])[-1].split())
 
 
-def save_plan(out_path: Path, plan: dict, overwrite: bool, what: str) -> bool:
-    """Writes plan.json, which says what the results in `out_path` belong to, "a comparison" or what else. Returns whether
-    there were others. Raises BadInput when there were and may not be replaced."""
-    path, before = out_path / "plan.json", None
+def save_plan(out_path: Path, plan: dict, overwrite: bool, what: str, results: Sequence[Path] = ()):
+    """Writes plan.json, which says what the results in `out_path` belong to: "a comparison" or what else. results: files
+    that only one plan may add to; those of another are deleted. Raises BadInput when there is another plan and it may not be
+    replaced, or when there are `results` and no plan that can be read."""
+    path, before, results = out_path / "plan.json", None, [result for result in results if result.exists()]
     check_writable(path, f"--out_path={out_path}")
     if path.exists():
         with suppress(ValueError, RecursionError):  # damaged
             found = json.loads(path.read_text(encoding="utf-8"))
             before = found if isinstance(found, dict) else None
     different = [name for name in {**before, **plan} if before.get(name) != plan.get(name)] if before is not None else []
+    if before is None and results and not overwrite:
+        raise BadInput(f"--out_path={out_path}: holds {results[0].name}, but no plan.json that says what it belongs to: "
+                       f"choose another path, or replace it with --overwrite")
     if different and not overwrite:
         raise BadInput(f"--out_path={out_path}: holds {what} that differs in {shorten(different[0])}: choose another path, "
                        f"or replace its results with --overwrite (identical runs are kept)")
+    if different or before is None:
+        for result in results:
+            with explain_write_failure(result):
+                result.unlink()
     with atomic_write(path, "w") as file:
         json.dump(plan, file, indent=1)
-    return bool(different)
 
 
 @dataclass

@@ -3,9 +3,11 @@
     with folder_lock(Path("data"), "--data_path=data"), atomic_write(Path("data/manifest.json"), "w") as file:
         file.write("{}")
 """
+import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,6 +50,23 @@ def delete_on_failure(temporary: Path):
         with suppress(OSError):  # a read-only disk refuses even to look
             temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """The objects in a file that holds one a line; none if there is no such file. Lines that a crash cut off, or that hold
+    something else, are left out."""
+    if os.path.isfile(path):  # not a named pipe, which may never end
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, RecursionError):
+                    if isinstance(row := json.loads(line), dict):
+                        yield row
+
+
+def append_json_line(path: Path, row: dict):
+    """Raises OSError naming `path`."""
+    with explain_write_failure(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def replace_with_link(path: Path, other: Path):

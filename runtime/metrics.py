@@ -9,7 +9,6 @@ of skipped steps so far. TensorBoard events beside it hold the same numbers.
 """
 import json
 import math
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.cli import log_line
-from runtime.files import atomic_write, explain_write_failure
+from runtime.files import atomic_write, explain_write_failure, read_json_lines
 
 
 @dataclass
@@ -154,13 +153,9 @@ def read_rows(path: Path) -> list[dict]:
     lines that a crash cut off, or that are not rows.
     """
     rows = {}
-    if os.path.isfile(path):  # not a named pipe, which may never end
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict) and type(step := row.get("step")) is int and 0 <= step < 2**63:
-                        rows[step] = {name: value for name, value in row.items() if is_finite_number(value)}
+    for row in read_json_lines(path):
+        if type(step := row.get("step")) is int and 0 <= step < 2**63:
+            rows[step] = {name: value for name, value in row.items() if is_finite_number(value)}
     return [rows[step] for step in sorted(rows)]
 
 

@@ -136,6 +136,17 @@ def test_more_documents_are_added(trained, documents, tmp_path):
         assert {name: value for name, value in grown[row["digest"]].items() if name not in TIMINGS} == row
 
 
+def test_damaged_rows_are_read_again(trained, documents, tmp_path):
+    flags = [f"--checkpoint_path={trained}", f"--dataset={documents[0]}", f"--out_path={tmp_path / 'out'}", "--limit=3"]
+    run(*flags)
+    whole, path = rows_in(tmp_path / "out"), tmp_path / "out" / "documents.jsonl"
+    damaged = [{"digest": whole[0]["digest"]}, {"digest": [1]}, [], {**whole[1], "stride": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    run(*flags)
+    found = {row["digest"]: row for row in rows_in(tmp_path / "out")}
+    assert [found[row["digest"]] for row in whole] == whole
+
+
 # -- what cannot be read ----------------------------------------------------------------------------------------------
 
 def test_a_document_that_diverges_is_left_out(trained, documents, tmp_path, monkeypatch, capsys):
@@ -168,7 +179,8 @@ def test_bad_input(trained, documents, tmp_path, refused):
             "and 5 shorter ones")
     refused(adapt.main, flags("--adapt_scope=norms"), "--adapt_scope=norms", "no parameters there")
     refused(adapt.main, flags("--adapt_rate=0"), "--adapt_rate")
-    refused(adapt.main, flags("--adapt_optimizer=rms", "--adapt_statistics=/none/there"), "/none/there")
+    refused(adapt.main, ["--task=rules", "--dataset="], "--dataset=: ")
+    refused(adapt.main, flags("--adapt_optimizer=rms", "--adapt_statistics=/none/there"), "--adapt_statistics=/none/there: ")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty.txt").write_text("")
     refused(adapt.main, flags(dataset=tmp_path / "empty.txt"), "empty.txt")
@@ -184,6 +196,19 @@ def test_rows_of_other_settings_are_kept_unless_told(trained, documents, tmp_pat
     run("--adapt_rate=0.1", "--overwrite", *flags)
     after = rows_in(tmp_path / "out")
     assert len(after) == 2 and after[0]["static"] == before[0]["static"] and after[0]["adapted"] != before[0]["adapted"]
+
+
+@pytest.mark.parametrize("plan", [None, "", "[]", '{"adapt_rate": '])
+def test_rows_without_a_plan_are_kept_unless_told(trained, documents, tmp_path, refused, plan):
+    flags = [f"--checkpoint_path={trained}", f"--dataset={documents[0]}", f"--out_path={tmp_path / 'out'}", "--limit=2"]
+    run(*flags)
+    before = rows_in(tmp_path / "out")
+    (tmp_path / "out" / "plan.json").unlink() if plan is None else (tmp_path / "out" / "plan.json").write_text(plan)
+    flags += ["--device=cpu", "--dtype=fp32", "--adapt_hop=4", "--adapt_rate=0.1"]
+    refused(adapt.main, flags, "documents.jsonl", "plan.json", "--overwrite")
+    assert rows_in(tmp_path / "out") == before
+    run(*flags, "--overwrite")
+    assert [row["adapted"] != other["adapted"] for row, other in zip(rows_in(tmp_path / "out"), before)] == [True, True]
 
 
 # -- the numbers by hand ----------------------------------------------------------------------------------------------

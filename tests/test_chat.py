@@ -312,7 +312,7 @@ def fail_at(monkeypatch, chat: Chat, forward: int, action):
 
 @pytest.mark.parametrize("forward, words", [
     (1, "loss or gradient not finite at step 2: lower --adapt_rate, now 0.01; what was learnt is forgotten"),
-    (5, "loss not finite after the message: lower --adapt_rate, now 0.01; what was learnt is forgotten")], ids=str)
+    (5, "loss not finite after step 3: lower --adapt_rate, now 0.01; what was learnt is forgotten")], ids=str)
 def test_a_step_that_is_not_finite_is_forgotten_and_the_message_answered(attention_model, monkeypatch, capsys, forward,
                                                                          words):
     weights, chat = clone_weights(attention_model), learning_chat(attention_model)

@@ -13,6 +13,7 @@ from fewshot import RulesConfig, View
 from layers import LINEARS
 from learner import ADAPT_OPTIMIZERS, ADAPT_SCOPES, AdaptConfig, Learner
 from model import GPT
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.config import BadInput
 from runtime.device import DeviceConfig, open_machine
 from tasks.rules import Pair, draw_rules, encode_question, make_task
@@ -230,9 +231,24 @@ def test_other_flags_are_refused_or_overwrite_rows_and_bases(tmp_path):
     changed = dataclasses.replace(config, adapt_steps=1)
     with pytest.raises(BadInput, match="adapt_steps"):
         run(tmp_path, changed)
+    (tmp_path / "gpt.pt").write_text("somebody else's")
     assert len(run(tmp_path, changed, overwrite=True)) == 1
     more = dataclasses.replace(changed, rules=2, seeds=2)  # may grow
-    assert len(run(tmp_path, more)) == 4
+    grown = {fewshot.row_key(row): row for row in run(tmp_path, more)}
+    whole = run(tmp_path / "whole", more)
+    assert (tmp_path / "gpt.pt").exists() and [grown[fewshot.row_key(row)] for row in whole] == whole and len(whole) == 4
+
+
+def test_damaged_rows_and_bases_are_named_or_left_out(tmp_path):
+    config = dataclasses.replace(TINY, bases=("undertrained",), families=("fill",), rules=1)
+    whole = run(tmp_path, config)
+    (tmp_path / "rules.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        3, {"base": "undertrained"}, {**whole[0], "seconds": 1.0, "rule": {}})))
+    assert run(tmp_path, config)[-1:] == whole
+    checkpoint = load_checkpoint(tmp_path / "undertrained-0.pt")
+    save_checkpoint(tmp_path / "undertrained-0.pt", {name: checkpoint[name] for name in checkpoint if name != "evaluations"})
+    with pytest.raises(BadInput, match="undertrained-0.pt: a part of it is missing"):
+        run(tmp_path, config)
 
 
 @pytest.mark.integration

@@ -209,13 +209,12 @@ def test_a_damaged_cell_of_probes_is_trained_again(n, tmp_path):
 
 @FUZZ
 def test_a_damaged_plan_is_refused_or_written_again(n, tmp_path):
-    config = compare.CompareConfig(arms=("mlp=gelu", "mlp=relu2"), out_path=tmp_path)
     plan = {"arms": ["mlp=gelu", "mlp=relu2"], "budget": "tokens=1e7", "data": "0123", "flags of train.py": {"n_layer": 2}}
 
     def check(changed):
         (tmp_path / "plan.json").write_text(json.dumps(changed))
         try:
-            compare.save_plan(config, plan)
+            compare.save_plan(tmp_path, plan, overwrite=False, what="a comparison")
             assert json.loads((tmp_path / "plan.json").read_text()) == plan
         except BadInput as error:
             assert "holds a comparison that differs in" in str(error)

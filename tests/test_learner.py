@@ -241,6 +241,15 @@ def test_keep_and_to_checkpoint(scope, switches):
     assert not torch.allclose(make_learner(random_model(**switches)).read(IDS, learn=False), after, rtol=1e-3)
 
 
+def test_a_last_step_that_diverges_is_named_when_the_model_is_used():
+    learner = make_learner()
+    learner.read(IDS[:6])  # a single hop
+    with torch.no_grad():
+        learner.weights[0][0].fill_(torch.inf)  # as a step of a finite gradient may lead to
+    with pytest.raises(FloatingPointError, match="after step 1: lower --adapt_rate, now 0.02"):
+        learner.read(IDS, learn=False)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_rate_that_diverges_is_named_and_forgotten(dtype):
     learner = make_learner(random_model(softcap=0.0), adapt_rate=1e38, adapt_optimizer="sgd",
