@@ -180,6 +180,7 @@ def test_bad_input(trained, documents, tmp_path, refused):
     refused(adapt.main, flags("--adapt_scope=norms"), "--adapt_scope=norms", "no parameters there")
     refused(adapt.main, flags("--adapt_rate=0"), "--adapt_rate")
     refused(adapt.main, ["--task=rules", "--dataset="], "--dataset=: ")
+    refused(adapt.main, ["--task=rules", "--adapt_statistics=notes.txt"], "--adapt_statistics=notes.txt: is only used with")
     refused(adapt.main, flags("--adapt_optimizer=rms", "--adapt_statistics=/none/there"), "--adapt_statistics=/none/there: ")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty.txt").write_text("")
