@@ -53,8 +53,8 @@ from tokenizer import Tokenizer
 from trainer import describe_machine
 
 # of every row of a document that did not diverge
-ROW_KEYS = {"digest", "text_digest", "next_digest", "tokens", "bytes", "hop_bytes", "static", "adapted", "static_seconds",
-            "adapted_seconds"}
+ROW_KEYS = {"digest", "text_digest", "next_digest", "tokens", "bytes", "hop_tokens", "hop_bytes", "static", "adapted",
+            "static_seconds", "adapted_seconds"}
 OVERLAP_BATCH = 16  # windows in a forward pass of the control with a longer overlap
 
 
@@ -167,6 +167,7 @@ def read_document(learner: Learner, document: Document, next_document: Document 
     row = {"digest": document.digest, "text_digest": document.text_digest,
            "next_digest": next_document and next_document.digest, "tokens": n,
            "bytes": int(token_bytes[ids[1:]].sum()),
+           "hop_tokens": [hop.stop - hop.start for hop in hops],
            "hop_bytes": [int(token_bytes[ids[hop.start + 1:hop.stop + 1]].sum()) for hop in hops]}
     try:
         row["static"], row["static_seconds"] = timed_read(learner, ids, learn=False)

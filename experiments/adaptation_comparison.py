@@ -335,7 +335,7 @@ def draw(results: list[AdaptResults], rows: list[dict], documents: list[str]) ->
         if "gain" in row:
             read = [rows_of[digest] for run in arm_results.finished().values() for rows_of in [run.rows()]
                     for digest in documents]
-            curves[row["arm"]] = by_position(read, row["hop"], max(1, round(POSITION_TOKENS / row["hop"])))
+            curves[row["arm"]] = by_position(read, max(1, round(POSITION_TOKENS / row["hop"])))
             values = measure(arm_results, documents, gain)
             gains[row["arm"]] = [statistics.mean(column) for column in zip(*values.values())], row["gain_margin_seeds"]
     return Figure(draw_adapting_arms(curves, gains), "adapting")
