@@ -53,8 +53,8 @@ from tokenizer import Tokenizer
 from trainer import describe_machine
 
 # of every row of a document that did not diverge
-ROW_KEYS = {"digest", "text_digest", "next_digest", "tokens", "bytes", "hop_bytes", "static", "adapted", "static_seconds",
-            "adapted_seconds"}
+ROW_KEYS = {"digest", "text_digest", "next_digest", "tokens", "bytes", "hop_tokens", "hop_bytes", "static", "adapted",
+            "static_seconds", "adapted_seconds"}
 OVERLAP_BATCH = 16  # windows in a forward pass of the control with a longer overlap
 
 
@@ -79,7 +79,8 @@ class AdaptRunConfig:
                                 "_adapted added; rules)", scope="run")
     overwrite: bool = flag(False, "let another evaluation replace the rows in --out_path", scope="run")
     skip_errors: bool = flag(False, "1 leaves out parts of files that cannot be read", scope="shared")
-    seed: int = flag(0, "with --task=rules, random seed of bases and rules", at_least=0, at_most=2**63 - 1, scope="run")
+    seed: int = flag(0, "with --task=rules, random seed of the first base; the rules of a test are always the same",
+                     at_least=0, at_most=2**63 - 1, scope="run")
 
     def __post_init__(self):
         check_flags(self)
@@ -90,7 +91,7 @@ class AdaptRunConfig:
 
 # Flags of one task that have no effect with the other
 DOCUMENT_FLAGS = {"checkpoint_path", "dataset_config", "text_column", "skip", "max_tokens", "controls", "skip_errors",
-                  "adapt_hop"}
+                  "adapt_hop", "adapt_statistics"}
 RULES_FLAGS = flag_names(RulesConfig) | {"seed"}
 
 
@@ -166,6 +167,7 @@ def read_document(learner: Learner, document: Document, next_document: Document 
     row = {"digest": document.digest, "text_digest": document.text_digest,
            "next_digest": next_document and next_document.digest, "tokens": n,
            "bytes": int(token_bytes[ids[1:]].sum()),
+           "hop_tokens": [hop.stop - hop.start for hop in hops],
            "hop_bytes": [int(token_bytes[ids[hop.start + 1:hop.stop + 1]].sum()) for hop in hops]}
     try:
         row["static"], row["static_seconds"] = timed_read(learner, ids, learn=False)
@@ -333,8 +335,8 @@ def main(argv=None):
             run_documents(config, adapt, machine, line)
             return
         arc = None if config.dataset is None else read_path(config.dataset, f"--dataset={config.dataset}")
-        print(run_rules(rules, adapt, machine, config.out_path or Path("rules"), line, arc, config.limit, config.seed,
-                        config.overwrite))
+        run_rules(rules, adapt, machine, config.out_path or Path("rules"), line, arc, config.limit, config.seed,
+                  config.overwrite)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ from runtime.cli import (
     log_line,
     parse_float,
     progress_bar,
+    say,
 )
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
 from runtime.device import DeviceConfig, Machine, describe_hardware, open_machine
@@ -926,8 +927,8 @@ def print_adapt_forecast(arms: list[AdaptArm], config: CompareConfig, documents:
         lines.append((arm.name, f"{arm.n_parameters:,}", format_bytes(learner.extra_bytes()), f"{1 / adapted:,.0f}",
                       str(n_rates + len(arm.seeds)), format_seconds(seconds)))
     print("\n".join(align_columns(lines)))
-    print(f"time    about {format_seconds(total / config.jobs)} with --jobs={config.jobs}, without the start of {n_runs} "
-          f"processes; more where the best of --rates is the lowest or highest, beyond which others are tried then")
+    say(f"time    about {format_seconds(total / config.jobs)} with --jobs={config.jobs}, without the start of {n_runs} "
+        f"processes; more where the best of --rates is the lowest or highest, beyond which others are tried then")
 
 
 def make_adapt_plan(config: CompareConfig, common: dict, documents: str) -> dict:

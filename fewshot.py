@@ -513,10 +513,10 @@ def rule_rate(adapt: AdaptConfig) -> AdaptConfig:
 
 
 def run_rules(config: RulesConfig, adapt: AdaptConfig, machine: Machine, out_path: Path, command_line: str,
-              dataset: Path | None = None, limit: int | None = None, seed: int = 0, overwrite: bool = False) -> str:
-    """`adapt.py --task=rules`. dataset: ARC tasks to answer instead of rules. Returns the text of rules.md, which it writes
-    with the page, the table and the picture into `out_path`. Raises BadInput, SystemExit when a signal stops it, and
-    FloatingPointError when a base or all rules diverge."""
+              dataset: Path | None = None, limit: int | None = None, seed: int = 0, overwrite: bool = False):
+    """`adapt.py --task=rules`. dataset: ARC tasks to answer instead of rules. Writes the page, the table and the picture
+    into `out_path`, and prints a short form. Raises BadInput, SystemExit when a signal stops it, and FloatingPointError when
+    a base or all rules diverge."""
     adapt, gpt = rule_rate(adapt), config.model_config()
     tasks, n_left_out = select_tasks(config, dataset, limit)
     with folder_lock(out_path, f"--out_path={out_path}"):
@@ -538,4 +538,4 @@ def run_rules(config: RulesConfig, adapt: AdaptConfig, machine: Machine, out_pat
             raise FloatingPointError(f"every rule diverged: {rows[0]['diverged']}")
         study = RulesStudy(vars(config), evaluations, conditions, command_line,
                            [row for row in rows if "diverged" in row])
-        return write_rules_report(finished, study, out_path)
+        write_rules_report(finished, study, out_path)

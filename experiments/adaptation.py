@@ -3,6 +3,7 @@
 adapt.py calls `write_adaptation` with the rows of its documents. A row holds, for each way of reading the document (a key of
 READINGS), the summed loss in nats: of every hop in a list for "static" and "adapted", of the whole document for the others.
 """
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,11 @@ def gains_by_quarter(rows: list[dict]) -> list[list[float]]:
     return quarters
 
 
-def by_position(rows: list[dict], hop: int, width: int) -> dict[str, list[tuple[int, float]]]:
+def by_position(rows: list[dict], width: int) -> dict[str, list[tuple[float, float]]]:
     """reading -> (position in the document in tokens, bits per byte of the documents that reach it), in steps of `width`
-    hops, as far as half of the documents reach."""
+    hops, as far as half of the documents reach. A hop at the end of a window or of a document may be shorter than others."""
+    longest = max(rows, key=lambda row: len(row["static"]))
+    bounds = [0, *itertools.accumulate(longest["hop_tokens"])]
     n_hops = sorted(len(row["static"]) for row in rows)[len(rows) // 2]
     curves = {"static": [], "adapted": []}
     for start in range(0, max(1, n_hops), width):
@@ -85,7 +88,8 @@ def by_position(rows: list[dict], hop: int, width: int) -> dict[str, list[tuple[
         for reading, curve in curves.items():
             if n_bytes:
                 nats = sum(sum(row[reading][part]) for row in rows)
-                curve.append(((start + width / 2) * hop, nats / math.log(2) / n_bytes))
+                middle = (bounds[start] + bounds[min(start + width, len(bounds) - 1)]) / 2
+                curve.append((middle, nats / math.log(2) / n_bytes))
     return curves
 
 
@@ -151,7 +155,7 @@ def write_adaptation(rows: list[dict], study: AdaptationStudy, out_path: Path):
     """Writes adaptation.md, adaptation.html and its picture into `out_path`, and prints a short form."""
     table, quarters = result_table(rows, study), quarter_table(rows)
     width = max(1, round(64 / study.hop))
-    figure = Figure(draw_by_position(by_position(rows, study.hop, width), {
+    figure = Figure(draw_by_position(by_position(rows, width), {
         f"{name} quarter": quarter for name, quarter in zip(QUARTERS, gains_by_quarter(rows)) if quarter}), "by_position")
     sentences = [verdict(rows), cost(rows, study), *study.left_out]
     parts = [("code", study.command_line), ("p", "; ".join(study.conditions) + "."), ("ul", sentences), table, quarters,

@@ -258,7 +258,8 @@ def describe_best(results: list[AdaptResults], documents: list[str]) -> list[str
         means = [sign * TwoWay.from_values(list(own.values())).mean for own in values]
         best = means.index(min(means))
         others = [i for i in range(len(able)) if i != best]
-        p_values = holm([TwoWay.from_values(subtract(values[i], values[best])).p for i in others])
+        pairs = [subtract(values[i], values[best]) for i in others]  # none where they have no seed in common
+        p_values = holm([TwoWay.from_values(paired).p if paired else 1.0 for paired in pairs])
         alike = [able[i].arm.name for i, p in zip(others, p_values) if p >= SIGNIFICANCE]
         rest = f"not shown to be worse than it: {', '.join(alike)}" if alike else "all others are worse"
         sentences.append(f"{what}: {able[best].arm.name}; {rest} (p over documents and seeds, corrected for "
@@ -334,7 +335,7 @@ def draw(results: list[AdaptResults], rows: list[dict], documents: list[str]) ->
         if "gain" in row:
             read = [rows_of[digest] for run in arm_results.finished().values() for rows_of in [run.rows()]
                     for digest in documents]
-            curves[row["arm"]] = by_position(read, row["hop"], max(1, round(POSITION_TOKENS / row["hop"])))
+            curves[row["arm"]] = by_position(read, max(1, round(POSITION_TOKENS / row["hop"])))
             values = measure(arm_results, documents, gain)
             gains[row["arm"]] = [statistics.mean(column) for column in zip(*values.values())], row["gain_margin_seeds"]
     return Figure(draw_adapting_arms(curves, gains), "adapting")

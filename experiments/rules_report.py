@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.plots import make_panels, to_svgs
-from experiments.report import Figure, Table, csv_table, markdown_page, write_page
+from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
 from experiments.stats import Estimate
+from runtime.cli import say
 from runtime.files import atomic_write
 
 # key of a row -> what it is called
@@ -57,13 +58,21 @@ def by_rule(rows: list[dict], arm: str, baseline: str | None = None) -> list[flo
     return [sum(found) / len(found) for found in values.values()]
 
 
+def kinds(rows: list[dict]) -> dict[str, list[dict]]:
+    """All single rules and all compositions, each with its rows, or the name of their family where it is one."""
+    found = {}
+    for name, is_composed in ((SINGLE, False), (COMPOSED, True)):
+        if part := [row for row in rows if ("+" in row["family"]) == is_composed]:
+            families = {row["family"] for row in part}
+            found[name if len(families) > 1 else families.pop()] = part
+    return found
+
+
 def groups(rows: list[dict]) -> dict[str, list[dict]]:
-    """Group -> its rows: all single rules, all compositions, then each family; a group of a single family appears once."""
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    found = {SINGLE: [row for row in rows if "+" not in row["family"]],
-             COMPOSED: [row for row in rows if "+" in row["family"]]}
-    found = {name: part for name, part in found.items() if len({row["family"] for row in part}) > 1}
-    return found | {family: [row for row in rows if row["family"] == family] for family in families}
+    """Group -> its rows: those of `kinds`, then each family; a group of a single family appears once."""
+    families = dict.fromkeys(row["family"] for row in rows)
+    several = {name: part for name, part in kinds(rows).items() if name not in families}
+    return several | {family: [row for row in rows if row["family"] == family] for family in families}
 
 
 def show_percent(values: list[float]) -> str:
@@ -114,8 +123,16 @@ def mean(values: list[float]) -> float:
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
-def write_rules_report(rows: list[dict], study: RulesStudy, out_path: Path) -> str:
-    """Writes rules.md, rules.html, rules.csv and rules.svg. Returns the text of rules.md."""
+def short_table(base: str, rows: list[dict]) -> list[str]:
+    """Lines for a terminal: the arms of a base, then their differences."""
+    found = kinds(rows)
+    lines = [(ARMS[arm], *(show_percent(by_rule(part, arm)) for part in found.values())) for arm in ARMS] + [
+        (name, *(show_gain(by_rule(part, arm, baseline)) for part in found.values())) for name, arm, baseline in GAINS]
+    return align_columns([(f"base: {base}", *found), *(line for line in lines if any(line[1:]))])
+
+
+def write_rules_report(rows: list[dict], study: RulesStudy, out_path: Path):
+    """Writes rules.md, rules.html, rules.csv and rules.svg, and prints a short form."""
     bases, parts = list(dict.fromkeys(row["base"] for row in rows)), []
     for base in bases:
         own = [row for row in rows if row["base"] == base]
@@ -131,12 +148,18 @@ def write_rules_report(rows: list[dict], study: RulesStudy, out_path: Path) -> s
                                         f"base; {seconds / 60:,.1f} minutes without training the bases"]),
              ("code", study.command_line)]
     title = "New rules from a few demonstrations"
-    text = markdown_page(title, parts)
-    for name, content in (("rules.csv", csv_table(rows)), ("rules.md", text), ("rules.svg", figure.svg)):
+    for name, content in (("rules.csv", csv_table(rows)), ("rules.md", markdown_page(title, parts)),
+                          ("rules.svg", figure.svg)):
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
     write_page(out_path / "rules.html", title, parts)
-    return text
+    print()
+    for base in bases:
+        print("\n".join(short_table(base, [row for row in rows if row["base"] == base])) + "\n")
+    say("Percent of exact answers, and differences in percentage points ± half of their 95 % interval over rules.")
+    if diverged:
+        say(f"{len(diverged):,} rows were left out, the first: {diverged[0]}")
+    print(out_path / "rules.html")
 
 
 def draw_arms(rows_by_base: dict[str, list[dict]]) -> list[str]:

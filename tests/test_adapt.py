@@ -49,7 +49,8 @@ def test_rows_hold_what_each_reading_costs(trained, documents, tmp_path, capsys)
     for text, row in zip(texts, rows):
         expected, = document_losses(model, tokenizer, CPU, [text], 4)
         assert sum(row["static"]) == pytest.approx(expected.nats, rel=1e-5)
-        assert row["bytes"] == sum(row["hop_bytes"]) == expected.text_bytes and row["tokens"] == expected.tokens
+        assert row["bytes"] == sum(row["hop_bytes"]) == expected.text_bytes
+        assert row["tokens"] == sum(row["hop_tokens"]) == expected.tokens
         assert row["adapted"][0] == pytest.approx(row["static"][0], rel=1e-5)
     learner = Learner(model, AdaptConfig(adapt_hop=4), CPU)
     learner.read(torch.tensor([tokenizer.separator_id, *tokenizer.encode(texts[3])]))
@@ -180,6 +181,7 @@ def test_bad_input(trained, documents, tmp_path, refused):
     refused(adapt.main, flags("--adapt_scope=norms"), "--adapt_scope=norms", "no parameters there")
     refused(adapt.main, flags("--adapt_rate=0"), "--adapt_rate")
     refused(adapt.main, ["--task=rules", "--dataset="], "--dataset=: ")
+    refused(adapt.main, ["--task=rules", "--adapt_statistics=notes.txt"], "--adapt_statistics=notes.txt: is only used with")
     refused(adapt.main, flags("--adapt_optimizer=rms", "--adapt_statistics=/none/there"), "--adapt_statistics=/none/there: ")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty.txt").write_text("")
@@ -215,9 +217,10 @@ def test_rows_without_a_plan_are_kept_unless_told(trained, documents, tmp_path, 
 
 LN2 = math.log(2)
 ROWS = [{"bytes": 10, "static": [4 * LN2, 6 * LN2, 6 * LN2, 4 * LN2], "adapted": [4 * LN2, 5 * LN2, 4 * LN2, 2 * LN2],
-         "hop_bytes": [2, 3, 3, 2], "other": 25 * LN2, "static_seconds": 1.0, "adapted_seconds": 3.0},
-        {"bytes": 2, "static": [4 * LN2], "adapted": [4 * LN2], "hop_bytes": [2], "other": None, "static_seconds": 1.0,
-         "adapted_seconds": 2.0}]
+         "hop_tokens": [10, 6, 10, 2], "hop_bytes": [2, 3, 3, 2], "other": 25 * LN2,
+         "static_seconds": 1.0, "adapted_seconds": 3.0},
+        {"bytes": 2, "static": [4 * LN2], "adapted": [4 * LN2], "hop_tokens": [4], "hop_bytes": [2], "other": None,
+         "static_seconds": 1.0, "adapted_seconds": 2.0}]
 
 
 def test_gains_by_hand():
@@ -226,9 +229,9 @@ def test_gains_by_hand():
     assert gains_by_quarter(ROWS) == [[0], [pytest.approx(-1 / 3)], [pytest.approx(-2 / 3)], [pytest.approx(-1), 0]]
     assert seconds_ratio(ROWS) == 2.5
     assert "No significant difference" in verdict(ROWS)
-    curves = by_position(ROWS, hop=10, width=2)
-    assert curves["static"] == [(10, pytest.approx(14 / 7)), (30, pytest.approx(10 / 5))]
-    assert curves["adapted"] == [(10, pytest.approx(13 / 7)), (30, pytest.approx(6 / 5))]
+    curves = by_position(ROWS, width=2)
+    assert curves["static"] == [(8, pytest.approx(14 / 7)), (22, pytest.approx(10 / 5))]
+    assert curves["adapted"] == [(8, pytest.approx(13 / 7)), (22, pytest.approx(6 / 5))]
 
 
 @pytest.mark.parametrize("static, adapted, other, words", [

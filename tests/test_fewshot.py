@@ -252,8 +252,11 @@ def test_damaged_rows_and_bases_are_named_or_left_out(tmp_path):
 
 
 @pytest.mark.integration
-def test_report_has_every_family_arm_and_base(tmp_path):
+def test_report_has_every_family_arm_and_base(tmp_path, capsys):
     run(tmp_path)
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if "  " in line) <= 80 and "base: converged" in printed
+    assert "\ntrained, voting  " in printed and "\ntrained - in context  " in printed and "rules.html" in printed
     text = (tmp_path / "rules.md").read_text()
     for name in (*fewshot.BASES, "permutation", "fill", "trained, voting", "MFLOP per question", "--task=rules"):
         assert name in text
