@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from download_data import open_text, prepared_folder
 from evaluate import sliding_windows, token_losses
 from experiments.adaptation import AdaptationStudy, write_adaptation
+from experiments.code_hash import code_hash
 from experiments.runner import save_plan
 from fewshot import RulesConfig, run_rules
 from layers import gated_delta
@@ -115,29 +117,33 @@ class Document:
     text_digest: str
 
 
-def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], int]:
-    """--limit documents of more than a hop, after the first --skip of these, and how many shorter ones were left out before.
-    Raises BadInput."""
+def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tuple[list[Document], Counter]:
+    """--limit different documents of more than a hop, after the first --skip of these, and how many were left out before, by
+    the reason. Raises BadInput."""
     source_config = SourceConfig(config.dataset, dataset_config=config.dataset_config, text_column=config.text_column,
                                  skip_errors=config.skip_errors)
-    documents, n_short, n_skipped = [], 0, 0
+    documents, left_out, seen = [], Counter(), set()
     for text in texts_of(source_config):
         ids = [tokenizer.separator_id, *tokenizer.encode(text)][:config.max_tokens and config.max_tokens + 1]
         if len(ids) <= hop + 1:
-            n_short += 1
+            left_out[f"of at most {hop} tokens"] += 1
             continue
-        if n_skipped < config.skip:
-            n_skipped += 1
+        digest, text_digest = (hashlib.sha256(content).hexdigest()[:16]
+                               for content in (np.array(ids).tobytes(), text.encode()))
+        if digest in seen:  # it would count twice, and be its own control
+            left_out["that had come before"] += 1
             continue
-        digests = (hashlib.sha256(content).hexdigest()[:16] for content in (np.array(ids).tobytes(), text.encode()))
-        documents.append(Document(torch.tensor(ids), *digests))
+        seen.add(digest)
+        if len(seen) <= config.skip:
+            continue
+        documents.append(Document(torch.tensor(ids), digest, text_digest))
         if len(documents) == config.limit:
             break
     if not documents:
         raise BadInput(f"--dataset={config.dataset}: holds no document of more than --adapt_hop={hop} tokens"
                        + f" after the first --skip={config.skip}" * bool(config.skip)
-                       + f", and {n_short:,} shorter ones" * bool(n_short))
-    return documents, n_short
+                       + f", and {left_out.total():,} shorter or repeated ones" * bool(left_out))
+    return documents, left_out
 
 
 def texts_of(config: SourceConfig) -> Iterator[str]:
@@ -279,7 +285,8 @@ def make_plan(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine) -> d
     """What rows depend on, as JSON: not how many documents are read."""
     return {"dataset": config.dataset, "max_tokens": config.max_tokens, "controls": config.controls,
             "machine": str(machine)} | vars(adapt) | {
-        "model": hashlib.sha256(config.checkpoint_path.read_bytes()).hexdigest()[:16]}
+        "model": hashlib.sha256(config.checkpoint_path.read_bytes()).hexdigest()[:16],
+        "code": code_hash(Path(__file__)), "torch": torch.__version__}
 
 
 def describe(learner: Learner, config: AdaptRunConfig, documents: list[Document], token_bytes: Tensor) -> list[str]:
@@ -297,7 +304,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
     model, tokenizer, _ = load_pretrained(config.checkpoint_path)
     plan = make_plan(config, adapt, machine)
     out_path = config.out_path or config.checkpoint_path.with_name(f"{config.checkpoint_path.stem}_adapted")
-    documents, n_short = read_documents(config, tokenizer, clip_hop(adapt.adapt_hop, model.config.block_size))
+    documents, omitted = read_documents(config, tokenizer, clip_hop(adapt.adapt_hop, model.config.block_size))
     learner = open_learner(model, tokenizer, adapt, machine)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     conditions = describe(learner, config, documents, token_bytes)
@@ -309,7 +316,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
         flops, stride, extra_bytes = measure_cost(learner, documents)
         rows = read_all(learner, documents, token_bytes, stride, rows_path, config.controls)
         finished = [row for row in rows if "diverged" not in row]
-        left_out = [f"{n_short:,} documents of at most {learner.hop} tokens were left out."] * bool(n_short)
+        left_out = [f"Left out: {n:,} {'document' if n == 1 else 'documents'} {reason}." for reason, n in omitted.items()]
         if n := len(rows) - len(finished):
             reason = next(row["diverged"] for row in rows if "diverged" in row)
             left_out.append(f"{n:,} documents that diverged were left out: {reason}.")
@@ -320,7 +327,7 @@ def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, 
         write_adaptation(finished, study, out_path)
         with atomic_write(out_path / "adaptation.json", "w") as file:  # last: where it is, the evaluation is complete
             json.dump(plan | {"hop": learner.hop, "rate": adapt.rate, "n_trained": learner.n_trained(), "flops": flops,
-                              "stride": stride, "extra_bytes": extra_bytes, "n_short": n_short, "rows": rows}, file)
+                              "stride": stride, "extra_bytes": extra_bytes, "left_out": omitted, "rows": rows}, file)
 
 
 @command

@@ -414,10 +414,15 @@ def read_rule_rows(path: Path) -> dict[tuple, dict]:
             if row.keys() >= ROW_KEYS and all(isinstance(part, (str, int)) for part in row_key(row))}
 
 
-def is_current(row: dict, elsewhere: Task | None) -> bool:
+def content_digest(task: Task) -> int:
+    """Changes with any pair of it: files of one name may differ."""
+    return digest(str([(pair.input.tolist(), pair.output.tolist()) for pair in task.demonstrations + task.questions]))
+
+
+def is_current(row: dict, task: Task, elsewhere: Task | None) -> bool:
     """Whether the row of an earlier run, which may have had fewer rules, is what would be measured now."""
     name = elsewhere and elsewhere.name
-    return row.get("elsewhere", name) == name
+    return row.get("elsewhere", name) == name and row.get("content") == content_digest(task)
 
 
 def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: list[Task], seed: int,
@@ -437,7 +442,7 @@ def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: 
             with StopSignals("stopping after this rule; again stops now") as stop:
                 for task in tasks:
                     key, elsewhere = (base, base_seed, task.family, task.name), other_task(tasks, task)
-                    if key not in found or not is_current(found[key], elsewhere):
+                    if key not in found or not is_current(found[key], task, elsewhere):
                         found[key] = run_task(learner, config, task, elsewhere, key)
                         append_json_line(path, found[key])
                     rows.append(found[key])
@@ -450,7 +455,8 @@ def run_bases(config: RulesConfig, adapt: AdaptConfig, machine: Machine, tasks: 
 
 
 def run_task(learner: Learner, config: RulesConfig, task: Task, elsewhere: Task | None, key: tuple) -> dict:
-    row = dict(zip(KEY_NAMES, key)) | {"questions": len(task.questions), "elsewhere": elsewhere and elsewhere.name}
+    row = dict(zip(KEY_NAMES, key)) | {"content": content_digest(task), "questions": len(task.questions),
+                                       "elsewhere": elsewhere and elsewhere.name}
     start = time.perf_counter()
     try:
         row |= run_arms(learner, config, task, elsewhere, seed=key[1], votes=key[0] != "random")
@@ -502,7 +508,8 @@ def make_plan(config: RulesConfig, adapt: AdaptConfig, machine: Machine, dataset
     free = {"families", "rules", "seeds", "bases"}
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()
              if name not in free}
-    return flags | vars(adapt) | {"dataset": dataset and str(dataset), "machine": str(machine), "code": code_hash(SCRIPT)}
+    return flags | vars(adapt) | {"dataset": dataset and str(dataset), "machine": str(machine), "code": code_hash(SCRIPT),
+                                  "torch": torch.__version__}
 
 
 def rule_rate(adapt: AdaptConfig) -> AdaptConfig:

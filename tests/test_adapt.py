@@ -44,7 +44,7 @@ def test_rows_hold_what_each_reading_costs(trained, documents, tmp_path, capsys)
     run(f"--checkpoint_path={trained}", f"--dataset={path}", f"--out_path={tmp_path / 'out'}")
     rows, printed = rows_in(tmp_path / "out"), capsys.readouterr().out
     texts = [text for i, text in enumerate(texts) if i != 3]  # a document shorter than a hop
-    assert len(rows) == 4 and "1 documents of at most 4 tokens were left out" in printed
+    assert len(rows) == 4 and "Left out: 1 document of at most 4 tokens." in printed
     model, tokenizer, _ = load_pretrained(trained)
     for text, row in zip(texts, rows):
         expected, = document_losses(model, tokenizer, CPU, [text], 4)
@@ -127,6 +127,15 @@ def test_stopped_and_resumed_gives_the_same_rows(trained, documents, tmp_path, m
         tmp_path / "whole")
 
 
+def test_a_document_that_comes_again_is_left_out(trained, tmp_path, capsys, english):
+    """Else the weights that it has led to would be those "of another document"."""
+    texts = [english[0][:200], english[1][:200], english[0][:200]]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    run(f"--checkpoint_path={trained}", f"--dataset={tmp_path / 'twice.jsonl'}", f"--out_path={tmp_path / 'out'}")
+    assert len(rows_in(tmp_path / "out")) == 2
+    assert "Left out: 1 document that had come before." in capsys.readouterr().out
+
+
 def test_more_documents_are_added(trained, documents, tmp_path):
     flags = [f"--checkpoint_path={trained}", f"--dataset={documents[0]}"]
     run(*flags, f"--out_path={tmp_path / 'grown'}", "--limit=2")
@@ -177,7 +186,7 @@ def test_bad_input(trained, documents, tmp_path, refused):
     refused(adapt.main, flags(checkpoint=documents[0]), "documents.jsonl")
     refused(adapt.main, flags(dataset=tmp_path / "nothing.txt"), "nothing.txt")
     refused(adapt.main, flags("--adapt_hop=500", "--max_tokens=3"), "holds no document of more than --adapt_hop=8 tokens",
-            "and 5 shorter ones")
+            "and 5 shorter or repeated ones")
     refused(adapt.main, flags("--adapt_scope=norms"), "--adapt_scope=norms", "no parameters there")
     refused(adapt.main, flags("--adapt_rate=0"), "--adapt_rate")
     refused(adapt.main, ["--task=rules", "--dataset="], "--dataset=: ")
