@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.plots import make_panels, to_svgs
+from experiments.plots import COLORS, make_panels, to_svgs
 from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
 from experiments.stats import Estimate
 from runtime.cli import say
@@ -166,13 +166,14 @@ def draw_arms(rows_by_base: dict[str, list[dict]]) -> list[str]:
     """A panel for each base: a line for each group of rules, a dot for each arm."""
     most = max(len(groups(rows)) for rows in rows_by_base.values())
     axes = make_panels(len(rows_by_base), height=1.6 + 0.25 * most)
-    markers = dict(zip(ARMS, "osDv^x"))
+    markers = dict(zip(ARMS, zip("osDv^x", COLORS)))
     for axis, (base, rows) in zip(axes, rows_by_base.items()):
         names = list(groups(rows))
-        for arm, marker in markers.items():
+        for arm, (marker, color) in markers.items():
             found = [(values, y) for y, part in enumerate(groups(rows).values()) if (values := by_rule(part, arm))]
             if found:
-                axis.plot([mean(values) for values, _ in found], [y for _, y in found], marker, label=ARMS[arm], alpha=0.8)
+                axis.plot([mean(values) for values, _ in found], [y for _, y in found], marker, color=color, label=ARMS[arm],
+                          alpha=0.8)
         axis.set(xlim=(-3, 103), ylim=(most - 0.5, -0.5), xlabel="exact answers, % (more is better)", title=f"base: {base}")
         axis.set_yticks(range(len(names)), names)
         axis.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -175,11 +175,11 @@ def commands_in(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_in_documents_have_real_flags(page):
-    training = set(declared_flags(*write_flags.COMMANDS["train"])) | set(declared_flags(*write_flags.COMMANDS["finetune"]))
+    compared = {name for script in ("train", "finetune", "adapt") for name in declared_flags(*write_flags.COMMANDS[script])}
     for script, flags in commands_in(page):
         if script == "SCRIPT":
             continue  # stands for any
-        known = set(declared_flags(*write_flags.COMMANDS[script])) | (training if script == "compare" else set()) | {"help"}
+        known = set(declared_flags(*write_flags.COMMANDS[script])) | (compared if script == "compare" else set()) | {"help"}
         unknown = set(re.findall(r"--(\w+)", flags)) - known
         assert not unknown, f"{page.name}: {script}.py --{min(unknown)}"
 
