@@ -815,7 +815,8 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
     path = str(values["checkpoint_path"])
     seeds = range(1, config.seeds + 1) if "{seed}" in path else (1,)
     paths = {seed: Path(path.replace("{seed}", str(seed))) for seed in seeds}
-    if missing := next((seed for seed in seeds if seed > 1 and not paths[seed].exists()), None):
+    missing = next((seed for seed in seeds if not paths[seed].exists()), 1)
+    if missing > 1:  # that there is no model at all, read_pretrained says
         raise BadInput(f"{paths[missing]}: no such file, which --seeds={config.seeds} asks for: train it, or give "
                        f"--seeds={missing - 1}")
     models = {seed: read_pretrained(path) for seed, path in paths.items()}
