@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dataloader import cut_windows
 from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
-from optimizer import CombinedOptimizer, parameter_kind
+from optimizer import AdamW, CombinedOptimizer, parameter_kind
 from runtime.checkpoint import find_tensors
 from runtime.cli import progress_bar
 from runtime.config import BadInput, check_flags, declared_flags, flag
@@ -94,15 +94,11 @@ RMS_FLOOR = 0.1    # of the mean root mean square: other text may have never use
 STATISTICS_BYTES = 30_000
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, with a step that can be skipped on the device."""
+class AdaptAdamW(AdamW):
+    """Without weight decay."""
 
     def __init__(self, groups: list[dict], config: "AdaptConfig"):
-        super().__init__(groups, betas=BETAS, weight_decay=0.0, fused=True)
-
-    def step(self, skip: Tensor | None = None):
-        self.found_inf = None if skip is None else skip.float()
-        super().step()
+        super().__init__([group | {"betas": BETAS, "weight_decay": 0.0} for group in groups], config, torch.float32)
 
 
 class SGD(torch.optim.SGD):
@@ -148,7 +144,7 @@ class RmsScaled(torch.optim.Optimizer):
                 p.add_(change if skip is None else change.masked_fill(skip, 0.0))
 
 
-ADAPT_OPTIMIZERS = {"adamw": AdamW, "rms": RmsScaled, "sgd": SGD}
+ADAPT_OPTIMIZERS = {"adamw": AdaptAdamW, "rms": RmsScaled, "sgd": SGD}
 AUTO_RATES = {"adamw": 6e-4, "rms": 2e-4, "sgd": 0.03}  # measured on the quick start's model, docs/adapt.md
 
 

@@ -304,6 +304,8 @@ def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = Fal
     if checkpoint is None:
         checkpoint = load_checkpoint(path)
     with explain_damage(path):
+        if "tokenizer" not in checkpoint:  # of few-shot rules, say
+            raise BadInput("holds no tokenizer: give a model of text, one that train.py or finetune.py wrote")
         tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
         _ = tokenizer.separator_id
         if chat:

@@ -11,6 +11,7 @@ from download_data import read_split
 from evaluate import document_losses
 from experiments.adaptation import by_position, gains, gains_by_quarter, pooled_bits_per_byte, seconds_ratio, verdict
 from learner import AdaptConfig, Learner
+from runtime.checkpoint import save_checkpoint
 from runtime.device import Machine
 from sampling import load_pretrained
 from shards import open_data
@@ -184,6 +185,8 @@ def test_bad_input(trained, documents, tmp_path, refused):
                 *more]
     refused(adapt.main, flags(checkpoint=tmp_path / "none.pt"), "none.pt")
     refused(adapt.main, flags(checkpoint=documents[0]), "documents.jsonl")
+    save_checkpoint(tmp_path / "rules.pt", load_pretrained(trained)[0].to_checkpoint())
+    refused(adapt.main, flags(checkpoint=tmp_path / "rules.pt"), "rules.pt: holds no tokenizer: give a model of text")
     refused(adapt.main, flags(dataset=tmp_path / "nothing.txt"), "nothing.txt")
     refused(adapt.main, flags("--adapt_hop=500", "--max_tokens=3"), "holds no document of more than --adapt_hop=8 tokens",
             "and 5 shorter or repeated ones")
