@@ -165,7 +165,13 @@ class AdaptConfig:
     adapt_statistics: str = flag("builtin", "with --adapt_optimizer=rms, a dataset as that of download_data.py, from whose "
                                             "first 30 kB the root mean squares come")
     adapt_rank: int = flag(8, "with --adapt_scope=lora, the rank of the updates", at_least=1)
-    __post_init__ = check_flags
+
+    def __post_init__(self):
+        check_flags(self)
+        for name, switch, value in (("adapt_pull", "adapt_optimizer", "rms"), ("adapt_statistics", "adapt_optimizer", "rms"),
+                                    ("adapt_rank", "adapt_scope", "lora")):
+            if getattr(self, switch) != value and getattr(self, name) != declared_flags(AdaptConfig)[name].default:
+                raise BadInput(f"--{name}={getattr(self, name)}: is only used with --{switch}={value}: add it")
 
     @property
     def rate(self) -> float:

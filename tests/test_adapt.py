@@ -192,6 +192,9 @@ def test_bad_input(trained, documents, tmp_path, refused):
             "and 5 shorter or repeated ones")
     refused(adapt.main, flags("--adapt_scope=norms"), "--adapt_scope=norms", "no parameters there")
     refused(adapt.main, flags("--adapt_rate=0"), "--adapt_rate")
+    for unused, needed in (("adapt_rank=4", "adapt_scope=lora"), ("adapt_pull=0.1", "adapt_optimizer=rms"),
+                           ("adapt_statistics=notes.txt", "adapt_optimizer=rms")):
+        refused(adapt.main, flags(f"--{unused}"), f"--{unused}: is only used with --{needed}")
     refused(adapt.main, ["--task=rules", "--dataset="], "--dataset=: ")
     refused(adapt.main, ["--task=rules", "--adapt_statistics=notes.txt"], "--adapt_statistics=notes.txt: is only used with")
     refused(adapt.main, flags("--adapt_optimizer=rms", "--adapt_statistics=/none/there"), "--adapt_statistics=/none/there: ")

@@ -197,8 +197,8 @@ def test_rms_statistics_come_from_a_dataset(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("switches", [{}, {"linear": "grkan"}, {"mlp": "swiglu"}])
 def test_lora_of_full_rank_equals_all_weights_for_one_step(optimizer, switches):
-    learners = [make_learner(random_model(**switches), adapt_optimizer=optimizer, adapt_scope=scope, adapt_rank=1000)
-                for scope in ("all", "lora")]
+    learners = [make_learner(random_model(**switches), adapt_optimizer=optimizer, **scope)
+                for scope in ({"adapt_scope": "all"}, {"adapt_scope": "lora", "adapt_rank": 1000})]
     for learner in learners:
         learner.read(IDS[:6])
     full, lora = (list(linear_layers(learner.model)) for learner in learners)
