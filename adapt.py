@@ -45,7 +45,7 @@ from runtime.cli import (
     read_path,
     say,
 )
-from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, shorten
+from runtime.config import BadInput, check_flags, flag, flag_names, refuse_given
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import append_json_line, atomic_write, folder_lock, read_json_lines
 from runtime.signals import StopSignals
@@ -101,9 +101,7 @@ def check_used(task: str, *configs: object):
     """Raises BadInput for a flag that is given and has no effect with this task."""
     unused, other = (RULES_FLAGS, "--task=rules") if task == "documents" else (DOCUMENT_FLAGS, "--task=documents")
     for config in configs:
-        for name, field in declared_flags(type(config)).items():
-            if name in unused and (value := getattr(config, name)) != field.default:
-                raise BadInput(f"--{name}={shorten(value)}: is only used with {other}: leave it out")
+        refuse_given(config, unused, f"is only used with {other}: leave it out")
 
 
 # -- documents --------------------------------------------------------------------------------------------------------

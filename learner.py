@@ -26,7 +26,7 @@ from model import GPT, Cache, GPTConfig
 from optimizer import AdamW, CombinedOptimizer, parameter_kind
 from runtime.checkpoint import find_tensors
 from runtime.cli import progress_bar
-from runtime.config import BadInput, check_flags, declared_flags, flag
+from runtime.config import BadInput, check_flags, flag, flag_names, refuse_given
 from runtime.device import Machine
 from runtime.metrics import NonFiniteGuard
 from sampling import cache_dtype
@@ -168,10 +168,10 @@ class AdaptConfig:
 
     def __post_init__(self):
         check_flags(self)
-        for name, switch, value in (("adapt_pull", "adapt_optimizer", "rms"), ("adapt_statistics", "adapt_optimizer", "rms"),
-                                    ("adapt_rank", "adapt_scope", "lora")):
-            if getattr(self, switch) != value and getattr(self, name) != declared_flags(AdaptConfig)[name].default:
-                raise BadInput(f"--{name}={getattr(self, name)}: is only used with --{switch}={value}: add it")
+        if self.adapt_optimizer != "rms":
+            refuse_given(self, {"adapt_pull", "adapt_statistics"}, "is only used with --adapt_optimizer=rms: add it")
+        if self.adapt_scope != "lora":
+            refuse_given(self, {"adapt_rank"}, "is only used with --adapt_scope=lora: add it")
 
     @property
     def rate(self) -> float:
@@ -338,9 +338,8 @@ class Learner:
 
 def require_adapt(adapt: bool, config: AdaptConfig):
     """Raises BadInput for a flag of `config` that is given without --adapt, by which it would go unused."""
-    for name, field in declared_flags(AdaptConfig).items():
-        if not adapt and getattr(config, name) != field.default:
-            raise BadInput(f"--{name}={getattr(config, name)}: is only used when the model learns: add --adapt")
+    if not adapt:
+        refuse_given(config, flag_names(AdaptConfig), "is only used when the model learns: add --adapt")
 
 
 def open_learner(model: GPT, tokenizer: Tokenizer, config: AdaptConfig, machine: Machine) -> Learner:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import reprlib
 import typing
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,13 @@ def check_flags(config):
                 raise BadInput(f"{text}: is too large")
             if declared is not None:
                 declared.check(text, item)
+
+
+def refuse_given(config, names: Set[str], reason: str):
+    """Raises BadInput, with `reason`, for the first of these flags whose value is not the default: it would go unused."""
+    for name, field in declared_flags(type(config)).items():
+        if name in names and (value := getattr(config, name)) != field.default:
+            raise BadInput(f"--{name}={shorten(value)}: {reason}")
 
 
 def is_of_type(value, kind: type) -> bool:
