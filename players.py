@@ -1,0 +1,276 @@
+"""A model as a player: it reads the moves of a batch of games with the cache, and looks ahead over them.
+
+    with torch.no_grad():
+        positions = open_positions(model, game, 256)
+        prediction = read(game, positions)                                  # probabilities of moves and of outcomes
+        positions = positions.play(np.arange(256), draw_moves(prediction.moves, rng))
+
+Everything here is a batch of games of one length; a search is a batch of searches, one in each game.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import GPT, Cache
+from sampling import cache_dtype
+from tasks.games import DRAW, LOSS, WIN, Game, Line, State, play_line
+
+MAX_ROWS = 4096  # positions that are read at a time
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+class Prediction(NamedTuple):
+    """What a model expects in n positions. Float64, so that sums do not depend on the number of rows."""
+    moves: np.ndarray     # (n, n_moves): probability of each move; 0 for those that are not legal
+    outcomes: np.ndarray  # (n, 3): probability that the player to move loses, draws, wins
+
+    @property
+    def value(self) -> np.ndarray:
+        """(n,): in -1 to 1, for the player to move."""
+        return self.outcomes[:, WIN] - self.outcomes[:, LOSS]
+
+
+def predict(game: Game, logits: Tensor, legal: np.ndarray) -> Prediction:
+    """logits: (n, V); legal: (n, n_moves) bool. Where none is legal, all moves have probability 0."""
+    logits = logits[:, :game.n_moves + 3].double().cpu().numpy()
+    moves = softmax(np.where(legal, logits[:, :game.n_moves], -np.inf))
+    return Prediction(moves, softmax(logits[:, game.n_moves:]))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension; 0 where all are -inf."""
+    highest = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - np.where(np.isfinite(highest), highest, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total > 0, total, 1.0)
+
+
+@dataclass
+class Positions:
+    """Positions of games that a model has read, one game per row: the line that led to each, the logits after it, (n, V),
+    and the cache."""
+    model: GPT
+    game: Game
+    line: Line
+    logits: Tensor
+    cache: Cache
+
+    @property
+    def state(self) -> State:
+        return self.line.state
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def play(self, rows: np.ndarray, moves: np.ndarray) -> "Positions":
+        """What a move leads to in each of these rows, (n,) int64 both; rows may repeat, and stay as they are."""
+        cache = copy_cache(self.model, self.cache, rows, 1)
+        idx = torch.from_numpy(moves)[:, None].to(self.logits.device)
+        logits = self.model.eager_forward(idx, cache=cache, logits_to_keep=1)[:, 0]
+        return Positions(self.model, self.game, play_line(self.game, self.line, rows, moves), logits, cache)
+
+    def take(self, rows: np.ndarray) -> "Positions":
+        if len(rows) == len(self) and (rows == np.arange(len(rows))).all():
+            return self
+        return Positions(self.model, self.game, self.line.take(rows), self.logits[torch.from_numpy(rows)],
+                         copy_cache(self.model, self.cache, rows, 0))
+
+
+def copy_cache(model: GPT, cache: Cache, rows: np.ndarray, n_new: int) -> Cache:
+    """Rows of a cache, with room for `n_new` positions more."""
+    copy = model.init_cache(len(rows), cache.length + n_new, cache_dtype(model))
+    copy.length = cache.length
+    copy.copy_rows_from(slice(None), cache, torch.from_numpy(rows))
+    return copy
+
+
+def open_positions(model: GPT, game: Game, n: int) -> Positions:
+    """The start of `n` games."""
+    start = torch.full((n, 1), game.start_token, device=model.embed.weight.device)
+    cache = model.init_cache(n, 1, cache_dtype(model))
+    logits = model.eager_forward(start, cache=cache, logits_to_keep=1)[:, 0]
+    return Positions(model, game, Line(np.zeros((n, 0), np.int64), game.start(n)), logits, cache)
+
+
+@torch.no_grad()
+def read_lines(model: GPT, game: Game, lines: list[Line]) -> list[Prediction]:
+    """The predictions for the positions of each of these lines, without a cache."""
+    return [read_line(model, game, line) for line in lines]
+
+
+def read_line(model: GPT, game: Game, line: Line) -> Prediction:
+    device, parts = model.embed.weight.device, []
+    for first in range(0, len(line.history), MAX_ROWS):
+        part = line.take(slice(first, first + MAX_ROWS))
+        idx = torch.from_numpy(np.pad(part.history, ((0, 0), (1, 0)), constant_values=game.start_token)).to(device)
+        parts.append(predict(game, model.eager_forward(idx, logits_to_keep=1)[:, 0], game.legal(part.state)))
+    return Prediction(*map(np.concatenate, zip(*parts)))
+
+
+# -- looking one move ahead -------------------------------------------------------------------------------------------
+
+class Expansion(NamedTuple):
+    """All positions that one move leads to. rows, moves: (m,) int64, which move of which position leads to each.
+    children: these positions, read by the model. outcomes: (n, n_moves, 3), how the game ends after each move, for the player
+    who makes it: by the rules where it is over then, else as the model expects; 0 for moves that are not legal. values:
+    (n, n_moves), -inf for these."""
+    rows: np.ndarray
+    moves: np.ndarray
+    children: Positions
+    outcomes: np.ndarray
+    values: np.ndarray
+
+    def child_of(self, moves: np.ndarray) -> np.ndarray:
+        """(n,) int64, a legal move of each position -> the index of what it leads to among the children."""
+        index = np.zeros(self.values.shape, np.int64)
+        index[self.rows, self.moves] = np.arange(len(self.rows))
+        return index[np.arange(len(moves)), moves]
+
+
+def expand(positions: Positions, evaluate: Callable[[Positions], np.ndarray] | None = None) -> Expansion:
+    """evaluate(children) -> (m, 3), the outcomes for the player to move there, in place of the model's own."""
+    game, legal = positions.game, positions.game.legal(positions.state)
+    rows, moves = np.nonzero(legal)
+    children = positions.play(rows, moves)
+    expected = evaluate(children) if evaluate else outcome_probabilities(game, children.logits)
+    outcomes = np.zeros((*legal.shape, 3))
+    # the opponent's loss is a win
+    outcomes[rows, moves] = np.where(children.state.over[:, None], one_hot(children.state.result()), expected)[:, ::-1]
+    values = np.where(legal, outcomes[..., WIN] - outcomes[..., LOSS], -np.inf)
+    return Expansion(rows, moves, children, outcomes, values)
+
+
+def outcome_probabilities(game: Game, logits: Tensor) -> np.ndarray:
+    """(n, V) -> (n, 3), for the player to move."""
+    return softmax(logits[:, game.n_moves:game.n_moves + 3].double().cpu().numpy())
+
+
+def one_hot(results: np.ndarray) -> np.ndarray:
+    """(n,) of -1, 0 and 1 -> (n, 3): LOSS, DRAW, WIN."""
+    return np.eye(3)[results.astype(np.int64) + DRAW]
+
+
+# -- search -----------------------------------------------------------------------------------------------------------
+
+C_PUCT = 1.5             # weight of the prior against the values that were found
+NOISE_SHARE = 0.25       # of Dirichlet noise in the prior of the root
+NOISE_MOVES = 10.0       # the noise's parameters sum to this: about as many different moves are tried
+
+
+class SearchResult(NamedTuple):
+    """visits: (n, n_moves) int64. values: (n, n_moves), the mean found for each move, for the player who makes it, NaN where
+    it was not visited. outcomes: (n, 3), the mean over all simulations."""
+    visits: np.ndarray
+    values: np.ndarray
+    outcomes: np.ndarray
+
+
+class Tree:
+    """A search tree in each of n games, whose nodes are numbered in the order in which they were added; 0 is the root."""
+
+    def __init__(self, game: Game, state: State, n_nodes: int):
+        n, A = len(state.player), game.n_moves
+        self.game, self.size = game, 0
+        self.board = np.zeros((n, n_nodes, state.board.shape[1]), state.board.dtype)
+        self.player, self.score = (np.zeros((n, n_nodes), np.int8) for _ in range(2))
+        self.over = np.zeros((n, n_nodes), bool)
+        self.prior = np.zeros((n, n_nodes, A))
+        self.visits = np.zeros((n, n_nodes, A), np.int64)
+        self.totals = np.zeros((n, n_nodes, A, 3))         # of outcomes, for the player to move at the node
+        self.child = np.full((n, n_nodes, A), -1)
+        self.own = np.zeros((n, n_nodes, 3))               # the outcomes that were expected when the node was added
+
+    def add(self, rows: np.ndarray, state: State, prior: np.ndarray, outcomes: np.ndarray):
+        """A node in each of these games, with the number `size`, which the others skip."""
+        for name in ("board", "player", "over", "score"):
+            getattr(self, name)[rows, self.size] = getattr(state, name)
+        self.prior[rows, self.size], self.own[rows, self.size] = prior, outcomes
+        self.size += 1
+
+    def state(self, rows: np.ndarray, nodes: np.ndarray) -> State:
+        return State(*(getattr(self, name)[rows, nodes] for name in State._fields))
+
+    def select(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """The move of each node with the highest value found, plus what its prior adds while it has few visits. A move that
+        was never tried counts as the node's own value does. Source: Silver et al. 2017, AlphaZero, arXiv:1712.01815."""
+        visits, totals, prior = self.visits[rows, nodes], self.totals[rows, nodes], self.prior[rows, nodes]
+        own = self.own[rows, nodes]
+        values = np.where(visits > 0, (totals[..., WIN] - totals[..., LOSS]) / np.maximum(visits, 1),
+                          (own[:, WIN] - own[:, LOSS])[:, None])
+        bonus = C_PUCT * prior * np.sqrt(visits.sum(1, keepdims=True) + 1) / (1 + visits)
+        return np.where(prior > 0, values + bonus, -np.inf).argmax(1)
+
+
+def search(positions: Positions, simulations: int, rng: np.random.Generator | None = None) -> SearchResult:
+    """PUCT from each position, none of which is over. rng: adds Dirichlet noise to the priors of the roots, for training."""
+    game, n = positions.game, len(positions)
+    tree, every = Tree(game, positions.state, simulations + 1), np.arange(n)
+    legal = game.legal(positions.state)
+    root = predict(game, positions.logits, legal)
+    tree.add(every, positions.state, root.moves if rng is None else add_noise(root.moves, legal, rng), root.outcomes)
+    for _ in range(simulations):
+        nodes, moves, depth = descend(tree, n)
+        rows, last = every, depth - 1
+        parents, chosen = nodes[rows, last], moves[rows, last]
+        ended = tree.child[rows, parents, chosen] >= 0  # a game that is over there was reached again
+        new = np.flatnonzero(~ended)
+        outcomes = np.zeros((n, 3))
+        if len(new):
+            state = game.play(tree.state(new, parents[new]), chosen[new])
+            prediction = read_paths(positions, new, moves[new], depth[new], game.legal(state))
+            outcomes[new] = np.where(state.over[:, None], one_hot(state.result()), prediction.outcomes)
+            tree.child[new, parents[new], chosen[new]] = tree.size
+            tree.add(new, state, prediction.moves, outcomes[new])
+        again = np.flatnonzero(ended)
+        outcomes[again] = tree.own[again, tree.child[again, parents[again], chosen[again]]]
+        back_up(tree, nodes, moves, depth, outcomes)
+    visits, totals = tree.visits[:, 0], tree.totals[:, 0]
+    with np.errstate(invalid="ignore"):
+        values = (totals[..., WIN] - totals[..., LOSS]) / visits
+    return SearchResult(visits, values, totals.sum(1) / visits.sum(1)[:, None])
+
+
+def add_noise(prior: np.ndarray, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    drawn = np.where(legal, rng.standard_gamma(np.where(legal, NOISE_MOVES / legal.sum(1, keepdims=True), 1.0)), 0.0)
+    return (1 - NOISE_SHARE) * prior + NOISE_SHARE * drawn / drawn.sum(1, keepdims=True)
+
+
+def descend(tree: Tree, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From the root to a move that was not tried or that ends the game. Returns the nodes and the moves of each path,
+    (n, length) int64, and its length, (n,)."""
+    nodes, moves, depth = [], [], np.zeros(n, np.int64)
+    rows, at = np.arange(n), np.zeros(n, np.int64)
+    while len(rows):
+        chosen = tree.select(rows, at)
+        nodes.append(np.zeros(n, np.int64))
+        moves.append(np.zeros(n, np.int64))
+        nodes[-1][rows], moves[-1][rows] = at, chosen
+        depth[rows] += 1
+        following = tree.child[rows, at, chosen]
+        going = (following >= 0) & ~tree.over[rows, following]
+        rows, at = rows[going], following[going]
+    return np.stack(nodes, 1), np.stack(moves, 1), depth
+
+
+def read_paths(positions: Positions, rows: np.ndarray, moves: np.ndarray, depth: np.ndarray,
+               legal: np.ndarray) -> Prediction:
+    """What the model expects after moves, (n, length), of which the first `depth`, (n,), count, in these rows."""
+    cache = copy_cache(positions.model, positions.cache, rows, depth.max())
+    idx = torch.from_numpy(moves[:, :depth.max()]).to(positions.logits.device)
+    logits = positions.model.eager_forward(idx, cache=cache)
+    return predict(positions.game, logits[torch.arange(len(rows)), torch.from_numpy(depth - 1)], legal)
+
+
+def back_up(tree: Tree, nodes: np.ndarray, moves: np.ndarray, depth: np.ndarray, outcomes: np.ndarray):
+    """Adds the outcomes, (n, 3), for the player to move after each path, to all moves of the path."""
+    for d in range(nodes.shape[1]):
+        rows = np.flatnonzero(depth > d)
+        is_opponent = (depth[rows] - d) % 2 == 1
+        seen = np.where(is_opponent[:, None], outcomes[rows][:, ::-1], outcomes[rows])
+        tree.visits[rows, nodes[rows, d], moves[rows, d]] += 1
+        tree.totals[rows, nodes[rows, d], moves[rows, d]] += seen
