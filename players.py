@@ -1,11 +1,10 @@
 """A model as a player: it reads the moves of a batch of games with the cache, and looks ahead over them.
 
-    with torch.no_grad():
-        positions = open_positions(model, game, 256)
-        prediction = read(game, positions)                                  # probabilities of moves and of outcomes
-        positions = positions.play(np.arange(256), draw_moves(prediction.moves, rng))
+    choose = model_player(model, game)
+    moves = choose(start_line(game, 256))                   # of 256 games
+    choose = search_player(model, game, simulations=64)     # the same after a search in each game
 
-Everything here is a batch of games of one length; a search is a batch of searches, one in each game.
+A player is a function from the lines of games, all of one length, to a move in each.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from model import GPT, Cache
 from sampling import cache_dtype
-from tasks.games import DRAW, LOSS, WIN, Game, Line, State, play_line
+from tasks.games import DRAW, LOSS, UNKNOWN, WIN, Game, Line, State, draw_moves, move_values, play_line
 
 MAX_ROWS = 4096  # positions that are read at a time
 
@@ -89,36 +88,37 @@ def copy_cache(model: GPT, cache: Cache, rows: np.ndarray, n_new: int) -> Cache:
     return copy
 
 
-def open_positions(model: GPT, game: Game, n: int) -> Positions:
-    """The start of `n` games."""
-    start = torch.full((n, 1), game.start_token, device=model.embed.weight.device)
-    cache = model.init_cache(n, 1, cache_dtype(model))
-    logits = model.eager_forward(start, cache=cache, logits_to_keep=1)[:, 0]
-    return Positions(model, game, Line(np.zeros((n, 0), np.int64), game.start(n)), logits, cache)
+def open_positions(model: GPT, game: Game, line: Line) -> Positions:
+    """The end of each of these lines, read by the model."""
+    cache = model.init_cache(len(line.history), 1 + line.history.shape[1], cache_dtype(model))
+    logits = model.eager_forward(line_tokens(model, game, line), cache=cache, logits_to_keep=1)[:, 0]
+    return Positions(model, game, line, logits, cache)
+
+
+def line_tokens(model: GPT, game: Game, line: Line) -> Tensor:
+    """(n, 1 + plies) int64 on the model's device."""
+    ids = np.pad(line.history, ((0, 0), (1, 0)), constant_values=game.start_token)
+    return torch.from_numpy(ids).to(model.embed.weight.device)
 
 
 @torch.no_grad()
-def read_lines(model: GPT, game: Game, lines: list[Line]) -> list[Prediction]:
-    """The predictions for the positions of each of these lines, without a cache."""
-    return [read_line(model, game, line) for line in lines]
-
-
 def read_line(model: GPT, game: Game, line: Line) -> Prediction:
-    device, parts = model.embed.weight.device, []
+    """The prediction at the end of each of these lines, without a cache. In parts, for any number of lines."""
+    parts = []
     for first in range(0, len(line.history), MAX_ROWS):
         part = line.take(slice(first, first + MAX_ROWS))
-        idx = torch.from_numpy(np.pad(part.history, ((0, 0), (1, 0)), constant_values=game.start_token)).to(device)
-        parts.append(predict(game, model.eager_forward(idx, logits_to_keep=1)[:, 0], game.legal(part.state)))
+        logits = model.eager_forward(line_tokens(model, game, part), logits_to_keep=1)[:, 0]
+        parts.append(predict(game, logits, game.legal(part.state)))
     return Prediction(*map(np.concatenate, zip(*parts)))
 
 
 # -- looking one move ahead -------------------------------------------------------------------------------------------
 
 class Expansion(NamedTuple):
-    """All positions that one move leads to. rows, moves: (m,) int64, which move of which position leads to each.
-    children: these positions, read by the model. outcomes: (n, n_moves, 3), how the game ends after each move, for the player
-    who makes it: by the rules where it is over then, else as the model expects; 0 for moves that are not legal. values:
-    (n, n_moves), -inf for these."""
+    """All positions that one move leads to. rows, moves: (m,) int64, which move of which position leads to each. children:
+    these positions, read by the model. outcomes: (n, n_moves, 3), how the game ends after each move, for the player who
+    makes it: by the rules where it is over then, else as the model expects; 0 for moves that are not legal. values: (n,
+    n_moves), -inf for these."""
     rows: np.ndarray
     moves: np.ndarray
     children: Positions
@@ -274,3 +274,64 @@ def back_up(tree: Tree, nodes: np.ndarray, moves: np.ndarray, depth: np.ndarray,
         seen = np.where(is_opponent[:, None], outcomes[rows][:, ::-1], outcomes[rows])
         tree.visits[rows, nodes[rows, d], moves[rows, d]] += 1
         tree.totals[rows, nodes[rows, d], moves[rows, d]] += seen
+
+
+# -- players ----------------------------------------------------------------------------------------------------------
+
+Player = Callable[[Line], np.ndarray]  # (n, plies) moves and the positions after them -> (n,) int64, a legal move in each
+
+
+def model_player(model: GPT, game: Game) -> Player:
+    """The most probable move."""
+    return lambda line: read_line(model, game, line).moves.argmax(1)
+
+
+def search_player(model: GPT, game: Game, simulations: int) -> Player:
+    """The move that a search visits most, of several the one with the highest value."""
+    @torch.no_grad()
+    def choose(line: Line) -> np.ndarray:
+        return best_moves(search(open_positions(model, game, line), simulations))
+    return choose
+
+
+def best_moves(result: SearchResult) -> np.ndarray:
+    """(n,) int64: the move with the most visits, of several the one with the highest value."""
+    return (result.visits + 0.1 * np.nan_to_num(result.values)).argmax(1)  # values are at most 1
+
+
+def random_player(game: Game, rng: np.random.Generator) -> Player:
+    return lambda line: draw_moves(game.legal(line.state), rng)
+
+
+def perfect_player(game: Game, rng: np.random.Generator) -> Player:
+    """One of the best moves, at random. For games whose positions are all solved."""
+    def choose(line: Line) -> np.ndarray:
+        return draw_moves(is_best(move_values(game, line.state)), rng)
+    return choose
+
+
+def noisy_player(player: Player, game: Game, epsilon: float, rng: np.random.Generator) -> Player:
+    """Moves at random with a probability of `epsilon`, else as `player` does."""
+    def choose(line: Line) -> np.ndarray:
+        is_random = rng.random(len(line.history)) < epsilon
+        return np.where(is_random, draw_moves(game.legal(line.state), rng), player(line))
+    return choose
+
+
+def is_best(values: np.ndarray) -> np.ndarray:
+    """(n, n_moves), see move_values -> bool: the moves with the highest value."""
+    known = np.where(values == UNKNOWN, -UNKNOWN, values)
+    return known == known.max(1, keepdims=True)
+
+
+def play_games(game: Game, first: Player, second: Player, line: Line) -> np.ndarray:
+    """Plays these lines to their end. Returns the score of each game for the first player, (n,) int8."""
+    scores, rows = line.state.score.copy(), np.flatnonzero(~line.state.over)
+    line = line.take(rows)
+    while len(rows):
+        player = first if line.state.player[0] == 1 else second
+        line = play_line(game, line, np.arange(len(rows)), player(line))
+        scores[rows] = line.state.score
+        going = np.flatnonzero(~line.state.over)
+        line, rows = line.take(going), rows[going]
+    return scores

@@ -167,7 +167,8 @@ class TrainSetup:
     schedule: OptimizerConfig
     step_tokens: int                         # tokens per optimizer step
     settings: dict = field(default_factory=dict)  # the run's flags, from which it resumes
-    tokenizer: Tokenizer | None = None       # goes into the checkpoint: needed with a writer
+    tokenizer: Tokenizer | None = None       # goes into the checkpoint
+    contents: dict = field(default_factory=dict)  # and what else does: the game that a model plays, which has no tokenizer
     script: str = ""                         # command that can resume the checkpoint
     writer: CheckpointWriter | None = None   # None: no checkpoints
     metrics: MetricsLog | None = None        # None: no rows
@@ -201,10 +202,10 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
     if not torch.isfinite(get_total_norm(state.model.parameters())):
         raise divergence_error(state, setup, "the weights are no longer finite")
     if setup.writer is not None:
-        assert setup.tokenizer is not None, "a checkpoint holds the tokenizer"
+        vocabulary = {"tokenizer": setup.tokenizer.to_json()} if setup.tokenizer else {}
+        assert vocabulary or setup.contents, "a checkpoint says what its tokens mean"
         machine = {"machine": str(setup.machine), "dtype": setup.machine.dtype}
-        setup.writer.save(state.model.to_checkpoint() | {
-            "tokenizer": setup.tokenizer.to_json(),
+        setup.writer.save(state.model.to_checkpoint() | vocabulary | setup.contents | {
             "training": state.state_dict() | machine | {"settings": setup.settings, "script": setup.script,
                                                         "is_best": is_best}}, state.step, is_best, blocking)
     if setup.metrics is not None:
@@ -446,7 +447,7 @@ class Run:
     dry_run: Callable         # dry_run(): a forward and backward pass as the run's will be, without effect
     describe: Callable        # describe() -> the lines it starts with
     validation_seconds: Callable[[], float]  # estimate from a part of a validation, without effect
-    epoch_tokens: float       # tokens in a pass over the training data
+    epoch_tokens: float | None  # tokens in a pass over the training data; None where that has no end
     shorter: Callable[[float], str] = lambda flops: SHORTER
     """shorter(FLOP/s that the model reaches) -> what to do about a run that takes too long"""
 
@@ -578,10 +579,10 @@ def make_forecast(run: Run, step_seconds: float, validation_seconds: float | Non
     sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}  # tied weights count once
     path = setup.writer.path
     flops = setup.step_tokens * state.model.flops_per_token() / step_seconds
+    epochs = run.epoch_tokens and steps * setup.step_tokens / run.epoch_tokens
     return Forecast(state.model.n_parameters(), peak_memory(setup.machine.device), available, setup.step_tokens,
                     step_seconds, steps, loop.remaining_validations(state.step, steps), validation_seconds,
-                    steps * setup.step_tokens / run.epoch_tokens, CHECKPOINTS_KEPT * sum(sizes.values()), free_disk(path),
-                    run.shorter(flops))
+                    epochs, CHECKPOINTS_KEPT * sum(sizes.values()), free_disk(path), run.shorter(flops))
 
 
 def print_forecast(run: Run):
@@ -622,17 +623,17 @@ def open_output(command: TrainingCommand, path: Path, resumed: Path | None, over
     return RunOutput(command, writer, machine, resumed, checkpoint)
 
 
-def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer, schedule: OptimizerConfig, loader: Loader,
-                  step_tokens: int, settings: dict) -> tuple[TrainState, TrainSetup]:
-    """A run's state, new or as the resumed checkpoint left it. step_tokens, settings: see TrainSetup. Raises BadInput."""
+def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer | None, schedule: OptimizerConfig, loader: Loader,
+                  step_tokens: int, settings: dict, contents: dict | None = None) -> tuple[TrainState, TrainSetup]:
+    """A run's state, new or as the resumed checkpoint left it. From tokenizer on: see TrainSetup. Raises BadInput."""
     writer, checkpoint, rows = output.writer, output.checkpoint, []
     output.command.check_writable(writer.path)
     if checkpoint:
         step = checkpoint["training"]["step"]
         folder = run_folder(writer.path if writer.resumes_in_place else output.resumed)  # one file may have two names
         rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-    setup = TrainSetup(output.machine, schedule, step_tokens, settings, tokenizer, output.command.script, writer,
-                       MetricsLog(run_folder(writer.path), rows))
+    setup = TrainSetup(output.machine, schedule, step_tokens, settings, tokenizer, contents or {}, output.command.script,
+                       writer, MetricsLog(run_folder(writer.path), rows))
     state = init_state(model, loader, setup)
     if checkpoint:
         with explain_damage(output.resumed):

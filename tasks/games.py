@@ -9,7 +9,6 @@ To a model a move is a token and a game the sequence of its moves, led by START.
 the player who is to move. A game is a class here, or in tasks/poker.py, and a line in GAMES.
 """
 import functools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -112,6 +111,10 @@ class Line(NamedTuple):
         return Line(self.history[rows], self.state.take(rows))
 
 
+def start_line(game: Game, n: int) -> Line:
+    return Line(np.zeros((n, 0), np.int64), game.start(n))
+
+
 def play_line(game: Game, line: Line, rows: np.ndarray, moves: np.ndarray) -> Line:
     """What a move leads to in each of these rows, which may repeat."""
     history = np.concatenate((line.history[rows], moves[:, None]), axis=1)
@@ -120,7 +123,7 @@ def play_line(game: Game, line: Line, rows: np.ndarray, moves: np.ndarray) -> Li
 
 def enumerate_positions(game: Game, limit: int) -> list[Line] | None:
     """All positions that can be reached, each once, by the number of moves; None where there are more than `limit`."""
-    line = Line(np.zeros((1, 0), np.int64), game.start(1))
+    line = start_line(game, 1)
     levels, n = [line], 1
     while (legal := game.legal(line.state)).any():
         line = play_line(game, line, *np.nonzero(legal))
@@ -141,7 +144,7 @@ def first_of_each(state: State) -> np.ndarray:
 
 def random_line(game: Game, n: int, plies: int, rng: np.random.Generator) -> Line:
     """Positions after as many random moves, without those of games that ended before; perhaps none."""
-    line = Line(np.zeros((n, 0), np.int64), game.start(n))
+    line = start_line(game, n)
     for _ in range(plies):
         line = line.take(~line.state.over)
         line = play_line(game, line, np.arange(len(line.history)), draw_moves(game.legal(line.state), rng))
@@ -161,7 +164,7 @@ class LineGame(Game):
     n_in_line: int
 
     def __init__(self, board: tuple[int, ...]):
-        self.height, self.width = board
+        self.board, (self.height, self.width) = board, board
         self.n_cells = self.max_plies = self.height * self.width
         self.lines = np.array([*lines_of(self.height, self.width, self.n_in_line)])
 
@@ -191,6 +194,7 @@ def lines_of(height: int, width: int, n: int) -> Iterator[list[int]]:
 
 class TicTacToe(LineGame):
     """Moves are cells, counted row by row from the top."""
+    default_games = 38_400
     default_board = 3, 3
     n_in_line = 3
 
@@ -250,7 +254,7 @@ class Nim(Game):
     default_board = 3, 4, 5
 
     def __init__(self, board: tuple[int, ...] = default_board):
-        self.heaps, self.n_cells = np.array(board, np.int8), len(board)
+        self.board, self.heaps, self.n_cells = board, np.array(board, np.int8), len(board)
         self.moves = np.array([(heap, taken) for heap, n in enumerate(board) for taken in range(1, n + 1)])
         self.n_moves, self.max_plies = len(self.moves), sum(board)
         self.symmetries = self.heap_symmetries(board)
@@ -322,3 +326,8 @@ def look_up(game: Game, state: State) -> np.ndarray:
 
 
 GAMES: dict[str, type[Game]] = {"tic_tac_toe": TicTacToe, "connect_four": ConnectFour, "nim": Nim}
+
+
+def make_game(name, board=None):
+    game = GAMES[name](*([tuple(map(int, board.split("x")))] if board else []))
+    return game

@@ -1,0 +1,396 @@
+"""Trains a model by what it finds out itself: games against itself, or answers that can be checked.
+
+    python selfplay.py --game=tic_tac_toe             from random weights to play that cannot be beaten
+    python selfplay.py --game=tic_tac_toe --play      plays against the model that this has trained
+
+The loop is trainer.py's; rollouts.py makes the batches, and strength.py measures how well the model plays. The folder named
+after the checkpoint holds metrics.jsonl, models of earlier steps with their matches, and at the end selfplay.html.
+"""
+import json
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.play_plots import draw_play
+from experiments.report import Figure, Table, markdown, write_page
+from model import GPT, GPTConfig
+from optimizer import OptimizerConfig
+from play import play_in_terminal
+from players import model_player
+from rollouts import ALGORITHMS, ON_POLICY_UNUSED, PlayConfig, PlayLoader, Rollout, play_loss
+from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
+from runtime.cli import command, log_line, say
+from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
+from runtime.device import DeviceConfig, open_machine, seed_everything
+from runtime.files import atomic_write, read_json_lines
+from runtime.metrics import read_rows
+from runtime.run import TrainingCommand, override_horizon
+from strength import Match, Question, Rating, fit_elo, lost_lines, make_exam, play_match, score_against_perfect, take_exam
+from tasks.games import Game, make_game
+from trainer import (
+    Evaluation,
+    LoopConfig,
+    Run,
+    RunFlags,
+    TrainSetup,
+    TrainState,
+    describe_machine,
+    dry_run_step,
+    open_output,
+    restore_state,
+    train_command,
+)
+
+MAX_OPPONENTS = 4       # earlier models that one is matched with
+PERFECT_GAMES = 400     # against a perfect opponent
+COLLAPSED_GAMES = 0.1   # fraction of games that differ, at or below which play has collapsed
+WELL_PLAYED = 0.99      # optimal moves above which it has not: good play may be narrow
+
+
+@dataclass(frozen=True)
+class SelfPlayConfig(RunFlags):
+    """The run."""
+    game: str = flag(None, "the game to learn")
+    board: str = flag(None, "its size, sides or heaps joined by x: 4x5 of connect_four is 4 rows of 5 columns, 3x4x5 of nim "
+                            "three heaps (default: the game's own)")
+    checkpoint_path: Path = flag(None, "the model to start from, or with --play to play against (default: random weights; "
+                                       "with --play, --out_path)")
+    out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: the game's name in "
+                                "checkpoints)", on_resume="unsaved", scope="run")
+    play: bool = flag(False, "train nothing: play against the model in the terminal", on_resume="unsaved", scope="run")
+    model_first: bool = flag(False, "with --play, the model moves first", on_resume="unsaved", scope="run")
+    think: int = flag(0, "with --play, positions that the model reads in a search before it moves; 0: it does not search",
+                      at_least=0, at_most=1_000_000, on_resume="unsaved", scope="run")
+    rating_games: int = flag(100, "games against each of some earlier models at a validation, for Elo ratings; 0: none",
+                             at_least=0, at_most=100_000, on_resume="free")
+    seed: int = flag(1337, "random seed of the initial weights and the games", at_least=0, at_most=2**63 - 1, scope="run")
+    __post_init__ = check_flags
+
+
+@dataclass(frozen=True)
+class PlayerModel(GPTConfig):
+    """The model, where it starts from random weights."""
+    n_layer: int = redeclare(GPTConfig, "n_layer", 2)
+    n_head: int = redeclare(GPTConfig, "n_head", 4)
+    head_size: int = redeclare(GPTConfig, "head_size", 16)
+    block_size: int = redeclare(GPTConfig, "block_size", None, help="context length in tokens, one more than the moves of "
+                                                                    "the longest game (default: as many)")
+
+
+@dataclass(frozen=True)
+class PlayOptimizer(OptimizerConfig):
+    """The optimizer."""
+    learning_rate: float = redeclare(OptimizerConfig, "learning_rate", 0.02, auto=False)
+    weight_decay: float = redeclare(OptimizerConfig, "weight_decay", 0.1, auto=False)
+
+
+@dataclass(frozen=True)
+class PlayLoop(LoopConfig):
+    """How long to train and how often to validate."""
+    max_iter: int = redeclare(LoopConfig, "max_iter", None, help="optimizer steps (default: --games); of several limits the "
+                                                                 "first to be reached ends the run")
+    num_batch_accum: int = redeclare(LoopConfig, "num_batch_accum", 1)
+    val_intervals: int = redeclare(LoopConfig, "val_intervals", 100)
+    __post_init__ = check_flags  # unlike LoopConfig's, leaves max_iter unset, for --games to decide
+
+
+@dataclass(frozen=True)
+class PlayDevice(DeviceConfig):
+    """The device."""
+    dtype: str = redeclare(DeviceConfig, "dtype", "fp32")
+
+
+class SelfPlayConfigs(NamedTuple):
+    """The flags of selfplay.py."""
+    run: SelfPlayConfig
+    play: PlayConfig
+    model: PlayerModel
+    optimizer: PlayOptimizer
+    loop: PlayLoop
+    device: PlayDevice
+
+
+SELFPLAY = TrainingCommand("selfplay.py", "Trains a model by games against itself.", SelfPlayConfigs, "out_path")
+
+
+def resolve_flags(start: dict, given: dict) -> dict:
+    """The values of all flags. start: {} or the flags of the resumed run. Raises BadInput for one without effect."""
+    defaults = SELFPLAY.defaults()
+    values = override_horizon(defaults | start, given)
+    game = make_game(values["game"], values["board"])
+    if values["algorithm"] == "auto":
+        values["algorithm"] = "search"
+    if values["block_size"] is None:
+        values["block_size"] = context_of(game)
+    refuse = lambda names, reason: refuse_flags({name: given[name] for name in given.keys() & names
+                                                 if given[name] != defaults[name]}, reason)
+    if ALGORITHMS[values["algorithm"]].is_on_policy:
+        refuse(ON_POLICY_UNUSED, f"has no effect with --algorithm={values['algorithm']}: leave it out")
+    if values["checkpoint_path"]:
+        refuse(flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on: leave it out")
+    return values
+
+
+def refuse_flags(given: dict, reason: str):
+    for name in sorted(given):
+        raise BadInput(f"--{name}={given[name]}: {reason}")
+
+
+# -- models that play -------------------------------------------------------------------------------------------------
+
+def context_of(game: Game) -> int:
+    """Tokens of the longest game."""
+    return game.max_plies + 1
+
+
+def describe_game(name: str, game: Game) -> dict:
+    """What a checkpoint says about the game that its tokens stand for."""
+    return {"game": {"name": name, "board": list(game.board)}}
+
+
+def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> GPT:
+    """The model of a checkpoint that plays this game. Raises BadInput where it does not."""
+    checkpoint = checkpoint or load_checkpoint(path)
+    with explain_damage(path):
+        own, wanted = checkpoint.get("game"), describe_game(name, game)["game"]
+        if not isinstance(own, dict):
+            raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py --game={name}` has "
+                           f"trained")
+        if own != wanted:
+            board = "x".join(map(str, own.get("board", ())))
+            raise BadInput(f"plays {own.get('name')} on {board}, not {name} on {'x'.join(map(str, game.board))}: give "
+                           f"--game={own.get('name')} --board={board}, or another model")
+        model = GPT.from_checkpoint(checkpoint)
+        if model.config.vocab_size != game.vocab_size:
+            raise BadInput(f"has {model.config.vocab_size:,} tokens, {name} {game.vocab_size:,}: use another checkpoint")
+        check_context(model.config.block_size, name, game, "its context")
+        return model
+
+
+def check_context(block_size: int, name: str, game: Game, what: str):
+    if block_size < context_of(game):
+        raise BadInput(f"{what} of {block_size} tokens is too short for {name} on {'x'.join(map(str, game.board))}, whose "
+                       f"longest game needs {context_of(game)}")
+
+
+# -- how well it plays ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Examiner:
+    """Measures a model during its run. folder: of the run."""
+    game: Game
+    exam: list[Question]
+    contents: dict
+    folder: Path
+    rating_games: int
+    has_warned: bool = False
+
+    def examine(self, state: TrainState) -> dict:
+        """The row of an evaluation: see `measure`; what the loader has counted; elo, elo_margin."""
+        row = self.measure(state.model) | state.loader.take_statistics()
+        if self.rating_games:
+            row |= self.rate(state.model, state.step)
+        if not self.has_warned and has_collapsed(row):
+            self.has_warned = True
+            log_line(f"step {state.step:,}: play has collapsed: {row['distinct_games']:.1%} of the games differ, and only "
+                     f"{row['optimal_moves']:.1%} of the moves are right: try more --random_plies, or a lower "
+                     f"--learning_rate")
+        return row
+
+    def measure(self, model: GPT) -> dict:
+        """optimal_moves, value_accuracy and entropy in an exam; against any opponent, in games that are short enough,
+        lost_lines_first of lines_first and lost_lines_second of lines_second; perfect_score and more in games that are
+        solved."""
+        game, player = self.game, model_player(model, self.game)
+        row = take_exam(model, game, self.exam)
+        for name, side in (("first", 1), ("second", -1)):
+            if found := lost_lines(game, player, side):
+                row[f"lost_lines_{name}"], row[f"lines_{name}"] = found
+        if game.solvable(game.start(1))[0]:
+            row |= score_against_perfect(game, player, PERFECT_GAMES)
+        return row
+
+    def rate(self, model: GPT, step: int) -> dict:
+        """Matches with models of earlier steps, and the rating that follows, relative to that of the first."""
+        rows, own = [row for row in read_matches(self.folder) if row["step"] < step], model_player(model, self.game)
+        for opponent in spread(sorted({0, *(row["step"] for row in rows)}), MAX_OPPONENTS) if step else ():
+            if other := self.load(opponent, model):
+                score, n = play_match(self.game, own, model_player(other, self.game), self.rating_games, step)
+                rows.append({"step": step, "opponent": opponent, "score": score, "games": n})
+        self.snapshot(step).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self.snapshot(step), model.to_checkpoint() | self.contents)
+        with atomic_write(self.folder / "matches.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        matches = [Match(row["opponent"], row["step"], row["games"] - row["score"], row["games"]) for row in rows]
+        rating = fit_elo(matches).get(step, Rating(0.0, 0.0))
+        return {"elo": rating.elo, "elo_margin": rating.margin}
+
+    def snapshot(self, step: int) -> Path:
+        return self.folder / "snapshots" / f"{step:08d}.pt"
+
+    def load(self, step: int, like: GPT) -> GPT | None:
+        """The model of an earlier step; None where its file is gone."""
+        with suppress(BadInput):
+            return GPT.from_checkpoint(load_checkpoint(self.snapshot(step))).to(like.embed.weight.device)
+        return None
+
+
+def spread(items: list, n: int) -> list:
+    """At most `n` of them, evenly spaced, the first and the last included."""
+    return [items[i] for i in sorted({round(i * (len(items) - 1) / (n - 1)) for i in range(n)})]
+
+
+def read_matches(folder: Path) -> list[dict]:
+    with suppress(OSError):
+        return [row for row in read_json_lines(folder / "matches.jsonl")
+                if all(isinstance(row.get(name), (int, float)) for name in ("step", "opponent", "score", "games"))]
+    return []
+
+
+def has_collapsed(row: dict) -> bool:
+    """Whether the model plays the same few games again and again, and not because they are the best."""
+    return row.get("distinct_games", 1.0) <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it, with --games resolved. Raises BadInput
+    before any file is written."""
+    run, play, loop = configs.run, configs.play, configs.loop
+    game = make_game(run.game, run.board)
+    output = open_output(SELFPLAY, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
+    machine = output.machine
+    seed_everything(run.seed)
+    if resumed or run.checkpoint_path:
+        model = load_player(resumed or run.checkpoint_path, checkpoint, run.game, game)
+    else:
+        check_context(configs.model.block_size, run.game, game, f"--block_size={configs.model.block_size}: a context")
+        model = GPT(read_flags(GPTConfig, vars(configs.model) | {"vocab_size": game.vocab_size}))
+    model.to(machine.device)
+    model.gradient_checkpointing = run.gradient_checkpointing
+    loader = PlayLoader(game, play, run.seed)
+    configs = configs._replace(loop=resolve_games(loop, loader, play.games or game.default_games))
+    contents = describe_game(run.game, game)
+    state, setup = restore_state(output, model, None, configs.optimizer, loader,
+                                 loader.batch_games * loop.num_batch_accum * game.max_plies,
+                                 SELFPLAY.settings(*configs) | vars(model.config), contents)
+    examiner = Examiner(game, make_exam(game), contents, run_folder(output.writer.path), run.rating_games)
+    evaluate = Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves")
+    batch = machine.to_device(Rollout.empty(game, loader.batch_games).tensors())
+    return Run(configs, state, setup, play_loss, evaluate, partial(dry_run_step, model, machine, play_loss, batch),
+               partial(describe, state, setup, examiner, configs), partial(time_examination, examiner, model), None)
+
+
+def resolve_games(loop: PlayLoop, loader: PlayLoader, n_games: int) -> PlayLoop:
+    """`loop`, with an end after about `n_games` where it has none."""
+    if loop.max_iter or loop.max_tokens or loop.max_seconds:
+        return loop
+    updates = 1 if loader.algorithm.is_on_policy else loader.config.updates
+    n_rollouts = math.ceil(n_games / loader.config.rollout_games)
+    return replace(loop, max_iter=max(1, n_rollouts * updates // loop.num_batch_accum))
+
+
+def time_examination(examiner: Examiner, model: GPT) -> float:
+    """Seconds of an evaluation without matches."""
+    start = time.perf_counter()
+    examiner.measure(model)
+    return time.perf_counter() - start
+
+
+def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: SelfPlayConfigs) -> list[str]:
+    """The lines that a run starts with: model, game and machine."""
+    run, play, game, model = configs.run, configs.play, examiner.game, state.model.config
+    n_exam, board = sum(len(question.values) for question in examiner.exam), "x".join(map(str, game.board))
+    started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
+    how = {"search": f"{play.search} look-ahead", "reinforce": "policy gradient", "imitation": "imitation"}[play.algorithm]
+    return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
+            f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
+            f"game     {run.game} on {board}: {how}, {play.rollout_games:,} games at a time; exam of {n_exam:,} positions",
+            f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_games:,} games until "
+            f"{configs.loop.horizon()}"]
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+# metric -> (label, better, format), of the table before and after
+METRICS = {"optimal_moves": ("optimal moves", "higher", "{:.2%}"), "value_accuracy": ("right values", "higher", "{:.2%}"),
+           "lost_lines_first": ("lost lines as first player", "lower", "{:,}"),
+           "lost_lines_second": ("lost lines as second player", "lower", "{:,}"),
+           "perfect_score": ("score against perfect play", "higher", "{:.3f}"),
+           "expected_score": ("score of perfect play", "", "{:.3f}"),
+           "lost_wins": ("won openings not won", "lower", "{:,}"), "elo": ("Elo", "higher", "{:,.0f}"),
+           "entropy": ("entropy of moves, nats", "", "{:.2f}")}
+
+
+def compare_rows(first: dict, last: dict) -> Table:
+    """What has changed between two rows of metrics.jsonl."""
+    return Table(("metric", "better", "before", "after"), [
+        (label, better, form.format(first[name]), form.format(last[name]) + margin(name, last))
+        for name, (label, better, form) in METRICS.items() if name in first and name in last])
+
+
+def margin(name: str, row: dict) -> str:
+    """What is known about the accuracy of a number."""
+    if name == "elo":
+        return f" ± {row['elo_margin']:,.0f}"
+    if name.startswith("lost_lines"):
+        return f" of {row[name.replace('lost_', '')]:,}"
+    return f" of {row['won_openings']:,}" if name == "lost_wins" else ""
+
+
+def report(state: TrainState, setup: TrainSetup):
+    """Prints what has changed, and writes selfplay.html."""
+    path, settings = setup.writer.path, setup.settings
+    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if "optimal_moves" in row]
+    table, page = compare_rows(rows[0], rows[-1]), run_folder(path) / "selfplay.html"
+    print(markdown(table))
+    played = f"{rows[-1].get('games', 0):,} games"
+    write_page(page, f"Self-play: {settings['game']}", [
+        ("p", f"{state.step:,} steps, {played}, {state.seconds:,.0f} s on {setup.machine}; learning rate "
+              f"{setup.peak_lr():.3g}. Metrics: metrics.jsonl; matches with models of earlier steps: matches.jsonl."),
+        ("h2", "Before and after"), table, ("h2", "On the way"), Figure(draw_play(rows), "play")])
+    say(f"\nsaved {path} and {page}; `python selfplay.py --game={settings['game']}{board_flag(settings)} --play "
+        f"--checkpoint_path={path}` plays against it")
+
+
+def board_flag(settings: dict) -> str:
+    return f" --board={settings['board']}" if settings["board"] else ""
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+def play_against(values: dict, path: Path):
+    """--play. Raises BadInput."""
+    configs = SELFPLAY.read_configs(values | {"block_size": 1})
+    run, machine = configs.run, open_machine(configs.device)
+    game = make_game(run.game, run.board)
+    model = load_player(run.checkpoint_path or path, None, run.game, game).to(machine.device)
+    play_in_terminal(model, game, run.think, run.model_first)
+
+
+def default_out_path(given: dict) -> Path:
+    """checkpoints/connect_four_4x5.pt"""
+    return Path("checkpoints") / ("_".join(filter(None, (given.get("game"), given.get("board")))) + ".pt")
+
+
+@command
+def main(argv=None):
+    given = SELFPLAY.flags_given(argv)
+    if "game" not in given and "resume_checkpoint" not in given:
+        raise BadInput("--game: say which, such as --game=tic_tac_toe")
+    path, resumed = SELFPLAY.paths(given, default_out_path(given))
+    if given.get("play"):
+        play_against(SELFPLAY.defaults() | given, path)
+        return
+    run = train_command(SELFPLAY, given, path, resumed, resolve_flags, open_run)
+    if run and run.configs.loop.verbose:
+        report(run.state, run.setup)
+
+
+if __name__ == "__main__":
+    main()
