@@ -15,6 +15,7 @@ import download_data
 import train
 import trainer
 from hub import HubStandIn
+from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.metrics import read_rows
 from text.builtin import builtin_documents
@@ -106,6 +107,17 @@ def trained(data_path, tmp_path_factory) -> Path:
 
 
 TIMINGS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # these differ between two runs of the same steps
+
+
+def tiny_player(game, **flags) -> GPT:
+    """A model of a game, with random weights that prefer some moves."""
+    torch.manual_seed(1)
+    shape = {"n_layer": 2, "n_head": 2, "head_size": 8, "init": "gpt2"} | flags
+    model = GPT(GPTConfig(vocab_size=game.vocab_size, block_size=game.max_plies + 1, **shape))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5)
+    return model
 
 
 def run_rows(path, timings=False) -> list[dict]:

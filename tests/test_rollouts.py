@@ -1,0 +1,224 @@
+"""Games that a model plays against itself: what is learnt of them, and that nothing is lost when a run is."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rollouts
+from conftest import assert_same, tiny_player
+from players import is_best, one_hot
+from rollouts import ALGORITHMS, PlayConfig, Played, PlayLoader, Rollout, play_loss, play_out, think_alone
+from tasks.games import Nim, TicTacToe, move_values, play_line, start_line
+
+GAME = TicTacToe()
+
+
+def make_loader(game=GAME, seed=1, **flags) -> PlayLoader:
+    return PlayLoader(game, PlayConfig(**{"algorithm": "search", "rollout_games": 24, "batch_size": 16} | flags), seed)
+
+
+def replay_lines(game, rollout: Rollout):
+    """(ply, rows, line) of the positions that have weights."""
+    for ply in range(rollout.ids.shape[1]):
+        rows = np.flatnonzero(rollout.outcomes[:, ply].sum(1) > 0)
+        if len(rows):
+            line = start_line(game, len(rows))
+            for move in rollout.ids[rows, 1:ply + 1].T:
+                line = play_line(game, line, np.arange(len(rows)), move)
+            yield ply, rows, line
+
+
+# -- what is played ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("search", ["one_ply", "puct"])
+def test_batches_are_games_by_the_rules(algorithm, search):
+    if search == "puct" and algorithm != "search":
+        pytest.skip("has no effect")
+    loader = make_loader(algorithm=algorithm, search=search, simulations=4, symmetries=False)
+    loader.next_batch(tiny_player(GAME))
+    rollout = loader.replay
+    n_positions = 0
+    for ply, rows, line in replay_lines(GAME, rollout):
+        assert (rollout.ids[rows, 0] == GAME.start_token).all() and not line.state.over.any()
+        assert (rollout.legal[rows, ply] == GAME.legal(line.state)).all()
+        assert not rollout.moves[rows, ply][~rollout.legal[rows, ply]].any()
+        np.testing.assert_allclose(rollout.outcomes[rows, ply].sum(1), 1, rtol=1e-6)
+        n_positions += len(rows)
+    assert n_positions > 24 * 3
+
+
+@pytest.mark.parametrize("algorithm", ["search", "imitation"])
+def test_targets_of_moves_are_probabilities(algorithm):
+    loader = make_loader(algorithm=algorithm)
+    loader.next_batch(tiny_player(GAME))
+    total = loader.replay.moves.sum(2)
+    assert np.isclose(total[total > 0], 1).all() and (total > 0).sum() > 24 * 3
+
+
+def test_values_mix_what_was_found_and_how_the_game_ended():
+    game, model = Nim((1, 2)), tiny_player(Nim((1, 2)))
+    ended, found, mixed = (make_loader(game, outcome_share=share, random_plies=0) for share in (1.0, 0.0, 0.25))
+    for loader in (ended, found, mixed):
+        loader.play(model)
+    last = {row: ply for ply, rows, _ in replay_lines(game, ended.replay) for row in rows}
+    for row, ply in last.items():  # who moves last wins, and no end is a draw
+        signs = np.where((ply - np.arange(ply + 1)) % 2 == 0, 1, -1)
+        assert (ended.replay.outcomes[row, :ply + 1] == one_hot(signs)).all()
+    np.testing.assert_allclose(mixed.replay.outcomes, 0.25 * ended.replay.outcomes + 0.75 * found.replay.outcomes, atol=1e-6)
+
+
+def test_how_a_game_ended_says_nothing_of_positions_before_a_random_move():
+    model = tiny_player(GAME)
+    with_ends, without = make_loader(outcome_share=1.0), make_loader(outcome_share=0.0)
+    for loader in (with_ends, without):
+        loader.play(model)
+    differs = (with_ends.replay.outcomes != without.replay.outcomes).any(2)
+    is_end = (with_ends.replay.outcomes == 1).any(2)
+    assert (is_end | ~differs).all() and differs.any() and (~differs & (without.replay.outcomes.sum(2) > 0)).any()
+
+
+@torch.no_grad()
+def test_log_probabilities_of_a_cached_rollout_are_those_of_the_training_pass():
+    """In fp32, at temperature 1: a policy gradient differentiates what it sampled from."""
+    model, seen = tiny_player(GAME), []
+
+    def think(positions):
+        thought = think_alone(positions)
+        seen.append((positions.line.history.copy(), thought.moves))
+        return thought
+    config = PlayConfig(rollout_games=32, random_plies=2)
+    played = play_out(model, GAME, config, np.random.default_rng(0), think)
+    rollout = played.rollout
+    logits = model(torch.from_numpy(rollout.ids))
+    logprobs = F.log_softmax(logits[..., :9].masked_fill(~torch.from_numpy(rollout.legal), -1e9), -1).numpy()
+    n = 0
+    for history, moves in seen:
+        for line, probabilities in zip(history, moves):
+            row = next(i for i, ids in enumerate(rollout.ids) if (ids[1:len(line) + 1] == line).all())
+            legal = rollout.legal[row, len(line)]
+            np.testing.assert_allclose(np.log(probabilities[legal]), logprobs[row, len(line)][legal], atol=1e-4)
+            n += 1
+    assert n > 100
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+class Bandit(torch.nn.Module):
+    """Two arms: the logits of one position, of two moves, three outcomes and START."""
+
+    def __init__(self, arms):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([*arms, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+
+    def forward(self, ids):
+        return self.logits.expand(*ids.shape, -1)
+
+
+def test_the_gradient_of_reinforce_on_a_two_armed_bandit_is_the_analytic_one():
+    """d E[reward] / d logit_a = p_a (reward_a - E[reward]), whatever the baseline: over both arms, as often as drawn."""
+    rewards, baseline = np.array([1.0, -1.0]), 0.3
+    bandit = Bandit([0.4, -0.2])
+    p = bandit.logits[:2].softmax(0).detach().numpy()
+    moves = np.eye(2) * (rewards - baseline)[:, None] * p[:, None]  # each arm, weighted with its probability
+    batch = [torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, 2, dtype=torch.bool), torch.from_numpy(moves)[:, None],
+             torch.zeros(2, 1, 3)]
+    play_loss(bandit, batch).backward()
+    expected = p * (rewards - p @ rewards)
+    np.testing.assert_allclose(-bandit.logits.grad[:2].numpy(), expected, atol=1e-7)
+
+
+def test_reinforce_weighs_what_was_played_by_what_it_won_above_the_running_mean():
+    game, memory = Nim((1, 2)), {"baseline": np.array([0.5, -0.5])}
+    config = PlayConfig(algorithm="reinforce", rollout_games=16, random_plies=0)
+    with torch.no_grad():
+        played = rollouts.learn_by_reinforce(tiny_player(game), game, config, np.random.default_rng(0), memory)
+    assert isinstance(played, Played)
+    for row in range(16):
+        for ply in np.flatnonzero(played.moves[row] >= 0):
+            sign = 1 if ply % 2 == 0 else -1
+            weights = np.zeros(game.n_moves)
+            weights[played.moves[row, ply]] = sign * played.score[row] - sign * 0.5
+            np.testing.assert_allclose(played.rollout.moves[row, ply], weights, atol=1e-6)
+    mean = played.score.mean()
+    np.testing.assert_allclose(memory["baseline"], [0.475 + 0.05 * mean, -0.475 - 0.05 * mean])
+
+
+def test_loss_is_the_mean_cross_entropy_over_positions():
+    """By hand: two positions, one of them with a move that is not legal, and a third without weights."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0, 9.0]]).expand(3, 6)[None]
+    legal = torch.tensor([[[True, True], [True, False], [True, True]]])
+    moves = torch.tensor([[[0.25, 0.75], [1.0, 0], [0, 0]]])
+    outcomes = torch.tensor([[[1.0, 0, 0], [0, 0.5, 0.5], [0, 0, 0]]])
+    log = lambda values: torch.tensor(values).log_softmax(0)
+    own = -(0.25 * log([0.0, 1.0])[0] + 0.75 * log([0.0, 1.0])[1] + log([2.0, 3.0, 4.0])[0]
+            + 0.5 * log([2.0, 3.0, 4.0])[1] + 0.5 * log([2.0, 3.0, 4.0])[2]) / 2
+    assert play_loss(lambda ids: logits, [torch.zeros(1, 3), legal, moves, outcomes]).item() == pytest.approx(own.item())
+
+
+# -- symmetries -------------------------------------------------------------------------------------------------------
+
+def test_a_symmetry_of_a_rollout_is_a_rollout_of_the_same_game():
+    loader = make_loader(outcome_share=0.0)
+    loader.play(tiny_player(GAME))
+    rng = np.random.default_rng(0)
+    drawn = GAME.symmetries[rng.integers(0, 8, 24)]
+    turned = loader.replay.transform(drawn)
+    for ply, rows, line in replay_lines(GAME, turned):
+        assert (turned.legal[rows, ply] == GAME.legal(line.state)).all()
+        for row in rows:  # the weight of a move is that of the move it came from
+            np.testing.assert_array_equal(turned.moves[row, ply][drawn[row]], loader.replay.moves[row, ply])
+    assert (turned.outcomes == loader.replay.outcomes).all()
+    identity = loader.replay.transform(GAME.symmetries[[0] * 24])
+    assert all((a == b).all() for a, b in zip(identity, loader.replay))
+
+
+# -- the loader -------------------------------------------------------------------------------------------------------
+
+def test_replay_holds_the_latest_rollouts_alone():
+    loader, model, kept = make_loader(updates=2, replay=3), tiny_player(GAME), []
+    for step in range(12):
+        loader.next_batch(model)
+        if step % 2 == 0:
+            kept.append(loader.latest().ids)
+        assert loader.n_games == 24 * (step // 2 + 1) and len(loader.replay.ids) == min(loader.n_games, 72)
+    assert (loader.replay.ids == np.concatenate(kept[-3:])).all()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_loader_goes_on_bit_for_bit(algorithm):
+    model, loader = tiny_player(GAME), make_loader(algorithm=algorithm)
+    for _ in range(6):
+        loader.next_batch(model)
+    saved = loader.state_dict()
+    expected = [loader.next_batch(model) for _ in range(6)]
+    other = make_loader(algorithm=algorithm, seed=9)
+    other.load_state_dict(saved)
+    assert_same([list(other.next_batch(model)) for _ in range(6)], [list(batch) for batch in expected])
+
+
+def test_on_policy_batches_are_the_games_just_played():
+    loader, model = make_loader(algorithm="reinforce", symmetries=False), tiny_player(GAME)
+    first, second = loader.next_batch(model), loader.next_batch(model)
+    assert loader.n_games == 48 and (second[0].numpy() == loader.replay.ids).all() and not torch.equal(first[0], second[0])
+
+
+def test_statistics_count_since_they_were_taken():
+    loader, model = make_loader(updates=1, random_plies=0), tiny_player(GAME)
+    assert loader.take_statistics() == {}
+    for _ in range(3):
+        loader.next_batch(model)
+    row = loader.take_statistics()
+    assert row["games"] == 72 and 0 < row["distinct_openings"] <= row["distinct_games"] <= 1 and row["games_per_sec"] > 0
+    assert "games_per_sec" not in loader.take_statistics()
+    same = Rollout(*(np.repeat(part[:1], 4, 0) for part in loader.replay))
+    assert same.distinct() == 0.25
+
+
+def test_imitation_learns_the_moves_of_the_player_that_errs():
+    """With epsilon 0 every move is one of the best."""
+    loader = make_loader(algorithm="imitation", epsilon=0.0)
+    loader.play(tiny_player(GAME))
+    for ply, rows, line in replay_lines(GAME, loader.replay):
+        chosen = loader.replay.moves[rows, ply].argmax(1)
+        assert is_best(move_values(GAME, line.state))[np.arange(len(rows)), chosen].all()
