@@ -30,7 +30,7 @@ from runtime.files import atomic_write, read_json_lines
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from strength import Match, Question, Rating, fit_elo, lost_lines, make_exam, play_match, score_against_perfect, take_exam
-from tasks.games import Game, make_game
+from tasks.games import Game, make_game, parse_board
 from trainer import (
     Evaluation,
     LoopConfig,
@@ -121,7 +121,7 @@ def resolve_flags(start: dict, given: dict) -> dict:
     """The values of all flags. start: {} or the flags of the resumed run. Raises BadInput for one without effect."""
     defaults = SELFPLAY.defaults()
     values = override_horizon(defaults | start, given)
-    game = make_game(values["game"], values["board"])
+    game = open_game(values["game"], values["board"])
     if values["algorithm"] == "auto":
         values["algorithm"] = "search"
     if values["block_size"] is None:
@@ -141,6 +141,11 @@ def refuse_flags(given: dict, reason: str):
 
 
 # -- models that play -------------------------------------------------------------------------------------------------
+
+def open_game(name: str, board: str | None) -> Game:
+    """Raises BadInput for a game or a board that does not exist."""
+    return make_game(name, None if board is None else parse_board(board))
+
 
 def context_of(game: Game) -> int:
     """Tokens of the longest game."""
@@ -262,7 +267,7 @@ def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | 
     """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it, with --games resolved. Raises BadInput
     before any file is written."""
     run, play, loop = configs.run, configs.play, configs.loop
-    game = make_game(run.game, run.board)
+    game = open_game(run.game, run.board)
     output = open_output(SELFPLAY, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
     seed_everything(run.seed)
@@ -368,7 +373,7 @@ def play_against(values: dict, path: Path):
     """--play. Raises BadInput."""
     configs = SELFPLAY.read_configs(values | {"block_size": 1})
     run, machine = configs.run, open_machine(configs.device)
-    game = make_game(run.game, run.board)
+    game = open_game(run.game, run.board)
     model = load_player(run.checkpoint_path or path, None, run.game, game).to(machine.device)
     play_in_terminal(model, game, run.think, run.model_first)
 

@@ -1,6 +1,6 @@
 """Games for two players as rules on arrays: a batch of positions at a time, and the exact value of a position.
 
-    game = GAMES["connect_four"]((4, 5))
+    game = make_game("connect_four", (4, 5))
     state = game.start(256)
     state = game.play(state, moves)         # moves: (256,), each allowed by game.legal(state)
     values = move_values(game, state)       # (256, game.n_moves): 1 wins, 0 draws, -1 loses
@@ -9,10 +9,14 @@ To a model a move is a token and a game the sequence of its moves, led by START.
 the player who is to move. A game is a class here, or in tasks/poker.py, and a line in GAMES.
 """
 import functools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from kernels.game_solvers import MAX_CONNECT_FOUR_BITS, solve_connect_four, solve_othello
+from runtime.config import BadInput, shorten
 
 LOSS, DRAW, WIN = range(3)  # outcome tokens, counted from the last move
 UNKNOWN = 2                 # in place of a value: the position is not solved, or the move is not legal
@@ -66,7 +70,7 @@ class Game:
         raise NotImplementedError
 
     def solvable(self, state: State) -> np.ndarray:
-        """(n,) bool: whether `solve` takes no longer than some milliseconds."""
+        """(n,) bool: whether `solve` takes no longer than some milliseconds; then it also does after any move."""
         return np.ones(len(state.player), bool)
 
     def solve(self, state: State) -> np.ndarray:
@@ -79,6 +83,10 @@ class Game:
     def draw(self, state: State) -> str:
         """The board of a single game, as text of several lines."""
         raise NotImplementedError
+
+
+def bad_board(board: tuple[int, ...], reason: str) -> BadInput:
+    return BadInput(f"--board={shorten('x'.join(map(str, board)))}: {reason}")
 
 
 def values(game: Game, state: State) -> np.ndarray:
@@ -122,7 +130,7 @@ def play_line(game: Game, line: Line, rows: np.ndarray, moves: np.ndarray) -> Li
 
 
 def enumerate_positions(game: Game, limit: int) -> list[Line] | None:
-    """All positions that can be reached, each once, by the number of moves; None where there are more than `limit`."""
+    """All positions that can be reached by each number of moves, each once; None where there are more than `limit`."""
     line = start_line(game, 1)
     levels, n = [line], 1
     while (legal := game.legal(line.state)).any():
@@ -137,9 +145,13 @@ def enumerate_positions(game: Game, limit: int) -> list[Line] | None:
 
 def first_of_each(state: State) -> np.ndarray:
     """The first row of each different position, in their order."""
+    return np.sort(np.unique(position_keys(state), return_index=True)[1])
+
+
+def position_keys(state: State) -> np.ndarray:
+    """(n,) of bytes that are equal where board and player to move are, and can be sorted."""
     packed = np.concatenate((state.board, state.player[:, None]), axis=1)
-    packed = np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1])))[:, 0]
-    return np.sort(np.unique(packed, return_index=True)[1])
+    return packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
 
 
 def random_line(game: Game, n: int, plies: int, rng: np.random.Generator) -> Line:
@@ -154,33 +166,36 @@ def random_line(game: Game, n: int, plies: int, rng: np.random.Generator) -> Lin
 def draw_moves(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n, n_moves) weights, which need not sum to 1 -> (n,) int64, a move of each row with a probability in proportion."""
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
-    return (cumulative <= rng.random(len(weights))[:, None] * cumulative[:, -1:]).sum(1).clip(max=weights.shape[1] - 1)
+    assert (cumulative[:, -1] > 0).all(), "a game without a legal move"
+    return (cumulative <= rng.random(len(weights))[:, None] * cumulative[:, -1:]).sum(1)
 
 
 # -- games whose aim is a line of stones ------------------------------------------------------------------------------
 
 class LineGame(Game):
-    """The first with `n_in_line` stones in a row, a column or a diagonal wins; a full board is a draw."""
+    """A move is a cell, counted row by row from the top. The first with `n_in_line` stones in a row, a column or a diagonal
+    wins; a full board is a draw."""
     n_in_line: int
 
     def __init__(self, board: tuple[int, ...]):
         self.board, (self.height, self.width) = board, board
-        self.n_cells = self.max_plies = self.height * self.width
+        self.n_cells = self.n_moves = self.max_plies = self.height * self.width
         self.lines = np.array([*lines_of(self.height, self.width, self.n_in_line)])
-
-    def landing_cells(self, state: State, moves: np.ndarray) -> np.ndarray:
-        """(n,) int: where the stone of each move comes to lie."""
-        raise NotImplementedError
 
     def play(self, state: State, moves: np.ndarray) -> State:
         board = state.board.copy()
-        board[np.arange(len(board)), self.landing_cells(state, moves)] = state.player
+        board[np.arange(len(board)), moves] = state.player
+        # All lines: two to four times as fast as those through the new stones, which differ from game to game.
         won = (board[:, self.lines] == state.player[:, None, None]).all(2).any(1)
         return State(board, -state.player, won | (board != 0).all(1), np.where(won, state.player, 0).astype(np.int8))
 
     def draw(self, state: State) -> str:
-        rows = state.board[0].reshape(self.height, self.width)
-        return "\n".join(" ".join({1: "X", -1: "O", 0: "."}[int(stone)] for stone in row) for row in rows)
+        return "\n".join(draw_stones(state.board[0], self.width))
+
+
+def draw_stones(board: np.ndarray, width: int) -> list[str]:
+    """The rows of a board, X the first player's stones."""
+    return [" ".join({1: "X", -1: "O", 0: "."}[int(stone)] for stone in row) for row in board.reshape(-1, width)]
 
 
 def lines_of(height: int, width: int, n: int) -> Iterator[list[int]]:
@@ -193,24 +208,21 @@ def lines_of(height: int, width: int, n: int) -> Iterator[list[int]]:
 
 
 class TicTacToe(LineGame):
-    """Moves are cells, counted row by row from the top."""
-    default_games = 38_400
+    """Three in a line win."""
     default_board = 3, 3
     n_in_line = 3
 
     def __init__(self, board: tuple[int, ...] = default_board):
+        if board != self.default_board:
+            raise bad_board(board, "tic_tac_toe is played on 3x3 cells")
         super().__init__(board)
-        self.n_moves = self.n_cells
         self.symmetries = square_symmetries(self.height)
-
-    def landing_cells(self, state: State, moves: np.ndarray) -> np.ndarray:
-        return moves
 
     def legal(self, state: State) -> np.ndarray:
         return (state.board == 0) & ~state.over[:, None]
 
     def solve(self, state: State) -> np.ndarray:
-        return look_up(self, state)
+        return minimax_table(TicTacToe, self.default_board).look_up(state)
 
     def draw(self, state: State) -> str:
         cells = [{1: "X", -1: "O"}.get(int(stone), str(i + 1)) for i, stone in enumerate(state.board[0])]
@@ -226,27 +238,133 @@ def square_symmetries(side: int) -> np.ndarray:
 
 
 class ConnectFour(LineGame):
-    """A move is a column, in which the stone falls to the lowest empty cell; four in a line win."""
+    """A stone falls to the lowest empty cell of a column; four in a line win. A move is the cell where it comes to lie: of
+    columns as moves, a model would have to count the stones (half as fast to learn from perfect labels)."""
     default_board = 6, 7
     n_in_line = 4
 
     def __init__(self, board: tuple[int, ...] = default_board):
+        if len(board) != 2 or min(board) < 4 or (board[0] + 1) * board[1] > MAX_CONNECT_FOUR_BITS:
+            raise bad_board(board, "connect_four needs a height and a width of at least 4, and "
+                                   f"(height + 1) x width of at most {MAX_CONNECT_FOUR_BITS}")
         super().__init__(board)
-        self.n_moves = self.width
-        self.symmetries = np.array([np.arange(self.width), np.arange(self.width)[::-1]])
-
-    def landing_cells(self, state: State, moves: np.ndarray) -> np.ndarray:
-        stones = (state.board.reshape(-1, self.height, self.width)[np.arange(len(moves)), :, moves] != 0).sum(1)
-        return (self.height - 1 - stones) * self.width + moves
+        cells = np.arange(self.n_cells).reshape(board)
+        self.symmetries = np.array([cells.ravel(), cells[:, ::-1].ravel()])
 
     def legal(self, state: State) -> np.ndarray:
-        return (state.board[:, :self.width] == 0) & ~state.over[:, None]
+        empty = state.board == 0
+        is_supported = np.pad(~empty[:, self.width:], ((0, 0), (0, self.width)), constant_values=True)
+        return empty & is_supported & ~state.over[:, None]
+
+    def move_name(self, move: int) -> str:
+        """The column, of which one cell at most is a legal move."""
+        return str(move % self.width + 1)
+
+    def solvable(self, state: State) -> np.ndarray:
+        """All up to 5x5, where an empty board takes 0.05 s. With 24 empty cells, 6x7 takes 1 to 3 ms on average."""
+        return (state.board == 0).sum(1) <= (24 if self.n_cells > 25 else 25)
+
+    def solve(self, state: State) -> np.ndarray:
+        return solve_connect_four(state.board * state.player[:, None], self.height, self.width)
 
     def draw(self, state: State) -> str:
         return "\n".join((super().draw(state), " ".join(str(column + 1) for column in range(self.width))))
 
 
+# -- Othello ----------------------------------------------------------------------------------------------------------
+
+class Othello(Game):
+    """Moves are cells, counted row by row from the top; the last one is to pass, which is legal where no other move is and
+    the other player has one. A stone turns the other player's stones in straight lines between it and another of its own, at
+    least one. The game is over when neither can move, and who has more stones wins. At the start the second player (white)
+    has the two middle cells on the diagonal from the top left, the first (black) those on the diagonal from the top right.
+    """
+    default_board = 6, 6
+
+    def __init__(self, board: tuple[int, ...] = default_board):
+        if board not in ((4, 4), (6, 6), (8, 8)):
+            raise bad_board(board, "othello is played on 4x4, 6x6 or 8x8 cells")
+        self.board, self.side, self.n_cells = board, board[0], board[0] * board[1]
+        self.pass_move, self.n_moves = self.n_cells, self.n_cells + 1
+        self.max_plies = 2 * (self.n_cells - 4) - 1  # the first move fills a cell, and so does the one after a pass
+        self.rays = rays_from_cells(self.side)
+        start = self.start(1).board[0]
+        self.symmetries = np.array([[*cells, self.pass_move] for cells in square_symmetries(self.side)
+                                    if (start[cells] == start).all()])
+
+    def start(self, n: int) -> State:
+        state, high = super().start(n), self.side // 2
+        grid = state.board.reshape(n, self.side, self.side)
+        grid[:, [high - 1, high], [high - 1, high]], grid[:, [high - 1, high], [high, high - 1]] = -1, 1
+        return state
+
+    def placements(self, stones: np.ndarray) -> np.ndarray:
+        """(n, cells) int8, 1 the player's and -1 the other's -> (n, cells) bool: where the player may place a stone."""
+        n, side = len(stones), self.side
+        grid = np.zeros((side + 2, side + 2, n), np.int8)  # games last: numpy's inner loops run along them
+        grid[1:-1, 1:-1] = stones.T.reshape(side, side, n)
+        own, other, run = grid == 1, grid[1:-1, 1:-1] == -1, np.zeros(grid.shape, bool)
+        inside, found = run[1:-1, 1:-1], np.zeros((side, side, n), bool)
+        for dy, dx in DIRECTIONS:
+            neighbours = slice(1 + dy, side + 1 + dy), slice(1 + dx, side + 1 + dx)
+            inside[:] = other & own[neighbours]
+            for _ in range(side - 3):
+                inside |= other & run[neighbours]
+            found |= run[neighbours]
+        return (found & (grid[1:-1, 1:-1] == 0)).reshape(self.n_cells, n).T
+
+    def legal(self, state: State) -> np.ndarray:
+        cells = self.placements(state.board * state.player[:, None])
+        return np.column_stack((cells, ~cells.any(1) & ~state.over))
+
+    def play(self, state: State, moves: np.ndarray) -> State:
+        board, rows = state.board.copy(), np.flatnonzero(moves != self.pass_move)
+        board[rows, moves[rows]] = state.player[rows]
+        games, cells = self.turned(state.take(rows), moves[rows])
+        board[rows[games], cells] = state.player[rows[games]]
+        over = ~(self.placements(board).any(1) | self.placements(-board).any(1))
+        return State(board, -state.player, over, np.where(over, np.sign(board.sum(1)), 0).astype(np.int8))
+
+    def turned(self, state: State, moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and cells of the stones that are turned by stones in the cells `moves`."""
+        stones = np.pad(state.board * state.player[:, None], ((0, 0), (0, 1)))
+        rays = self.rays[moves]                                                     # (n, 8, side - 1)
+        along = stones[np.arange(len(moves))[:, None, None], rays]
+        run = np.logical_and.accumulate(along == -1, axis=2)
+        end = np.minimum(run.sum(2, keepdims=True), self.side - 2)
+        games, directions, steps = np.nonzero(run & (np.take_along_axis(along, end, 2) == 1))
+        return games, rays[games, directions, steps]
+
+    def solvable(self, state: State) -> np.ndarray:
+        """As many empty cells take 1 to 2 ms on average."""
+        return (state.board == 0).sum(1) <= {4: 12, 6: 14, 8: 12}[self.side]
+
+    def solve(self, state: State) -> np.ndarray:
+        return solve_othello(state.board * state.player[:, None], self.side)
+
+    def move_name(self, move: int) -> str:
+        return "pass" if move == self.pass_move else f"{'abcdefgh'[move % self.side]}{move // self.side + 1}"
+
+    def draw(self, state: State) -> str:
+        rows = draw_stones(state.board[0], self.side)
+        return "\n".join((f"  {' '.join('abcdefgh'[:self.side])}", *(f"{i + 1} {row}" for i, row in enumerate(rows))))
+
+
+DIRECTIONS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+
+
+def rays_from_cells(side: int) -> np.ndarray:
+    """(cells, 8, side - 1): the cells that follow each in each direction; outside of the board, the number of cells."""
+    cells = np.full((3 * side, 3 * side), side * side)
+    cells[side:2 * side, side:2 * side] = np.arange(side * side).reshape(side, side)
+    return np.array([[[cells[side + y + i * dy, side + x + i * dx] for i in range(1, side)] for dy, dx in DIRECTIONS]
+                     for y in range(side) for x in range(side)])
+
+
 # -- Nim --------------------------------------------------------------------------------------------------------------
+
+MAX_MATCHES = 64
+
 
 class Nim(Game):
     """Heaps of matches, of which a move takes any number from one; who takes the last match wins. A move is a heap and a
@@ -254,13 +372,15 @@ class Nim(Game):
     default_board = 3, 4, 5
 
     def __init__(self, board: tuple[int, ...] = default_board):
+        if not board or min(board) < 1 or sum(board) > MAX_MATCHES:
+            raise bad_board(board, f"nim needs heaps of at least 1, with at most {MAX_MATCHES} matches in all")
         self.board, self.heaps, self.n_cells = board, np.array(board, np.int8), len(board)
         self.moves = np.array([(heap, taken) for heap, n in enumerate(board) for taken in range(1, n + 1)])
         self.n_moves, self.max_plies = len(self.moves), sum(board)
         self.symmetries = self.heap_symmetries(board)
 
     def heap_symmetries(self, board: tuple[int, ...]) -> np.ndarray:
-        """Heaps of the same size change places with the next of that size."""
+        """Two heaps of the same size change places."""
         number = {tuple(move): i for i, move in enumerate(self.moves.tolist())}
         found = [np.arange(self.n_moves)]
         for a in range(len(board)):
@@ -296,38 +416,53 @@ class Nim(Game):
 
 # -- exact values by enumeration --------------------------------------------------------------------------------------
 
-MAX_TABLE = 2_000_000  # positions
+MAX_TABLE = 4_000_000  # positions
+
+
+class ValueTable(NamedTuple):
+    """Values of positions for the player to move."""
+    keys: np.ndarray    # see position_keys, sorted
+    values: np.ndarray  # (n,) int8
+
+    def look_up(self, state: State) -> np.ndarray:
+        """(n,) int8. The positions must be in the table."""
+        return self.values[np.searchsorted(self.keys, position_keys(state))]
 
 
 @functools.lru_cache(maxsize=4)
-def minimax_table(game_class: type, board: tuple[int, ...]) -> dict[bytes, int]:
-    """Board and player to move, as bytes -> value, of every position that can be reached. Backward induction."""
-    game, table = game_class(board), {}
-    levels = enumerate_positions(game, MAX_TABLE)
+def minimax_table(game_class: type[Game], board: tuple[int, ...]) -> ValueTable:
+    """Every position that can be reached, by backward induction."""
+    game = game_class(board)
+    levels, tables = enumerate_positions(game, MAX_TABLE), []
+    assert levels is not None, f"more than {MAX_TABLE:,} positions"
     for line in reversed(levels):
-        legal, state = game.legal(line.state), line.state
-        best = np.where(state.over, state.result(), -1).astype(np.int8)
-        if legal.any():
-            rows, moves = np.nonzero(legal)
-            children = game.play(state.take(rows), moves)
-            np.maximum.at(best, rows, np.array([-table[key] for key in position_keys(children)], np.int8))
-        table |= zip(position_keys(state), best.tolist())
-    return table
+        state = line.state
+        value, (rows, moves) = np.where(state.over, state.result(), -1).astype(np.int8), np.nonzero(game.legal(state))
+        if len(rows):
+            np.maximum.at(value, rows, -tables[-1].look_up(game.play(state.take(rows), moves)))
+        tables.append(sort_table(position_keys(state), value))
+    return sort_table(*map(np.concatenate, zip(*tables)))
 
 
-def position_keys(state: State) -> list[bytes]:
-    packed = np.concatenate((state.board, state.player[:, None]), axis=1)
-    return [row.tobytes() for row in packed]
+def sort_table(keys: np.ndarray, values: np.ndarray) -> ValueTable:
+    order = np.argsort(keys)
+    return ValueTable(keys[order], values[order])
 
 
-def look_up(game: Game, state: State) -> np.ndarray:
-    table = minimax_table(type(game), (game.height, game.width))
-    return np.array([table[key] for key in position_keys(state)], np.int8)
+# -- every game -------------------------------------------------------------------------------------------------------
+
+GAMES: dict[str, type[Game]] = {"tic_tac_toe": TicTacToe, "connect_four": ConnectFour, "othello": Othello, "nim": Nim}
 
 
-GAMES: dict[str, type[Game]] = {"tic_tac_toe": TicTacToe, "connect_four": ConnectFour, "nim": Nim}
+def make_game(name: str, board: tuple[int, ...] | None = None) -> Game:
+    """board: None for the game's own. Raises BadInput naming --game or --board."""
+    if name not in GAMES:
+        raise BadInput(f"--game={shorten(name)}: choose one of {', '.join(GAMES)}")
+    return GAMES[name]() if board is None else GAMES[name](board)
 
 
-def make_game(name, board=None):
-    game = GAMES[name](*([tuple(map(int, board.split("x")))] if board else []))
-    return game
+def parse_board(text: str) -> tuple[int, ...]:
+    """"4x5" -> (4, 5). Raises BadInput."""
+    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", text):
+        raise BadInput(f"--board={shorten(text)}: give sizes joined by x, such as 4x5")
+    return tuple(map(int, text.split("x")))

@@ -22,7 +22,7 @@ SCRIPTS = [name for name in ORDER if (REPO / f"{name}.py").exists()]
 COMMANDS = [*write_flags.COMMANDS]
 # What each folder may import of ours.
 FOLDERS = {"runtime": {"runtime"}, "kernels": {"kernels"}, "layers": {"layers", "kernels"}, "text": {"text", "runtime"},
-           "tasks": {"tasks", "text", "runtime"}, "experiments": {"experiments", "runtime"},
+           "tasks": {"tasks", "text", "runtime", "kernels"}, "experiments": {"experiments", "runtime"},
            "convert": {"convert", "layers", "runtime", "model", "tokenizer"}}
 # Flag names that users' commands and notes hold; they never change.
 USERS_FLAGS = {
