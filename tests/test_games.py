@@ -73,11 +73,10 @@ class SlowLineGame:
     def moves(self) -> list[int]:
         """Where it is not over."""
         free = [cell for cell, stone in enumerate(self.stones) if stone == 0]
-        return sorted({cell % self.board[1] for cell in free}) if self.falls else free
+        below = lambda cell: range(cell + self.board[1], len(self.stones), self.board[1])
+        return [cell for cell in free if not (self.falls and any(self.stones[other] == 0 for other in below(cell)))]
 
     def after(self, move: int) -> "SlowLineGame":
-        if self.falls:
-            move = max(cell for cell in range(move, len(self.stones), self.board[1]) if self.stones[cell] == 0)
         new = SlowLineGame(self.board, self.n_in_line, self.falls)
         new.stones, new.player = [*self.stones], -self.player
         new.stones[move] = self.player
@@ -268,7 +267,9 @@ def test_no_games_are_a_batch_too(name, board):
 def test_tokens(name, board):
     game = make_game(name, board)
     assert (game.start_token, game.vocab_size) == (game.n_moves + 3, game.n_moves + 4)
-    assert len({game.move_name(move) for move in range(game.n_moves)}) == game.n_moves
+    for line in random_states(game, 5):  # a name stands for one move at a time
+        for moves in game.legal(line.state):
+            assert len({game.move_name(move) for move in np.flatnonzero(moves)}) == moves.sum()
 
 
 @pytest.mark.parametrize("name, board, lengths", [
@@ -363,7 +364,7 @@ def test_othello_is_never_longer_than_it_says():
 
 @pytest.mark.parametrize("name, board, moves, text", [
     ("tic_tac_toe", (3, 3), [4, 0], "O 2 3\n4 X 6\n7 8 9"),
-    ("connect_four", (4, 5), [2, 2, 0], ". . . . .\n. . . . .\n. . O . .\nX . X . .\n1 2 3 4 5"),
+    ("connect_four", (4, 5), [17, 12, 15], ". . . . .\n. . . . .\n. . O . .\nX . X . .\n1 2 3 4 5"),
     ("othello", (4, 4), [1], "  a b c d\n1 . X . .\n2 . X X .\n3 . X O .\n4 . . . ."),
     ("nim", (1, 3), [2], "heap 1  |\nheap 2  |")])
 def test_drawings_by_hand(name, board, moves, text):
