@@ -231,7 +231,7 @@ class Examiner:
         with atomic_write(self.folder / "matches.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         matches = [Match(row["opponent"], row["step"], row["games"] - row["score"], row["games"]) for row in rows]
-        rating = fit_elo(matches).get(step, Rating(0.0, 0.0))
+        rating = fit_elo(matches)[step] if matches else Rating(0.0, 0.0)
         return {"elo": rating.elo, "elo_margin": rating.margin}
 
     def snapshot(self, step: int) -> Path:

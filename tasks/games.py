@@ -42,11 +42,12 @@ class Game:
 
     Its tokens are the moves, three outcomes and START, in this order. n_moves: what legal moves are numbered in. max_plies:
     of the longest game. symmetries: (S, n_moves) int64, in each of which move m becomes symmetries[s, m] throughout a game,
-    and nothing else changes; the first is the identity.
+    and nothing else changes; the first is the identity. default_games: to learn it from.
     """
     n_moves: int
     max_plies: int
     symmetries: np.ndarray
+    default_games = 51_200
     has_hidden_cards = False
 
     @property

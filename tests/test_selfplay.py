@@ -1,0 +1,226 @@
+"""selfplay.py: whole runs, resuming, what is said and refused, and a game in a real terminal."""
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import rollouts
+import selfplay
+from conftest import REPO, assert_same, run_rows, saved_training, stderr_lines
+from runtime.checkpoint import load_checkpoint, run_folder
+from selfplay import has_collapsed, read_matches, spread
+
+TINY = ["--game=nim", "--board=1x2x3", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16", "--batch_size=8",
+        "--val_intervals=3", "--log_intervals=1", "--warmup_iter=1", "--rating_games=4", "--verbose=0", "--device=cpu",
+        "--threads=0"]
+
+
+@pytest.fixture
+def run_selfplay(tmp_path):
+    """run_selfplay("--max_iter=3", …) -> path of the checkpoint."""
+    def run(*flags: str, checkpoint: str = "run.pt"):
+        path = tmp_path / checkpoint
+        resumes = any(flag.startswith("--resume_checkpoint") for flag in flags)
+        selfplay.main([f"--out_path={path}", *([] if resumes else TINY), *flags])
+        return path
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model of Nim that tests share and must leave as it is."""
+    path = tmp_path_factory.mktemp("selfplay") / "nim.pt"
+    selfplay.main([f"--out_path={path}", *TINY, "--max_iter=3"])
+    return path
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.integration
+def test_nim_is_learnt_from_its_rules_alone(run_selfplay):
+    """From random weights to perfect play in seconds: every optimal move, and no line lost where the first player wins."""
+    path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--batch_size=64", "--val_intervals=60",
+                        "--max_iter=120", "--learning_rate=0.02")
+    first, last = (row for row in run_rows(path) if row["step"] in (0, 120))
+    assert first["optimal_moves"] < 0.9 <= last["optimal_moves"] and last["value_accuracy"] > 0.9
+    assert last["lost_lines_first"] == 0 or last["lost_lines_second"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--search=puct", "--simulations=3"], ["--algorithm=reinforce"],
+                                   ["--algorithm=imitation"], ["--mixer=gated_delta"], ["--mlp=grkan"]])
+def test_every_way_of_learning_runs(run_selfplay, flags):
+    path = run_selfplay(*flags, "--max_iter=3")
+    rows = run_rows(path)
+    assert rows[-1]["step"] == 3 and {"optimal_moves", "elo", "games", "distinct_games", "perfect_score"} <= rows[-1].keys()
+
+
+def test_a_run_writes_what_it_says(run_selfplay, capsys):
+    path = run_selfplay("--max_iter=3", "--verbose=1")
+    out = capsys.readouterr().out
+    assert "nim on 1x2x3: one_ply look-ahead" in out and "| optimal moves | higher |" in out and "--play" in out
+    folder = run_folder(path)
+    page = (folder / "selfplay.html").read_text()
+    assert "Against exact truth" in page and "Rating among" in page
+    assert [row["step"] for row in read_matches(folder)] == [3]
+    assert sorted(file.name for file in (folder / "snapshots").iterdir()) == ["00000000.pt", "00000003.pt"]
+    assert load_checkpoint(path)["game"] == {"name": "nim", "board": [1, 2, 3]}
+
+
+def test_games_set_the_length_of_a_run(run_selfplay):
+    path = run_selfplay("--games=64", "--updates=2")
+    rows = run_rows(path)
+    assert rows[-1]["step"] == 8 and rows[-1]["games"] == 64
+    assert load_checkpoint(path)["training"]["settings"]["max_iter"] == 8
+
+
+def test_training_starts_from_a_model_of_the_same_game(run_selfplay, trained):
+    path = run_selfplay("--max_iter=1", "--learning_rate=1e-9")
+    fresh = load_checkpoint(path)["model"]
+    selfplay.main([f"--out_path={path.with_name('b.pt')}", "--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}",
+                   "--max_iter=1", "--learning_rate=1e-9", "--verbose=0", "--rollout_games=4", "--batch_size=4"])
+    started, old = load_checkpoint(path.with_name("b.pt"))["model"], load_checkpoint(trained)["model"]
+    torch.testing.assert_close(started["embed.weight"], old["embed.weight"], atol=1e-6, rtol=0)
+    assert not torch.allclose(fresh["embed.weight"], old["embed.weight"], atol=1e-3)
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--algorithm=reinforce"], ["--search=puct", "--simulations=3"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(run_selfplay, flags):
+    whole = run_selfplay(*flags, "--max_iter=9", checkpoint="whole.pt")
+    part = run_selfplay(*flags, "--max_iter=5", checkpoint="part.pt")
+    run_selfplay("--resume_checkpoint", "--max_iter=9", checkpoint="part.pt")
+    assert_same(saved_training(part)[0], saved_training(whole)[0])
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL, which would end the tests too."""
+
+
+@pytest.mark.parametrize("rollout", [0, 1, 2])
+def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(run_selfplay, monkeypatch, rollout):
+    whole = run_selfplay("--max_iter=9", "--updates=3", checkpoint="whole.pt")
+    think, calls = rollouts.think_one_ply, iter(range(10 ** 6))
+
+    def killed(positions, temperature):
+        if positions.line.history.shape[1] == 2 and next(calls) == rollout:
+            raise Killed
+        return think(positions, temperature)
+    monkeypatch.setattr(rollouts, "think_one_ply", killed)
+    with pytest.raises(Killed):
+        run_selfplay("--max_iter=9", "--updates=3", checkpoint="part.pt")
+    monkeypatch.undo()
+    part = run_selfplay("--resume_checkpoint", checkpoint="part.pt")
+    for a, b in zip(saved_training(part), saved_training(whole)):
+        assert_same(a, b)
+    timings = {"games_per_sec", "positions_per_sec"}
+    rows = [[{name: value for name, value in row.items() if name not in timings} for row in run_rows(path)]
+            for path in (part, whole)]
+    assert rows[0] == rows[1]
+    assert read_matches(run_folder(part)) == read_matches(run_folder(whole))
+
+
+@pytest.mark.integration
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, str(REPO / "selfplay.py"), f"--out_path={tmp_path / 'run.pt'}", *TINY, "--max_iter=100000",
+               "--verbose=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any(row["step"] > 2 for row in run_rows(tmp_path / "run.pt")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"`python selfplay.py --out_path={tmp_path / 'run.pt'} --resume_checkpoint` continues" in " ".join(error.split())
+
+
+# -- collapse ---------------------------------------------------------------------------------------------------------
+
+def test_collapse_is_said_once(run_selfplay, monkeypatch, capsys):
+    monkeypatch.setattr(selfplay, "COLLAPSED_GAMES", 1.0)
+    monkeypatch.setattr(selfplay, "WELL_PLAYED", 1.1)
+    run_selfplay("--max_iter=9")
+    (line,) = [line for line in stderr_lines(capsys.readouterr().err) if "collapsed" in line]
+    assert "of the games differ" in line
+
+
+def test_what_counts_as_collapse():
+    assert has_collapsed({"distinct_games": 0.05, "optimal_moves": 0.7})
+    assert not has_collapsed({"distinct_games": 0.05, "optimal_moves": 0.995})  # good play may be narrow
+    assert not has_collapsed({"distinct_games": 0.5, "optimal_moves": 0.5}) and not has_collapsed({"optimal_moves": 0.5})
+
+
+def test_spread():
+    assert spread([1, 2, 3], 4) == [1, 2, 3] and spread(list(range(10)), 4) == [0, 3, 6, 9] and spread([5], 4) == [5]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    ([], ["--game", "such as --game=tic_tac_toe"]),
+    (["--game=chess"], ["--game=chess", "choose one of"]),
+    (["--game=connect_four", "--board=4"], ["--board=4", "height"]),
+    (["--game=connect_four", "--board=4,5"], ["--board=4,5", "sizes joined by x"]),
+    (["--game=nim", "--block_size=5"], ["--block_size=5", "nim on 3x4x5", "13"]),
+    (["--game=nim", "--checkpoint_path=missing.pt"], ["missing.pt", "no checkpoint to read"]),
+    (["--game=nim", "--algorithm=reinforce", "--replay=3"], ["--replay=3", "--algorithm=reinforce"]),
+    (["--game=nim", "--play", "--checkpoint_path=missing.pt"], ["missing.pt"])])
+def test_bad_input_is_one_line(refused, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    refused(selfplay.main, flags, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_other_things_are_refused(refused, trained, tmp_path, data_path):
+    from conftest import train_tiny
+    text = train_tiny(tmp_path / "text.pt", data_path, "--max_iter=1")
+    out = f"--out_path={tmp_path / 'run.pt'}"
+    refused(selfplay.main, ["--game=nim", f"--checkpoint_path={text}", out], "text.pt", "not those of a game")
+    refused(selfplay.main, ["--game=tic_tac_toe", f"--checkpoint_path={trained}", out], "plays nim on 1x2x3")
+    refused(selfplay.main, ["--game=nim", f"--checkpoint_path={trained}", out], "--board=1x2x3")
+    refused(selfplay.main, ["--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}", "--n_layer=2", out],
+            "--n_layer=2", "--checkpoint_path")
+    assert not (tmp_path / "run.pt").exists()
+
+
+# -- a game in the terminal -------------------------------------------------------------------------------------------
+
+def play_in_terminal(path, typed: list[str], *flags: str) -> str:
+    """What a terminal of its own shows when these lines are typed, each after a prompt."""
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(REPO / "selfplay.py"), "--play", f"--checkpoint_path={path}", *flags],
+                               stdin=other, stdout=other, stderr=other, cwd=REPO, close_fds=True,
+                               env=os.environ | {"TERM": "dumb", "COLUMNS": "80"})
+    os.close(other)
+    shown, prompts = "", 0
+    while True:
+        try:
+            data = os.read(main, 1024).decode(errors="replace")
+        except OSError:  # the process has closed it
+            break
+        if not data:
+            break
+        shown += data
+        while shown.count("> ") > prompts and prompts < len(typed):
+            os.write(main, typed[prompts].encode() + b"\n")
+            prompts += 1
+    process.wait(timeout=60)
+    os.close(main)
+    assert process.returncode == 0, shown
+    return shown.replace("\r", "")
+
+
+@pytest.mark.integration
+def test_a_game_in_a_terminal(trained):
+    shown = play_in_terminal(trained, ["/help", "/think", "9of9", "/back", "1of1", "/new second", "/quit"], "--game=nim",
+                             "--board=1x2x3", "--think=5")
+    assert "you are X, and first" in shown and "a move   play it: 1of1 1of2 2of2 1of3 2of3 3of3" in shown
+    assert re.search(r"move +chosen +loses +draws +wins +visits +search", shown)
+    assert "(9of9: not possible here" in shown and "(there is no move to take back)" in shown
+    assert "heap 1\nheap 2  ||" in shown and "the model plays " in shown and "you are O, and second" in shown
+    assert max(map(len, shown.splitlines())) <= 80 and "Traceback" not in shown
