@@ -9,7 +9,6 @@ import pytest
 
 from kernels.game_solvers import connect_four_table, solve_connect_four, solve_othello
 from runtime.config import BadInput
-from tasks import games
 from tasks.games import (
     GAMES,
     UNKNOWN,
@@ -327,39 +326,31 @@ def test_nim_has_a_position_for_each_choice_of_heaps():
 
 
 def test_passing_in_othello():
-    """After these moves the second player has no stone to place, the first has; who passes keeps the board."""
-    game = Othello((4, 4))
-    lines = [line for line in random_states(game, 200) if (~line.state.over).any()]
-    found = 0
-    for line in lines:
+    """It is the only move then, keeps the board, and the other player cannot pass too."""
+    game, n_passes = Othello((4, 4)), 0
+    for line in random_states(game, 200):
         legal = game.legal(line.state)
         rows = np.flatnonzero(legal[:, game.pass_move])
-        found += len(rows)
+        before, n_passes = line.state.take(rows), n_passes + len(rows)
+        after = game.play(before, np.full(len(rows), game.pass_move))
         assert (legal[rows].sum(1) == 1).all()
-        state = line.state.take(rows)
-        after = game.play(state, np.full(len(rows), game.pass_move))
-        assert np.array_equal(after.board, state.board) and np.array_equal(after.player, -state.player)
+        assert np.array_equal(after.board, before.board) and np.array_equal(after.player, -before.player)
         assert not after.over.any() and not game.legal(after)[:, game.pass_move].any()
-    assert found > 50
+    assert n_passes > 50
 
 
-@pytest.mark.parametrize("board", [(4, 4), (6, 6), (8, 8)])
-def test_othello_starts_from_the_usual_position(board):
-    """Black, the first player, has e4 and d5 of 8x8, and may begin with d3, c4, f5 and e6."""
-    game, high = Othello(board), board[0] // 2
-    columns = "abcdefgh"
-    low, high = columns[high - 2:high], columns[high:high + 2]  # cd and ef
-    y = board[0] // 2
-    moves = {game.move_name(move) for move in np.flatnonzero(game.legal(game.start(1))[0])}
-    assert moves == {f"{low[1]}{y - 1}", f"{low[0]}{y}", f"{high[1]}{y + 1}", f"{high[0]}{y + 2}"}
-    assert [*game.start(1).board[0]].count(1) == [*game.start(1).board[0]].count(-1) == 2
+@pytest.mark.parametrize("side, moves", [(4, "b1 a2 d3 c4"), (6, "c2 b3 e4 d5"), (8, "d3 c4 f5 e6")])
+def test_othello_starts_from_the_usual_position(side, moves):
+    game = Othello((side, side))
+    state = game.start(1)
+    assert " ".join(map(game.move_name, np.flatnonzero(game.legal(state)[0]))) == moves
+    assert (state.board == 1).sum() == (state.board == -1).sum() == 2
 
 
-def test_othello_is_never_longer_than_it_says():
+def test_no_game_of_othello_is_longer_than_it_says():
+    """Of all on 4x4; the longest have 17 moves, 5 of which are passes."""
     levels = enumerate_positions(Othello((4, 4)), 10 ** 5)
-    assert len(levels) - 1 <= Othello((4, 4)).max_plies == 23
-    full = levels[-1].state
-    assert full.over.all()
+    assert len(levels) - 1 == 17 <= Othello((4, 4)).max_plies == 23
 
 
 @pytest.mark.parametrize("name, board, moves, text", [
@@ -674,4 +665,3 @@ def test_lines_of_a_board(game_class: type[LineGame]):
 
 def test_every_open_game_has_slow_rules():
     assert SLOW_GAMES.keys() == {name for name, game in GAMES.items() if not game.has_hidden_cards}
-    assert games.GAMES is GAMES
