@@ -11,7 +11,7 @@ import torch
 from experiments.report import align_columns
 from model import GPT
 from players import SearchResult, best_moves, expand, open_positions, predict, search
-from tasks.games import Game, Line, play_line, start_line
+from tasks.positions import Game, Line, play_line, start_line
 
 HELP = """a move   play it: {moves}
 /think   what the model expects of each move

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import GPT, Cache
 from sampling import cache_dtype
-from tasks.games import DRAW, LOSS, UNKNOWN, WIN, Game, Line, State, draw_moves, move_values, play_line
+from tasks.positions import DRAW, LOSS, UNKNOWN, WIN, Game, Line, State, draw_moves, move_values, play_line
 
 MAX_ROWS = 4096  # positions that are read at a time
 

@@ -32,7 +32,7 @@ from players import (
     softmax,
 )
 from runtime.config import check_flags, flag
-from tasks.games import Game, draw_moves, start_line
+from tasks.positions import Game, draw_moves, start_line
 
 SEARCHES = "one_ply", "puct"
 BASELINE_RATE = 0.05  # of the running mean of what a player wins, per rollout

@@ -30,7 +30,8 @@ from runtime.files import atomic_write, read_json_lines
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from strength import Match, Question, Rating, fit_elo, lost_lines, make_exam, play_match, score_against_perfect, take_exam
-from tasks.games import Game, make_game, parse_board
+from tasks.games import board_text, make_game, parse_board
+from tasks.positions import Game
 from trainer import (
     Evaluation,
     LoopConfig,
@@ -166,8 +167,8 @@ def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> G
             raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py --game={name}` has "
                            f"trained")
         if own != wanted:
-            board = "x".join(map(str, own.get("board", ())))
-            raise BadInput(f"plays {own.get('name')} on {board}, not {name} on {'x'.join(map(str, game.board))}: give "
+            board = board_text(own.get("board", ()))
+            raise BadInput(f"plays {own.get('name')} on {board}, not {name} on {board_text(game.board)}: give "
                            f"--game={own.get('name')} --board={board}, or another model")
         model = GPT.from_checkpoint(checkpoint)
         if model.config.vocab_size != game.vocab_size:
@@ -178,7 +179,7 @@ def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> G
 
 def check_context(block_size: int, name: str, game: Game, what: str):
     if block_size < context_of(game):
-        raise BadInput(f"{what} of {block_size} tokens is too short for {name} on {'x'.join(map(str, game.board))}, whose "
+        raise BadInput(f"{what} of {block_size} tokens is too short for {name} on {board_text(game.board)}, whose "
                        f"longest game needs {context_of(game)}")
 
 
@@ -258,7 +259,7 @@ def read_matches(folder: Path) -> list[dict]:
 
 def has_collapsed(row: dict) -> bool:
     """Whether the model plays the same few games again and again, and not because they are the best."""
-    return row.get("distinct_games", 1.0) <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
+    return "distinct_games" in row and row["distinct_games"] <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def time_examination(examiner: Examiner, model: GPT) -> float:
 def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: SelfPlayConfigs) -> list[str]:
     """The lines that a run starts with: model, game and machine."""
     run, play, game, model = configs.run, configs.play, examiner.game, state.model.config
-    n_exam, board = sum(len(question.values) for question in examiner.exam), "x".join(map(str, game.board))
+    n_exam, board = sum(len(question.values) for question in examiner.exam), board_text(game.board)
     started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
     how = {"search": f"{play.search} look-ahead", "reinforce": "policy gradient", "imitation": "imitation"}[play.algorithm]
     return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 
 from model import GPT
 from players import Player, Prediction, is_best, perfect_player, play_games, read_line
-from tasks.games import (
+from tasks.positions import (
     DRAW,
     UNKNOWN,
     Game,

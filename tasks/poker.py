@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks.games import Game
+from tasks.positions import Game
 
 FOLD, CALL, RAISE = range(3)  # checking is to call when there is nothing to call
 CHANCE = 0                    # in place of a player: a public card comes next
@@ -51,6 +51,7 @@ class Poker(Game):
     max_score: int
     n_ranks, rank_names = 3, "JQK"
     has_hidden_cards = True
+    board = default_board = ()
 
     def __init__(self):
         self.symmetries = np.arange(self.n_moves)[None]

@@ -9,21 +9,15 @@ import pytest
 
 from kernels.game_solvers import connect_four_table, solve_connect_four, solve_othello
 from runtime.config import BadInput
-from tasks.games import (
-    GAMES,
+from tasks.games import GAMES, ConnectFour, LineGame, Nim, Othello, TicTacToe, make_game
+from tasks.positions import (
     UNKNOWN,
-    ConnectFour,
     Game,
     Line,
-    LineGame,
-    Nim,
-    Othello,
     State,
-    TicTacToe,
     draw_moves,
     enumerate_positions,
     first_of_each,
-    make_game,
     minimax_table,
     move_values,
     play_line,

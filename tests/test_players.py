@@ -23,12 +23,10 @@ from players import (
     search_player,
     softmax,
 )
-from tasks.games import (
+from tasks.games import ConnectFour, Nim, TicTacToe
+from tasks.positions import (
     LOSS,
     WIN,
-    ConnectFour,
-    Nim,
-    TicTacToe,
     draw_moves,
     enumerate_positions,
     move_values,

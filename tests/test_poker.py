@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tasks.games import UNKNOWN, values
 from tasks.poker import (
     CHANCE,
     Kuhn,
@@ -23,6 +22,7 @@ from tasks.poker import (
     information_sets,
     reach_probabilities,
 )
+from tasks.positions import UNKNOWN, values
 
 GAMES = [Kuhn(), Leduc()]
 all_games = pytest.mark.parametrize("game", GAMES, ids=["kuhn", "leduc"])

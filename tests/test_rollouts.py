@@ -8,7 +8,8 @@ import rollouts
 from conftest import assert_same, tiny_player
 from players import is_best, one_hot
 from rollouts import ALGORITHMS, PlayConfig, Played, PlayLoader, Rollout, play_loss, play_out, think_alone
-from tasks.games import Nim, TicTacToe, move_values, play_line, start_line
+from tasks.games import Nim, TicTacToe
+from tasks.positions import move_values, play_line, start_line
 
 GAME = TicTacToe()
 

@@ -12,11 +12,11 @@ import torch
 
 import rollouts
 import selfplay
-from conftest import REPO, assert_same, run_rows, saved_training, stderr_lines
+from conftest import REPO, assert_same, run_rows, saved_training, stderr_lines, train_tiny
 from runtime.checkpoint import load_checkpoint, run_folder
 from selfplay import has_collapsed, read_matches, spread
 
-TINY = ["--game=nim", "--board=1x2x3", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16", "--batch_size=8",
+TINY = ["--game=nim", "--board=1x2x3", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16",
         "--val_intervals=3", "--log_intervals=1", "--warmup_iter=1", "--rating_games=4", "--verbose=0", "--device=cpu",
         "--threads=0"]
 
@@ -45,8 +45,8 @@ def trained(tmp_path_factory):
 @pytest.mark.integration
 def test_nim_is_learnt_from_its_rules_alone(run_selfplay):
     """From random weights to perfect play in seconds: every optimal move, and no line lost where the first player wins."""
-    path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--batch_size=64", "--val_intervals=60",
-                        "--max_iter=120", "--learning_rate=0.02")
+    path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--val_intervals=60", "--max_iter=120",
+                        "--learning_rate=0.02")
     first, last = (row for row in run_rows(path) if row["step"] in (0, 120))
     assert first["optimal_moves"] < 0.9 <= last["optimal_moves"] and last["value_accuracy"] > 0.9
     assert last["lost_lines_first"] == 0 or last["lost_lines_second"] == 0
@@ -92,11 +92,21 @@ def test_training_starts_from_a_model_of_the_same_game(run_selfplay, trained):
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [[], ["--algorithm=reinforce"], ["--search=puct", "--simulations=3"]])
-def test_a_resumed_run_equals_an_uninterrupted_one(run_selfplay, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(run_selfplay, monkeypatch, flags):
     whole = run_selfplay(*flags, "--max_iter=9", checkpoint="whole.pt")
-    part = run_selfplay(*flags, "--max_iter=5", checkpoint="part.pt")
-    run_selfplay("--resume_checkpoint", "--max_iter=9", checkpoint="part.pt")
-    assert_same(saved_training(part)[0], saved_training(whole)[0])
+    loss_fn, calls = rollouts.play_loss, iter(range(10 ** 6))
+
+    def watched(model, batch):
+        if next(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return loss_fn(model, batch)
+    monkeypatch.setattr(selfplay, "play_loss", watched)
+    with pytest.raises(SystemExit):
+        run_selfplay(*flags, "--max_iter=9", checkpoint="part.pt")
+    monkeypatch.undo()
+    part = run_selfplay("--resume_checkpoint", checkpoint="part.pt")
+    for a, b in zip(saved_training(part), saved_training(whole)):
+        assert_same(a, b)
 
 
 class Killed(BaseException):
@@ -177,14 +187,14 @@ def test_bad_input_is_one_line(refused, tmp_path, monkeypatch, flags, words):
 
 
 def test_models_of_other_things_are_refused(refused, trained, tmp_path, data_path):
-    from conftest import train_tiny
     text = train_tiny(tmp_path / "text.pt", data_path, "--max_iter=1")
     out = f"--out_path={tmp_path / 'run.pt'}"
-    refused(selfplay.main, ["--game=nim", f"--checkpoint_path={text}", out], "text.pt", "not those of a game")
-    refused(selfplay.main, ["--game=tic_tac_toe", f"--checkpoint_path={trained}", out], "plays nim on 1x2x3")
-    refused(selfplay.main, ["--game=nim", f"--checkpoint_path={trained}", out], "--board=1x2x3")
-    refused(selfplay.main, ["--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}", "--n_layer=2", out],
-            "--n_layer=2", "--checkpoint_path")
+    selfplay_main = lambda flags: selfplay.main([*flags, "--max_iter=1"])  # should it not refuse
+    refused(selfplay_main, ["--game=nim", f"--checkpoint_path={text}", out], "text.pt", "not those of a game")
+    refused(selfplay_main, ["--game=tic_tac_toe", f"--checkpoint_path={trained}", out], "plays nim on 1x2x3")
+    refused(selfplay_main, ["--game=nim", f"--checkpoint_path={trained}", out], "--board=1x2x3")
+    refused(selfplay_main, ["--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}", "--n_layer=3", out],
+            "--n_layer=3", "--checkpoint_path")
     assert not (tmp_path / "run.pt").exists()
 
 

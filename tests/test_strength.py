@@ -20,7 +20,8 @@ from strength import (
     score_against_perfect,
     take_exam,
 )
-from tasks.games import UNKNOWN, Nim, TicTacToe, move_values, play_line, start_line, values
+from tasks.games import Nim, TicTacToe
+from tasks.positions import UNKNOWN, move_values, play_line, start_line, values
 
 GAME = TicTacToe()
 
