@@ -18,10 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from model import GPT
 from players import (
     Positions,
+    copy_cache,
     expand,
     noisy_player,
     one_hot,
@@ -31,7 +33,9 @@ from players import (
     search,
     softmax,
 )
-from runtime.config import check_flags, flag
+from runtime.config import BadInput, check_flags, flag
+from sampling import cache_dtype
+from tasks.poker import Poker
 from tasks.positions import Game, draw_moves, start_line
 
 SEARCHES = "one_ply", "puct"
@@ -43,8 +47,9 @@ class PlayConfig:
     """Self-play."""
     algorithm: str = flag("auto", "what a model learns from; search: the moves that looking ahead finds best, and how "
                                   "games end; reinforce: the moves that it tried, by how much more than usual they won; "
-                                  "imitation: games of a player that errs, no self-play; auto: search",
-                          choices=("auto", "search", "reinforce", "imitation"))
+                                  "regularised: the same where cards are hidden, held near an earlier model; imitation: "
+                                  "games of a player that errs, no self-play; auto: search, or regularised where cards are "
+                                  "hidden", choices=("auto", "search", "reinforce", "regularised", "imitation"))
     search: str = flag("one_ply", "how --algorithm=search looks ahead; one_ply: over every move, once; puct: AlphaZero's "
                                   "tree search", choices=SEARCHES)
     simulations: int = flag(32, "positions that --search=puct reads before a move", at_least=2, at_most=100_000)
@@ -62,12 +67,11 @@ class PlayConfig:
                                           "--search=one_ply", above=0)
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
                                      "looking ahead found", at_least=0, at_most=1)
+    regularisation: float = flag(0.2, "with --algorithm=regularised, what a nat of distance from the earlier model costs, "
+                                      "in chips; 0: the plain policy gradient", at_least=0)
+    reference_updates: int = flag(100, "optimizer steps after which the earlier model becomes the present one", at_least=1)
     symmetries: bool = flag(True, "show each game in a random symmetry of the board")
     __post_init__ = check_flags
-
-
-# On-policy, so without a replay buffer
-ON_POLICY_UNUSED = {"updates", "replay", "batch_size", "target_temperature", "outcome_share", "search", "simulations"}
 
 
 # -- games that have been played --------------------------------------------------------------------------------------
@@ -216,14 +220,14 @@ def learn_by_reinforce(model: GPT, game: Game, config: PlayConfig, rng: np.rando
     """The policy gradient (Williams 1992, REINFORCE): each move that was drawn from the model's probabilities, times what
     its player won above the running mean of that player, as in SPIRAL (Liu et al. 2025, arXiv:2506.24119)."""
     played = play_out(model, game, config, rng, think_alone)
-    baseline = memory.setdefault("baseline", np.zeros(2))
+    baseline = memory.setdefault("baseline", torch.zeros(2, dtype=torch.float64)).numpy()
     won, role = results(played), np.arange(played.moves.shape[1]) % 2
     advantages = (won - baseline[role]) * played.is_own
     chosen = np.eye(game.n_moves, dtype=np.float32)[played.moves] * (played.moves >= 0)[..., None]
     played.rollout.moves[:] = chosen * advantages[..., None]
     played.rollout.outcomes[:] = one_hot(won) * played.is_own[..., None]
     mean = played.score.mean()
-    memory["baseline"] = baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline)
+    memory["baseline"] = torch.from_numpy(baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline))
     return played
 
 
@@ -240,14 +244,117 @@ def learn_by_imitation(model: GPT, game: Game, config: PlayConfig, rng: np.rando
     return played
 
 
+# -- hidden cards -----------------------------------------------------------------------------------------------------
+
+class Hand(NamedTuple):
+    """n games in which each player reads something else, a row of the rollout for each: those of game i are 2i and 2i + 1.
+    moves, logprobs: (2n, T), what was played at the player's own decisions, elsewhere -1 and 0. predictions: (2n, T, …) of
+    `Prediction`. score: (n,) chips of the first player."""
+    rollout: Rollout
+    moves: np.ndarray
+    move_probabilities: np.ndarray
+    values: np.ndarray
+    score: np.ndarray
+
+
+def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Hand:
+    """Both players draw their moves from the model's probabilities."""
+    T, state = game.max_plies, game.start(n, rng)
+    rollout = Rollout.empty(game, 2 * n)
+    moves, values = np.full((2 * n, T), -1), np.zeros((2 * n, T))
+    probabilities, score, games = np.zeros((2 * n, T, game.n_moves)), np.zeros(n), np.arange(n)
+    tokens, cache = game.first_tokens(state).reshape(-1), model.init_cache(2 * n, T, cache_dtype(model))
+    for ply in range(T):
+        seats = np.stack((2 * games, 2 * games + 1), 1).reshape(-1)
+        rollout.ids[seats, ply] = tokens
+        idx = torch.from_numpy(tokens)[:, None].to(model.embed.weight.device)
+        logits = model.eager_forward(idx, cache=cache, logits_to_keep=1)[:, 0]
+        legal, mover = game.legal(state), np.where(state.player == -1, 1, 0)
+        own = np.arange(len(games)) * 2 + mover
+        prediction = predict(game, logits[torch.from_numpy(own)], legal)
+        deciding = legal.any(1)
+        chosen = game.chance_tokens(state)
+        chosen[deciding] = draw_moves(prediction.moves[deciding], rng)
+        rows = (2 * games + mover)[deciding]
+        rollout.legal[rows, ply], moves[rows, ply] = legal[deciding], chosen[deciding]
+        probabilities[rows, ply], values[rows, ply] = prediction.moves[deciding], prediction.value[deciding]
+        state = game.play(state, chosen)
+        score[games] = state.score
+        going = np.flatnonzero(~state.over)
+        if not len(going):
+            break
+        games, state, tokens = games[going], state.take(going), np.repeat(chosen[going], 2)
+        if len(going) < len(own):
+            cache = copy_cache(model, cache, (2 * going[:, None] + [0, 1]).reshape(-1), T - cache.length)
+    return Hand(rollout, moves, probabilities, values, score)
+
+
+def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: dict) -> Played:
+    """The policy gradient of a game in which straying from an earlier model costs chips and makes the opponent win them, so
+    that the players settle instead of chasing each other; then the earlier model becomes the present one, and so on, up to
+    an equilibrium. The plain gradient need not settle. Source: Perolat et al. 2021, arXiv:2002.08456; 2022,
+    arXiv:2206.15378 (R-NaD)."""
+    if memory.get("age", torch.tensor(config.reference_updates)) >= config.reference_updates:
+        memory |= {"age": torch.tensor(0),
+                   "reference": {name: weight.detach().clone() for name, weight in model.state_dict().items()}}
+    memory["age"] = memory["age"] + 1
+    hand = play_hidden(model, game, config.rollout_games, rng)
+    rollout, n, T = hand.rollout, config.rollout_games, game.max_plies
+    ids = torch.from_numpy(rollout.ids).to(model.embed.weight.device)
+    logits = functional_call(model, memory["reference"], (ids,), tie_weights=False)  # tied ones are there twice
+    reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
+    own = hand.moves >= 0
+    strayed = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
+    taken = np.where(own, np.take_along_axis(strayed, np.maximum(hand.moves, 0)[..., None], 2)[..., 0], 0.0)
+    sides = np.tile([1, -1], n)[:, None]
+    cost = (-config.regularisation * taken * sides).reshape(n, 2, T).sum(1)           # chips of the first player
+    later = cost[:, ::-1].cumsum(1)[:, ::-1] - cost
+    returns = np.repeat(hand.score[:, None] + later, 2, axis=0) * sides
+    chosen = np.eye(game.n_moves)[hand.moves] * own[..., None]
+    distance = strayed - (hand.move_probabilities * strayed).sum(2, keepdims=True)
+    advantages = returns - game.max_score * hand.values
+    rollout.moves[:] = chosen * advantages[..., None] - config.regularisation * hand.move_probabilities * distance
+    share = np.clip(returns / game.max_score, -1, 1) / 2 + 0.5
+    rollout.outcomes[:] = np.stack((1 - share, np.zeros_like(share), share), 2) * own[..., None]
+    return Played(rollout, hand.moves, own, hand.score, 2 * n * T)
+
+
+def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(a, 1e-12)) - np.log(np.maximum(b, 1e-12))
+
+
+# -- every algorithm -------------------------------------------------------------------------------------------------
+
 class Algorithm(NamedTuple):
-    """learn_from(model, game, config, rng, memory) -> Played. is_on_policy: whether a batch must be the latest games."""
+    """learn_from(model, game, config, rng, memory) -> Played; memory: tensors that it keeps from rollout to rollout. name:
+    in words. flags: of PlayConfig, that it reads besides those that all read. is_on_policy: whether a batch must be the
+    latest games. hides_cards: whether it is for games with hidden cards."""
     learn_from: Callable
+    name: str
+    flags: set[str]
     is_on_policy: bool = False
+    hides_cards: bool = False
 
 
-ALGORITHMS = {"search": Algorithm(learn_from_search), "reinforce": Algorithm(learn_by_reinforce, is_on_policy=True),
-              "imitation": Algorithm(learn_by_imitation)}
+REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}
+ALGORITHMS = {
+    "search": Algorithm(learn_from_search, "looking ahead",
+                        REPLAYED | {"search", "simulations", "target_temperature", "outcome_share"}),
+    "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
+    "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "reference_updates"},
+                             is_on_policy=True, hides_cards=True),
+    "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
+
+
+def resolve_algorithm(name: str, game_name: str, game: Game) -> str:
+    """--algorithm, with "auto" resolved. Raises BadInput where it is for other games."""
+    if name == "auto":
+        return "regularised" if game.has_hidden_cards else "search"
+    if ALGORITHMS[name].hides_cards != game.has_hidden_cards:
+        fitting = [other for other, algorithm in ALGORITHMS.items() if algorithm.hides_cards == game.has_hidden_cards]
+        what = "cards are hidden" if game.has_hidden_cards else "no cards are hidden"
+        raise BadInput(f"--algorithm={name}: {what} in {game_name}: choose one of {', '.join(fitting)}")
+    return name
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -271,8 +378,10 @@ class PlayLoader:
         self.statistics = PlayStatistics()
 
     @property
-    def batch_games(self) -> int:
-        return self.config.rollout_games if self.algorithm.is_on_policy else self.config.batch_size
+    def batch_rows(self) -> int:
+        """Of a batch: games, or where cards are hidden, what each of two players reads of them."""
+        n = self.config.rollout_games if self.algorithm.is_on_policy else self.config.batch_size
+        return n * (1 + self.game.has_hidden_cards)
 
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
         if not self.updates_left:
@@ -299,15 +408,16 @@ class PlayLoader:
         self.statistics.seconds += time.perf_counter() - start
 
     def latest(self) -> Rollout:
-        return self.replay.take(slice(-self.config.rollout_games, None))
+        return self.replay if self.algorithm.is_on_policy else self.replay.take(slice(-self.config.rollout_games, None))
 
     def take_statistics(self) -> dict:
         """Of the games since it was called last, and of the latest rollout: {} before the first."""
         counted, self.statistics = self.statistics, PlayStatistics()
         if not self.n_games:
             return {}
-        row = {"games": self.n_games, "distinct_games": self.latest().distinct(),
-               "distinct_openings": self.latest().distinct(4)}
+        row = {"games": self.n_games}
+        if not self.game.has_hidden_cards:  # there, it is the policy that must vary
+            row |= {"distinct_games": self.latest().distinct(), "distinct_openings": self.latest().distinct(4)}
         if counted.games:
             row |= {"games_per_sec": round(counted.games / counted.seconds, 1),
                     "positions_per_sec": round(counted.positions / counted.seconds, 1)}
@@ -315,14 +425,13 @@ class PlayLoader:
 
     def state_dict(self) -> dict:
         return {"rng": json.dumps(self.rng.bit_generator.state), "updates_left": self.updates_left, "n_games": self.n_games,
-                "replay": list(self.replay.tensors()),
-                "memory": {name: torch.from_numpy(value) for name, value in self.memory.items()}}
+                "replay": list(self.replay.tensors()), "memory": dict(self.memory)}
 
     def load_state_dict(self, state: dict):
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.updates_left, self.n_games = state["updates_left"], state["n_games"]
         self.replay = Rollout(*(part.numpy() for part in state["replay"]))
-        self.memory = {name: value.numpy() for name, value in state["memory"].items()}
+        self.memory = dict(state["memory"])
 
     def close(self):
         pass

@@ -9,6 +9,7 @@ after the checkpoint holds metrics.jsonl, models of earlier steps with their mat
 import json
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +20,9 @@ from experiments.play_plots import draw_play
 from experiments.report import Figure, Table, markdown, write_page
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig
-from play import play_in_terminal
+from play import BoardTable, CardTable, play_in_terminal
 from players import model_player
-from rollouts import ALGORITHMS, ON_POLICY_UNUSED, PlayConfig, PlayLoader, Rollout, play_loss
+from rollouts import ALGORITHMS, PlayConfig, PlayLoader, Rollout, play_loss, resolve_algorithm
 from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
 from runtime.cli import command, log_line, say
 from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
@@ -29,7 +30,18 @@ from runtime.device import DeviceConfig, open_machine, seed_everything
 from runtime.files import atomic_write, read_json_lines
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
-from strength import Match, Question, Rating, fit_elo, lost_lines, make_exam, play_match, score_against_perfect, take_exam
+from strength import (
+    Match,
+    Question,
+    Rating,
+    fit_elo,
+    lost_lines,
+    make_exam,
+    measure_policy,
+    play_match,
+    score_against_perfect,
+    take_exam,
+)
 from tasks.games import board_text, make_game, parse_board
 from tasks.positions import Game
 from trainer import (
@@ -123,22 +135,24 @@ def resolve_flags(start: dict, given: dict) -> dict:
     defaults = SELFPLAY.defaults()
     values = override_horizon(defaults | start, given)
     game = open_game(values["game"], values["board"])
-    if values["algorithm"] == "auto":
-        values["algorithm"] = "search"
+    values["algorithm"] = resolve_algorithm(values["algorithm"], values["game"], game)
     if values["block_size"] is None:
         values["block_size"] = context_of(game)
-    refuse = lambda names, reason: refuse_flags({name: given[name] for name in given.keys() & names
-                                                 if given[name] != defaults[name]}, reason)
-    if ALGORITHMS[values["algorithm"]].is_on_policy:
-        refuse(ON_POLICY_UNUSED, f"has no effect with --algorithm={values['algorithm']}: leave it out")
+    algorithm, own = ALGORITHMS[values["algorithm"]], set().union(*(other.flags for other in ALGORITHMS.values()))
+    refuse_flags(given, own - algorithm.flags, f"has no effect with --algorithm={values['algorithm']}")
+    unused = {"simulations"} if values["search"] == "one_ply" else {"target_temperature"}
+    refuse_flags(given, unused, f"has no effect with --search={values['search']}")
     if values["checkpoint_path"]:
-        refuse(flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on: leave it out")
+        refuse_flags(given, flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on")
     return values
 
 
-def refuse_flags(given: dict, reason: str):
-    for name in sorted(given):
-        raise BadInput(f"--{name}={given[name]}: {reason}")
+def refuse_flags(given: dict, names: set[str], reason: str):
+    """Raises BadInput for the first of these flags that is given and not the default."""
+    defaults = SELFPLAY.defaults()
+    for name in sorted(given.keys() & names):
+        if given[name] != defaults[name]:
+            raise BadInput(f"--{name}={given[name]}: {reason}: leave it out")
 
 
 # -- models that play -------------------------------------------------------------------------------------------------
@@ -189,7 +203,7 @@ def check_context(block_size: int, name: str, game: Game, what: str):
 class Examiner:
     """Measures a model during its run. folder: of the run."""
     game: Game
-    exam: list[Question]
+    exam: Sequence[Question]
     contents: dict
     folder: Path
     rating_games: int
@@ -198,7 +212,7 @@ class Examiner:
     def examine(self, state: TrainState) -> dict:
         """The row of an evaluation: see `measure`; what the loader has counted; elo, elo_margin."""
         row = self.measure(state.model) | state.loader.take_statistics()
-        if self.rating_games:
+        if self.rating_games and not self.game.has_hidden_cards:  # whose policies are measured exactly
             row |= self.rate(state.model, state.step)
         if not self.has_warned and has_collapsed(row):
             self.has_warned = True
@@ -210,7 +224,9 @@ class Examiner:
     def measure(self, model: GPT) -> dict:
         """optimal_moves, value_accuracy and entropy in an exam; against any opponent, in games that are short enough,
         lost_lines_first of lines_first and lost_lines_second of lines_second; perfect_score and more in games that are
-        solved."""
+        solved. Where cards are hidden, what `measure_policy` does."""
+        if self.game.has_hidden_cards:
+            return measure_policy(model, self.game)
         game, player = self.game, model_player(model, self.game)
         row = take_exam(model, game, self.exam)
         for name, side in (("first", 1), ("second", -1)):
@@ -259,7 +275,7 @@ def read_matches(folder: Path) -> list[dict]:
 
 def has_collapsed(row: dict) -> bool:
     """Whether the model plays the same few games again and again, and not because they are the best."""
-    return "distinct_games" in row and row["distinct_games"] <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
+    return row.get("distinct_games", math.inf) <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -283,11 +299,13 @@ def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | 
     configs = configs._replace(loop=resolve_games(loop, loader, play.games or game.default_games))
     contents = describe_game(run.game, game)
     state, setup = restore_state(output, model, None, configs.optimizer, loader,
-                                 loader.batch_games * loop.num_batch_accum * game.max_plies,
+                                 loader.batch_rows * loop.num_batch_accum * game.max_plies,
                                  SELFPLAY.settings(*configs) | vars(model.config), contents)
-    examiner = Examiner(game, make_exam(game), contents, run_folder(output.writer.path), run.rating_games)
-    evaluate = Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves")
-    batch = machine.to_device(Rollout.empty(game, loader.batch_games).tensors())
+    exam = () if game.has_hidden_cards else make_exam(game)
+    examiner = Examiner(game, exam, contents, run_folder(output.writer.path), run.rating_games)
+    evaluate = Evaluation(examiner.examine, "exploitability", label="exploitability {:.4f}") if game.has_hidden_cards else (
+        Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves"))
+    batch = machine.to_device(Rollout.empty(game, loader.batch_rows).tensors())
     return Run(configs, state, setup, play_loss, evaluate, partial(dry_run_step, model, machine, play_loss, batch),
                partial(describe, state, setup, examiner, configs), partial(time_examination, examiner, model), None)
 
@@ -313,11 +331,12 @@ def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: 
     run, play, game, model = configs.run, configs.play, examiner.game, state.model.config
     n_exam, board = sum(len(question.values) for question in examiner.exam), board_text(game.board)
     started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
-    how = {"search": f"{play.search} look-ahead", "reinforce": "policy gradient", "imitation": "imitation"}[play.algorithm]
+    how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
+    measured = f"exam of {n_exam:,} positions" if n_exam else "exact exploitability"
     return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
-            f"game     {run.game} on {board}: {how}, {play.rollout_games:,} games at a time; exam of {n_exam:,} positions",
-            f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_games:,} games until "
+            f"game     {run.game}{f' on {board}' * bool(board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
+            f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_rows:,} rows until "
             f"{configs.loop.horizon()}"]
 
 
@@ -330,6 +349,8 @@ METRICS = {"optimal_moves": ("optimal moves", "higher", "{:.2%}"), "value_accura
            "perfect_score": ("score against perfect play", "higher", "{:.3f}"),
            "expected_score": ("score of perfect play", "", "{:.3f}"),
            "lost_wins": ("won openings not won", "lower", "{:,}"), "elo": ("Elo", "higher", "{:,.0f}"),
+           "exploitability": ("exploitability, chips a game", "lower", "{:.4f}"),
+           "first_score": ("chips that the first player wins", "", "{:.4f}"),
            "entropy": ("entropy of moves, nats", "", "{:.2f}")}
 
 
@@ -352,7 +373,7 @@ def margin(name: str, row: dict) -> str:
 def report(state: TrainState, setup: TrainSetup):
     """Prints what has changed, and writes selfplay.html."""
     path, settings = setup.writer.path, setup.settings
-    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if "optimal_moves" in row]
+    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if "entropy" in row]
     table, page = compare_rows(rows[0], rows[-1]), run_folder(path) / "selfplay.html"
     print(markdown(table))
     played = f"{rows[-1].get('games', 0):,} games"
@@ -372,11 +393,14 @@ def board_flag(settings: dict) -> str:
 
 def play_against(values: dict, path: Path):
     """--play. Raises BadInput."""
-    configs = SELFPLAY.read_configs(values | {"block_size": 1})
-    run, machine = configs.run, open_machine(configs.device)
+    run, device = (read_flags(config, values) for config in (SelfPlayConfig, PlayDevice))
     game = open_game(run.game, run.board)
-    model = load_player(run.checkpoint_path or path, None, run.game, game).to(machine.device)
-    play_in_terminal(model, game, run.think, run.model_first)
+    model = load_player(run.checkpoint_path or path, None, run.game, game).to(open_machine(device).device)
+    if not game.has_hidden_cards:
+        play_in_terminal(BoardTable(model, game, run.model_first, run.think))
+        return
+    refuse_flags(values, {"think"}, "there is no search where cards are hidden")
+    play_in_terminal(CardTable(model, game, run.model_first, run.seed))
 
 
 def default_out_path(given: dict) -> Path:

@@ -10,10 +10,12 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.optimize import minimize
 
 from model import GPT
-from players import Player, Prediction, is_best, perfect_player, play_games, read_line
+from players import Player, Prediction, is_best, perfect_player, play_games, predict, read_line
+from tasks.poker import Poker, expected_score, exploitability, information_sets
 from tasks.positions import (
     DRAW,
     UNKNOWN,
@@ -91,6 +93,25 @@ def optimal_rate(game: Game, player: Player, exam: Sequence[Question]) -> float:
     """The fraction of an exam's positions in which a player chooses one of the best moves."""
     right = [is_best(found)[np.arange(len(found)), player(line)] for line, found in exam]
     return float(np.concatenate(right).mean())
+
+
+# -- hidden cards -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def policy_table(model: GPT, game: Poker) -> np.ndarray:
+    """(sets, n_moves): the probability of each move in each information set, see tasks/poker.py."""
+    sets = information_sets(game)
+    logits = model.eager_forward(torch.from_numpy(sets.tokens).to(model.embed.weight.device))
+    return predict(game, logits[torch.arange(len(sets.lengths)), torch.from_numpy(sets.lengths - 1)], sets.legal).moves
+
+
+def measure_policy(model: GPT, game: Poker) -> dict:
+    """exploitability in chips a game; first_score, chips that the first player wins when both play like this; entropy, the
+    mean over information sets of that of the moves, in nats."""
+    policy = policy_table(model, game)
+    entropy = -(policy * np.log(np.where(policy > 0, policy, 1.0))).sum(1).mean()
+    return {"exploitability": exploitability(game, policy), "first_score": expected_score(game, policy),
+            "entropy": float(entropy)}
 
 
 # -- opponents --------------------------------------------------------------------------------------------------------

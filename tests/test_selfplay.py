@@ -229,8 +229,8 @@ def play_in_terminal(path, typed: list[str], *flags: str) -> str:
 def test_a_game_in_a_terminal(trained):
     shown = play_in_terminal(trained, ["/help", "/think", "9of9", "/back", "1of1", "/new second", "/quit"], "--game=nim",
                              "--board=1x2x3", "--think=5")
-    assert "you are X, and first" in shown and "a move   play it: 1of1 1of2 2of2 1of3 2of3 3of3" in shown
+    assert "you are first" in shown and "a move   play it: 1of1 1of2 2of2 1of3 2of3 3of3" in shown
     assert re.search(r"move +chosen +loses +draws +wins +visits +search", shown)
     assert "(9of9: not possible here" in shown and "(there is no move to take back)" in shown
-    assert "heap 1\nheap 2  ||" in shown and "the model plays " in shown and "you are O, and second" in shown
+    assert "heap 1\nheap 2  ||" in shown and "the model plays " in shown and "you are second" in shown
     assert max(map(len, shown.splitlines())) <= 80 and "Traceback" not in shown
