@@ -1,0 +1,210 @@
+"""Self-play with hidden cards: what each player reads, what is learnt of it, and how exploitable the result is."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import selfplay
+from conftest import assert_same, run_rows, saved_training, tiny_player
+from play import CardTable, play_in_terminal
+from rollouts import PlayConfig, PlayLoader, learn_by_regularised, play_hidden
+from strength import measure_policy, policy_table
+from tasks.games import GAMES
+from tasks.poker import CHANCE, Kuhn, Leduc, exploitability, information_sets
+
+HIDDEN = [game_class() for game_class in GAMES.values() if game_class.has_hidden_cards]
+
+
+@pytest.fixture(params=HIDDEN, ids=lambda game: type(game).__name__)
+def game(request):
+    return request.param
+
+
+@torch.no_grad()
+def deal_and_play(game, n=64, seed=0, model=None):
+    return play_hidden(model or tiny_player(game), game, n, np.random.default_rng(seed))
+
+
+def replay(game, hand, i):
+    """Plays game i of a hand again from its own record; yields (ply, state before it)."""
+    first, second = hand.rollout.ids[2 * i], hand.rollout.ids[2 * i + 1]
+    cards = [first[0], second[0]] + [token for token in first[1:] if token >= game.card_token(0)]
+    ranks = [int(card) - game.card_token(0) for card in cards]
+    ranks += [0] * (game.n_dealt - len(ranks))  # never revealed
+    state = game.start_with(np.array([ranks], np.int8))
+    for ply in range(game.max_plies):
+        if state.over[0]:
+            return
+        yield ply, state
+        moves = [int(hand.moves[row, ply]) for row in (2 * i, 2 * i + 1) if hand.moves[row, ply] >= 0]
+        token = int(game.chance_tokens(state)[0]) if state.player[0] == CHANCE else moves[0]
+        state = game.play(state, np.array([token]))
+    assert state.over[0] and state.score[0] == hand.score[i]
+
+
+def test_both_players_read_the_same_but_for_their_cards(game):
+    hand = deal_and_play(game)
+    first, second = hand.rollout.ids[::2], hand.rollout.ids[1::2]
+    assert (first[:, 1:] == second[:, 1:]).all() and (first[:, 0] >= game.card_token(0)).all()
+    assert (first[:, 0] != second[:, 0]).any()
+
+
+def test_every_game_is_one_by_the_rules(game):
+    hand, n_decisions = deal_and_play(game), 0
+    for i in range(64):
+        for ply, state in replay(game, hand, i):
+            legal = game.legal(state)[0]
+            for side, row in ((1, 2 * i), (-1, 2 * i + 1)):
+                is_own = bool(legal.any()) and state.player[0] == side
+                assert (hand.moves[row, ply] >= 0) == is_own
+                if is_own:
+                    assert (hand.rollout.legal[row, ply] == legal).all() and legal[hand.moves[row, ply]]
+                    n_decisions += 1
+    assert n_decisions == (hand.moves >= 0).sum() > 128
+
+
+@torch.no_grad()
+def test_probabilities_of_a_cached_hand_are_those_of_the_training_pass(game):
+    model = tiny_player(game)
+    hand = deal_and_play(game, model=model)
+    logits = model(torch.from_numpy(hand.rollout.ids))[..., :game.n_moves]
+    legal, own = torch.from_numpy(hand.rollout.legal), hand.moves >= 0
+    logprobs = F.log_softmax(logits.masked_fill(~legal, -1e9), -1).exp().numpy()
+    np.testing.assert_allclose(hand.move_probabilities[own], logprobs[own], atol=1e-5)
+
+
+def test_moves_are_drawn_as_often_as_they_are_probable():
+    game, model = Kuhn(), tiny_player(Kuhn())
+    hand, n = deal_and_play(game, 4000, model=model), 0
+    for row in range(3):
+        card = game.card_token(row)
+        mine = (hand.rollout.ids[::2, 0] == card)
+        p = hand.move_probabilities[::2][mine][0, 0, 1]
+        n = mine.sum()
+        assert abs((hand.moves[::2][mine][:, 0] == 1).mean() - p) < 5 * np.sqrt(p * (1 - p) / n) + 1e-9
+
+
+# -- what is learnt ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def regularised(game, model, memory, **flags):
+    config = PlayConfig(algorithm="regularised", rollout_games=16, **flags)
+    return learn_by_regularised(model, game, config, np.random.default_rng(0), memory)
+
+
+def test_without_regularisation_it_is_the_plain_policy_gradient():
+    """One-hot moves times chips above what the model expected."""
+    game, model = Kuhn(), tiny_player(Kuhn())
+    played, hand = regularised(game, model, {}, regularisation=0.0), deal_and_play(game, 16, model=model)
+    sides = np.tile([1, -1], 16)
+    for row, ply in zip(*np.nonzero(hand.moves >= 0)):
+        won = hand.score[row // 2] * sides[row]
+        expected = np.zeros(2)
+        expected[hand.moves[row, ply]] = won - 2 * hand.values[row, ply]
+        np.testing.assert_allclose(played.rollout.moves[row, ply], expected, atol=1e-6)
+        win = 0.5 + won / 4
+        np.testing.assert_allclose(played.rollout.outcomes[row, ply], [1 - win, 0, win], atol=1e-6)
+    assert not played.rollout.moves[hand.moves < 0].any() and not played.rollout.outcomes[hand.moves < 0].any()
+
+
+def test_a_model_that_is_its_own_reference_pays_nothing(game):
+    model = tiny_player(game)
+    with_cost, without = (regularised(game, model, {}, regularisation=eta) for eta in (0.5, 0.0))
+    np.testing.assert_allclose(with_cost.rollout.moves, without.rollout.moves, atol=1e-6)
+
+
+def test_straying_costs_the_player_and_pays_the_opponent():
+    """By hand: Kuhn, where the reference is uniform and the model is not."""
+    game, model = Kuhn(), tiny_player(Kuhn())
+    uniform = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    memory = {"age": torch.tensor(0), "reference": uniform}
+    played, hand = regularised(game, model, memory, regularisation=0.5), deal_and_play(game, 16, model=model)
+    assert memory["age"] == 1 and memory["reference"] is uniform
+    for i in range(16):
+        steps = [(row, ply) for ply in range(3) for row in (2 * i, 2 * i + 1) if hand.moves[row, ply] >= 0]
+        cost = [0.5 * np.log(2 * hand.move_probabilities[row, ply, hand.moves[row, ply]]) for row, ply in steps]
+        for k, (row, ply) in enumerate(steps):
+            side = 1 if row % 2 == 0 else -1
+            later = sum((-c if other % 2 == row % 2 else c) for (other, _), c in zip(steps[k + 1:], cost[k + 1:]))
+            p = hand.move_probabilities[row, ply]
+            strayed = np.log(2 * p)
+            weights = -0.5 * p * (strayed - p @ strayed)
+            weights[hand.moves[row, ply]] += side * hand.score[i] + later - 2 * hand.values[row, ply]
+            np.testing.assert_allclose(played.rollout.moves[row, ply], weights, atol=1e-5)
+
+
+def test_the_reference_becomes_the_model_after_so_many_updates():
+    game, memory = Kuhn(), {}
+    model = tiny_player(game)
+    for step in range(5):
+        regularised(game, model, memory, reference_updates=2)
+        is_new = step % 2 == 0
+        assert torch.equal(memory["reference"]["embed.weight"], model.state_dict()["embed.weight"]) == is_new
+        with torch.no_grad():
+            model.embed.weight.add_(0.1)
+
+
+# -- how well it plays ------------------------------------------------------------------------------------------------
+
+def test_a_policy_table_is_what_the_model_reads_in_each_set(game):
+    model, sets = tiny_player(game), information_sets(game)
+    table = policy_table(model, game)
+    for i in range(0, len(sets.lengths), 7):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(sets.tokens[i:i + 1, :sets.lengths[i]]))[0, -1, :game.n_moves]
+        expected = logits.masked_fill(~torch.from_numpy(sets.legal[i]), -torch.inf).softmax(0)
+        np.testing.assert_allclose(table[i], expected.numpy(), atol=1e-5)
+    row = measure_policy(model, game)
+    assert row["exploitability"] == exploitability(game, table) > 0
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+TINY = ["--game=kuhn", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16", "--val_intervals=3",
+        "--log_intervals=1", "--warmup_iter=1", "--verbose=0", "--device=cpu", "--threads=0"]
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """Killed between two validations, with a reference that is older than the checkpoint's model."""
+    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    selfplay.main([*TINY, f"--out_path={whole}", "--max_iter=9", "--reference_updates=5"])
+    play, calls = PlayLoader.play, iter(range(100))
+
+    def killed(loader, model):
+        if next(calls) == 7:
+            raise KeyError("killed")
+        play(loader, model)
+    monkeypatch.setattr(PlayLoader, "play", killed)
+    with pytest.raises(KeyError):
+        selfplay.main([*TINY, f"--out_path={part}", "--max_iter=9", "--reference_updates=5"])
+    monkeypatch.undo()
+    selfplay.main([f"--out_path={part}", "--resume_checkpoint"])
+    for a, b in zip(saved_training(part), saved_training(whole)):
+        assert_same(a, b)
+    assert {"exploitability", "entropy", "games"} <= run_rows(part)[-1].keys()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--game=kuhn", "--algorithm=search"], ["--algorithm=search", "cards are hidden", "regularised"]),
+    (["--game=nim", "--algorithm=regularised"], ["--algorithm=regularised", "no cards are hidden"]),
+    (["--game=kuhn", "--board=3"], ["--board=3", "kuhn has no board"]),
+    (["--game=kuhn", "--random_plies=2"], ["--random_plies=2", "no effect"])])
+def test_bad_input_is_one_line(refused, tmp_path, flags, words):
+    refused(selfplay.main, [*flags, f"--out_path={tmp_path / 'a.pt'}", "--max_iter=1"], *words)
+
+
+def test_cards_in_the_terminal(game, monkeypatch, capsys):
+    table, typed = CardTable(tiny_player(game), game, False, seed=1), iter(["/think", "/back", "?", *["/quit"] * 9])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    play_in_terminal(table)
+    shown = capsys.readouterr().out
+    assert "you are first" in shown and "in your place, the model expects to win" in shown
+    assert "(where cards are hidden, nothing is taken back)" in shown and "second  ?" in shown
+
+
+def test_leduc_reveals_its_card_to_both(monkeypatch):
+    table = CardTable(tiny_player(Leduc()), Leduc(), False, seed=1)
+    table.play(1)
+    table.play(1)
+    assert table.dealt.round[0] == 1 and table.public[-1] >= Leduc().card_token(0) and "public" in table.draw()
+    assert table.dealt.player[0] == 1 and len(table.public) == 3
