@@ -228,7 +228,7 @@ class Examiner:
         if self.game.has_hidden_cards:
             return measure_policy(model, self.game)
         game, player = self.game, model_player(model, self.game)
-        row = take_exam(model, game, self.exam)
+        row = take_exam(model, game, self.exam) if self.exam else {}
         for name, side in (("first", 1), ("second", -1)):
             if found := lost_lines(game, player, side):
                 row[f"lost_lines_{name}"], row[f"lines_{name}"] = found
@@ -275,7 +275,7 @@ def read_matches(folder: Path) -> list[dict]:
 
 def has_collapsed(row: dict) -> bool:
     """Whether the model plays the same few games again and again, and not because they are the best."""
-    return row.get("distinct_games", math.inf) <= COLLAPSED_GAMES and row["optimal_moves"] < WELL_PLAYED
+    return row.get("distinct_games", math.inf) <= COLLAPSED_GAMES and row.get("optimal_moves", 1.0) < WELL_PLAYED
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -303,11 +303,21 @@ def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | 
                                  SELFPLAY.settings(*configs) | vars(model.config), contents)
     exam = () if game.has_hidden_cards else make_exam(game)
     examiner = Examiner(game, exam, contents, run_folder(output.writer.path), run.rating_games)
-    evaluate = Evaluation(examiner.examine, "exploitability", label="exploitability {:.4f}") if game.has_hidden_cards else (
-        Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves"))
+    evaluate = make_evaluation(examiner)
     batch = machine.to_device(Rollout.empty(game, loader.batch_rows).tensors())
     return Run(configs, state, setup, play_loss, evaluate, partial(dry_run_step, model, machine, play_loss, batch),
                partial(describe, state, setup, examiner, configs), partial(time_examination, examiner, model), None)
+
+
+def make_evaluation(examiner: Examiner) -> Evaluation:
+    """By exact truth, or by its rating where a game has none. Raises BadInput where that is turned off."""
+    if examiner.game.has_hidden_cards:
+        return Evaluation(examiner.examine, "exploitability", label="exploitability {:.4f}")
+    if examiner.exam:
+        return Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves")
+    if not examiner.rating_games:
+        raise BadInput("--rating_games=0: no position of this game is solved, so ratings are all there is: give more")
+    return Evaluation(examiner.examine, "elo", maximize=True, label="Elo {:.0f}")
 
 
 def resolve_games(loop: PlayLoop, loader: PlayLoader, n_games: int) -> PlayLoop:
@@ -332,7 +342,7 @@ def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: 
     n_exam, board = sum(len(question.values) for question in examiner.exam), board_text(game.board)
     started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
     how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
-    measured = f"exam of {n_exam:,} positions" if n_exam else "exact exploitability"
+    measured = "exact exploitability" if game.has_hidden_cards else f"exam of {n_exam:,} positions"
     return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"game     {run.game}{f' on {board}' * bool(board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
@@ -373,7 +383,7 @@ def margin(name: str, row: dict) -> str:
 def report(state: TrainState, setup: TrainSetup):
     """Prints what has changed, and writes selfplay.html."""
     path, settings = setup.writer.path, setup.settings
-    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if "entropy" in row]
+    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if row.keys() & METRICS.keys()]
     table, page = compare_rows(rows[0], rows[-1]), run_folder(path) / "selfplay.html"
     print(markdown(table))
     played = f"{rows[-1].get('games', 0):,} games"

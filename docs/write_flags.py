@@ -25,6 +25,7 @@ from runtime.config import ON_RESUME, SCOPES, declared_flags  # noqa: E402
 from runtime.device import DeviceConfig  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
+from selfplay import SELFPLAY  # noqa: E402
 from text.sources import SourceConfig  # noqa: E402
 from train import PRETRAINING  # noqa: E402
 
@@ -37,6 +38,7 @@ COMMANDS = {
     "finetune": FINETUNING.classes,
     "evaluate": (evaluate.EvaluateConfig, AdaptConfig, DeviceConfig),
     "adapt": (adapt.AdaptRunConfig, AdaptConfig, RulesConfig, DeviceConfig),
+    "selfplay": SELFPLAY.classes,
     "export": (export.ExportConfig,),
     "compare": (compare.CompareConfig, compare.VocabularyConfig),
     "probes": (probes.ProbeConfig, probes.CellConfig),
@@ -73,7 +75,7 @@ def page() -> str:
              "**Scope**, who sets the flag when `compare.py` starts many runs: "
              + "; ".join(f"*{name}*: {words}" for name, words in SCOPES.items()) + "."]
     for script, configs in COMMANDS.items():
-        resumes = script in ("train", "finetune", "download_data")
+        resumes = script in ("train", "finetune", "selfplay", "download_data")
         parts.append(f"## {script}.py")
         for config in configs:
             if config not in shared:
@@ -85,7 +87,7 @@ def page() -> str:
     parts.append("# Shared by several commands")
     for config, scripts in shared.items():
         parts += [f"## {title(config)}", "Of " + ", ".join(f"`{script}.py`" for script in scripts) + ".",
-                  table(config, any(script in ("train", "finetune") for script in scripts))]
+                  table(config, any(script in ("train", "finetune", "selfplay") for script in scripts))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,12 +8,14 @@ import test_model
 import torch
 
 import optimizer
+import selfplay
 import text.sources
-from conftest import REPO
+from conftest import REPO, run_rows
 from layers import MIXERS
 from model import MIXERS_BY_LETTER
 from optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
-from tasks import synthetic
+from tasks import games, synthetic
+from tasks.positions import enumerate_positions, minimax_table
 
 
 def run_recipe(first_line: str, namespace: dict) -> dict:
@@ -73,6 +75,21 @@ def test_the_source_resumes_from_the_state_of_a_chunk():
     assert list(itertools.islice(first.documents.strings(), 3)) == ["1", "3", "5"]
     resumed = next(iter(read(second.state, (1, 2))))
     assert list(resumed.documents.strings()) == list(second.documents.strings())
+
+
+def test_the_game_is_learnt(monkeypatch, tmp_path):
+    monkeypatch.setitem(games.GAMES, "subtraction", None)
+    run_recipe("# in tasks/games.py, before GAMES", dict(vars(games)))
+    game = games.make_game("subtraction", (6,))
+    exact = minimax_table(games.GAMES["subtraction"], (6,))
+    for line in enumerate_positions(game, 100):
+        going = line.state.take(~line.state.over)
+        assert (game.solve(going) == exact.look_up(going)).all()
+    path = tmp_path / "run.pt"
+    selfplay.main(["--game=subtraction", "--board=6", f"--out_path={path}", "--max_iter=40", "--rollout_games=64",
+                   "--batch_size=64", "--val_intervals=40", "--n_layer=1", "--verbose=0", "--threads=0", "--rating_games=0"])
+    first, last = run_rows(path)[0], run_rows(path)[-1]
+    assert first["optimal_moves"] < last["optimal_moves"]
 
 
 def test_the_task_by_hand(monkeypatch):
