@@ -63,7 +63,7 @@ def test_every_way_of_learning_runs(run_selfplay, flags):
 def test_a_run_writes_what_it_says(run_selfplay, capsys):
     path = run_selfplay("--max_iter=3", "--verbose=1")
     out = capsys.readouterr().out
-    assert "nim on 1x2x3: one_ply look-ahead" in out and "| optimal moves | higher |" in out and "--play" in out
+    assert "nim on 1x2x3: looking ahead (one_ply)" in out and "| optimal moves | higher |" in out and "--play" in out
     folder = run_folder(path)
     page = (folder / "selfplay.html").read_text()
     assert "Against exact truth" in page and "Rating among" in page
