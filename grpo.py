@@ -72,9 +72,9 @@ UNANIMOUS, LOW_ACCURACY, AT_LIMIT = 0.95, 0.8, 0.95  # collapse: see `warn_of_co
 @dataclass(frozen=True)
 class AnswerConfig:
     """Answers that can be checked."""
-    task: str = flag("builtin", f"questions to learn from: {', '.join(ANSWER_TASKS)}, or a file of questions with answers; "
-                                "builtin: those of finetune.py; countdown: reach a number with given numbers; arithmetic: "
-                                "the model asks itself, and is rewarded for what it half knows")
+    task: str = flag(None, f"questions to learn from: {', '.join(ANSWER_TASKS)}, or a file of questions with answers; "
+                           "builtin: those of finetune.py; countdown: reach a number with given numbers; arithmetic: the "
+                           "model asks itself, and is rewarded for what it half knows")
     questions: int = flag(16, "questions in a rollout", at_least=1, at_most=100_000, on_resume="warn")
     samples: int = flag(8, "answers that are sampled to each, a group", at_least=2, at_most=10_000, on_resume="warn")
     baseline: str = flag("group", "what a reward is compared with; group: the mean of its group, as in Dr. GRPO; rloo: the "
@@ -93,21 +93,21 @@ class AnswerConfig:
 
 
 @dataclass(frozen=True)
-class AnswerOptimizer(OptimizerConfig):
+class SelfPlayOptimizer(OptimizerConfig):
     """The optimizer."""
-    optimizer: str = flag("auto", "see train.py; auto: the one that the model was trained with here, adamw for an imported "
-                                  "model", choices=("auto", *OPTIMIZERS))
-    learning_rate: float = flag("auto", "peak learning rate, see train.py; auto: "
+    optimizer: str = flag("auto", "see train.py; auto: muon for games; for answers the one that the model was trained with "
+                                  "here, adamw for an imported model", choices=("auto", *OPTIMIZERS))
+    learning_rate: float = flag("auto", "peak learning rate, see train.py; auto: that of --algorithm for games; for answers "
                                         + ", ".join(f"{lr:g} with {name}" for name, lr in ANSWER_LR.items()),
                                 above=0, auto=True, on_resume="warn")
-    weight_decay: float = flag(0.0, "weight decay of the matrices; each step multiplies it by the learning rate",
-                               at_least=0, on_resume="warn")
+    weight_decay: float = flag(None, "weight decay of the matrices; each step multiplies it by the learning rate (default: "
+                                     "0.1 for games, 0 for answers)", at_least=0, on_resume="warn")
 
-    def for_model(self, pretraining_flags: dict) -> "AnswerOptimizer":
-        """With "auto" resolved. The rate is that of a policy gradient, most of which is noise."""
+    def for_model(self, pretraining_flags: dict) -> "SelfPlayOptimizer":
+        """With "auto" resolved for answers. The rate is that of a policy gradient, most of which is noise."""
         name = pretraining_flags.get("optimizer", "adamw") if self.optimizer == "auto" else self.optimizer
         rate = ANSWER_LR[name] if self.learning_rate == "auto" else self.learning_rate
-        return dataclasses.replace(self, optimizer=name, learning_rate=rate)
+        return dataclasses.replace(self, optimizer=name, learning_rate=rate, weight_decay=self.weight_decay or 0.0)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def open_answer_run(command: TrainingCommand, configs, checkpoint: dict | None, 
     before any file is written.
 
     configs: of `command`, with the fields run (RunFlags with checkpoint_path, out_path and seed), answers (AnswerConfig),
-    optimizer (AnswerOptimizer), loop and device.
+    optimizer (SelfPlayOptimizer), loop and device.
     """
     run, config, loop, schedule = configs.run, configs.answers, configs.loop, configs.optimizer
     output = open_output(command, run.out_path, resumed, run.overwrite, configs.device, checkpoint)

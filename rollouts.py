@@ -328,12 +328,13 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Algorithm(NamedTuple):
     """learn_from(model, game, config, rng, memory) -> Played; memory: tensors that it keeps from rollout to rollout. name:
     in words. flags: of PlayConfig, that it reads besides those that all read. is_on_policy: whether a batch must be the
-    latest games. hides_cards: whether it is for games with hidden cards."""
+    latest games. hides_cards: whether it is for games with hidden cards. learning_rate: of Muon, --learning_rate=auto."""
     learn_from: Callable
     name: str
     flags: set[str]
     is_on_policy: bool = False
     hides_cards: bool = False
+    learning_rate: float = 0.02
 
 
 REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}

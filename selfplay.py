@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from experiments.play_plots import draw_play
 from experiments.report import Figure, Table, markdown, write_page
+from grpo import AnswerConfig, SelfPlayOptimizer, open_answer_run, report_answers
 from model import GPT, GPTConfig
-from optimizer import OptimizerConfig
 from play import BoardTable, CardTable, play_in_terminal
 from players import model_player
 from rollouts import ALGORITHMS, PlayConfig, PlayLoader, Rollout, play_loss, resolve_algorithm
@@ -29,7 +29,7 @@ from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, 
 from runtime.device import DeviceConfig, open_machine, seed_everything
 from runtime.files import atomic_write, read_json_lines
 from runtime.metrics import read_rows
-from runtime.run import TrainingCommand, override_horizon
+from runtime.run import STOP_FLAGS, TrainingCommand, override_horizon
 from strength import (
     Match,
     Question,
@@ -42,7 +42,7 @@ from strength import (
     score_against_perfect,
     take_exam,
 )
-from tasks.games import board_text, make_game, parse_board
+from tasks.games import GAMES, board_text, make_game, parse_board
 from tasks.positions import Game
 from trainer import (
     Evaluation,
@@ -58,6 +58,8 @@ from trainer import (
     train_command,
 )
 
+ANSWERING_MODEL = Path("checkpoints/gpt_finetuned.pt")
+ANSWER_STEPS = 200
 MAX_OPPONENTS = 4       # earlier models that one is matched with
 PERFECT_GAMES = 400     # against a perfect opponent
 COLLAPSED_GAMES = 0.1   # fraction of games that differ, at or below which play has collapsed
@@ -67,20 +69,22 @@ WELL_PLAYED = 0.99      # optimal moves above which it has not: good play may be
 @dataclass(frozen=True)
 class SelfPlayConfig(RunFlags):
     """The run."""
-    game: str = flag(None, "the game to learn")
+    game: str = flag(None, f"the game to learn: {', '.join(GAMES)}")
     board: str = flag(None, "its size, sides or heaps joined by x: 4x5 of connect_four is 4 rows of 5 columns, 3x4x5 of nim "
                             "three heaps (default: the game's own)")
-    checkpoint_path: Path = flag(None, "the model to start from, or with --play to play against (default: random weights; "
-                                       "with --play, --out_path)")
+    checkpoint_path: Path = flag(None, "the model to start from, or with --play to play against (default: random weights "
+                                       "for games, checkpoints/gpt_finetuned.pt for answers; with --play, --out_path)")
     out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: the game's name in "
-                                "checkpoints)", on_resume="unsaved", scope="run")
+                                "checkpoints; for answers --checkpoint_path with _selfplay added to its name)",
+                          on_resume="unsaved", scope="run")
     play: bool = flag(False, "train nothing: play against the model in the terminal", on_resume="unsaved", scope="run")
     model_first: bool = flag(False, "with --play, the model moves first", on_resume="unsaved", scope="run")
     think: int = flag(0, "with --play, positions that the model reads in a search before it moves; 0: it does not search",
                       at_least=0, at_most=1_000_000, on_resume="unsaved", scope="run")
     rating_games: int = flag(100, "games against each of some earlier models at a validation, for Elo ratings; 0: none",
                              at_least=0, at_most=100_000, on_resume="free")
-    seed: int = flag(1337, "random seed of the initial weights and the games", at_least=0, at_most=2**63 - 1, scope="run")
+    seed: int = flag(1337, "random seed of the initial weights, the games and the answers", at_least=0, at_most=2**63 - 1,
+                     scope="run")
     __post_init__ = check_flags
 
 
@@ -93,58 +97,77 @@ class PlayerModel(GPTConfig):
     block_size: int = redeclare(GPTConfig, "block_size", None, help="context length in tokens, one more than the moves of "
                                                                     "the longest game (default: as many)")
 
-
-@dataclass(frozen=True)
-class PlayOptimizer(OptimizerConfig):
-    """The optimizer."""
-    learning_rate: float = redeclare(OptimizerConfig, "learning_rate", 0.02, auto=False)
-    weight_decay: float = redeclare(OptimizerConfig, "weight_decay", 0.1, auto=False)
+    def __post_init__(self):
+        if self.block_size is not None:  # unset where there is no game
+            super().__post_init__()
 
 
 @dataclass(frozen=True)
-class PlayLoop(LoopConfig):
+class SelfPlayLoop(LoopConfig):
     """How long to train and how often to validate."""
-    max_iter: int = redeclare(LoopConfig, "max_iter", None, help="optimizer steps (default: --games); of several limits the "
-                                                                 "first to be reached ends the run")
+    max_iter: int = redeclare(LoopConfig, "max_iter", None, help="optimizer steps; of several limits the first to be "
+                                                                 "reached ends the run (default: --games, or for answers "
+                                                                 f"{ANSWER_STEPS})")
     num_batch_accum: int = redeclare(LoopConfig, "num_batch_accum", 1)
     val_intervals: int = redeclare(LoopConfig, "val_intervals", 100)
     __post_init__ = check_flags  # unlike LoopConfig's, leaves max_iter unset, for --games to decide
 
 
 @dataclass(frozen=True)
-class PlayDevice(DeviceConfig):
+class SelfPlayDevice(DeviceConfig):
     """The device."""
-    dtype: str = redeclare(DeviceConfig, "dtype", "fp32")
+    dtype: str = redeclare(DeviceConfig, "dtype", "fp32", help="dtype of matrix products; in fp32 what is sampled with the "
+                                                               "cache has the probabilities that are trained on; auto: the "
+                                                               "fastest that the device supports natively")
 
 
 class SelfPlayConfigs(NamedTuple):
     """The flags of selfplay.py."""
     run: SelfPlayConfig
     play: PlayConfig
+    answers: AnswerConfig
     model: PlayerModel
-    optimizer: PlayOptimizer
-    loop: PlayLoop
-    device: PlayDevice
+    optimizer: SelfPlayOptimizer
+    loop: SelfPlayLoop
+    device: SelfPlayDevice
 
 
-SELFPLAY = TrainingCommand("selfplay.py", "Trains a model by games against itself.", SelfPlayConfigs, "out_path")
+SELFPLAY = TrainingCommand("selfplay.py", "Trains a model by games against itself, or by answers that can be checked.",
+                           SelfPlayConfigs, "out_path")
+GAME_FLAGS = flag_names(PlayConfig, PlayerModel) | {"board", "play", "model_first", "think", "rating_games"}
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
     """The values of all flags. start: {} or the flags of the resumed run. Raises BadInput for one without effect."""
-    defaults = SELFPLAY.defaults()
-    values = override_horizon(defaults | start, given)
+    values = override_horizon(SELFPLAY.defaults() | start, given)
+    if values["game"] and values["task"]:
+        raise BadInput(f"--task={values['task']}: is no part of --game={values['game']}: give one of the two")
+    if values["game"] or values["task"]:
+        return (resolve_answer_flags if values["task"] else resolve_game_flags)(values, given)
+    raise BadInput("--game: say what to learn, such as --game=tic_tac_toe, or --task=builtin for answers that can be "
+                   "checked")
+
+
+def resolve_answer_flags(values: dict, given: dict) -> dict:
+    refuse_flags(given, GAME_FLAGS, "has no effect with --task")
+    has_end = any(values[name] for name in STOP_FLAGS)
+    return values | {"checkpoint_path": values["checkpoint_path"] or ANSWERING_MODEL,
+                     "max_iter": values["max_iter"] if has_end else ANSWER_STEPS}
+
+
+def resolve_game_flags(values: dict, given: dict) -> dict:
+    refuse_flags(given, flag_names(AnswerConfig), "has no effect without --task")
     game = open_game(values["game"], values["board"])
-    values["algorithm"] = resolve_algorithm(values["algorithm"], values["game"], game)
-    if values["block_size"] is None:
-        values["block_size"] = context_of(game)
-    algorithm, own = ALGORITHMS[values["algorithm"]], set().union(*(other.flags for other in ALGORITHMS.values()))
-    refuse_flags(given, own - algorithm.flags, f"has no effect with --algorithm={values['algorithm']}")
-    unused = {"simulations"} if values["search"] == "one_ply" else {"target_temperature"}
-    refuse_flags(given, unused, f"has no effect with --search={values['search']}")
+    name = resolve_algorithm(values["algorithm"], values["game"], game)
+    algorithm, own = ALGORITHMS[name], set().union(*(other.flags for other in ALGORITHMS.values()))
+    refuse_flags(given, own - algorithm.flags, f"has no effect with --algorithm={name}")
+    refuse_flags(given, {"simulations"} if values["search"] == "one_ply" else {"target_temperature"},
+                 f"has no effect with --search={values['search']}")
     if values["checkpoint_path"]:
         refuse_flags(given, flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on")
-    return values
+    auto = {"algorithm": name, "block_size": context_of(game), "weight_decay": 0.1} | (
+        {"optimizer": "muon", "learning_rate": algorithm.learning_rate})
+    return values | {flag_name: value for flag_name, value in auto.items() if values[flag_name] in (None, "auto")}
 
 
 def refuse_flags(given: dict, names: set[str], reason: str):
@@ -281,8 +304,14 @@ def has_collapsed(row: dict) -> bool:
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
-    """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it, with --games resolved. Raises BadInput
-    before any file is written."""
+    """Everything a run needs, new or as `checkpoint`, read from `resumed`, left it. Raises BadInput before any file is
+    written."""
+    open_it = partial(open_answer_run, SELFPLAY) if configs.answers.task else open_game_run
+    return open_it(configs, checkpoint, resumed)
+
+
+def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
+    """See `open_run`. Resolves --games."""
     run, play, loop = configs.run, configs.play, configs.loop
     game = open_game(run.game, run.board)
     output = open_output(SELFPLAY, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
@@ -320,7 +349,7 @@ def make_evaluation(examiner: Examiner) -> Evaluation:
     return Evaluation(examiner.examine, "elo", maximize=True, label="Elo {:.0f}")
 
 
-def resolve_games(loop: PlayLoop, loader: PlayLoader, n_games: int) -> PlayLoop:
+def resolve_games(loop: SelfPlayLoop, loader: PlayLoader, n_games: int) -> SelfPlayLoop:
     """`loop`, with an end after about `n_games` where it has none."""
     if loop.max_iter or loop.max_tokens or loop.max_seconds:
         return loop
@@ -403,7 +432,7 @@ def board_flag(settings: dict) -> str:
 
 def play_against(values: dict, path: Path):
     """--play. Raises BadInput."""
-    run, device = (read_flags(config, values) for config in (SelfPlayConfig, PlayDevice))
+    run, device = (read_flags(config, values) for config in (SelfPlayConfig, SelfPlayDevice))
     game = open_game(run.game, run.board)
     model = load_player(run.checkpoint_path or path, None, run.game, game).to(open_machine(device).device)
     if not game.has_hidden_cards:
@@ -414,22 +443,23 @@ def play_against(values: dict, path: Path):
 
 
 def default_out_path(given: dict) -> Path:
-    """checkpoints/connect_four_4x5.pt"""
-    return Path("checkpoints") / ("_".join(filter(None, (given.get("game"), given.get("board")))) + ".pt")
+    """checkpoints/connect_four_4x5.pt, or checkpoints/gpt_finetuned_selfplay.pt"""
+    if "game" in given or "task" not in given:
+        return Path("checkpoints") / ("_".join(filter(None, (given.get("game"), given.get("board")))) + ".pt")
+    path = given.get("checkpoint_path", ANSWERING_MODEL)
+    return path.with_name(f"{path.stem}_selfplay{path.suffix or '.pt'}")
 
 
 @command
 def main(argv=None):
     given = SELFPLAY.flags_given(argv)
-    if "game" not in given and "resume_checkpoint" not in given:
-        raise BadInput("--game: say which, such as --game=tic_tac_toe")
     path, resumed = SELFPLAY.paths(given, default_out_path(given))
-    if given.get("play"):
+    if given.get("play") and "game" in given:
         play_against(SELFPLAY.defaults() | given, path)
         return
     run = train_command(SELFPLAY, given, path, resumed, resolve_flags, open_run)
     if run and run.configs.loop.verbose:
-        report(run.state, run.setup)
+        (report_answers if run.configs.answers.task else report)(run.state, run.setup)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from grpo import (
     Answer,
     AnswerConfig,
     AnswerLoader,
-    AnswerOptimizer,
     Group,
     Prompt,
     ProposalLoader,
     Rollouts,
+    SelfPlayOptimizer,
     advantages,
     answer_logprobs,
     compare_evaluations,
@@ -206,7 +206,7 @@ def test_answers_without_an_advantage_have_no_gradient(early_ends):
 
 
 def train(model: GPT, loader, n_steps: int, **loop) -> None:
-    setup = TrainSetup(MACHINE, loop.pop("schedule", AnswerOptimizer(optimizer="muon", learning_rate=0.02)), 100)
+    setup = TrainSetup(MACHINE, loop.pop("schedule", SelfPlayOptimizer("muon", 0.02, weight_decay=0.0)), 100)
     fit(init_state(model, loader, setup), LoopConfig(max_iter=n_steps, verbose=False, **{"num_batch_accum": 1} | loop),
         policy_gradient_loss, Evaluation(lambda state: {"val_loss": 0.0}), setup)
 
@@ -217,10 +217,10 @@ def test_equal_rewards_change_no_weight(optimizer, early_ends, monkeypatch):
     monkeypatch.setattr(grpo, "reward", lambda question, answer: 1.0)
     model, loader = random_model(**SHAPE), make_loader()
     before = copy.deepcopy(model.state_dict())
-    train(model, loader, 3, schedule=AnswerOptimizer(optimizer=optimizer, learning_rate=0.02))
+    train(model, loader, 3, schedule=SelfPlayOptimizer(optimizer, 0.02, weight_decay=0.0))
     assert_same(model.state_dict(), before)
     monkeypatch.setattr(grpo, "reward", lambda question, answer: odd_length(answer.text))
-    train(model, loader, 3, schedule=AnswerOptimizer(optimizer=optimizer, learning_rate=0.02))
+    train(model, loader, 3, schedule=SelfPlayOptimizer(optimizer, 0.02, weight_decay=0.0))
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -462,7 +462,7 @@ class LabRun(RunFlags):
 class LabConfigs(NamedTuple):
     run: LabRun
     answers: AnswerConfig
-    optimizer: AnswerOptimizer
+    optimizer: SelfPlayOptimizer
     loop: LoopConfig
     device: DeviceConfig
 
