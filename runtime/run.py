@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime.checkpoint import CheckpointWriter, explain_damage, load_resumable, owning_checkpoint, run_folder
 from runtime.cli import Parser, add_flags, parse_bool, read_path, say
-from runtime.config import BadInput, declared_flags, flag_names, read_flags, shorten
+from runtime.config import BadInput, declared_flags, flag_names, read_flags, shorten, value_type
 from runtime.files import check_writable
 from runtime.metrics import is_finite_number, read_rows
 
@@ -75,7 +75,8 @@ class TrainingCommand:
             training["settings"] = LATER_FLAGS | training["settings"]
             if missing := defaults.keys() - flag_names(*self.classes, on_resume="unsaved") - training["settings"].keys():
                 raise BadInput(f"does not record --{min(missing)}: resume it with the version that wrote it")
-            saved = {name: Path(value) if isinstance(defaults[name], Path) else value
+            paths = {name for name, field in declared_flags(*self.classes).items() if value_type(field) is Path}
+            saved = {name: Path(value) if name in paths and value is not None else value
                      for name, value in training["settings"].items() if name in defaults}
             self.read_configs(defaults | saved)
         for name in sorted(given.keys() & flag_names(*self.classes, on_resume="fixed") & saved.keys()):

@@ -84,6 +84,7 @@ def test_training_starts_from_a_model_of_the_same_game(run_selfplay, trained):
     fresh = load_checkpoint(path)["model"]
     selfplay.main([f"--out_path={path.with_name('b.pt')}", "--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}",
                    "--max_iter=1", "--learning_rate=1e-9", "--verbose=0", "--rollout_games=4", "--batch_size=4"])
+    selfplay.main([f"--out_path={path.with_name('b.pt')}", "--resume_checkpoint", "--max_iter=2", "--verbose=0"])
     started, old = load_checkpoint(path.with_name("b.pt"))["model"], load_checkpoint(trained)["model"]
     torch.testing.assert_close(started["embed.weight"], old["embed.weight"], atol=1e-6, rtol=0)
     assert not torch.allclose(fresh["embed.weight"], old["embed.weight"], atol=1e-3)
@@ -234,3 +235,42 @@ def test_a_game_in_a_terminal(trained):
     assert "(9of9: not possible here" in shown and "(there is no move to take back)" in shown
     assert "heap 1\nheap 2  ||" in shown and "the model plays " in shown and "you are second" in shown
     assert max(map(len, shown.splitlines())) <= 80 and "Traceback" not in shown
+
+
+# -- answers that can be checked --------------------------------------------------------------------------------------
+
+@pytest.mark.integration
+def test_answers_are_learnt_from_what_is_right(trained_text, tmp_path, capsys):
+    """A whole run of the command; what it learns is in test_grpo.py."""
+    path = tmp_path / "answers.pt"
+    flags = ["--task=builtin", f"--checkpoint_path={trained_text}", f"--out_path={path}", "--questions=2", "--samples=2",
+             "--answer_tokens=4", "--eval_questions=4", "--pass_k=2", "--device=cpu"]
+    selfplay.main([*flags, "--max_iter=2", "--val_intervals=1"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 questions x 2 answers" in out and "exact match of held-out questions" in out and "pass@2" in out
+    rows = run_rows(path)
+    assert rows[-1]["step"] == 2 and {"exact_match", "pass_at_1", "pass_at_k", "mean_length", "kl"} <= rows[-1].keys()
+    assert rows[0]["kl"] == 0 and (run_folder(path) / "selfplay.html").exists()
+    selfplay.main([f"--out_path={path}", "--resume_checkpoint", "--max_iter=3", "--verbose=0"])
+    assert run_rows(path)[-1]["step"] == 3
+
+
+@pytest.fixture(scope="module")
+def trained_text(tmp_path_factory, data_path):
+    """A model of text with a context that holds a question."""
+    return train_tiny(tmp_path_factory.mktemp("text") / "gpt.pt", data_path, "--max_iter=1", "--block_size=256",
+                      "--batch_size=1", "--val_iter=1")
+
+
+def test_bad_input_of_answers_is_one_line(refused, tmp_path, trained_text, trained):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "1 + 1?"}\n{"question": "1 + 2?"}\n')
+    out = f"--out_path={tmp_path / 'run.pt'}"
+    start = [f"--checkpoint_path={trained_text}", out, "--max_iter=1"]
+    refused(selfplay.main, [f"--task={questions}", *start], "questions.jsonl", "no question with an answer")
+    refused(selfplay.main, ["--task=missing.jsonl", *start], "--task=missing.jsonl", "no such file")
+    refused(selfplay.main, ["--task=builtin", "--game=nim", *start], "--task=builtin", "--game=nim")
+    refused(selfplay.main, ["--task=builtin", "--n_layer=3", *start], "--n_layer=3")
+    refused(selfplay.main, ["--task=builtin", f"--checkpoint_path={trained}", out], "no tokenizer")
+    refused(selfplay.main, ["--game=nim", "--samples=3", out], "--samples=3", "--task")
+    assert not (tmp_path / "run.pt").exists()
