@@ -55,11 +55,11 @@ WELL_PLAYED = 0.99      # optimal moves above which it has not: good play may be
 @dataclass(frozen=True)
 class SelfPlayConfig(RunFlags):
     """The run."""
-    game: str = flag(None, "the game to learn")
+    game: str = flag(None, "the game to learn", scope="shared")
     board: str = flag(None, "its size, sides or heaps joined by x: 4x5 of connect_four is 4 rows of 5 columns, 3x4x5 of nim "
-                            "three heaps (default: the game's own)")
+                            "three heaps (default: the game's own)", scope="shared")
     checkpoint_path: Path = flag(None, "the model to start from, or with --play to play against (default: random weights; "
-                                       "with --play, --out_path)")
+                                       "with --play, --out_path)", scope="run")
     out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: the game's name in "
                                 "checkpoints)", on_resume="unsaved", scope="run")
     play: bool = flag(False, "train nothing: play against the model in the terminal", on_resume="unsaved", scope="run")
@@ -67,7 +67,7 @@ class SelfPlayConfig(RunFlags):
     think: int = flag(0, "with --play, positions that the model reads in a search before it moves; 0: it does not search",
                       at_least=0, at_most=1_000_000, on_resume="unsaved", scope="run")
     rating_games: int = flag(100, "games against each of some earlier models at a validation, for Elo ratings; 0: none",
-                             at_least=0, at_most=100_000, on_resume="free")
+                             at_least=0, at_most=100_000, on_resume="free", scope="run")
     seed: int = flag(1337, "random seed of the initial weights and the games", at_least=0, at_most=2**63 - 1, scope="run")
     __post_init__ = check_flags
 

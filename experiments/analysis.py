@@ -132,7 +132,7 @@ class CellResult:
         if self.status != "finished":
             end = f"{self.status}: {self.reason}"
         elif cell.stage == "speed":
-            end = f"{self.speed():,.0f} tok/s"
+            end = f"{self.speed():,.0f} tok/s" + " with play" * (cell.arm.metric.effort == "games")
         else:
             end = f"{cell.arm.metric.describe(self.outcome)}, {self.rows[-1]['seconds']:.0f} s"
         which = {"lr_grid": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
