@@ -138,6 +138,7 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
+UNITS = "games", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ class CompareConfig:
         for name in ("arms", "sizes", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")
+        if self.script != "adapt" and self.limit[0] not in self.spec.units:
+            raise BadInput(f"--budget={self.budget}: runs of {self.script}.py have no budget in {self.limit[0]}: "
+                           f"{self.spec.budget_advice()}")
         if self.limit[0] == "seconds" and self.jobs > 1:
             raise BadInput(f"--jobs={self.jobs}: with a budget in seconds only one run at a time is fair: leave it out")
 
@@ -187,7 +191,7 @@ class CompareConfig:
         """--budget as unit and amount: ("tokens", 1e7). Raises BadInput."""
         unit, _, amount = self.budget.partition("=")
         with suppress(argparse.ArgumentTypeError):
-            if unit in {unit for spec in SCRIPTS.values() for unit in spec.units} and 0 < parse_float(amount) < math.inf:
+            if unit in UNITS and 0 < parse_float(amount) < math.inf:
                 return unit, parse_float(amount)
         raise BadInput(f"--budget={shorten(self.budget)}: {self.spec.budget_advice()}")
 
@@ -395,7 +399,7 @@ class ScriptSpec:
     run: type
     optimizer: type[OptimizerConfig]
     device: type[DeviceConfig]
-    units: tuple[str, ...]        # of --budget
+    units: tuple[str, ...]        # of UNITS
     load_data: Callable[[dict], TrainingData]
     vocabulary: tuple[type, ...]  # VocabularyConfig where an arm may have a vocabulary, or a data_path, of its own
     starts_from_checkpoint: bool  # the flag checkpoint_path names the model of an arm
@@ -558,9 +562,6 @@ def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data:
     """Raises BadInput for flags that would give arms different numbers of games, or those of different vocabularies
     different amounts of text."""
     unit, amount = config.limit
-    if unit not in config.spec.units:
-        raise BadInput(f"--budget={config.budget}: runs of {config.script}.py have no budget in {unit}: "
-                       f"{config.spec.budget_advice()}")
     if unit == "games":
         check_same_games(config, arms)
     if len({arm.vocabulary for arm in arms}) == 1 or not data.vocab_size:
@@ -892,7 +893,8 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     """Prints what the runs of each arm need at the speed of a few timed steps, and all of them. Where text has yet to be
     encoded for an arm, its bytes per token count as those of --data_path."""
     machine, total, peak, open_seconds = open_machine(device), 0.0, 0, 0.0
-    on_cpu, data = machine.device.type == "cpu", environment.data
+    on_cpu, data, n_grid = machine.device.type == "cpu", environment.data, len(config.rates)
+    n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" else 0
     if on_cpu:
         torch.set_num_threads(threads_of_job(config.jobs))
     lines = [("arm", "parameters", "memory", "games/s" if data.game else "tokens/s", "runs", "time")]
@@ -904,9 +906,10 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
             seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
-        n_grid = len(config.rates)
-        n_validations = (n_grid * validations(arm, config, "lr_grid", speed)
-                         + (n_runs - n_grid) * validations(arm, config, "run", speed))
+        stages = {"lr_grid": n_grid, "run": n_runs - n_grid}
+        if not config.spec.shortest_validation:
+            stages["speed"] = n_rounds
+        n_validations = sum(n * validations(arm, config, stage, speed) for stage, n in stages.items())
         seconds += n_validations * measured.validation_seconds
         total, peak = total + seconds, max(peak, measured.memory)
         open_seconds = max(open_seconds, measured.open_seconds)  # for later arms, what was solved is remembered
@@ -914,13 +917,14 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(measured.memory),
                       f"{speed * per_token:,.0f}", str(n_runs), format_seconds(seconds)))
     print("\n".join(align_columns(lines)))
-    start, n_processes = time.perf_counter(), sum(int(line[4]) for line in lines[1:])
+    start, n_processes, n_timed = time.perf_counter(), sum(int(line[4]) for line in lines[1:]), n_rounds * len(arms)
     subprocess.run([sys.executable, "-c", f"import {config.script}"], cwd=Path(__file__).parent, check=True)
-    total += n_processes * (time.perf_counter() - start + open_seconds)
+    start_seconds = time.perf_counter() - start + open_seconds
     jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
+    total = (total + n_processes * start_seconds) / jobs + n_timed * start_seconds  # speed is measured one run at a time
     available = available_memory(machine.device)
-    print(f"time    about {format_seconds(total / jobs)} with --jobs={config.jobs}, the start of {n_processes} processes "
-          f"included")
+    print(f"time    about {format_seconds(total)} with --jobs={config.jobs}, the start of {n_processes} processes included"
+          + f", and of {n_timed} that measure speed" * (n_timed > 0))
     print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
     if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
@@ -931,9 +935,9 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
 def validations(arm: Arm, config: CompareConfig, stage: str, speed: float) -> int:
     """How many a run of this stage has, at `speed` tokens per second."""
     _, own = stage_flags(arm, config, stage)
-    n_tokens = own.get("max_tokens") or own.get("max_seconds", 0) * speed
+    n_steps = own.get("max_iter") or (own.get("max_tokens") or own["max_seconds"] * speed) / arm.step_tokens
     interval = (arm.flags | own).get("val_intervals", config.spec.loop.val_intervals)
-    return 1 + math.ceil(own.get("max_iter", n_tokens / arm.step_tokens) / interval)
+    return 1 + math.ceil(n_steps / interval)
 
 
 def validation_tokens(arm: Arm) -> float:
