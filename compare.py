@@ -6,10 +6,13 @@
 
     python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
 
+    python compare.py --script=selfplay --game=tic_tac_toe --arms mixer=attention mixer=gated_delta --budget games=40_000
+
     python compare.py --script=adapt --dataset=docs.parquet --arms checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt
 
-An arm is flags of train.py, or of finetune.py, where arms may also start from different models. Arms of train.py get as
-many parameters as the first one: the width of the hidden layer is solved for. All arms see the same data in the same order.
+An arm is flags of train.py, or of finetune.py, where arms may also start from different models, or of selfplay.py. Arms of
+train.py and selfplay.py get as many parameters as the first one: the width of the hidden layer is solved for. All arms see
+the same data in the same order; those of selfplay.py play as many games, each against itself.
 For an arm with a vocabulary of its own, a tokenizer is trained on the training text of --data_path, and that folder's text
 is encoded with it once, into --out_path/data.
 Each arm tries the same learning rates on part of the budget. Starting from the best, lower rates are tried on the full
@@ -30,6 +33,7 @@ import math
 import multiprocessing
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +41,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,17 +50,28 @@ from adapt import AdaptRunConfig, is_recurrent, read_documents, timed_read
 from download_data import read_split, retokenize, validation_documents
 from experiments.adaptation_cells import AdaptArm, AdaptDocuments, AdaptStudy, DocumentSize, run_adaptation
 from experiments.adaptation_comparison import write_adaptation_comparison
-from experiments.analysis import SPEED_WARMUP, Arm, ArmResults, Cell, CellResult, share_vocabulary
+from experiments.analysis import (
+    EXPLOITABILITY,
+    SPEED_WARMUP,
+    WRONG_MOVES,
+    Arm,
+    ArmResults,
+    Cell,
+    CellResult,
+    share_vocabulary,
+)
 from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.report import align_columns
 from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
 from experiments.stages import ComparisonBar, readable_name, run_stage
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
+from grpo import SelfPlayOptimizer
 from layers import MIXERS
 from learner import AdaptConfig, clip_hop, has_scope, open_learner
 from model import GPT, GPTConfig, upgrade_config
-from optimizer import OptimizerConfig
+from optimizer import OptimizerConfig, set_rates
+from rollouts import PlayConfig, PlayLoader
 from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.cli import (
     Parser,
@@ -76,8 +92,22 @@ from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
 from sampling import load_pretrained, pretraining_flags
+from selfplay import (
+    SELFPLAY,
+    PlayerModel,
+    SelfPlayConfig,
+    SelfPlayDevice,
+    SelfPlayLoop,
+    check_context,
+    open_game,
+    resolve_games,
+)
+from selfplay import open_run as open_selfplay
+from selfplay import resolve_flags as resolve_play_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
+from tasks.games import board_text
+from tasks.positions import Game
 from text.sources import take_text
 from tokenizer import (
     MAX_VOCAB_SIZE,
@@ -89,7 +119,17 @@ from tokenizer import (
     compile_pattern,
 )
 from train import PRESETS, PRETRAINING, RunConfig
-from trainer import LoopConfig, TrainSetup, dry_run_step, init_state, next_token_loss, time_step
+from trainer import (
+    MAX_TIMING_SECONDS,
+    LoopConfig,
+    Run,
+    TrainSetup,
+    dry_run_step,
+    init_state,
+    next_token_loss,
+    time_step,
+    train_step,
+)
 
 REPO = Path(__file__).parent
 MATCH_TOLERANCE = 0.01     # largest relative difference in parameters between matched arms
@@ -98,6 +138,7 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
+UNITS = "games", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
 
 
 @dataclass(frozen=True)
@@ -108,19 +149,21 @@ class CompareConfig:
                                                             "vocab_size, pattern and tokenizer_path; the first is the "
                                                             "reference")
     script: str = flag("train", "what a run is: train.py, or finetune.py, where an arm may be the model to start from: "
-                                "checkpoint_path=a.pt; or adapt.py, where an arm is a model, or one for each seed: "
-                                "checkpoint_path=a_{seed}.pt", choices=("train", "finetune", "adapt"), scope="run")
+                                "checkpoint_path=a.pt; or selfplay.py, which needs --game; or adapt.py, where an arm is a "
+                                "model, or one for each seed: checkpoint_path=a_{seed}.pt",
+                       choices=("train", "finetune", "selfplay", "adapt"), scope="run")
     budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
-                                     "matrix products, activations and bases")
+                                     "matrix products, activations and bases; of one of selfplay.py: games=N, by default "
+                                     "the game's own number, tokens=N or seconds=N")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms of train.py have in common besides the budget, and what those of adapt.py "
-                                    "must have in common; non_embedding: the parameters without the embedding and an untied "
-                                    "head",
+    match: str = flag("parameters", "what arms of train.py and selfplay.py have in common besides the budget, and what "
+                                    "those of adapt.py must have in common; non_embedding: the parameters without the "
+                                    "embedding and an untied head",
                       choices=("parameters", "non_embedding", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
     jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
@@ -137,6 +180,9 @@ class CompareConfig:
         for name in ("arms", "sizes", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")
+        if self.script != "adapt" and self.limit[0] not in self.spec.units:
+            raise BadInput(f"--budget={self.budget}: runs of {self.script}.py have no budget in {self.limit[0]}: "
+                           f"{self.spec.budget_advice()}")
         if self.limit[0] == "seconds" and self.jobs > 1:
             raise BadInput(f"--jobs={self.jobs}: with a budget in seconds only one run at a time is fair: leave it out")
 
@@ -145,9 +191,9 @@ class CompareConfig:
         """--budget as unit and amount: ("tokens", 1e7). Raises BadInput."""
         unit, _, amount = self.budget.partition("=")
         with suppress(argparse.ArgumentTypeError):
-            if unit in ("tokens", "bytes", "flops", "seconds") and 0 < parse_float(amount) < math.inf:
+            if unit in UNITS and 0 < parse_float(amount) < math.inf:
                 return unit, parse_float(amount)
-        raise BadInput(f"--budget={shorten(self.budget)}: give tokens=N, bytes=N, flops=N or seconds=N")
+        raise BadInput(f"--budget={shorten(self.budget)}: {self.spec.budget_advice()}")
 
     @property
     def spec(self) -> "ScriptSpec":
@@ -189,14 +235,15 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What runs learn from. fingerprint: hex digits of its content. digests: of everything that a run reads from it.
-    vocab_size: None where the model to start from has its own. shards: the data of pretraining; None for conversations, and
-    for text that has yet to be encoded."""
+    """What runs learn from. fingerprint: of its content. digests: of everything that a run reads from it. vocab_size: None
+    where the model to start from has its own. shards: the data of pretraining; None for conversations and games, and for
+    text that has yet to be encoded. game: of self-play, whose rules are all that a run learns from."""
     description: str
     fingerprint: str
     digests: tuple[str, ...]
     vocab_size: int | None = None
     shards: DataFolder | None = None
+    game: Game | None = None
 
     @classmethod
     def from_shards(cls, shards: DataFolder) -> "TrainingData":
@@ -229,6 +276,15 @@ def load_conversations(common: dict) -> TrainingData:
     splits = [[conversation.messages for conversation in part] for part in read_conversations(source, ROLES)]
     fingerprint = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
     return TrainingData(f"conversations of {source.dataset}", fingerprint, (fingerprint,))
+
+
+def load_game(common: dict) -> TrainingData:
+    """common: the flags that all runs share. Raises BadInput."""
+    if "game" not in common:
+        raise BadInput("--game: say which all arms learn, such as --game=tic_tac_toe")
+    game = open_game(common["game"], common.get("board"))
+    name = f"{common['game']} on {board_text(game.board)}" if game.board else common["game"]
+    return TrainingData(f"games of {name}", name, (name,), game.vocab_size, game=game)
 
 
 # -- vocabularies -----------------------------------------------------------------------------------------------------
@@ -266,7 +322,7 @@ class Vocabularies:
     def prepared(self, values: dict) -> TrainingData:
         """The data of an arm; writes its shards unless an earlier run of the command has. Raises BadInput."""
         data = self.planned(values)
-        if data.shards or data.vocab_size is None:
+        if data.shards or data is self.base:
             return data
         vocabulary = read_flags(VocabularyConfig, select_fields(VocabularyConfig, values))
         folder = self.folder / f"{readable_name(vocabulary.name)}-{data.fingerprint}"
@@ -342,6 +398,8 @@ class ScriptSpec:
     loop: type[LoopConfig]
     run: type
     optimizer: type[OptimizerConfig]
+    device: type[DeviceConfig]
+    units: tuple[str, ...]        # of UNITS
     load_data: Callable[[dict], TrainingData]
     vocabulary: tuple[type, ...]  # VocabularyConfig where an arm may have a vocabulary, or a data_path, of its own
     starts_from_checkpoint: bool  # the flag checkpoint_path names the model of an arm
@@ -349,14 +407,24 @@ class ScriptSpec:
     cell_defaults: dict           # the same, of each of its runs
     shortest_validation: dict     # flags of a run that is only timed; None: not this one
 
+    def budget_advice(self) -> str:
+        *units, last = (f"{unit}=N" for unit in self.units)
+        return f"give {', '.join(units)} or {last}"
+
 
 SCRIPTS = {
-    "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, load_shards, (VocabularyConfig,),
+    "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, DeviceConfig,
+                        ("tokens", "bytes", "flops", "seconds"), load_shards, (VocabularyConfig,),
                         starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
                         shortest_validation={"val_bytes": 1, "val_iter": None}),
-    "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, load_conversations, (),
-                           starts_from_checkpoint=True, arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path},
-                           cell_defaults={}, shortest_validation={"answer_tokens": 1})}
+    "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, DeviceConfig,
+                           ("tokens", "flops", "seconds"), load_conversations, (), starts_from_checkpoint=True,
+                           arm_defaults={"checkpoint_path": FinetuneConfig.checkpoint_path}, cell_defaults={},
+                           shortest_validation={"answer_tokens": 1}),
+    # not flops: those of play, of which some arms need many more than others, are not counted
+    "selfplay": ScriptSpec(SELFPLAY, SelfPlayLoop, SelfPlayConfig, SelfPlayOptimizer, SelfPlayDevice,
+                           ("games", "tokens", "seconds"), load_game, (), starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"rating_games": 0},
+                           shortest_validation={})}
 
 
 # -- the environment: what numbers depend on besides flags ------------------------------------------------------------
@@ -372,7 +440,7 @@ class RunEnvironment:
 
 def detect_environment(config: CompareConfig, common: dict, data: TrainingData) -> RunEnvironment:
     """Raises BadInput when the device does not exist."""
-    device = read_flags(DeviceConfig, select_fields(DeviceConfig, common))
+    device = read_flags(config.spec.device, select_fields(config.spec.device, common))
     return RunEnvironment(data, *query_device(device), code_hash(REPO / config.spec.command.script))
 
 
@@ -407,8 +475,9 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
     add_arm_flags(parser, script)
     try:
         values = vars(parser.parse_args([f"--{part}" for part in parts]))
+        derived = {"block_size": 1} if script == "selfplay" else {}  # any: where it is not given, it follows from the game
         for config in (*classes, *vocabulary):
-            read_flags(config, select_fields(config, values))
+            read_flags(config, select_fields(config, derived | values))
     except BadInput as error:
         suggestions = [f"{name}={part}" for part in parts for name, field in declared_flags(*classes).items()
                        if part in (field.metadata["flag"].choices or ()) or name == "mixer" and part in MIXERS]
@@ -454,11 +523,16 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
                 values = {name: value for name, value in values.items() if name not in declared_flags(VocabularyConfig)}
                 if own.shards and own is not data:
                     values["data_path"] = own.shards.path
+                if data.game:
+                    values |= player_shape(values)
                 if reference and config.matches_parameters:
                     values = match_parameters(values, reference.matched_parameters(config.match), own.vocab_size,
                                               config.match)
-                arm = build_arm(config.spec, name, size, values, seeds, own)
-                check_same_batches(arm, reference or arm)
+                if data.game:
+                    arm = build_play_arm(name, size, values, seeds, data)
+                else:
+                    arm = build_arm(config.spec, name, size, values, seeds, own)
+                    check_same_batches(arm, reference or arm)
             except BadInput as error:
                 raise BadInput(f"--arms {name!r}: {error}") from None
             reference = reference or arm
@@ -485,11 +559,11 @@ def check_same_batches(arm: Arm, reference: Arm):
 
 
 def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data: TrainingData):
-    """Raises BadInput for flags that would give arms of different vocabularies different amounts of text."""
+    """Raises BadInput for flags that would give arms different numbers of games, or those of different vocabularies
+    different amounts of text."""
     unit, amount = config.limit
-    if unit == "bytes" and not data.vocab_size:
-        raise BadInput(f"--budget={config.budget}: runs of {config.script}.py have no budget in bytes: give tokens=N, "
-                       f"flops=N or seconds=N")
+    if unit == "games":
+        check_same_games(config, arms)
     if len({arm.vocabulary for arm in arms}) == 1 or not data.vocab_size:
         return
     if unit == "tokens":
@@ -518,8 +592,14 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
         schedule, vocabulary = schedule.for_model(pretrained.pretraining_flags), pretrained.tokenizer
     step_tokens = run.batch_size * loop.num_batch_accum * block_size
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, block_size), schedule.peak_lr(step_tokens),
-               model.n_parameters(), model.flops_per_token(), model.elementwise_flops_per_token(),
-               embedding_parameters(model), model.config.vocab_size, data.bytes_per_token, vocabulary, data.digests)
+               **model_size(model), bytes_per_token=data.bytes_per_token, vocabulary=vocabulary, data_digests=data.digests)
+
+
+def model_size(model: GPT) -> dict:
+    """What an Arm says about its model."""
+    return {"n_parameters": model.n_parameters(), "flops_per_token": model.flops_per_token(),
+            "elementwise_flops_per_token": model.elementwise_flops_per_token(),
+            "embedding_parameters": embedding_parameters(model), "vocab_size": model.config.vocab_size}
 
 
 def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
@@ -571,6 +651,93 @@ def explain_mismatch(n_parameters: int, target: int, n_hidden: int | None, embed
     return f"{found}: change its shape, or compare them as they are with --match=none"
 
 
+# -- arms that play ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class PlaySchedule:
+    """When runs of an arm play, and when they learn."""
+    loader: PlayLoader
+    loop: SelfPlayLoop
+
+    @classmethod
+    def from_flags(cls, values: dict) -> "PlaySchedule":
+        """Raises BadInput for a flag without effect."""
+        values = resolve_play_flags({}, values)
+        game = open_game(values["game"], values["board"])
+        return cls(PlayLoader(game, read_flags(PlayConfig, values), seed=0), read_flags(SelfPlayLoop, values))
+
+    @property
+    def rollout_games(self) -> int:
+        return self.loader.config.rollout_games
+
+    @property
+    def rollout_batches(self) -> int:
+        """Batches from one rollout to the next."""
+        return 1 if self.loader.algorithm.is_on_policy else self.loader.config.updates
+
+    @property
+    def period(self) -> int:
+        """Steps after which it repeats."""
+        return self.rollout_batches // math.gcd(self.rollout_batches, self.loop.num_batch_accum)
+
+    @property
+    def step_games(self) -> float:
+        """Games that are played for each step, on average."""
+        return self.rollout_games * self.loop.num_batch_accum / self.rollout_batches
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions in the games that a step learns from."""
+        return self.loader.batch_rows * self.loop.num_batch_accum * self.loader.replay.ids.shape[1]
+
+    def steps(self, n_games: int) -> int:
+        """Of a run of about so many games."""
+        return resolve_games(self.loop, self.loader, n_games).max_iter
+
+    def games(self, n_steps: int) -> int:
+        """That a run of so many steps plays."""
+        return math.ceil(n_steps * self.loop.num_batch_accum / self.rollout_batches) * self.rollout_games
+
+
+def player_shape(values: dict) -> dict:
+    """The flags of the model whose defaults selfplay.py declares anew, with their values. Raises BadInput."""
+    resolved, general = resolve_play_flags({}, values), declared_flags(GPTConfig)
+    return {name: resolved[name] for name, field in declared_flags(PlayerModel).items()
+            if field.default != general[name].default}
+
+
+def build_play_arm(name: str, size: str, values: dict, seeds: tuple[int, ...], data: TrainingData) -> Arm:
+    """values: see build_arm. Raises BadInput."""
+    model, play = build_meta_model(values, data.vocab_size), PlaySchedule.from_flags(values)
+    block_size, schedule = model.config.block_size, read_flags(SelfPlayOptimizer, resolve_play_flags({}, values))
+    check_context(block_size, values["game"], data.game, f"--block_size={block_size}: a context")
+    return Arm(name, size, values, seeds, play.step_tokens, (play.loader.batch_rows, block_size),
+               schedule.peak_lr(play.step_tokens), **model_size(model), vocabulary=data.vocabulary,
+               data_digests=data.digests, metric=EXPLOITABILITY if data.game.has_hidden_cards else WRONG_MOVES,
+               speed_window=play.period)
+
+
+def check_same_games(config: CompareConfig, arms: list[Arm]):
+    """Raises BadInput when arms would play different numbers of games, because each plays several at a time."""
+    schedules = [PlaySchedule.from_flags(arm.flags) for arm in arms]
+    first, *others = (play.games(play.steps(int(config.limit[1]))) for play in schedules)
+    for arm, play, n_games in zip(arms[1:], schedules[1:], others):
+        if n_games != first:
+            multiple = math.lcm(schedules[0].rollout_games, play.rollout_games)
+            raise BadInput(f"--budget={config.budget}: {arm.name!r} would play {n_games:,} games, {arms[0].name!r} "
+                           f"{first:,}, as they play {play.rollout_games:,} and {schedules[0].rollout_games:,} at a time: "
+                           f"give a multiple of {multiple:,}")
+
+
+def play_steps(arm: Arm, config: CompareConfig, n_games: float, budget_frac: float) -> int:
+    """Raises BadInput for fewer games than a rollout has."""
+    play = PlaySchedule.from_flags(arm.flags)
+    if n_games < play.rollout_games:
+        raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {n_games:,.0f} games, "
+                       f"fewer than it plays at a time: give more, or fewer than {play.rollout_games:,} --rollout_games")
+    return play.steps(int(n_games))
+
+
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stage: str, lr_multiple: float,
@@ -582,7 +749,8 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     digest = cell_digest(arm, values, config.spec, environment, stage)
     readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
-    job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag)
+    outcome = (arm.metric.field, "games") if arm.metric.effort == "games" else ("val_loss", "val_bpb")
+    job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag, outcome)
     limit = next((counter, float(own[name])) for name, counter in STOP_FLAGS.items() if name in own)
     flops = (arm.flops_per_token + arm.elementwise_flops_per_token) * (arm.step_tokens if limit[0] == "step" else 1)
     return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
@@ -591,22 +759,28 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
 def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dict]:
     """The fraction of the budget that a cell of this stage gets, and the flags that limit it. Raises BadInput."""
     if stage == "speed":
-        steps = {"max_iter": SPEED_STEPS, "log_intervals": 1, "val_intervals": SPEED_STEPS}
-        return 0.0, config.spec.shortest_validation | steps
+        n_windows = max(3, (SPEED_STEPS - SPEED_WARMUP) // arm.speed_window)
+        n_steps = SPEED_WARMUP + n_windows * arm.speed_window
+        return 0.0, config.spec.shortest_validation | {"max_iter": n_steps, "log_intervals": 1, "val_intervals": n_steps}
     budget_frac = config.grid_share if stage == "lr_grid" else 1.0
     unit, amount = config.limit
     amount *= budget_frac
     if unit == "seconds":
         return budget_frac, {"max_seconds": amount}
+    if unit == "games":
+        n_steps = play_steps(arm, config, amount, budget_frac)
+        return budget_frac, {"max_iter": n_steps} | validation_interval(arm, n_steps)
     tokens = amount / {"tokens": 1, "bytes": arm.bytes_per_token,
                        "flops": arm.flops_per_token + arm.elementwise_flops_per_token}[unit]
     if tokens < arm.step_tokens:
         raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {tokens:,.0f} tokens, "
                        f"less than a step of {arm.step_tokens:,}: give more")
-    flags = {"max_tokens": int(tokens)}
-    if "val_intervals" not in arm.flags:
-        flags["val_intervals"] = max(1, math.ceil(tokens / arm.step_tokens / VALIDATIONS))
-    return budget_frac, flags
+    return budget_frac, {"max_tokens": int(tokens)} | validation_interval(arm, tokens / arm.step_tokens)
+
+
+def validation_interval(arm: Arm, n_steps: float) -> dict:
+    """The flag that gives a run VALIDATIONS of them, unless it is given."""
+    return {} if "val_intervals" in arm.flags else {"val_intervals": max(1, math.ceil(n_steps / VALIDATIONS))}
 
 
 def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnvironment, stage: str) -> str:
@@ -678,6 +852,8 @@ MATCHED = {"parameters": "as many parameters as the first", "none": "parameters 
 def describe_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
     """The conditions that the verdicts hold for."""
     reference, data = results[0].arm, environment.data
+    if data.game:
+        return describe_play_conditions(results, config, environment)
     model = build_meta_model(reference.flags, data.vocab_size and reference.vocab_size).config
     unit = "tokens" if share_vocabulary(results) or math.isnan(reference.bytes_per_token) else "bytes"
     seen = sorted({run.rows[-1]["tokens"] * (arm_results.arm.bytes_per_token if unit == "bytes" else 1)
@@ -691,39 +867,64 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
             f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
 
 
+def describe_play_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
+    reference = results[0].arm
+    model = build_meta_model(reference.flags, reference.vocab_size).config
+    played = sorted({run.rows[-1]["games"] for arm_results in results for run in arm_results.finished()}) or [0]
+    span = " to ".join(dict.fromkeys(f"{n:,}" for n in (played[0], played[-1])))
+    others = MATCHED[config.match if config.matches_parameters else "none"]
+    return (f"First arm: {model.n_layer} layers x {model.n_embd}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
+            f"of {reference.batch_shape[0]:,} games; the others: {others}. {span} {environment.data.description}; budget "
+            f"{config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
+
+
 # -- the forecast -----------------------------------------------------------------------------------------------------
+
+class ArmForecast(NamedTuple):
+    """memory: peak bytes, of the process on a CPU. tok_per_sec: of training. open_seconds: that a run needs before it
+    begins, besides those of its imports."""
+    memory: int
+    tok_per_sec: float
+    validation_seconds: float
+    open_seconds: float = 0.0
+
 
 def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, device: DeviceConfig):
     """Prints what the runs of each arm need at the speed of a few timed steps, and all of them. Where text has yet to be
     encoded for an arm, its bytes per token count as those of --data_path."""
-    machine, total, peak = open_machine(device), 0.0, 0
-    on_cpu, data = machine.device.type == "cpu", environment.data
+    machine, total, peak, open_seconds = open_machine(device), 0.0, 0, 0.0
+    on_cpu, data, n_grid = machine.device.type == "cpu", environment.data, len(config.rates)
+    n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" else 0
     if on_cpu:
         torch.set_num_threads(threads_of_job(config.jobs))
-    lines = [("arm", "parameters", "memory", "tokens/s", "runs", "time")]
+    lines = [("arm", "parameters", "memory", "games/s" if data.game else "tokens/s", "runs", "time")]
     for arm in progress_bar(arms, desc="timing", unit="arm", leave=False, disable=None):
         if math.isnan(arm.bytes_per_token):
             arm = dataclasses.replace(arm, bytes_per_token=data.bytes_per_token)
-        memory, speed = measure_arm(arm, config.spec, data, machine)
-        results = ArmResults(arm)
+        measured = measure_play(arm, config, machine) if data.game else measure_arm(arm, config.spec, data, machine)
+        results, speed = ArmResults(arm), measured.tok_per_sec
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
             seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
-        n_grid = len(config.rates)
-        n_validations = (n_grid * validations(arm, config, "lr_grid", speed)
-                         + (n_runs - n_grid) * validations(arm, config, "run", speed))
-        seconds += n_validations * validation_tokens(arm) / (3 * speed)  # the forward pass is a third of a step
-        total, peak = total + seconds, max(peak, memory)
-        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(memory), f"{speed:,.0f}",
-                      str(n_runs), format_seconds(seconds)))
+        stages = {"lr_grid": n_grid, "run": n_runs - n_grid}
+        if not config.spec.shortest_validation:
+            stages["speed"] = n_rounds
+        n_validations = sum(n * validations(arm, config, stage, speed) for stage, n in stages.items())
+        seconds += n_validations * measured.validation_seconds
+        total, peak = total + seconds, max(peak, measured.memory)
+        open_seconds = max(open_seconds, measured.open_seconds)  # for later arms, what was solved is remembered
+        per_token = PlaySchedule.from_flags(arm.flags).step_games / arm.step_tokens if data.game else 1
+        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(measured.memory),
+                      f"{speed * per_token:,.0f}", str(n_runs), format_seconds(seconds)))
     print("\n".join(align_columns(lines)))
-    start, n_processes = time.perf_counter(), sum(int(line[4]) for line in lines[1:])
+    start, n_processes, n_timed = time.perf_counter(), sum(int(line[4]) for line in lines[1:]), n_rounds * len(arms)
     subprocess.run([sys.executable, "-c", f"import {config.script}"], cwd=Path(__file__).parent, check=True)
-    total += n_processes * (time.perf_counter() - start)
+    start_seconds = time.perf_counter() - start + open_seconds
     jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
+    total = (total + n_processes * start_seconds) / jobs + n_timed * start_seconds  # speed is measured one run at a time
     available = available_memory(machine.device)
-    print(f"time    about {format_seconds(total / jobs)} with --jobs={config.jobs}, the start of {n_processes} processes "
-          f"included")
+    print(f"time    about {format_seconds(total)} with --jobs={config.jobs}, the start of {n_processes} processes included"
+          + f", and of {n_timed} that measure speed" * (n_timed > 0))
     print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
     if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
@@ -734,9 +935,9 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
 def validations(arm: Arm, config: CompareConfig, stage: str, speed: float) -> int:
     """How many a run of this stage has, at `speed` tokens per second."""
     _, own = stage_flags(arm, config, stage)
-    n_tokens = own.get("max_tokens") or own["max_seconds"] * speed
+    n_steps = own.get("max_iter") or (own.get("max_tokens") or own["max_seconds"] * speed) / arm.step_tokens
     interval = (arm.flags | own).get("val_intervals", config.spec.loop.val_intervals)
-    return 1 + math.ceil(n_tokens / arm.step_tokens / interval)
+    return 1 + math.ceil(n_steps / interval)
 
 
 def validation_tokens(arm: Arm) -> float:
@@ -757,8 +958,8 @@ class MadeUpBatches:
         return self.batch
 
 
-def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine) -> tuple[int, float]:
-    """Peak bytes, of the process on a CPU, and tokens per second of training steps on made-up tokens."""
+def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine) -> ArmForecast:
+    """From training steps on made-up tokens."""
     with suppress(OSError):  # where the system cannot restart it, it is that of all arms so far
         reset_peak_memory(machine.device)
     model = GPT(build_meta_model(arm.flags, data.vocab_size and arm.vocab_size).config).to(machine.device)
@@ -766,7 +967,36 @@ def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine
     batches, setup = MadeUpBatches(arm.batch_shape), TrainSetup(machine, schedule, arm.step_tokens)
     seconds = time_step(init_state(model, batches, setup), loop, next_token_loss, setup, lambda: dry_run_step(
         model, machine, next_token_loss, machine.to_device(batches.batch)))
-    return peak_memory(machine.device), arm.step_tokens / seconds
+    speed = arm.step_tokens / seconds
+    # the forward pass is a third of a step
+    return ArmForecast(peak_memory(machine.device), speed, validation_tokens(arm) / (3 * speed))
+
+
+def measure_play(arm: Arm, config: CompareConfig, machine: Machine) -> ArmForecast:
+    """From a run that has not begun: a validation, and steps with the rollouts that they learn from, though games of a model
+    that has learnt may be shorter or longer. Writes nothing."""
+    with suppress(OSError):  # see measure_arm
+        reset_peak_memory(machine.device)
+    start = time.perf_counter()
+    values = resolve_play_flags({}, config.spec.cell_defaults | arm.flags) | {"out_path": config.out_path / "forecast.pt",
+                                                                              "overwrite": True}
+    run = open_selfplay(SELFPLAY.read_configs(values), None, None)
+    open_seconds = time.perf_counter() - start
+    validation_seconds, speed = run.validation_seconds(), arm.step_tokens / time_play(run, arm.speed_window)
+    return ArmForecast(peak_memory(machine.device), speed, validation_seconds, open_seconds)
+
+
+def time_play(run: Run, period: int) -> float:
+    """Seconds of a training step with its share of a rollout. period: steps from one rollout to the next."""
+    set_rates(run.state.optimizer, 0, 0.0, run.setup.schedule)
+    times, end = [], time.perf_counter() + MAX_TIMING_SECONDS
+    while not times or len(times) < 5 and time.perf_counter() < end:  # the first ones also allocate memory
+        start = time.perf_counter()
+        for _ in range(period):
+            loss, _ = train_step(run.state, run.configs.loop, run.loss_fn, run.setup.machine)
+        loss.item()  # waits for the device
+        times.append((time.perf_counter() - start) / period)
+    return statistics.median(times[1:] or times)
 
 
 # -- models that adapt at inference time ------------------------------------------------------------------------------
@@ -955,11 +1185,13 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
     script = script_parser.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
                                              if text not in ("-h", "--help")])[0].script
     parser = Parser(main.__doc__)
-    add_flags(parser, CompareConfig, suppress=script == "adapt")
+    add_flags(parser, CompareConfig, suppress=script in ("adapt", "selfplay"))
     add_arm_flags(parser, script, without=flag_names(*script_flags(script)[0], scope="run"))
     values = vars(parser.parse_args(argv))
     if script == "adapt":
         return read_adapt_flags(values)
+    if script == "selfplay":
+        values = {"budget": f"games={load_game(values).game.default_games}"} | values
     own = declared_flags(CompareConfig)
     return read_flags(CompareConfig, values), {name: value for name, value in values.items() if name not in own}
 
@@ -987,7 +1219,7 @@ def main(argv=None):
     environment = detect_environment(config, common, data)
     check_budget(arms, config, environment)
     if config.dry_run:
-        print_forecast(arms, config, environment, read_flags(DeviceConfig, select_fields(DeviceConfig, common)))
+        print_forecast(arms, config, environment, read_flags(config.spec.device, select_fields(config.spec.device, common)))
         return
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_plan(config, common, data), config.overwrite, "a comparison")

@@ -69,11 +69,12 @@ WELL_PLAYED = 0.99      # optimal moves above which it has not: good play may be
 @dataclass(frozen=True)
 class SelfPlayConfig(RunFlags):
     """The run."""
-    game: str = flag(None, f"the game to learn: {', '.join(GAMES)}")
+    game: str = flag(None, f"the game to learn: {', '.join(GAMES)}", scope="shared")
     board: str = flag(None, "its size, sides or heaps joined by x: 4x5 of connect_four is 4 rows of 5 columns, 3x4x5 of nim "
-                            "three heaps (default: the game's own)")
+                            "three heaps (default: the game's own)", scope="shared")
     checkpoint_path: Path = flag(None, "the model to start from, or with --play to play against (default: random weights "
-                                       "for games, checkpoints/gpt_finetuned.pt for answers; with --play, --out_path)")
+                                       "for games, checkpoints/gpt_finetuned.pt for answers; with --play, --out_path)",
+                                 scope="run")
     out_path: Path = flag(None, "checkpoint to write; metrics go into the folder of its name (default: the game's name in "
                                 "checkpoints; for answers --checkpoint_path with _selfplay added to its name)",
                           on_resume="unsaved", scope="run")
@@ -82,7 +83,7 @@ class SelfPlayConfig(RunFlags):
     think: int = flag(0, "with --play, positions that the model reads in a search before it moves; 0: it does not search",
                       at_least=0, at_most=1_000_000, on_resume="unsaved", scope="run")
     rating_games: int = flag(100, "games against each of some earlier models at a validation, for Elo ratings; 0: none",
-                             at_least=0, at_most=100_000, on_resume="free")
+                             at_least=0, at_most=100_000, on_resume="free", scope="run")
     seed: int = flag(1337, "random seed of the initial weights, the games and the answers", at_least=0, at_most=2**63 - 1,
                      scope="run")
     __post_init__ = check_flags

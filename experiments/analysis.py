@@ -17,6 +17,51 @@ SPEED_WARMUP = 5      # steps at the start of a speed run that are not timed
 SIGNIFICANCE = 0.05   # of corrected p-values
 
 
+# -- what arms are compared by ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a run ends with; the lower, the better, and 0 is perfect.
+
+    name: of its columns in comparison.csv. field: of metrics.jsonl. label: for headings and axes. unit: what follows a
+    value; difference_unit: what follows a difference, where that is something else. form: how both are written.
+    is_complement: it is 1 minus the field. effort: what a longer run has more of. note: what it means, for the page.
+    """
+    name: str
+    field: str
+    label: str
+    unit: str
+    difference_unit: str = ""
+    form: str = ".4f"
+    is_complement: bool = False
+    effort: str = "steps"
+    note: str = ""
+
+    def of(self, row: dict) -> float:
+        """Its value in a row of metrics.jsonl."""
+        return 1 - row[self.field] if self.is_complement else row[self.field]
+
+    def describe(self, value: float) -> str:
+        """"1.6312 bits/byte"."""
+        return f"{value:{self.form}} {self.unit}"
+
+    def describe_difference(self, value: float, sign: str = "") -> str:
+        """"2.31% of all moves", or with the sign "+" "+2.31% of all moves"."""
+        return f"{value:{sign}{self.form}} {self.difference_unit or self.unit}"
+
+
+BPB = Metric("bpb", "val_bpb", "bits per byte", "bits/byte")
+WRONG_MOVES = Metric(
+    "wrong_moves", "optimal_moves", "fraction of wrong moves", "wrong moves", "of all moves", ".2%", is_complement=True,
+    effort="games", note="Wrong moves: the fraction of an exam's positions, the same ones for all arms, in which the move "
+                         "that the model finds most probable is not one of the best. Differences are of all moves, not "
+                         "relative to the first arm's wrong ones.")
+EXPLOITABILITY = Metric(
+    "exploitability", "exploitability", "exploitability in chips", "chips of exploitability", effort="games",
+    note="Exploitability: the chips a game that the model loses, over both seats, to an opponent who knows how it plays and "
+         "plays as well as can be; 0 for an equilibrium alone.")
+
+
 # -- arms, their runs, and what these ended with ----------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +69,7 @@ class Arm:
     """An architecture or recipe at one size."""
     name: str
     size: str
-    flags: dict                       # flag name -> value, of train.py or finetune.py
+    flags: dict                       # flag name -> value, of the script whose runs are compared
     seeds: tuple[int, ...]
     step_tokens: int                  # tokens that an optimizer step sees
     batch_shape: tuple[int, int]      # batch_size, block_size
@@ -37,6 +82,8 @@ class Arm:
     bytes_per_token: float = math.nan  # of the training text; NaN where it is not known
     vocabulary: str = ""              # differs between arms whose tokens differ
     data_digests: tuple[str, ...] = ()  # of everything that a run reads
+    metric: Metric = BPB
+    speed_window: int = 1              # steps over which speed is averaged: those from one rollout to the next
 
     def matched_parameters(self, match: str) -> int:
         """The number that arms have in common with --match=parameters or non_embedding."""
@@ -71,22 +118,23 @@ class CellResult:
     rows: list[dict]
 
     @property
-    def bpb(self) -> float:
-        """Bits per byte at the end; infinite unless the cell finished."""
-        return self.rows[-1]["val_bpb"] if self.status == "finished" else math.inf
+    def outcome(self) -> float:
+        """The arm's metric at the end; infinite unless the cell finished."""
+        return self.cell.arm.metric.of(self.rows[-1]) if self.status == "finished" else math.inf
 
     def speed(self) -> float:
-        """Tokens per second of a typical step; the rows are those of single steps."""
-        return statistics.median(row["tok_per_sec"] for row in self.rows if row["step"] > SPEED_WARMUP)
+        """Tokens per second of typical steps; the rows are those of single steps."""
+        speeds, n = [row["tok_per_sec"] for row in self.rows if row["step"] > SPEED_WARMUP], self.cell.arm.speed_window
+        return statistics.median(statistics.harmonic_mean(speeds[i:i + n]) for i in range(0, len(speeds) - n + 1, n))
 
     def describe(self) -> str:
         cell = self.cell
         if self.status != "finished":
             end = f"{self.status}: {self.reason}"
         elif cell.stage == "speed":
-            end = f"{self.speed():,.0f} tok/s"
+            end = f"{self.speed():,.0f} tok/s" + " with play" * (cell.arm.metric.effort == "games")
         else:
-            end = f"{self.bpb:.4f} bits/byte, {self.rows[-1]['seconds']:.0f} s"
+            end = f"{cell.arm.metric.describe(self.outcome)}, {self.rows[-1]['seconds']:.0f} s"
         which = {"lr_grid": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
                  "run": f"learning rate x {cell.lr_multiple:g}, seed {cell.seed}",
                  "speed": f"speed, round {cell.seed}"}[cell.stage]
@@ -94,10 +142,11 @@ class CellResult:
 
 
 def best_result(results: list[CellResult]) -> CellResult | None:
-    """The finished one with the fewest bits per byte. None while any has to be run again: it might be the best."""
+    """The finished one with the lowest outcome. None while any has to be run again: it might be the best."""
     if any(result.status not in ("finished", "diverged") for result in results):
         return None
-    return min((result for result in results if result.status == "finished"), key=lambda result: result.bpb, default=None)
+    return min((result for result in results if result.status == "finished"), key=lambda result: result.outcome,
+               default=None)
 
 
 @dataclass(eq=False)
@@ -110,6 +159,10 @@ class ArmResults:
     runs: list[CellResult] = field(default_factory=list)                 # the whole budget, best rate, every seed
     speeds: list[CellResult] = field(default_factory=list)
 
+    @property
+    def plays_games(self) -> bool:
+        return self.arm.metric.effort == "games"
+
     def best(self) -> CellResult | None:
         """At the best learning rate: on the whole budget where that was tried, else on the part of it."""
         return best_result(self.full_budget_lr_runs or self.grid)
@@ -117,7 +170,7 @@ class ArmResults:
     def next_lr_multiple(self) -> float | None:
         """The learning rate to try next on the whole budget; None when the search is over or a run has to be repeated.
 
-        First the grid's best, then the next lower one for as long as bits per byte fall: longer training wants a lower rate
+        First the grid's best, then the next lower one for as long as the outcome falls: longer training wants a lower rate
         (Bjorck et al., arXiv:2409.19913), so the best one for a part of the budget may be too high for all of it.
         """
         grid_best, best = best_result(self.grid), best_result(self.full_budget_lr_runs)
@@ -143,28 +196,30 @@ class ArmResults:
         return statistics.median(speeds) if speeds else math.nan
 
     def curves(self) -> list[list[dict]]:
-        """The rows of each finished run, with seconds at the measured speed and bytes of text."""
-        speed, n_bytes = self.speed(), self.arm.bytes_per_token
-        return [[row | {"seconds": row["tokens"] / speed, "bytes": row["tokens"] * n_bytes} for row in run.rows]
+        """The rows of each finished run, with seconds at the measured speed and bytes of text; of self-play also with the
+        games before the first rollout, which are none."""
+        speed, n_bytes, games = self.speed(), self.arm.bytes_per_token, {"games": 0} if self.plays_games else {}
+        return [[games | row | {"seconds": row["tokens"] / speed, "bytes": row["tokens"] * n_bytes} for row in run.rows]
                 for run in self.finished()]
 
     def slope(self) -> tuple[float, float]:
-        """(bits per byte gained by training on e times the tokens, ln of the token ratio it was measured over).
+        """(how much the metric falls by training on e times the tokens, ln of the token ratio it was measured over).
 
         Between the grid's best run and the whole-budget run of the same seed: each is at its own best learning rate and has
         its full cooldown, which an intermediate loss has not. (NaN, NaN) unless the longer run is better.
         """
         short = best_result(self.grid)
         whole = next((run for run in self.finished() if run.cell.seed == short.cell.seed), None)
-        if whole is None or whole.rows[-1]["tokens"] <= short.rows[-1]["tokens"] or whole.bpb >= short.bpb:
+        if whole is None or whole.rows[-1]["tokens"] <= short.rows[-1]["tokens"] or whole.outcome >= short.outcome:
             return math.nan, math.nan
         log_ratio = math.log(whole.rows[-1]["tokens"] / short.rows[-1]["tokens"])
-        return (short.bpb - whole.bpb) / log_ratio, log_ratio
+        return (short.outcome - whole.outcome) / log_ratio, log_ratio
 
     def at_grid_edge(self) -> bool:
-        """Whether the best learning rate is the grid's lowest or highest, beyond which there may be a better one."""
+        """Whether the best learning rate is the grid's lowest or highest, beyond which there may be a better one, unless it
+        led to perfect runs."""
         multiples, best = [run.cell.lr_multiple for run in self.grid], self.best()
-        return best is not None and best.cell.lr_multiple in (min(multiples), max(multiples))
+        return best is not None and best.outcome > 0 and best.cell.lr_multiple in (min(multiples), max(multiples))
 
     def results(self) -> Iterator[CellResult]:
         return itertools.chain(self.grid, self.full_budget_lr_runs, self.runs, self.speeds)
@@ -178,7 +233,7 @@ class ArmResults:
 def table_rows(results: list[ArmResults]) -> list[dict]:
     """A row per arm of one size; the first is the reference. Arms without a finished run lack most columns.
     `add_significance` completes the rows of all sizes together."""
-    reference, rows = results[0], []
+    reference, rows, name = results[0], [], results[0].arm.metric.name
     slope = reference.slope() if reference.finished() else (math.nan, math.nan)
     for arm_results in results:
         arm = arm_results.arm
@@ -198,9 +253,9 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
             own_slope, log_ratio = arm_results.slope()
             longer = math.log(row["seconds"] / fastest)
             if longer == 0:
-                row["bpb_equal_seconds"] = row["bpb"]
+                row[f"{name}_equal_seconds"] = row[name]
             elif longer <= log_ratio:  # no further than was measured
-                row["bpb_equal_seconds"] = row["bpb"] + own_slope * longer
+                row[f"{name}_equal_seconds"] = row[name] + own_slope * longer
     return rows
 
 
@@ -215,17 +270,24 @@ def vocabulary_columns(arm: Arm) -> dict:
 
 def outcome_columns(arm_results: ArmResults) -> dict:
     """What an arm's finished runs ended with."""
-    finished, tokens, speed = arm_results.finished(), arm_results.mean_final("tokens"), arm_results.speed()
-    bpb = Estimate.from_values([run.bpb for run in finished])
-    return {"bpb": bpb.mean, "bpb_margin": bpb.margin, "loss": arm_results.mean_final("val_loss"),
-            "learning_rate": arm_results.arm.base_lr * arm_results.best().cell.lr_multiple, "tokens": tokens,
-            "seconds": tokens / speed, "tok_per_sec": speed, "bytes_per_sec": speed * arm_results.arm.bytes_per_token,
+    arm, finished, tokens, speed = (arm_results.arm, arm_results.finished(), arm_results.mean_final("tokens"),
+                                    arm_results.speed())
+    found, name = Estimate.from_values([run.outcome for run in finished]), arm.metric.name
+    if arm_results.plays_games:
+        games = arm_results.mean_final("games")
+        amount, speeds = {"games": games}, {"games_per_sec": games / tokens * speed}
+    else:
+        amount = {"loss": arm_results.mean_final("val_loss")}
+        speeds = {"tok_per_sec": speed, "bytes_per_sec": speed * arm.bytes_per_token}
+    return {name: found.mean, f"{name}_margin": found.margin, **amount,
+            "learning_rate": arm.base_lr * arm_results.best().cell.lr_multiple, "tokens": tokens,
+            "seconds": tokens / speed, **speeds,
             "peak_memory": max(row.get("peak_memory", 0) for run in finished for row in run.rows)}
 
 
 def difference_columns(arm_results: ArmResults, reference: ArmResults, slope: float, log_ratio: float) -> dict:
-    """The difference in bits per byte to the reference, paired by seed, and how many steps more or fewer the reference would
-    need to match it. slope, log_ratio: the reference's, see ArmResults.slope."""
+    """The difference in the metric to the reference, paired by seed, and how many steps, or games, more or fewer the
+    reference would need to match it. slope, log_ratio: the reference's, see ArmResults.slope."""
     pairs = paired_differences(arm_results, reference)
     if not pairs:
         return {}
@@ -234,15 +296,15 @@ def difference_columns(arm_results: ArmResults, reference: ArmResults, slope: fl
     for name, value in (("", difference.mean), ("_low", difference.high), ("_high", difference.low)):
         if abs(value) < math.inf and slope > 0:
             log_steps = min(max(-value / slope, -log_ratio), log_ratio)  # no further than was measured
-            row[f"steps_equivalent{name}"] = math.exp(log_steps) - 1
+            row[f"{arm_results.arm.metric.effort}_equivalent{name}"] = math.exp(log_steps) - 1
     return row
 
 
 def paired_differences(arm_results: ArmResults, reference: ArmResults) -> list[float]:
-    """Bits per byte minus the reference's, of each pair of runs that both finished."""
-    reference_bpb = {i: run.bpb for i, run in enumerate(reference.runs) if run.status == "finished"}
-    return [run.bpb - reference_bpb[i] for i, run in enumerate(arm_results.runs)
-            if run.status == "finished" and i in reference_bpb]
+    """The metric minus the reference's, of each pair of runs that both finished."""
+    outcomes = {i: run.outcome for i, run in enumerate(reference.runs) if run.status == "finished"}
+    return [run.outcome - outcomes[i] for i, run in enumerate(arm_results.runs)
+            if run.status == "finished" and i in outcomes]
 
 
 def add_significance(rows: list[dict]) -> list[dict]:
@@ -258,28 +320,30 @@ def add_significance(rows: list[dict]) -> list[dict]:
 
 # -- as text ----------------------------------------------------------------------------------------------------------
 
-def verdict(row: dict, reference: dict) -> str:
+def verdict(row: dict, reference: dict, metric: Metric = BPB) -> str:
     """One sentence about an arm that claims no more than its interval supports; `short_verdict` is its few words."""
-    name, base = row["arm"], reference["arm"]
+    name, base, number = row["arm"], reference["arm"], f"+{metric.form}"
     missing = "".join(f" {other['arm']} finished only {other['runs']} of {other['runs_wanted']} runs; how the others would "
                       f"have ended is unknown."
                       for other in (row, reference) if 0 < other["runs"] < other["runs_wanted"])
     if "difference" not in row:
         return f"{name}: no comparable run finished."
     if math.isinf(row["difference_margin"]):
-        return f"{name}: {row['difference']:+.4f} bits/byte against {base} with one seed, which shows nothing.{missing}"
-    interval = (f"95 % interval {row['difference'] - row['difference_margin']:+.4f} to "
-                f"{row['difference'] + row['difference_margin']:+.4f}, {row['pairs']} seeds")
+        return (f"{name}: {metric.describe_difference(row['difference'], '+')} against {base} with one seed, which shows "
+                f"nothing.{missing}")
+    interval = (f"95 % interval {row['difference'] - row['difference_margin']:{number}} to "
+                f"{row['difference'] + row['difference_margin']:{number}}, {row['pairs']} seeds")
     if row["significance"] == "none":
         return f"{name}: no significant difference from {base} ({interval}).{missing}"
     if row["significance"] == "uncorrected":
         return (f"{name}: the difference from {base} would be significant if it were the only comparison ({interval}; "
                 f"p = {row['p']:.3f}), but is not as one of {row['comparisons']} (p = {row['p_holm']:.3f}).{missing}")
     direction = "better" if row["difference"] < 0 else "worse"
-    steps = f"; equivalent to {format_steps_equivalent(row)} steps of {base}" if "steps_equivalent" in row else ""
+    equivalent = format_equivalent(row, metric)
+    effort = f"; equivalent to {equivalent} {metric.effort} of {base}" if equivalent else ""
     edges = "".join(f" The best learning rate of {other['arm']} was the lowest or highest tried."
                     for other in (row, reference) if other["at_grid_edge"] and other["n_rates"] > 1)
-    return (f"{name}: {direction} than {base} by {abs(row['difference']):.4f} bits/byte ({interval}){steps}."
+    return (f"{name}: {direction} than {base} by {metric.describe_difference(abs(row['difference']))} ({interval}){effort}."
             f"{missing}{edges}")
 
 
@@ -299,7 +363,7 @@ def describe_best(results: list[ArmResults]) -> str:
     finished = [arm_results for arm_results in results if len(arm_results.finished()) > 1]
     if len(finished) < 3:
         return ""
-    best = min(finished, key=lambda arm_results: statistics.mean(run.bpb for run in arm_results.finished()))
+    best = min(finished, key=lambda arm_results: statistics.mean(run.outcome for run in arm_results.finished()))
     others = [arm_results for arm_results in finished if arm_results is not best]
     p_values = holm([p_value(paired_differences(other, best)) for other in others])
     alike = [other.arm.name for other, p in zip(others, p_values) if p >= SIGNIFICANCE]
@@ -307,12 +371,13 @@ def describe_best(results: list[ArmResults]) -> str:
     return f"Lowest mean: {best.arm.name}; {rest} (paired by seed, p corrected for {len(others)} comparisons)."
 
 
-def format_steps_equivalent(row: dict) -> str:
-    """ "+19% (+4% to +41%)": the estimate and its interval."""
-    text = f"{row['steps_equivalent']:+.0%}"
-    if "steps_equivalent_low" in row:
-        text += f" ({row['steps_equivalent_low']:+.0%} to {row['steps_equivalent_high']:+.0%})"
-    return text
+def format_equivalent(row: dict, metric: Metric) -> str:
+    """ "+19% (+4% to +41%)": the steps or games equivalent and its interval; "" where there is none."""
+    name = f"{metric.effort}_equivalent"
+    if name not in row:
+        return ""
+    interval = f" ({row[f'{name}_low']:+.0%} to {row[f'{name}_high']:+.0%})" if f"{name}_low" in row else ""
+    return f"{row[name]:+.0%}{interval}"
 
 
 # -- vocabularies -----------------------------------------------------------------------------------------------------
@@ -337,7 +402,7 @@ def by_vocabulary(results: list[ArmResults]) -> dict[str, list[ArmResults]]:
 def best_vocabulary(arms: list[ArmResults]) -> str:
     """A sentence about where the lowest bits per byte lie: the minimum of a parabola in log(vocab_size) through the arm with
     the lowest mean and up to two on each side of it, for each seed, with the interval over seeds. arms: of by_vocabulary."""
-    means = [statistics.mean(run.bpb for run in arm_results.finished()) for arm_results in arms]
+    means = [statistics.mean(run.outcome for run in arm_results.finished()) for arm_results in arms]
     best = means.index(min(means))
     if best in (0, len(arms) - 1):
         return f"lowest at the {'smallest' if best == 0 else 'largest'} vocabulary, {arms[best].arm.vocab_size:,}: the " \
@@ -345,7 +410,7 @@ def best_vocabulary(arms: list[ArmResults]) -> str:
     near = arms[max(0, best - 2):best + 3]
     sizes = [math.log(arm_results.arm.vocab_size) for arm_results in near]
     runs = zip(*(arm_results.runs for arm_results in near))
-    minima = [parabola_minimum(sizes, [run.bpb for run in pair]) for pair in runs
+    minima = [parabola_minimum(sizes, [run.outcome for run in pair]) for pair in runs
               if all(run.status == "finished" for run in pair)]
     found = [minimum for minimum in minima if not math.isnan(minimum)]
     if len(found) < max(2, len(minima)):
@@ -363,7 +428,7 @@ def fit_scaling(by_size: list[list[ArmResults]]) -> dict[str, tuple[list[tuple[f
     points = {}
     for arm_results in itertools.chain(*by_size):
         if arm_results.finished():
-            arm, bpb = arm_results.arm, statistics.mean(run.bpb for run in arm_results.finished())
+            arm, bpb = arm_results.arm, statistics.mean(run.outcome for run in arm_results.finished())
             flops = arm_results.mean_final("tokens") * (arm.flops_per_token + arm.elementwise_flops_per_token)
             points.setdefault(arm.name, []).append((flops, bpb))
     return {name: (sorted(found), *power_law(*zip(*found))) for name, found in points.items()

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.analysis import (
+    BPB,
     ArmResults,
+    Metric,
     add_significance,
     best_vocabulary,
     by_vocabulary,
     describe_best,
     fit_scaling,
-    format_steps_equivalent,
+    format_equivalent,
     share_vocabulary,
     short_verdict,
     table_rows,
@@ -29,26 +31,31 @@ from runtime.files import atomic_write
 
 SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
 NOTES = """\
-Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers seeds, not the choice of
-text. Differences are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). Bits/byte at
-equal seconds: what the arm would have reached in the time that the fastest arm took, interpolated between its best run on a
-part of the budget and its run of the same seed on the whole, each with a full cooldown; none where that time is less than
-the first of them took. Steps equivalent: how many more (+) or fewer (-) steps the first arm would need to match the arm,
-from how much it gains between two such runs, with the interval that follows from the difference's; more steps assume that it
-goes on gaining as much, and neither goes beyond the ratio of the two. Learning rate: the search starts from the best of the
-grid on a part of the budget; lower rates are tried on the full budget with the first seed while they improve. The run at the
-best one is among those compared, so it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest
-of the grid. FLOPs are per training token, forward and backward: matrix products, and separately activations and the bases of
-KAN layers. Peak memory is the process's, on a GPU that of its tensors. Tokens/s are the median of a few steps, timed after
-all runs, one at a time with the arms taking turns, and seconds are those of a run at that speed; where the budget is in
-seconds, both are the runs' own. A column that would be the same for all arms is left out of the table, and its value stands
-below it."""
+Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers {covered}. Differences
+are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). {Unit} at equal seconds: what
+the arm would have reached in the time that the fastest arm took, interpolated between its best run on a part of the budget
+and its run of the same seed on the whole, each with a full cooldown; none where that time is less than the first of them
+took. {Effort} equivalent: how many more (+) or fewer (-) {effort} the first arm would need to match the arm, from how much
+it gains between two such runs, with the interval that follows from the difference's; more {effort} assume that it goes on
+gaining as much, and neither goes beyond the ratio of the two. Learning rate: the search starts from the best of the grid on
+a part of the budget; lower rates are tried on the full budget with the first seed while they improve. The run at the best
+one is among those compared, so it is slightly favoured, in every arm alike. (edge): the best was the lowest or highest of
+the grid. FLOPs are per training token, forward and backward: matrix products, and separately activations and the bases of
+KAN layers. Peak memory is the process's, on a GPU that of its tensors. {speeds}, timed after all runs, one at a time with
+the arms taking turns, and seconds are those of a run at that speed; where the budget is in seconds, both are the runs' own.
+A column that would be the same for all arms is left out of the table, and its value stands below it."""
+# What it says of runs that are as long as their steps or their games
+WORDS = {"steps": {"covered": "seeds, not the choice of text", "speeds": "Tokens/s are the median of a few steps"},
+         "games": {"covered": "seeds", "speeds": "Games/s are the median of a few rollouts, each with the steps after it"}}
 VOCABULARY_NOTE = """\
 Arms of different vocabularies have steps and contexts of the same number of tokens, which hold different numbers of bytes of
 text, see "bytes per context"; losses in nats per token and tokens/s of theirs cannot be compared, bits per byte and bytes/s
 can. Bytes per token are those of the training text, with the separators between documents. Their pairs of a seed share the
 text, but neither batches nor the embedding's initial weights, so that they differ by more than two arms of one vocabulary
 do."""
+PLAY_NOTE = """\
+Each arm learns from games of its own: a pair of a seed shares the seed of the generators, not the games. FLOPs are those of
+training steps, without those of play, which seconds and games/s include."""
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
 a comparison do, which share the order."""
@@ -61,15 +68,14 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     by_size = [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
     rows_by_size = [table_rows(group) for group in by_size]
     rows = add_significance(list(itertools.chain(*rows_by_size)))
-    title = "A null test: an arm against itself" if is_null else "Comparison"
+    metric, title = results[0].arm.metric, "A null test: an arm against itself" if is_null else "Comparison"
     parts = [("code", command_line)]
     for group, size_rows in zip(by_size, rows_by_size):
         parts += size_section(group, size_rows, describe_conditions(group))
     parts += vocabulary_section(by_vocabulary(results))
-    if len(by_size) > 1:
+    if len(by_size) > 1 and metric == BPB:  # others reach 0, which no power law does
         parts += scaling_section(by_size)
-    notes = [NOTES] + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not share_vocabulary(results))
-    parts += [("p", note) for note in notes]
+    parts += [("p", note) for note in make_notes(metric, is_null, share_vocabulary(results))]
     for old in out_path.glob("*.svg"):
         old.unlink()
     pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
@@ -85,12 +91,21 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     print(out_path / "comparison.html")
 
 
+def make_notes(metric: Metric, is_null: bool, is_one_vocabulary: bool) -> list[str]:
+    """How to read the page."""
+    notes = [NOTES.format(Unit=metric.unit[0].upper() + metric.unit[1:], effort=metric.effort,
+                          Effort=metric.effort.capitalize(), **WORDS[metric.effort])]
+    if metric.effort == "games":
+        return [*notes, f"{metric.note} {PLAY_NOTE}"]
+    return notes + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not is_one_vocabulary)
+
+
 def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -> list:
     """The parts of the page about the arms of one size."""
-    best = describe_best(results)
-    table, same = table_of_columns(rows)
+    best, metric = describe_best(results), results[0].arm.metric
+    table, same = table_of_columns(rows, metric)
     parts = [("h2", results[0].arm.size or "Results"), ("p", f"{conditions}."),
-             ("ul", [verdict(row, rows[0]) for row in rows[1:]] + [best] * bool(best)), table]
+             ("ul", [verdict(row, rows[0], metric) for row in rows[1:]] + [best] * bool(best)), table]
     if same:
         parts.append(("p", f"The same for all arms: {'; '.join(same)}."))
     if note := validation_note({result.arm.name: result.finished()[-1].rows for result in results if result.finished()}):
@@ -98,8 +113,8 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
         suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
         by_bytes = not share_vocabulary(results) and not math.isnan(results[0].arm.bytes_per_token)
-        parts += [Figure(draw_mean_curves(curves, by_bytes), f"curves{suffix}"),
-                  Figure(draw_pareto_fronts({row["arm"]: row for row in rows if "bpb" in row}), f"front{suffix}")]
+        fronts = draw_pareto_fronts({row["arm"]: row for row in rows if metric.name in row}, metric)
+        parts += [Figure(draw_mean_curves(curves, by_bytes, metric), f"curves{suffix}"), Figure(fronts, f"front{suffix}")]
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
@@ -110,7 +125,7 @@ def vocabulary_section(series: dict[str, list[ArmResults]]) -> list:
     if not series:
         return []
     points = {name: [(arm_results.arm.vocab_size, estimate.mean, estimate.margin) for arm_results in arms
-                     for estimate in [Estimate.from_values([run.bpb for run in arm_results.finished()])]]
+                     for estimate in [Estimate.from_values([run.outcome for run in arm_results.finished()])]]
               for name, arms in series.items()}
     return [("h2", "Bits per byte against the size of the vocabulary"),
             ("ul", [f"{name}: {best_vocabulary(arms)}" for name, arms in series.items()]),
@@ -136,7 +151,7 @@ def number(row: dict, name: str, form: str, scale: float = 1) -> str:
 
 def with_margin(row: dict, name: str, form: str) -> str:
     margin = row.get(f"{name}_margin", math.inf)
-    return number(row, name, form) + (f" ± {margin:.4f}" if margin < math.inf else "")
+    return number(row, name, form) + (f" ± {margin:{form.removeprefix('+')}}" if margin < math.inf else "")
 
 
 def format_grid_edge(row: dict) -> str:
@@ -156,36 +171,41 @@ class Column:
     of_vocabulary: bool = False
 
 
-COLUMNS = (
-    Column("arm", lambda row: row["arm"], always=True),
-    Column("bits/byte (lower is better)", lambda row: with_margin(row, "bpb", ".4f"), always=True),
-    Column("difference from the first arm (negative is better)", lambda row: with_margin(row, "difference", "+.4f"),
-           always=True),
-    Column("p (Holm)", lambda row: number(row, "p_holm", ".3f"), always=True),
-    Column("significant", lambda row: SIGNIFICANCE_WORDS.get(row.get("significance"), ""), always=True),
-    Column("steps equivalent, relative to the first arm (positive is better)",
-           lambda row: format_steps_equivalent(row) if "steps_equivalent" in row else ""),
-    Column("bits/byte at equal seconds (lower is better)", lambda row: number(row, "bpb_equal_seconds", ".4f")),
-    Column("learning rate", lambda row: number(row, "learning_rate", ".3g") + format_grid_edge(row)),
-    Column("vocabulary", lambda row: number(row, "vocab_size", ","), of_vocabulary=True),
-    Column("bytes per token", lambda row: number(row, "bytes_per_token", ".3f"), of_vocabulary=True),
-    Column("tokens per byte", lambda row: number(row, "tokens_per_byte", ".4f"), of_vocabulary=True),
-    Column("bytes per context", lambda row: number(row, "bytes_per_context", ",.0f"), of_vocabulary=True),
-    Column("parameters", lambda row: f"{row['parameters']:,}"),
-    Column("embedding's share of parameters", lambda row: number(row, "embedding_share", ".1%"), of_vocabulary=True),
-    Column("MFLOP/token, matrix products", lambda row: number(row, "flops_per_token", ".2f", 1e-6)),
-    Column("MFLOP/token, element-wise", lambda row: number(row, "elementwise_flops_per_token", ".2f", 1e-6)),
-    Column("tokens/s (higher is better)", lambda row: number(row, "tok_per_sec", ",.0f")),
-    Column("bytes/s (higher is better)", lambda row: number(row, "bytes_per_sec", ",.0f"), of_vocabulary=True),
-    Column("seconds (lower is better)", lambda row: number(row, "seconds", ",.0f")),
-    Column("peak memory, MiB (lower is better)", lambda row: number(row, "peak_memory", ",.0f", 2**-20)),
-    Column("runs finished", lambda row: f"{row['runs']} of {row['runs_wanted']}"))
+def make_columns(metric: Metric) -> tuple[Column, ...]:
+    """All that a table may have; those that are empty for every arm are not shown."""
+    return (
+        Column("arm", lambda row: row["arm"], always=True),
+        Column(f"{metric.unit} (lower is better)", lambda row: with_margin(row, metric.name, metric.form), always=True),
+        Column("difference from the first arm (negative is better)",
+               lambda row: with_margin(row, "difference", f"+{metric.form}"), always=True),
+        Column("p (Holm)", lambda row: number(row, "p_holm", ".3f"), always=True),
+        Column("significant", lambda row: SIGNIFICANCE_WORDS.get(row.get("significance"), ""), always=True),
+        Column(f"{metric.effort} equivalent, relative to the first arm (positive is better)",
+               lambda row: format_equivalent(row, metric)),
+        Column(f"{metric.unit} at equal seconds (lower is better)",
+               lambda row: number(row, f"{metric.name}_equal_seconds", metric.form)),
+        Column("learning rate", lambda row: number(row, "learning_rate", ".3g") + format_grid_edge(row)),
+        Column("vocabulary", lambda row: number(row, "vocab_size", ","), of_vocabulary=True),
+        Column("bytes per token", lambda row: number(row, "bytes_per_token", ".3f"), of_vocabulary=True),
+        Column("tokens per byte", lambda row: number(row, "tokens_per_byte", ".4f"), of_vocabulary=True),
+        Column("bytes per context", lambda row: number(row, "bytes_per_context", ",.0f"), of_vocabulary=True),
+        Column("parameters", lambda row: f"{row['parameters']:,}"),
+        Column("embedding's share of parameters", lambda row: number(row, "embedding_share", ".1%"), of_vocabulary=True),
+        Column("MFLOP/token, matrix products", lambda row: number(row, "flops_per_token", ".2f", 1e-6)),
+        Column("MFLOP/token, element-wise", lambda row: number(row, "elementwise_flops_per_token", ".2f", 1e-6)),
+        Column("games", lambda row: number(row, "games", ",.0f")),
+        Column("games/s (higher is better)", lambda row: number(row, "games_per_sec", ",.0f")),
+        Column("tokens/s (higher is better)", lambda row: number(row, "tok_per_sec", ",.0f")),
+        Column("bytes/s (higher is better)", lambda row: number(row, "bytes_per_sec", ",.0f"), of_vocabulary=True),
+        Column("seconds (lower is better)", lambda row: number(row, "seconds", ",.0f")),
+        Column("peak memory, MiB (lower is better)", lambda row: number(row, "peak_memory", ",.0f", 2**-20)),
+        Column("runs finished", lambda row: f"{row['runs']} of {row['runs_wanted']}"))
 
 
-def table_of_columns(rows: list[dict]) -> tuple[Table, list[str]]:
+def table_of_columns(rows: list[dict], metric: Metric = BPB) -> tuple[Table, list[str]]:
     """The table of the arms of one size, without columns that would be the same for all, and the contents of these."""
     with_vocabularies = len({(row.get("vocab_size"), row.get("bytes_per_token")) for row in rows}) > 1
-    columns = [column for column in COLUMNS if with_vocabularies or not column.of_vocabulary]
+    columns = [column for column in make_columns(metric) if with_vocabularies or not column.of_vocabulary]
     cells = {column: [column.cell(row) for row in rows] for column in columns}
     shown = [column for column in columns if column.always or len(set(cells[column])) > 1]
     same = [f"{column.head.split(' (')[0]} {cells[column][0]}" for column in columns
@@ -194,10 +214,11 @@ def table_of_columns(rows: list[dict]) -> tuple[Table, list[str]]:
 
 
 def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) -> list[str]:
-    """Lines for a terminal: arm, bits/byte, difference and verdict; then the runs left out. An arm's name is shortened where
+    """Lines for a terminal: arm, metric, difference and verdict; then the runs left out. An arm's name is shortened where
     the line would be longer than `width`."""
-    texts = [("arm", "bits/byte", "difference", "verdict")] + [
-        (row["arm"], with_margin(row, "bpb", ".4f"), with_margin(row, "difference", "+.4f"),
+    metric = results[0].arm.metric
+    texts = [("arm", metric.unit, "difference", "verdict")] + [
+        (row["arm"], with_margin(row, metric.name, metric.form), with_margin(row, "difference", f"+{metric.form}"),
          "" if row is rows[0] else short_verdict(row)) for row in rows]
     lines = [results[0].arm.size] * bool(results[0].arm.size) + align_columns(texts, width)
     return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]

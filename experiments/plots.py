@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from experiments.analysis import BPB, Metric
 from runtime.config import shorten
 from runtime.files import atomic_write
 
@@ -28,7 +29,7 @@ SVG_STYLE = (f"<style>svg {{ color: {INK}; color-scheme: light dark }} "
 PANEL_INCHES = 5.0, 3.75
 # unit, label of the axis, words for the title
 X_AXES = {"tokens": (1e6, "million tokens", "tokens"), "flops": (1e12, "TFLOP of matrix products", "FLOPs"),
-          "bytes": (1e6, "MB of text", "bytes of text"),
+          "bytes": (1e6, "MB of text", "bytes of text"), "games": (1, "games", "games"),
           "seconds": (1, "seconds of training", "seconds")}
 WARMUP = 0.1          # the part of a run, at its start, whose values may leave the picture
 SAME_RATIO = 0.01     # two runs whose bytes per token differ by more have different vocabularies, or other validation text
@@ -151,28 +152,30 @@ def validation_note(runs: dict[str, list[dict]]) -> str:
 
 # -- comparisons, for pages -------------------------------------------------------------------------------------------
 
-def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None = None) -> list[str]:
-    """Bits per byte of validation of each name's runs, the mean with a band from the lowest to the highest, against tokens,
-    FLOPs and seconds. curves: name -> rows of each run. by_bytes: against bytes of text in place of tokens, for names whose
-    tokens differ (default: as the rows tell). Returns panels."""
+def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None = None, metric: Metric = BPB) -> list[str]:
+    """The metric at the validations of each name's runs, the mean with a band from the lowest to the highest, against tokens
+    or games, FLOPs and seconds. curves: name -> rows of each run. by_bytes: against bytes of text in place of tokens, for
+    names whose tokens differ (default: as the rows tell). Returns panels."""
     curves = {name: [add_bytes(rows) for rows in runs] for name, runs in curves.items()}
     if by_bytes is None:
         by_bytes = not have_same_vocabulary(rows for runs in curves.values() for rows in runs)
-    x_names = "bytes" if by_bytes else "tokens", "flops", "seconds"
+    plays_games = metric.effort == "games"
+    x_names = "games" if plays_games else "bytes" if by_bytes else "tokens", "flops", "seconds"
     axes = make_panels(len(x_names))
     for axis, x_name in zip(axes, x_names):
         drawn = []
         for (name, runs), color in zip(curves.items(), COLORS * 9):
-            evaluations = align_evaluations(runs)
+            evaluations = align_evaluations(runs, metric.field)
             x = [statistics.mean(row[x_name] for row in rows) / X_AXES[x_name][0] for rows in evaluations]
-            means, lows, highs = ([f(row["val_bpb"] for row in rows) for rows in evaluations]
+            means, lows, highs = ([f(metric.of(row) for row in rows) for rows in evaluations]
                                   for f in (statistics.mean, min, max))
             axis.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
             axis.plot(x, means, ".-", color=color, label=wrap_label(name), linewidth=1.3)
             drawn += [list(zip(x, lows)), list(zip(x, highs))]
         focus_y(axis, drawn)
-        axis.set(xlabel=X_AXES[x_name][1], ylabel="validation, bits per byte",
-                 title=f"Bits per byte against {X_AXES[x_name][2]}")
+        without_play = ", without those of play" * (plays_games and x_name == "flops")
+        axis.set(xlabel=X_AXES[x_name][1] + without_play, ylabel=f"validation, {metric.label}",
+                 title=f"{metric.label.capitalize()} against {X_AXES[x_name][2]}")
         add_legend(axis)
     return to_svgs(axes)
 
@@ -204,29 +207,30 @@ def draw_finetuning(rows: list[dict], held_out: str = "held-out answers") -> lis
     return to_svgs(axes)
 
 
-def align_evaluations(runs: list[list[dict]]) -> list[list[dict]]:
-    """For every step that all runs were validated at, their rows; last their final rows, whose steps may differ."""
-    by_step = [{row["step"]: row for row in rows if "val_loss" in row} for rows in runs]
+def align_evaluations(runs: list[list[dict]], name: str = "val_loss") -> list[list[dict]]:
+    """For every step that all runs were validated at, their rows; last their final rows, whose steps may differ. name: of a
+    number that rows of validations have."""
+    by_step = [{row["step"]: row for row in rows if name in row} for rows in runs]
     shared = set.intersection(*(set(rows) - {max(rows, default=0)} for rows in by_step))
     final = [[rows[max(rows)] for rows in by_step]] if all(by_step) else []
     return [[rows[step] for rows in by_step] for step in sorted(shared)] + final
 
 
-def draw_pareto_fronts(results: dict[str, dict]) -> list[str]:
-    """Bits per byte of each name against seconds and against memory, with the Pareto fronts. results: name -> bpb,
-    bpb_margin, seconds, peak_memory (bytes). Returns panels."""
+def draw_pareto_fronts(results: dict[str, dict], metric: Metric = BPB) -> list[str]:
+    """The metric of each name against seconds and against memory, with the Pareto fronts. results: name -> the columns of
+    analysis.table_rows, of which the metric's, seconds and peak_memory (bytes) are read. Returns panels."""
     axes = make_panels(2)
     for axis, x_name, unit, label in zip(axes, ("seconds", "peak_memory"), (1, 2**20),
                                          ("seconds of training", "peak memory, MiB")):
-        coordinates = {name: (result[x_name] / unit, result["bpb"]) for name, result in results.items()}
+        coordinates = {name: (result[x_name] / unit, result[metric.name]) for name, result in results.items()}
         axis.plot(*zip(*pareto_front(list(coordinates.values()))), "--", color=COLORS[4], linewidth=1, zorder=1,
                   label="Pareto front")
         for (name, (x, y)), color in zip(coordinates.items(), COLORS * 9):
-            margin = results[name]["bpb_margin"]
+            margin = results[name][f"{metric.name}_margin"]
             axis.errorbar(x, y, yerr=margin if math.isfinite(margin) else None, fmt="o", color=color, capsize=3,
                           label=wrap_label(name))
-        axis.set(xlabel=label, ylabel="bits per byte",
-                 title=f"Bits per byte against {label.split(',')[0]}\n(lower left is better)")
+        axis.set(xlabel=label, ylabel=metric.label,
+                 title=f"{metric.label.capitalize()} against {label.split(',')[0]}\n(lower left is better)")
         add_legend(axis)
     return to_svgs(axes)
 

@@ -178,12 +178,14 @@ def save_plan(out_path: Path, plan: dict, overwrite: bool, what: str, results: S
 
 @dataclass
 class TrainingJob:
-    """A run of train.py or finetune.py: it writes `checkpoint`, and its metrics into the folder of that name. out_flag: the
-    flag that names the checkpoint. resumed: whether the latest `command` continues that checkpoint."""
+    """A run of a script that trains: it writes `checkpoint`, and its metrics into the folder of that name. out_flag: the
+    flag that names the checkpoint. outcome: what the last row of its metrics has, besides what every row has. resumed:
+    whether the latest `command` continues that checkpoint."""
     script: Path
     checkpoint: Path
     flags: tuple[str, ...]
     out_flag: str = "checkpoint_path"
+    outcome: tuple[str, ...] = ("val_loss", "val_bpb")
     resumed: bool = False
 
     @property
@@ -230,7 +232,7 @@ class TrainingJob:
         survives."""
         rows = self.rows()
         return bool(rows) and all({"tokens", "seconds", "flops"} <= row.keys() for row in rows) and \
-            {"val_loss", "val_bpb"} <= rows[-1].keys() and all(
+            {*self.outcome} <= rows[-1].keys() and all(
                 rows[-1].get(name, 0) > 0 for name in ("tokens", "seconds", "tok_per_sec"))
 
     def rows_digest(self) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.analysis import (
+    BPB,
     Arm,
     ArmResults,
     Cell,
@@ -19,13 +20,13 @@ from experiments.analysis import (
     table_rows,
     verdict,
 )
-from experiments.comparison import COLUMNS, short_table, size_section, table_of_columns
+from experiments.comparison import make_columns, short_table, size_section, table_of_columns
 from experiments.runner import TrainingJob
 
 
 def format_row(row: dict) -> dict[str, str]:
     """The cells of a row of the table, by the first words of their columns."""
-    return {column.head.split(" (")[0]: column.cell(row) for column in COLUMNS}
+    return {column.head.split(" (")[0]: column.cell(row) for column in make_columns(BPB)}
 
 
 def make_rows(*results: ArmResults) -> list[dict]:
