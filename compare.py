@@ -423,8 +423,8 @@ SCRIPTS = {
                            shortest_validation={"answer_tokens": 1}),
     # not flops: those of play, of which some arms need many more than others, are not counted
     "selfplay": ScriptSpec(SELFPLAY, SelfPlayLoop, SelfPlayConfig, SelfPlayOptimizer, SelfPlayDevice,
-                           ("games", "tokens", "seconds"), load_game, (), starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"rating_games": 0},
-                           shortest_validation={})}
+                           ("games", "tokens", "seconds"), load_game, (), starts_from_checkpoint=False, arm_defaults={},
+                           cell_defaults={"rating_games": 0}, shortest_validation={})}
 
 
 # -- the environment: what numbers depend on besides flags ------------------------------------------------------------
