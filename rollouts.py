@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from model import GPT
 from players import (
@@ -295,13 +294,11 @@ def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.ra
     an equilibrium. The plain gradient need not settle. Source: Perolat et al. 2021, arXiv:2002.08456; 2022,
     arXiv:2206.15378 (R-NaD)."""
     if memory.get("age", torch.tensor(config.reference_updates)) >= config.reference_updates:
-        memory |= {"age": torch.tensor(0),
-                   "reference": {name: weight.detach().clone() for name, weight in model.state_dict().items()}}
+        memory |= {"age": torch.tensor(0), "reference": copy_weights(model)}
     memory["age"] = memory["age"] + 1
     hand = play_hidden(model, game, config.rollout_games, rng)
     rollout, n, T = hand.rollout, config.rollout_games, game.max_plies
-    ids = torch.from_numpy(rollout.ids).to(model.embed.weight.device)
-    logits = functional_call(model, memory["reference"], (ids,), tie_weights=False)  # tied ones are there twice
+    logits = read_as(model, memory["reference"], torch.from_numpy(rollout.ids).to(model.embed.weight.device))
     reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
     own = hand.moves >= 0
     strayed = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
@@ -317,6 +314,21 @@ def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.ra
     share = np.clip(returns / game.max_score, -1, 1) / 2 + 0.5
     rollout.outcomes[:] = np.stack((1 - share, np.zeros_like(share), share), 2) * own[..., None]
     return Played(rollout, hand.moves, own, hand.score, 2 * n * T)
+
+
+def copy_weights(model: GPT) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+@torch.no_grad()
+def read_as(model: GPT, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """The logits of `ids` with other weights, after which the model has its own again, bit for bit."""
+    own = copy_weights(model)
+    model.load_state_dict(weights)
+    try:
+        return model.eager_forward(ids)
+    finally:
+        model.load_state_dict(own)
 
 
 def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
