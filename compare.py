@@ -868,14 +868,15 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
 
 
 def describe_play_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
-    reference = results[0].arm
+    reference, data = results[0].arm, environment.data
     model = build_meta_model(reference.flags, reference.vocab_size).config
+    batch_games = reference.batch_shape[0] // (2 if data.game.has_hidden_cards else 1)  # a row for each of two players
     played = sorted({run.rows[-1]["games"] for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n:,}" for n in (played[0], played[-1])))
     others = MATCHED[config.match if config.matches_parameters else "none"]
     return (f"First arm: {model.n_layer} layers x {model.n_embd}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
-            f"of {reference.batch_shape[0]:,} games; the others: {others}. {span} {environment.data.description}; budget "
-            f"{config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
+            f"of {batch_games:,} games; the others: {others}. {span} {data.description}; budget {config.budget}, "
+            f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
 
 
 # -- the forecast -----------------------------------------------------------------------------------------------------

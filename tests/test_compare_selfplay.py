@@ -1,6 +1,7 @@
 """compare.py --script=selfplay: arms that play as many games, what is said of wrong moves and chips, whole comparisons."""
 import csv
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -28,9 +29,11 @@ from experiments.analysis import (
 )
 from experiments.comparison import make_notes, short_table, size_section, table_of_columns
 from experiments.plots import draw_mean_curves, draw_pareto_fronts
+from experiments.runner import JobResult
 from runtime.config import BadInput
 
 TIC_TAC_TOE = {"game": "tic_tac_toe"}
+ENVIRONMENT = RunEnvironment(load_game(TIC_TAC_TOE), "cpu, fp32", "a machine", "0123")
 TINY = ["--script=selfplay", "--game=nim", "--board=1x2", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=8",
         "--batch_size=8", "--warmup_iter=1", "--device=cpu", "--threads=0"]
 
@@ -55,7 +58,11 @@ def test_arms_are_players_with_the_parameters_of_the_first():
 
 
 def test_games_with_hidden_cards_are_compared_in_chips():
-    assert {arm.metric for arm in play_arms("mlp=gelu", "mlp=relu2", common={"game": "kuhn"})} == {EXPLOITABILITY}
+    arms, data = play_arms("mlp=gelu", "mlp=relu2", common={"game": "kuhn"}), load_game({"game": "kuhn"})
+    assert {arm.metric for arm in arms} == {EXPLOITABILITY}
+    config, environment = CompareConfig(script="selfplay", budget="games=512"), dataclasses.replace(ENVIRONMENT, data=data)
+    said = compare.describe_conditions([ArmResults(arm) for arm in arms], config, environment)
+    assert "batches of 256 games; the others: as many parameters as the first. 0 games of kuhn; budget games=512" in said
     assert load_game({"game": "kuhn"}).description == "games of kuhn"
     assert load_game({"game": "nim", "board": "1x2"}).description == "games of nim on 1x2"
 
@@ -72,9 +79,6 @@ def test_schedule_of_1024_games_by_hand(flags, steps, games, period, step_games)
     assert play.step_games == pytest.approx(step_games)
 
 
-ENVIRONMENT = RunEnvironment(load_game(TIC_TAC_TOE), "cpu, fp32", "a machine", "0123")
-
-
 def test_a_budget_in_games_gives_every_arm_as_many():
     config = CompareConfig(script="selfplay", budget="games=40_960")
     for arm in play_arms("mlp=gelu", "updates=2", "algorithm=reinforce", "num_batch_accum=4,batch_size=64"):
@@ -85,6 +89,19 @@ def test_a_budget_in_games_gives_every_arm_as_many():
             assert {f"--max_iter={n_steps}", f"--val_intervals={math.ceil(n_steps / 10)}", "--learning_rate=0.04",
                     "--seed=3", "--rating_games=0", "--game=tic_tac_toe"} <= {*cell.job.flags}
             assert cell.job.outcome == ("optimal_moves", "games") and cell.job.script.name == "selfplay.py"
+
+
+@pytest.mark.parametrize("missing", ["optimal_moves", "games", "tok_per_sec"])
+def test_a_run_that_lacks_what_is_compared_is_not_finished(tmp_path, missing):
+    arm, = play_arms("mlp=gelu", null=True)[:1]
+    config = CompareConfig(script="selfplay", budget="games=4e4", out_path=tmp_path)
+    job = make_cell(arm, config, ENVIRONMENT, "run", 1.0, 1).job
+    row = {"step": 3, "tokens": 30, "seconds": 3.0, "flops": 90, "tok_per_sec": 10.0, "optimal_moves": 1.0, "games": 8}
+    job.folder.mkdir(parents=True)
+    (job.folder / "metrics.jsonl").write_text(json.dumps(row))
+    assert job.is_complete()
+    (job.folder / "metrics.jsonl").write_text(json.dumps({name: value for name, value in row.items() if name != missing}))
+    assert job.complete(JobResult("finished")) == JobResult("failed", "its last metrics are missing")
 
 
 def test_arms_that_would_play_different_numbers_of_games_are_refused():
