@@ -10,6 +10,7 @@ remembers.
 import json
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class PlayConfig:
     games: int = flag(None, "games to play, unless --max_iter, --max_tokens or --max_seconds is given (default: the game's "
                             "own number)", at_least=1, scope="run")
     rollout_games: int = flag(256, "games that are played at a time", at_least=1, at_most=1_000_000)
-    updates: int = flag(4, "optimizer steps after each rollout", at_least=1, at_most=10_000)
+    updates: int = flag(2, "optimizer steps after each rollout", at_least=1, at_most=10_000)
     replay: int = flag(8, "latest rollouts that batches are drawn from", at_least=1, at_most=10_000)
     batch_size: int = flag(256, "games in a batch", at_least=1, at_most=1_000_000)
     random_plies: int = flag("auto", "a game begins with 0 to as many random moves; auto: up to nine tenths of the longest "
@@ -66,6 +67,8 @@ class PlayConfig:
                                           "--search=one_ply", above=0)
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
                                      "looking ahead found", at_least=0, at_most=1)
+    average: float = flag(0.98, "decay at each step of a running average of the weights, which plays in place of the latest "
+                                "ones: its values are less noisy; 0: the latest ones play", at_least=0, at_most=0.9999)
     regularisation: float = flag(0.2, "with --algorithm=regularised, what a nat of distance from the earlier model costs, "
                                       "in chips; 0: the plain policy gradient", at_least=0)
     reference_updates: int = flag(100, "optimizer steps after which the earlier model becomes the present one", at_least=1)
@@ -124,6 +127,45 @@ def play_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     outcome_logprobs = F.log_softmax(logits[..., n_moves:n_moves + 3], dim=-1)
     n_positions = (outcomes.sum(-1) > 0).sum().clamp(min=1)
     return -((moves * move_logprobs).sum() + (outcomes * outcome_logprobs).sum()) / n_positions
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+def copy_weights(model: GPT) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+@contextmanager
+def other_weights(model: GPT, weights: dict[str, Tensor]):
+    """The model with these weights inside, and with its own again afterwards, bit for bit."""
+    own = copy_weights(model)
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+class WeightAverage:
+    """A running average of a model's weights, over about 1 / (1 - decay) updates; at first over the latest tenth of them."""
+
+    def __init__(self, decay: float):
+        self.decay, self.weights, self.updates = decay, {}, 0
+
+    @torch.no_grad()
+    def update(self, model: GPT):
+        if not self.weights:
+            self.weights = copy_weights(model)
+        self.updates += 1
+        decay = min(self.decay, 1 - 10 / (self.updates + 9))
+        for name, weight in model.state_dict().items():
+            self.weights[name].lerp_(weight, 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"weights": dict(self.weights), "updates": self.updates}
+
+    def load_state_dict(self, state: dict):
+        self.weights, self.updates = dict(state["weights"]), state["updates"]
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
@@ -298,7 +340,8 @@ def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.ra
     memory["age"] = memory["age"] + 1
     hand = play_hidden(model, game, config.rollout_games, rng)
     rollout, n, T = hand.rollout, config.rollout_games, game.max_plies
-    logits = read_as(model, memory["reference"], torch.from_numpy(rollout.ids).to(model.embed.weight.device))
+    with other_weights(model, memory["reference"]):
+        logits = model.eager_forward(torch.from_numpy(rollout.ids).to(model.embed.weight.device))
     reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
     own = hand.moves >= 0
     strayed = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
@@ -314,21 +357,6 @@ def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.ra
     share = np.clip(returns / game.max_score, -1, 1) / 2 + 0.5
     rollout.outcomes[:] = np.stack((1 - share, np.zeros_like(share), share), 2) * own[..., None]
     return Played(rollout, hand.moves, own, hand.score, 2 * n * T)
-
-
-def copy_weights(model: GPT) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-
-
-@torch.no_grad()
-def read_as(model: GPT, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The logits of `ids` with other weights, after which the model has its own again, bit for bit."""
-    own = copy_weights(model)
-    model.load_state_dict(weights)
-    try:
-        return model.eager_forward(ids)
-    finally:
-        model.load_state_dict(own)
 
 
 def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -352,7 +380,7 @@ class Algorithm(NamedTuple):
 REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}
 ALGORITHMS = {
     "search": Algorithm(learn_from_search, "looking ahead",
-                        REPLAYED | {"search", "simulations", "target_temperature", "outcome_share"}),
+                        REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
     "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
     "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "reference_updates"},
                              is_on_policy=True, hides_cards=True),
@@ -388,6 +416,7 @@ class PlayLoader:
         self.rng, self.memory = np.random.default_rng([2, seed]), {}
         self.replay = Rollout.empty(game, 0)
         self.updates_left = self.n_games = 0
+        self.average = WeightAverage(config.average) if config.average and "average" in self.algorithm.flags else None
         self.statistics = PlayStatistics()
 
     @property
@@ -397,8 +426,11 @@ class PlayLoader:
         return n * (1 + self.game.has_hidden_cards)
 
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
+        if self.average:
+            self.average.update(model)
         if not self.updates_left:
-            self.play(model)
+            with other_weights(model, self.average.weights) if self.average else nullcontext():
+                self.play(model)
             self.updates_left = 1 if self.algorithm.is_on_policy else self.config.updates
         self.updates_left -= 1
         batch = self.replay
@@ -438,13 +470,16 @@ class PlayLoader:
 
     def state_dict(self) -> dict:
         return {"rng": json.dumps(self.rng.bit_generator.state), "updates_left": self.updates_left, "n_games": self.n_games,
-                "replay": list(self.replay.tensors()), "memory": dict(self.memory)}
+                "replay": list(self.replay.tensors()), "memory": dict(self.memory),
+                "average": self.average.state_dict() if self.average else None}
 
     def load_state_dict(self, state: dict):
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.updates_left, self.n_games = state["updates_left"], state["n_games"]
         self.replay = Rollout(*(part.numpy() for part in state["replay"]))
         self.memory = dict(state["memory"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
     def close(self):
         pass

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
 from model import GPT
 from players import Player, Prediction, is_best, perfect_player, play_games, predict, read_line
@@ -194,6 +193,7 @@ def fit_elo(matches: Sequence[Match]) -> dict[Hashable, Rating]:
         rating = np.concatenate(([0.0], free))
         ahead = rating[a] - rating[b]
         return float((points * np.logaddexp(0, -ahead) + (n - points) * np.logaddexp(0, ahead)).sum())
+    from scipy.optimize import minimize  # half a second that other commands need not wait
     rating = np.concatenate(([0.0], minimize(loss, np.zeros(len(names) - 1)).x))
     expected = 1 / (1 + np.exp(rating[b] - rating[a]))
     information = np.zeros((len(names), len(names)))
