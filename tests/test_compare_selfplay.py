@@ -126,6 +126,7 @@ def test_cells_of_another_game_or_board_are_others():
         return cell.job.checkpoint.name
     names = [name(common) for common in (TIC_TAC_TOE, {"game": "nim"}, {"game": "nim", "board": "1x2"})]
     assert len({*names}) == 3 and name(TIC_TAC_TOE) == names[0]
+    assert play_arms("mlp=gelu", "mlp=relu2", common={"game": "nim"})[1].data_digests == ("nim on 3x4x5",)
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------
