@@ -42,7 +42,7 @@ from runtime.config import BadInput, check_flags, flag
 from runtime.device import Machine, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand
-from sampling import SamplingConfig, TextStream, generate_with_logprobs, load_pretrained
+from sampling import Decoder, SamplingConfig, TextStream, cache_dtype, load_pretrained, sample_with_logprobs
 from tasks.checkable import ANSWER_TASKS, PROPOSE, AnswerTask, CheckableQuestion, check_proposal, read_checkable
 from tasks.conversations import Conversation
 from tokenizer import ROLES, Tokenizer
@@ -139,26 +139,39 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
                  generator: torch.Generator) -> list[Answer]:
     """An answer to each of `prompts`, ids, which leave room for it in the context."""
-    partial_answers = [PartialAnswer(prompt, TextStream(tokenizer)) for prompt in prompts]
-    for first in range(0, len(prompts), ROWS_PER_BATCH):
-        rows, n_left = partial_answers[first:first + ROWS_PER_BATCH], max_new_tokens
-        while rows and n_left:  # half of them or more have ended each time: the few long ones are not a batch of all
-            n_left -= extend_answers(model, rows, n_left, generator)
-            rows = [row for row in rows if not row.stream.is_done]
-    return [row.answer() for row in partial_answers]
+    rows = [PartialAnswer(prompt, TextStream(tokenizer)) for prompt in prompts]
+    for first in range(0, len(rows), ROWS_PER_BATCH):
+        decode_answers(model, rows[first:first + ROWS_PER_BATCH], max_new_tokens, generator)
+    return [row.answer() for row in rows]
 
 
-def extend_answers(model: GPT, rows: "list[PartialAnswer]", max_new_tokens: int, generator: torch.Generator) -> int:
-    """Samples a token of each row at a time, until half of the rows have ended. Returns how many each has been given."""
-    contexts = [torch.tensor(row.prompt + row.ids, device=model.embed.weight.device) for row in rows]
-    sampled = generate_with_logprobs(model, contexts, max_new_tokens, ON_POLICY, generator)
-    for n, new in enumerate(sampled, 1):
+@torch.inference_mode()
+def decode_answers(model: GPT, rows: "list[PartialAnswer]", max_new_tokens: int, generator: torch.Generator):
+    """Samples the answers of a batch, which is halved whenever half of them have ended: few are long."""
+    decoder = Decoder(model, [torch.tensor(row.prompt, device=model.embed.weight.device) for row in rows], max_new_tokens,
+                      ON_POLICY)
+    for n_left in reversed(range(max_new_tokens)):
+        new = sample_with_logprobs(decoder.logits, ON_POLICY, generator)
         # as numbers: tensors that were made under inference_mode cannot be trained on
         for row, token_id, logprob in zip(rows, new.ids.tolist(), new.model_logprobs.tolist()):
             row.push(token_id, logprob)
-        if 2 * sum(row.stream.is_done for row in rows) >= len(rows):
-            return n
-    return max_new_tokens
+        left = [i for i, row in enumerate(rows) if not row.stream.is_done]
+        if not left or not n_left:
+            return
+        new_ids = new.ids
+        if 2 * len(left) <= len(rows):
+            rows, new_ids = [rows[i] for i in left], new_ids[left]
+            keep_rows(decoder, left)
+        decoder.append(new_ids)
+
+
+def keep_rows(decoder: Decoder, rows: list[int]):
+    """Goes on with these rows of a batch, whose texts must all fit into the context."""
+    old, model = decoder.cache, decoder.model
+    decoder.cache = model.init_cache(len(rows), old.max_len, cache_dtype(model))
+    decoder.cache.length = old.length
+    decoder.cache.left_pad = None if old.left_pad is None else old.left_pad[rows]
+    decoder.cache.copy_rows_from(list(range(len(rows))), old, rows)
 
 
 @dataclass
