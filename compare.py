@@ -33,7 +33,6 @@ import math
 import multiprocessing
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ from grpo import SelfPlayOptimizer
 from layers import MIXERS
 from learner import AdaptConfig, clip_hop, has_scope, open_learner
 from model import GPT, GPTConfig, upgrade_config
-from optimizer import OptimizerConfig, set_rates
+from optimizer import OptimizerConfig
 from rollouts import PlayConfig, PlayLoader
 from runtime.checkpoint import explain_damage, load_checkpoint
 from runtime.cli import (
@@ -100,6 +99,7 @@ from selfplay import (
     SelfPlayLoop,
     check_context,
     open_game,
+    period_of,
     resolve_games,
 )
 from selfplay import open_run as open_selfplay
@@ -120,15 +120,12 @@ from tokenizer import (
 )
 from train import PRESETS, PRETRAINING, RunConfig
 from trainer import (
-    MAX_TIMING_SECONDS,
     LoopConfig,
-    Run,
     TrainSetup,
     dry_run_step,
     init_state,
     next_token_loss,
     time_step,
-    train_step,
 )
 
 REPO = Path(__file__).parent
@@ -671,19 +668,13 @@ class PlaySchedule:
         return self.loader.config.rollout_games
 
     @property
-    def rollout_batches(self) -> int:
-        """Batches from one rollout to the next."""
-        return 1 if self.loader.algorithm.is_on_policy else self.loader.config.updates
-
-    @property
     def period(self) -> int:
-        """Steps after which it repeats."""
-        return self.rollout_batches // math.gcd(self.rollout_batches, self.loop.num_batch_accum)
+        return period_of(self.loader, self.loop.num_batch_accum)
 
     @property
     def step_games(self) -> float:
         """Games that are played for each step, on average."""
-        return self.rollout_games * self.loop.num_batch_accum / self.rollout_batches
+        return self.rollout_games * self.loop.num_batch_accum / self.loader.batches_per_rollout
 
     @property
     def step_tokens(self) -> int:
@@ -696,7 +687,7 @@ class PlaySchedule:
 
     def games(self, n_steps: int) -> int:
         """That a run of so many steps plays."""
-        return math.ceil(n_steps * self.loop.num_batch_accum / self.rollout_batches) * self.rollout_games
+        return math.ceil(n_steps * self.loop.num_batch_accum / self.loader.batches_per_rollout) * self.rollout_games
 
 
 def player_shape(values: dict) -> dict:
@@ -983,21 +974,9 @@ def measure_play(arm: Arm, config: CompareConfig, machine: Machine) -> ArmForeca
                                                                               "overwrite": True}
     run = open_selfplay(SELFPLAY.read_configs(values), None, None)
     open_seconds = time.perf_counter() - start
-    validation_seconds, speed = run.validation_seconds(), arm.step_tokens / time_play(run, arm.speed_window)
+    validation_seconds, speed = run.validation_seconds(), arm.step_tokens / time_step(
+        run.state, run.configs.loop, run.loss_fn, run.setup, run.dry_run)
     return ArmForecast(peak_memory(machine.device), speed, validation_seconds, open_seconds)
-
-
-def time_play(run: Run, period: int) -> float:
-    """Seconds of a training step with its share of a rollout. period: steps from one rollout to the next."""
-    set_rates(run.state.optimizer, 0, 0.0, run.setup.schedule)
-    times, end = [], time.perf_counter() + MAX_TIMING_SECONDS
-    while not times or len(times) < 5 and time.perf_counter() < end:  # the first ones also allocate memory
-        start = time.perf_counter()
-        for _ in range(period):
-            loss, _ = train_step(run.state, run.configs.loop, run.loss_fn, run.setup.machine)
-        loss.item()  # waits for the device
-        times.append((time.perf_counter() - start) / period)
-    return statistics.median(times[1:] or times)
 
 
 # -- models that adapt at inference time ------------------------------------------------------------------------------

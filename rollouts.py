@@ -425,13 +425,17 @@ class PlayLoader:
         n = self.config.rollout_games if self.algorithm.is_on_policy else self.config.batch_size
         return n * (1 + self.game.has_hidden_cards)
 
+    @property
+    def batches_per_rollout(self) -> int:
+        return 1 if self.algorithm.is_on_policy else self.config.updates
+
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
         if self.average:
             self.average.update(model)
         if not self.updates_left:
             with other_weights(model, self.average.weights) if self.average else nullcontext():
                 self.play(model)
-            self.updates_left = 1 if self.algorithm.is_on_policy else self.config.updates
+            self.updates_left = self.batches_per_rollout
         self.updates_left -= 1
         batch = self.replay
         if not self.algorithm.is_on_policy:

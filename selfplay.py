@@ -330,13 +330,19 @@ def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Pa
     contents = describe_game(run.game, game)
     state, setup = restore_state(output, model, None, configs.optimizer, loader,
                                  loader.batch_rows * loop.num_batch_accum * game.max_plies,
-                                 SELFPLAY.settings(*configs) | vars(model.config), contents)
+                                 SELFPLAY.settings(*configs) | vars(model.config), contents,
+                                 period_of(loader, loop.num_batch_accum))
     exam = () if game.has_hidden_cards else make_exam(game)
     examiner = Examiner(game, exam, contents, run_folder(output.writer.path), run.rating_games)
     evaluate = make_evaluation(examiner)
     batch = machine.to_device(Rollout.empty(game, loader.batch_rows).tensors())
     return Run(configs, state, setup, play_loss, evaluate, partial(dry_run_step, model, machine, play_loss, batch),
                partial(describe, state, setup, examiner, configs), partial(time_examination, examiner, model), None)
+
+
+def period_of(loader: PlayLoader, num_batch_accum: int) -> int:
+    """Steps after which play and learning repeat."""
+    return loader.batches_per_rollout // math.gcd(loader.batches_per_rollout, num_batch_accum)
 
 
 def make_evaluation(examiner: Examiner) -> Evaluation:
@@ -354,9 +360,8 @@ def resolve_games(loop: SelfPlayLoop, loader: PlayLoader, n_games: int) -> SelfP
     """`loop`, with an end after about `n_games` where it has none."""
     if loop.max_iter or loop.max_tokens or loop.max_seconds:
         return loop
-    updates = 1 if loader.algorithm.is_on_policy else loader.config.updates
     n_rollouts = math.ceil(n_games / loader.config.rollout_games)
-    return replace(loop, max_iter=max(1, n_rollouts * updates // loop.num_batch_accum))
+    return replace(loop, max_iter=max(1, n_rollouts * loader.batches_per_rollout // loop.num_batch_accum))
 
 
 def time_examination(examiner: Examiner, model: GPT) -> float:

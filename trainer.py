@@ -169,6 +169,7 @@ class TrainSetup:
     settings: dict = field(default_factory=dict)  # the run's flags, from which it resumes
     tokenizer: Tokenizer | None = None       # goes into the checkpoint
     contents: dict = field(default_factory=dict)  # and what else does: the game that a model plays, which has no tokenizer
+    period: int = 1                          # steps after which their work repeats: a loader may play games every few steps
     script: str = ""                         # command that can resume the checkpoint
     writer: CheckpointWriter | None = None   # None: no checkpoints
     metrics: MetricsLog | None = None        # None: no rows
@@ -226,7 +227,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     a resumed run has none): called once, after the first few steps. Raises FloatingPointError when the run has diverged;
     the checkpoint is then the last good one.
     """
-    timer = StepTimer(on_timed)
+    timer = StepTimer(on_timed, setup.period)
     with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(
             total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
@@ -275,8 +276,9 @@ class StepTimer:
     at each of them, and changes no number."""
     MIN_STEPS, MIN_SECONDS, SLOW_STEP = 3, 1.0, 10.0
 
-    def __init__(self, on_timed: Callable[[float, float | None], None] | None):
-        self.on_timed, self.evaluation_seconds = on_timed, None
+    def __init__(self, on_timed: Callable[[float, float | None], None] | None, period: int = 1):
+        """period: see TrainSetup."""
+        self.on_timed, self.period, self.evaluation_seconds = on_timed, period, None
         self.times: list[float] = []
         self.loss: Tensor | None = None  # of the step inside the context
 
@@ -289,9 +291,11 @@ class StepTimer:
         self.loss.item()
         self.times.append(time.perf_counter() - self.start)
         warm = self.times[1:]  # the first step also allocates memory and starts threads
-        if len(warm) >= self.MIN_STEPS and sum(warm) >= self.MIN_SECONDS or sum(warm) >= self.SLOW_STEP or (
+        is_whole = len(warm) % self.period == 0
+        if len(warm) >= self.MIN_STEPS and sum(warm) >= self.MIN_SECONDS and is_whole or sum(warm) >= self.SLOW_STEP or (
                 not warm and self.times[0] >= self.SLOW_STEP):
-            self.on_timed(statistics.median(warm or self.times), self.evaluation_seconds)
+            average = statistics.median if self.period == 1 else statistics.mean
+            self.on_timed(average(warm or self.times), self.evaluation_seconds)
             self.on_timed = None
 
 
@@ -556,6 +560,8 @@ def time_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, setup: Tra
         loss.item()  # waits for the device
         return time.perf_counter() - start
     set_rates(state.optimizer, state.step, 0.0, setup.schedule)
+    if setup.period > 1:
+        return time_period(state, loop, loss_fn, setup)
     n_batches, start = loop.num_batch_accum, time.perf_counter()
     first = step_seconds(1)  # allocates memory and starts threads
     if first > MAX_TIMING_SECONDS:
@@ -569,6 +575,18 @@ def time_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, setup: Tra
             times[n].append(step_seconds(n))
     one = statistics.median(times[1])
     return one if n_batches == 1 else one + (n_batches - 1) * max(0.0, statistics.median(times[2]) - one)
+
+
+def time_period(state: TrainState, loop: LoopConfig, loss_fn: Callable, setup: TrainSetup) -> float:
+    """Seconds of an optimizer step, the mean over a period; the median of several, after one that also allocates memory."""
+    times, end = [], time.perf_counter() + MAX_TIMING_SECONDS
+    while not times or len(times) < 5 and time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(setup.period):
+            loss, _ = train_step(state, loop, loss_fn, setup.machine)
+        loss.item()  # waits for the device
+        times.append((time.perf_counter() - start) / setup.period)
+    return statistics.median(times[1:] or times)
 
 
 def make_forecast(run: Run, step_seconds: float, validation_seconds: float | None, available: int) -> Forecast:
@@ -624,7 +642,8 @@ def open_output(command: TrainingCommand, path: Path, resumed: Path | None, over
 
 
 def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer | None, schedule: OptimizerConfig, loader: Loader,
-                  step_tokens: int, settings: dict, contents: dict | None = None) -> tuple[TrainState, TrainSetup]:
+                  step_tokens: int, settings: dict, contents: dict | None = None,
+                  period: int = 1) -> tuple[TrainState, TrainSetup]:
     """A run's state, new or as the resumed checkpoint left it. From tokenizer on: see TrainSetup. Raises BadInput."""
     writer, checkpoint, rows = output.writer, output.checkpoint, []
     output.command.check_writable(writer.path)
@@ -632,8 +651,8 @@ def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer | None, sc
         step = checkpoint["training"]["step"]
         folder = run_folder(writer.path if writer.resumes_in_place else output.resumed)  # one file may have two names
         rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-    setup = TrainSetup(output.machine, schedule, step_tokens, settings, tokenizer, contents or {}, output.command.script,
-                       writer, MetricsLog(run_folder(writer.path), rows))
+    setup = TrainSetup(output.machine, schedule, step_tokens, settings, tokenizer, contents or {}, period,
+                       output.command.script, writer, MetricsLog(run_folder(writer.path), rows))
     state = init_state(model, loader, setup)
     if checkpoint:
         with explain_damage(output.resumed):

@@ -13,6 +13,7 @@ from test_report import parse_page
 import compare
 import experiments.runner
 import selfplay
+import trainer
 from compare import CompareConfig, PlaySchedule, RunEnvironment, build_arms, build_meta_model, load_game, make_cell
 from conftest import run_rows
 from experiments.analysis import (
@@ -70,9 +71,9 @@ def test_games_with_hidden_cards_are_compared_in_chips():
 # -- as many games ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, steps, games, period, step_games", [
-    ({}, 16, 1024, 4, 64), ({"updates": 6}, 24, 1024, 6, 256 / 6), ({"algorithm": "reinforce"}, 4, 1024, 1, 256),
-    ({"num_batch_accum": 2}, 8, 1024, 2, 128), ({"updates": 3, "num_batch_accum": 2}, 6, 1024, 3, 512 / 3),
-    ({"rollout_games": 100}, 44, 1100, 4, 25)])
+    ({}, 8, 1024, 2, 128), ({"updates": 6}, 24, 1024, 6, 256 / 6), ({"algorithm": "reinforce"}, 4, 1024, 1, 256),
+    ({"num_batch_accum": 2}, 4, 1024, 1, 256), ({"updates": 3, "num_batch_accum": 2}, 6, 1024, 3, 512 / 3),
+    ({"rollout_games": 100}, 22, 1100, 2, 50)])
 def test_schedule_of_1024_games_by_hand(flags, steps, games, period, step_games):
     play = PlaySchedule.from_flags(TIC_TAC_TOE | flags)
     assert (play.steps(1024), play.games(steps), play.period) == (steps, games, period)
@@ -81,7 +82,7 @@ def test_schedule_of_1024_games_by_hand(flags, steps, games, period, step_games)
 
 def test_a_budget_in_games_gives_every_arm_as_many():
     config = CompareConfig(script="selfplay", budget="games=40_960")
-    for arm in play_arms("mlp=gelu", "updates=2", "algorithm=reinforce", "num_batch_accum=4,batch_size=64"):
+    for arm in play_arms("mlp=gelu", "updates=4", "algorithm=reinforce", "num_batch_accum=4,batch_size=64"):
         for stage, games in (("lr_grid", 10_240), ("run", 40_960)):
             cell = make_cell(arm, config, ENVIRONMENT, stage, 2.0, 3)
             n_steps = int(cell.limit[1])
@@ -113,7 +114,7 @@ def test_arms_that_would_play_different_numbers_of_games_are_refused():
 
 
 def test_a_speed_run_has_whole_rollouts():
-    for flags, n_steps in (("mlp=gelu", 5 + 3 * 4), ("updates=2", 5 + 5 * 2), ("algorithm=reinforce", 5 + 10)):
+    for flags, n_steps in (("mlp=gelu", 5 + 5 * 2), ("updates=4", 5 + 3 * 4), ("algorithm=reinforce", 5 + 10)):
         arm, = play_arms(flags, null=True)[:1]
         flags = make_cell(arm, CompareConfig(script="selfplay", budget="games=4e4"), ENVIRONMENT, "speed", 1.0, 0).job.flags
         assert {f"--max_iter={n_steps}", "--log_intervals=1", f"--val_intervals={n_steps}"} <= {*flags}
@@ -321,7 +322,7 @@ def test_the_same_command_goes_on_after_ctrl_c(runs, tmp_path, capsys):
 
 def test_dry_run_plays_some_games_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare.subprocess, "run", lambda *args, **kwargs: None)
-    monkeypatch.setattr(compare, "MAX_TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "MAX_TIMING_SECONDS", 0.0)
     compare.main([*TINY, "--arms", "mlp=gelu", "search=puct,simulations=4", "--budget=games=64", "--seeds=2", "--dry_run",
                   f"--out_path={tmp_path / 'out'}"])
     head, *rows, time, memory = capsys.readouterr().out.splitlines()

@@ -84,6 +84,18 @@ def test_the_first_steps_are_timed_once_and_only_as_long_as_needed(monkeypatch):
     assert calls[-1] == (60.0, None)
 
 
+def test_steps_that_repeat_are_timed_by_whole_periods(monkeypatch):
+    """Every second one plays games first: the mean of the second to the fifth."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timer = StepTimer(lambda *args: calls.append(args), period=2)
+    for seconds in (9.0, 0.5, 3.5, 0.5, 3.5, 0.5, 3.5):
+        with timer:
+            timer.loss = torch.tensor(1.0)
+            now[0] += seconds
+    assert calls == [(pytest.approx(2.0), None)]
+
+
 # -- the commands -----------------------------------------------------------------------------------------------------
 
 def files(folder: Path) -> dict:
