@@ -40,7 +40,7 @@ TINY = ["--script=selfplay", "--game=nim", "--board=1x2", "--n_layer=1", "--n_he
 
 
 def play_arms(*arms: str, common: dict = TIC_TAC_TOE, **flags) -> list:
-    return build_arms(CompareConfig(script="selfplay", arms=arms, budget="games=40_000", **flags), common, load_game(common))
+    return build_arms(CompareConfig(script="selfplay", arms=arms, budget="games=40_960", **flags), common, load_game(common))
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
