@@ -106,7 +106,7 @@ def test_a_run_that_lacks_what_is_compared_is_not_finished(tmp_path, missing):
 
 
 def test_arms_that_would_play_different_numbers_of_games_are_refused():
-    with pytest.raises(BadInput, match="'rollout_games=100' would play 40,000 games, 'mlp=gelu' 40,192, as they play 100 "
+    with pytest.raises(BadInput, match="'rollout_games=100' would play 41,000 games, 'mlp=gelu' 40,960, as they play 100 "
                                        "and 256 at a time: give a multiple of 6,400"):
         play_arms("mlp=gelu", "rollout_games=100")
     config = CompareConfig(script="selfplay", arms=("mlp=gelu", "rollout_games=100"), budget="tokens=1e6")
