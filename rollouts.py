@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class PlayConfig:
     """Self-play."""
     algorithm: str = flag("auto", "what a model learns from; search: the moves that looking ahead finds best, and how "
                                   "games end; reinforce: the moves that it tried, by how much more than usual they won; "
-                                  "regularised: the same where cards are hidden, held near an earlier model; imitation: "
+                                  "regularised: the same where cards are hidden, held near what the model was; imitation: "
                                   "games of a player that errs, no self-play; auto: search, or regularised where cards are "
                                   "hidden", choices=("auto", "search", "reinforce", "regularised", "imitation"))
     search: str = flag("one_ply", "how --algorithm=search looks ahead; one_ply: over every move, once; puct: AlphaZero's "
@@ -67,11 +67,11 @@ class PlayConfig:
                                           "--search=one_ply", above=0)
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
                                      "looking ahead found", at_least=0, at_most=1)
-    average: float = flag(0.98, "decay at each step of a running average of the weights, which plays in place of the latest "
-                                "ones: its values are less noisy; 0: the latest ones play", at_least=0, at_most=0.9999)
-    regularisation: float = flag(0.2, "with --algorithm=regularised, what a nat of distance from the earlier model costs, "
+    average: float = flag(0.98, "decay at each step of a running average of the weights. With --algorithm=search it plays "
+                                "in place of the latest ones, because its values are less noisy; with regularised, moves are "
+                                "held near its own. 0: no average", at_least=0, at_most=0.9999)
+    regularisation: float = flag(1.0, "with --algorithm=regularised, what a nat of distance from the average's moves costs, "
                                       "in chips; 0: the plain policy gradient", at_least=0)
-    reference_updates: int = flag(100, "optimizer steps after which the earlier model becomes the present one", at_least=1)
     symmetries: bool = flag(True, "show each game in a random symmetry of the board")
     __post_init__ = check_flags
 
@@ -168,6 +168,22 @@ class WeightAverage:
         self.weights, self.updates = dict(state["weights"]), state["updates"]
 
 
+@dataclass
+class Memory:
+    """What is kept from rollout to rollout. average: of the weights, or None. baseline: (2,), what the first and the second
+    player have won, a running mean."""
+    average: WeightAverage | None
+    baseline: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+    def state_dict(self) -> dict:
+        return {"average": self.average.state_dict() if self.average else None, "baseline": self.baseline}
+
+    def load_state_dict(self, state: dict):
+        self.baseline = state["baseline"]
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+
 # -- playing ----------------------------------------------------------------------------------------------------------
 
 class Thought(NamedTuple):
@@ -223,12 +239,13 @@ def results(played: Played) -> np.ndarray:
 
 # -- algorithms -------------------------------------------------------------------------------------------------------
 
-def learn_from_search(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: dict) -> Played:
-    """Moves are played and learnt as looking ahead finds them. The value that is learnt is a mix of what it finds and of how
-    the game ended, of the former alone before a random move."""
+def learn_from_search(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+    """The average of the weights plays. Moves are played and learnt as looking ahead finds them. The value that is learnt is
+    a mix of what it finds and of how the game ended, of the former alone before a random move."""
     think = partial(think_by_search, config=config, rng=rng) if config.search == "puct" else partial(
         think_one_ply, temperature=config.target_temperature)
-    played = play_out(model, game, config, rng, think)
+    with other_weights(model, memory.average.weights) if memory.average else nullcontext():
+        played = play_out(model, game, config, rng, think)
     share = config.outcome_share * played.is_own[..., None]
     played.rollout.outcomes[:] = (1 - share) * played.rollout.outcomes + share * one_hot(results(played))
     return played
@@ -257,22 +274,22 @@ def think_alone(positions: Positions) -> Thought:
     return Thought(prediction.moves, prediction.outcomes, partial(positions.play, np.arange(len(positions))), len(positions))
 
 
-def learn_by_reinforce(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: dict) -> Played:
+def learn_by_reinforce(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
     """The policy gradient (Williams 1992, REINFORCE): each move that was drawn from the model's probabilities, times what
     its player won above the running mean of that player, as in SPIRAL (Liu et al. 2025, arXiv:2506.24119)."""
     played = play_out(model, game, config, rng, think_alone)
-    baseline = memory.setdefault("baseline", torch.zeros(2, dtype=torch.float64)).numpy()
+    baseline = memory.baseline.numpy()
     won, role = results(played), np.arange(played.moves.shape[1]) % 2
     advantages = (won - baseline[role]) * played.is_own
     chosen = np.eye(game.n_moves, dtype=np.float32)[played.moves] * (played.moves >= 0)[..., None]
     played.rollout.moves[:] = chosen * advantages[..., None]
     played.rollout.outcomes[:] = one_hot(won) * played.is_own[..., None]
     mean = played.score.mean()
-    memory["baseline"] = torch.from_numpy(baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline))
+    memory.baseline = torch.from_numpy(baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline))
     return played
 
 
-def learn_by_imitation(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: dict) -> Played:
+def learn_by_imitation(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
     """Moves and ends of games between two players that err."""
     teacher = noisy_player(perfect_player(game, rng), game, config.epsilon, rng)
 
@@ -330,31 +347,24 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
     return Hand(rollout, moves, probabilities, values, score)
 
 
-def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: dict) -> Played:
-    """The policy gradient of a game in which straying from an earlier model costs chips and makes the opponent win them, so
-    that the players settle instead of chasing each other; then the earlier model becomes the present one, and so on, up to
-    an equilibrium. The plain gradient need not settle. Source: Perolat et al. 2021, arXiv:2002.08456; 2022,
-    arXiv:2206.15378 (R-NaD)."""
-    if memory.get("age", torch.tensor(config.reference_updates)) >= config.reference_updates:
-        memory |= {"age": torch.tensor(0), "reference": copy_weights(model)}
-    memory["age"] = memory["age"] + 1
+def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+    """The policy gradient, and that of the KL divergence from what the average of the weights would play, so that players
+    settle instead of chasing each other. The average follows, up to an equilibrium; the plain gradient need not get there.
+    Source: magnetic mirror descent with a moving magnet, Sokota et al. 2022, arXiv:2206.05825; R-NaD, Perolat et al. 2021,
+    arXiv:2002.08456."""
     hand = play_hidden(model, game, config.rollout_games, rng)
     rollout, n, T = hand.rollout, config.rollout_games, game.max_plies
-    with other_weights(model, memory["reference"]):
+    with other_weights(model, memory.average.weights) if memory.average else nullcontext():
         logits = model.eager_forward(torch.from_numpy(rollout.ids).to(model.embed.weight.device))
     reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
     own = hand.moves >= 0
     strayed = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
-    taken = np.where(own, np.take_along_axis(strayed, np.maximum(hand.moves, 0)[..., None], 2)[..., 0], 0.0)
-    sides = np.tile([1, -1], n)[:, None]
-    cost = (-config.regularisation * taken * sides).reshape(n, 2, T).sum(1)           # chips of the first player
-    later = cost[:, ::-1].cumsum(1)[:, ::-1] - cost
-    returns = np.repeat(hand.score[:, None] + later, 2, axis=0) * sides
-    chosen = np.eye(game.n_moves)[hand.moves] * own[..., None]
     distance = strayed - (hand.move_probabilities * strayed).sum(2, keepdims=True)
+    returns = np.repeat(hand.score, 2)[:, None] * np.tile([1, -1], n)[:, None]
     advantages = returns - game.max_score * hand.values
+    chosen = np.eye(game.n_moves)[hand.moves] * own[..., None]
     rollout.moves[:] = chosen * advantages[..., None] - config.regularisation * hand.move_probabilities * distance
-    share = np.clip(returns / game.max_score, -1, 1) / 2 + 0.5
+    share = np.broadcast_to(returns / game.max_score / 2 + 0.5, own.shape)
     rollout.outcomes[:] = np.stack((1 - share, np.zeros_like(share), share), 2) * own[..., None]
     return Played(rollout, hand.moves, own, hand.score, 2 * n * T)
 
@@ -366,9 +376,8 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # -- every algorithm -------------------------------------------------------------------------------------------------
 
 class Algorithm(NamedTuple):
-    """learn_from(model, game, config, rng, memory) -> Played; memory: tensors that it keeps from rollout to rollout. name:
-    in words. flags: of PlayConfig, that it reads besides those that all read. is_on_policy: whether a batch must be the
-    latest games. hides_cards: whether it is for games with hidden cards. learning_rate: of Muon, --learning_rate=auto."""
+    """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
+    those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with hidden cards. learning_rate: of Muon, --learning_rate=auto."""
     learn_from: Callable
     name: str
     flags: set[str]
@@ -382,7 +391,7 @@ ALGORITHMS = {
     "search": Algorithm(learn_from_search, "looking ahead",
                         REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
     "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
-    "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "reference_updates"},
+    "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "average"},
                              is_on_policy=True, hides_cards=True),
     "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
 
@@ -413,10 +422,11 @@ class PlayLoader:
 
     def __init__(self, game: Game, config: PlayConfig, seed: int):
         self.game, self.config, self.algorithm = game, config, ALGORITHMS[config.algorithm]
-        self.rng, self.memory = np.random.default_rng([2, seed]), {}
+        has_average = config.average and "average" in self.algorithm.flags
+        self.rng = np.random.default_rng([2, seed])
+        self.memory = Memory(WeightAverage(config.average) if has_average else None)
         self.replay = Rollout.empty(game, 0)
         self.updates_left = self.n_games = 0
-        self.average = WeightAverage(config.average) if config.average and "average" in self.algorithm.flags else None
         self.statistics = PlayStatistics()
 
     @property
@@ -430,11 +440,10 @@ class PlayLoader:
         return 1 if self.algorithm.is_on_policy else self.config.updates
 
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
-        if self.average:
-            self.average.update(model)
+        if self.memory.average:
+            self.memory.average.update(model)
         if not self.updates_left:
-            with other_weights(model, self.average.weights) if self.average else nullcontext():
-                self.play(model)
+            self.play(model)
             self.updates_left = self.batches_per_rollout
         self.updates_left -= 1
         batch = self.replay
@@ -474,16 +483,13 @@ class PlayLoader:
 
     def state_dict(self) -> dict:
         return {"rng": json.dumps(self.rng.bit_generator.state), "updates_left": self.updates_left, "n_games": self.n_games,
-                "replay": list(self.replay.tensors()), "memory": dict(self.memory),
-                "average": self.average.state_dict() if self.average else None}
+                "replay": list(self.replay.tensors()), "memory": self.memory.state_dict()}
 
     def load_state_dict(self, state: dict):
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.updates_left, self.n_games = state["updates_left"], state["n_games"]
         self.replay = Rollout(*(part.numpy() for part in state["replay"]))
-        self.memory = dict(state["memory"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        self.memory.load_state_dict(state["memory"])
 
     def close(self):
         pass

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import selfplay
 from conftest import assert_same, run_rows, saved_training, tiny_player
 from play import CardTable, play_in_terminal
-from rollouts import PlayConfig, PlayLoader, learn_by_regularised, play_hidden
+from rollouts import Memory, PlayConfig, PlayLoader, WeightAverage, learn_by_regularised, play_hidden
 from strength import measure_policy, policy_table
 from tasks.games import GAMES
 from tasks.poker import CHANCE, Kuhn, Leduc, exploitability, information_sets
@@ -95,7 +95,7 @@ def regularised(game, model, memory, **flags):
 def test_without_regularisation_it_is_the_plain_policy_gradient():
     """One-hot moves times chips above what the model expected."""
     game, model = Kuhn(), tiny_player(Kuhn())
-    played, hand = regularised(game, model, {}, regularisation=0.0), deal_and_play(game, 16, model=model)
+    played, hand = regularised(game, model, Memory(None), regularisation=0.0), deal_and_play(game, 16, model=model)
     sides = np.tile([1, -1], 16)
     for row, ply in zip(*np.nonzero(hand.moves >= 0)):
         won = hand.score[row // 2] * sides[row]
@@ -109,39 +109,21 @@ def test_without_regularisation_it_is_the_plain_policy_gradient():
 
 def test_a_model_that_is_its_own_reference_pays_nothing(game):
     model = tiny_player(game)
-    with_cost, without = (regularised(game, model, {}, regularisation=eta) for eta in (0.5, 0.0))
+    with_cost, without = (regularised(game, model, Memory(None), regularisation=eta) for eta in (0.5, 0.0))
     np.testing.assert_allclose(with_cost.rollout.moves, without.rollout.moves, atol=1e-6)
 
 
-def test_straying_costs_the_player_and_pays_the_opponent():
-    """By hand: Kuhn, where the reference is uniform and the model is not."""
+def test_straying_from_the_average_is_held_back_by_the_gradient_of_the_divergence():
+    """By hand: Kuhn, where the average plays uniformly and the model does not."""
     game, model = Kuhn(), tiny_player(Kuhn())
-    uniform = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
-    memory = {"age": torch.tensor(0), "reference": uniform}
+    memory = Memory(WeightAverage(0.9))
+    memory.average.weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     played, hand = regularised(game, model, memory, regularisation=0.5), deal_and_play(game, 16, model=model)
-    assert memory["age"] == 1 and memory["reference"] is uniform
-    for i in range(16):
-        steps = [(row, ply) for ply in range(3) for row in (2 * i, 2 * i + 1) if hand.moves[row, ply] >= 0]
-        cost = [0.5 * np.log(2 * hand.move_probabilities[row, ply, hand.moves[row, ply]]) for row, ply in steps]
-        for k, (row, ply) in enumerate(steps):
-            side = 1 if row % 2 == 0 else -1
-            later = sum((-c if other % 2 == row % 2 else c) for (other, _), c in zip(steps[k + 1:], cost[k + 1:]))
-            p = hand.move_probabilities[row, ply]
-            strayed = np.log(2 * p)
-            weights = -0.5 * p * (strayed - p @ strayed)
-            weights[hand.moves[row, ply]] += side * hand.score[i] + later - 2 * hand.values[row, ply]
-            np.testing.assert_allclose(played.rollout.moves[row, ply], weights, atol=1e-5)
-
-
-def test_the_reference_becomes_the_model_after_so_many_updates():
-    game, memory = Kuhn(), {}
-    model = tiny_player(game)
-    for step in range(5):
-        regularised(game, model, memory, reference_updates=2)
-        is_new = step % 2 == 0
-        assert torch.equal(memory["reference"]["embed.weight"], model.state_dict()["embed.weight"]) == is_new
-        with torch.no_grad():
-            model.embed.weight.add_(0.1)
+    for row, ply in zip(*np.nonzero(hand.moves >= 0)):
+        p, side = hand.move_probabilities[row, ply], 1 if row % 2 == 0 else -1
+        weights = -0.5 * p * (np.log(2 * p) - p @ np.log(2 * p))  # -0.5 * dKL(p, uniform) / dlogits
+        weights[hand.moves[row, ply]] += side * hand.score[row // 2] - 2 * hand.values[row, ply]
+        np.testing.assert_allclose(played.rollout.moves[row, ply], weights, atol=1e-5)
 
 
 # -- how well it plays ------------------------------------------------------------------------------------------------
@@ -165,9 +147,9 @@ TINY = ["--game=kuhn", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    """Killed between two validations, with a reference that is older than the checkpoint's model."""
+    """Killed between two validations, with an average that is not the checkpoint's model."""
     whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
-    selfplay.main([*TINY, f"--out_path={whole}", "--max_iter=9", "--reference_updates=5"])
+    selfplay.main([*TINY, f"--out_path={whole}", "--max_iter=9"])
     play, calls = PlayLoader.play, iter(range(100))
 
     def killed(loader, model):
@@ -176,7 +158,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         play(loader, model)
     monkeypatch.setattr(PlayLoader, "play", killed)
     with pytest.raises(KeyError):
-        selfplay.main([*TINY, f"--out_path={part}", "--max_iter=9", "--reference_updates=5"])
+        selfplay.main([*TINY, f"--out_path={part}", "--max_iter=9"])
     monkeypatch.undo()
     selfplay.main([f"--out_path={part}", "--resume_checkpoint"])
     for a, b in zip(saved_training(part), saved_training(whole)):

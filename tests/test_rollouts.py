@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import rollouts
 from conftest import assert_same, tiny_player
 from players import is_best, one_hot
-from rollouts import ALGORITHMS, PlayConfig, Played, PlayLoader, Rollout, play_loss, play_out, think_alone
+from rollouts import ALGORITHMS, Memory, PlayConfig, Played, PlayLoader, Rollout, play_loss, play_out, think_alone
 from tasks.games import Nim, TicTacToe
 from tasks.positions import move_values, play_line, start_line
 
@@ -131,7 +131,7 @@ def test_the_gradient_of_reinforce_on_a_two_armed_bandit_is_the_analytic_one():
 
 
 def test_reinforce_weighs_what_was_played_by_what_it_won_above_the_running_mean():
-    game, memory = Nim((1, 2)), {"baseline": torch.tensor([0.5, -0.5], dtype=torch.float64)}
+    game, memory = Nim((1, 2)), Memory(None, torch.tensor([0.5, -0.5], dtype=torch.float64))
     config = PlayConfig(algorithm="reinforce", rollout_games=16, random_plies=0)
     with torch.no_grad():
         played = rollouts.learn_by_reinforce(tiny_player(game), game, config, np.random.default_rng(0), memory)
@@ -143,7 +143,7 @@ def test_reinforce_weighs_what_was_played_by_what_it_won_above_the_running_mean(
             weights[played.moves[row, ply]] = sign * played.score[row] - sign * 0.5
             np.testing.assert_allclose(played.rollout.moves[row, ply], weights, atol=1e-6)
     mean = played.score.mean()
-    np.testing.assert_allclose(memory["baseline"], [0.475 + 0.05 * mean, -0.475 - 0.05 * mean])
+    np.testing.assert_allclose(memory.baseline, [0.475 + 0.05 * mean, -0.475 - 0.05 * mean])
 
 
 def test_loss_is_the_mean_cross_entropy_over_positions():
@@ -199,15 +199,15 @@ def test_a_loader_goes_on_bit_for_bit(algorithm):
     assert_same([list(other.next_batch(model)) for _ in range(6)], [list(batch) for batch in expected])
 
 
-def test_an_average_of_the_weights_plays():
+def test_an_average_of_the_weights_plays(monkeypatch):
     """Not the latest ones, which the model has again afterwards, bit for bit."""
     model, played = tiny_player(GAME), []
 
-    def learn_from(model, *rest):
+    def watched(model, *rest):
         played.append(model.embed.weight.detach().clone())
-        return rollouts.learn_from_search(model, *rest)
+        return play_out(model, *rest)
+    monkeypatch.setattr(rollouts, "play_out", watched)
     loader = make_loader(updates=1, average=0.5)
-    loader.algorithm = loader.algorithm._replace(learn_from=learn_from)
     values = []
     for _ in range(30):
         values.append(model.embed.weight.detach().clone())
@@ -221,7 +221,7 @@ def test_an_average_of_the_weights_plays():
         expected = torch.lerp(expected, value, 1 - min(0.5, 1 - 10 / (n + 9)))
         torch.testing.assert_close(weights, expected)
     assert len(played) == 30 and not torch.allclose(played[-1], values[-1], atol=0.01)
-    assert make_loader(average=0.0).average is None and make_loader(algorithm="reinforce").average is None
+    assert make_loader(average=0.0).memory.average is None
 
 
 def test_on_policy_batches_are_the_games_just_played():
