@@ -68,8 +68,8 @@ class PlayConfig:
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
                                      "looking ahead found", at_least=0, at_most=1)
     average: float = flag(0.98, "decay at each step of a running average of the weights. With --algorithm=search it plays "
-                                "in place of the latest ones, because its values are less noisy; with regularised, moves are "
-                                "held near its own. 0: no average", at_least=0, at_most=0.9999)
+                                "in place of the latest ones, because its values are less noisy; with regularised, moves "
+                                "are held near its own. 0: no average", at_least=0, at_most=0.9999)
     regularisation: float = flag(1.0, "with --algorithm=regularised, what a nat of distance from the average's moves costs, "
                                       "in chips; 0: the plain policy gradient", at_least=0)
     symmetries: bool = flag(True, "show each game in a random symmetry of the board")
@@ -377,7 +377,8 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 class Algorithm(NamedTuple):
     """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
-    those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with hidden cards. learning_rate: of Muon, --learning_rate=auto."""
+    those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with
+    hidden cards. learning_rate: of Muon, --learning_rate=auto."""
     learn_from: Callable
     name: str
     flags: set[str]
@@ -457,6 +458,8 @@ class PlayLoader:
     @torch.no_grad()
     def play(self, model: GPT):
         start = time.perf_counter()
+        if self.memory.average and not self.memory.average.weights:
+            self.memory.average.update(model)
         played = self.algorithm.learn_from(model, self.game, self.config, self.rng, self.memory)
         n_kept = (0 if self.algorithm.is_on_policy else self.config.replay - 1) * self.config.rollout_games
         self.replay = self.replay.take(slice(max(0, len(self.replay.ids) - n_kept), None)).join(played.rollout)
