@@ -214,8 +214,9 @@ class Group(NamedTuple):
 
 def advantages(rewards: Tensor, baseline: str) -> Tensor:
     """rewards: (n,) of a group -> (n,). [1, 0, 0, 0] -> [0.75, -0.25, -0.25, -0.25], or with rloo [1, -1/3, -1/3, -1/3]."""
-    centered = rewards - rewards.mean()
-    n = len(rewards)
+    n, centered = len(rewards), rewards - rewards.mean()
+    if bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(rewards)  # a mean of thirds is rounded, and the optimizer would scale up what is left
     return centered * (n / (n - 1)) if baseline == "rloo" and n > 1 else centered
 
 
@@ -435,7 +436,7 @@ def evaluate_answers(model: GPT, start: GPT, tokenizer: Tokenizer, machine: Mach
     with machine.autocast():
         outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], config.answer_tokens, show_progress)
         sampled = sample_texts(model, tokenizer, [prompt.ids for prompt in prompts for _ in range(n)],
-                                 config.answer_tokens, generator)
+                               config.answer_tokens, generator)
         pairs = [(prompts[i // n].ids, answer.ids) for i, answer in enumerate(sampled)]
         now, before = (answer_logprobs(policy, pairs, tokenizer.separator_id) for policy in (model, start))
     answers = [{"kind": question.kind, "task": question.task, "question": question.text, "answer": question.answer,
@@ -514,14 +515,13 @@ def warm_start(model: GPT, tokenizer: Tokenizer, machine: Machine, demonstration
 
 # -- a run ------------------------------------------------------------------------------------------------------------
 
-def read_task(config: AnswerConfig, seed: int) -> tuple[list[CheckableQuestion], list[CheckableQuestion], AnswerTask]:
-    """The questions to train on, those held out, and the task. Raises BadInput."""
-    if (task := ANSWER_TASKS.get(config.task)) is None:
-        parts = read_checkable(config.task, ROLES, config.eval_questions, exact_match)
-        return *parts, AnswerTask(read_checkable)
-    held_out = list(task.make(config.eval_questions, 0, True, exact_match))
+def read_task(config: AnswerConfig, task: AnswerTask | None,
+              seed: int) -> tuple[list[CheckableQuestion], list[CheckableQuestion]]:
+    """The questions to train on, and those held out, of the task, or without one of a file. Raises BadInput."""
+    if task is None:
+        return read_checkable(config.task, ROLES, config.eval_questions, exact_match)
     train = [] if task.proposes else list(task.make(N_TRAIN_QUESTIONS, seed, False, exact_match))
-    return train, held_out, task
+    return train, list(task.make(config.eval_questions, 0, True, exact_match))
 
 
 def encode_task(config: AnswerConfig, parts: Sequence[list[CheckableQuestion]], tokenizer: Tokenizer,
@@ -543,20 +543,21 @@ def open_answer_run(command: TrainingCommand, configs, checkpoint: dict | None, 
     optimizer (AnswerOptimizer), loop and device.
     """
     run, config, loop = configs.run, configs.answers, configs.loop
+    task = ANSWER_TASKS.get(config.task)
     output = open_output(command, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
     model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint, chat=True)
     configs = configs._replace(optimizer=configs.optimizer.for_width(model.config.n_embd))
-    *parts, task = read_task(config, run.seed)
+    parts = read_task(config, task, run.seed)
     train, held_out = encode_task(config, parts, tokenizer, model.config.block_size)
     seed_everything(run.seed)
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    if task.demonstrate and config.warm_start_iter and not (checkpoint or run.dry_run):
+    if task and task.demonstrate and config.warm_start_iter and not (checkpoint or run.dry_run):
         warm_start(model, tokenizer, machine, list(task.demonstrate(N_DEMONSTRATIONS, run.seed)), config.warm_start_iter,
                    FinetuneOptimizer().for_model(pretraining_flags), run.seed)
     rollouts = Rollouts(config, tokenizer, machine, train, copy.deepcopy(model).requires_grad_(False))
-    loader = (ProposalLoader if task.proposes else AnswerLoader)(rollouts, run.seed)
+    loader = (ProposalLoader if task and task.proposes else AnswerLoader)(rollouts, run.seed)
     # at most, as many answers end early and those without a gradient are left out
     row_tokens = round(sum(len(prompt.ids) for prompt in train or held_out) / len(train or held_out)) + config.answer_tokens
     batch_tokens = config.questions * config.samples * row_tokens
