@@ -68,7 +68,7 @@ TOKENS_PER_BATCH = 16_384   # of answers that are scored together, with their qu
 ESTIMATE_QUESTIONS = 16     # from which the duration of an evaluation is estimated
 # --learning_rate=auto of a model of REFERENCE_WIDTH; with AdamW it falls as 1/width. Most of a policy gradient is noise, and
 # by it Muon, or a larger rate for the embedding, moves a model further from its start for the same reward than one AdamW.
-ANSWER_LR, REFERENCE_WIDTH = {"gpt2": 0.001, "muon": 0.003, "adamw": 0.001}, 128
+ANSWER_LR, REFERENCE_WIDTH = {"gpt2": 0.0005, "muon": 0.002, "adamw": 0.001}, 128
 UNANIMOUS, LOW_ACCURACY, AT_LIMIT = 0.95, 0.8, 0.95  # see `describe_collapse`
 
 
@@ -104,6 +104,7 @@ class AnswerOptimizer(OptimizerConfig):
                                         + "; with AdamW in proportion to 1/channels", above=0, auto=True, on_resume="warn")
     weight_decay: float = flag(0.0, "weight decay of the matrices; each step multiplies it by the learning rate",
                                at_least=0, on_resume="warn")
+    cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", 0.8)
 
     def for_width(self, n_embd: int) -> "AnswerOptimizer":
         """With "auto" resolved."""

@@ -591,8 +591,8 @@ def test_a_collapse_is_reported_once(base, tmp_path, questions, capsys, monkeypa
 
 
 def test_auto_rates_by_hand():
-    assert AnswerOptimizer().for_width(256).learning_rate == 0.0005
-    assert AnswerOptimizer(optimizer="muon").for_width(256).learning_rate == 0.003
+    assert AnswerOptimizer().for_width(256).learning_rate == 0.00025
+    assert AnswerOptimizer(optimizer="muon").for_width(256).learning_rate == 0.002
     assert AnswerOptimizer(learning_rate=0.02).for_width(256).learning_rate == 0.02
 
 
