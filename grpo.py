@@ -38,7 +38,7 @@ from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
 from runtime.checkpoint import run_folder
 from runtime.cli import log_line, say
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import Machine, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand
@@ -63,10 +63,14 @@ from trainer import (
 ON_POLICY = SamplingConfig(temperature=1.0, top_k=0)  # top-k or top-p would sample from another policy than the loss has
 N_TRAIN_QUESTIONS = 20_000  # built-in ones that are drawn from
 N_DEMONSTRATIONS, DEMONSTRATION_ROWS = 4000, 16
-ROWS_PER_BATCH = 256        # answers that are sampled, or scored, together
+ROWS_PER_BATCH = 256        # answers that are sampled together
+TOKENS_PER_BATCH = 16_384   # of answers that are scored together, with their questions
 ESTIMATE_QUESTIONS = 16     # from which the duration of an evaluation is estimated
-ANSWER_LR = {"muon": 0.001, "adamw": 0.001, "gpt2": 0.0001}  # --learning_rate=auto, see OptimizerConfig
-UNANIMOUS, LOW_ACCURACY, AT_LIMIT = 0.95, 0.8, 0.95  # collapse: see `warn_of_collapse`
+# --learning_rate=auto of a model of REFERENCE_WIDTH; with AdamW it falls as 1/width. Most of a policy gradient is noise, and
+# by it Muon, or a larger rate for the embedding, moves a model further from its start for the same reward than one AdamW.
+ANSWER_LR, REFERENCE_WIDTH = {"gpt2": 0.0005, "muon": 0.002, "adamw": 0.001}, 128
+ANSWER_COOLDOWN = 0.8
+UNANIMOUS, LOW_ACCURACY, AT_LIMIT = 0.95, 0.8, 0.95  # see `describe_collapse`
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class AnswerConfig:
     task: str = flag(None, f"questions to learn from: {', '.join(ANSWER_TASKS)}, or a file of questions with answers; "
                            "builtin: those of finetune.py; countdown: reach a number with given numbers; arithmetic: the "
                            "model asks itself, and is rewarded for what it half knows")
-    questions: int = flag(16, "questions in a rollout", at_least=1, at_most=100_000, on_resume="warn")
+    questions: int = flag(32, "questions in a rollout", at_least=1, at_most=100_000, on_resume="warn")
     samples: int = flag(8, "answers that are sampled to each, a group", at_least=2, at_most=10_000, on_resume="warn")
     baseline: str = flag("group", "what a reward is compared with; group: the mean of its group, as in Dr. GRPO; rloo: the "
                                   "mean of the others in its group", choices=("group", "rloo"), on_resume="warn")
@@ -95,19 +99,25 @@ class AnswerConfig:
 @dataclass(frozen=True)
 class SelfPlayOptimizer(OptimizerConfig):
     """The optimizer."""
-    optimizer: str = flag("auto", "see train.py; auto: muon for games; for answers the one that the model was trained with "
-                                  "here, adamw for an imported model", choices=("auto", *OPTIMIZERS))
-    learning_rate: float = flag("auto", "peak learning rate, see train.py; auto: that of --algorithm for games; for answers "
-                                        + ", ".join(f"{lr:g} with {name}" for name, lr in ANSWER_LR.items()),
-                                above=0, auto=True, on_resume="warn")
+    optimizer: str = flag("auto", "see train.py; auto: muon for games, gpt2 for answers", choices=("auto", *OPTIMIZERS))
+    learning_rate: float = flag("auto", "peak learning rate, see train.py; auto: that of --algorithm for games; for "
+                                        "answers, of models of 128 channels, "
+                                        + ", ".join(f"{lr:g} with {name}" for name, lr in ANSWER_LR.items())
+                                        + ", with AdamW in proportion to 1/channels", above=0, auto=True, on_resume="warn")
     weight_decay: float = flag(None, "weight decay of the matrices; each step multiplies it by the learning rate (default: "
                                      "0.1 for games, 0 for answers)", at_least=0, on_resume="warn")
+    cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", None, help="last fraction of the run, in which the "
+                                     "learning rate falls linearly to zero (default: that of --algorithm for games, "
+                                     f"{ANSWER_COOLDOWN} for answers)")
 
-    def for_model(self, pretraining_flags: dict) -> "SelfPlayOptimizer":
-        """With "auto" resolved for answers. The rate is that of a policy gradient, most of which is noise."""
-        name = pretraining_flags.get("optimizer", "adamw") if self.optimizer == "auto" else self.optimizer
-        rate = ANSWER_LR[name] if self.learning_rate == "auto" else self.learning_rate
-        return dataclasses.replace(self, optimizer=name, learning_rate=rate, weight_decay=self.weight_decay or 0.0)
+    def for_answers(self, n_embd: int) -> "SelfPlayOptimizer":
+        """With what is not given resolved, for answers of a model of this width."""
+        name = "gpt2" if self.optimizer == "auto" else self.optimizer
+        scale = 1.0 if name == "muon" else REFERENCE_WIDTH / n_embd
+        rate = ANSWER_LR[name] * scale if self.learning_rate == "auto" else self.learning_rate
+        cooldown = ANSWER_COOLDOWN if self.cooldown_frac is None else self.cooldown_frac
+        return dataclasses.replace(self, optimizer=name, learning_rate=rate, weight_decay=self.weight_decay or 0.0,
+                                   cooldown_frac=cooldown)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -212,8 +222,9 @@ class Group(NamedTuple):
 
 def advantages(rewards: Tensor, baseline: str) -> Tensor:
     """rewards: (n,) of a group -> (n,). [1, 0, 0, 0] -> [0.75, -0.25, -0.25, -0.25], or with rloo [1, -1/3, -1/3, -1/3]."""
-    centered = rewards - rewards.mean()
-    n = len(rewards)
+    n, centered = len(rewards), rewards - rewards.mean()
+    if bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(rewards)  # a mean of thirds is rounded, and the optimizer would scale up what is left
     return centered * (n / (n - 1)) if baseline == "rloo" and n > 1 else centered
 
 
@@ -232,15 +243,17 @@ def policy_gradient_loss(model: GPT, batch: Sequence[Tensor]) -> Tensor:
     """-sum of weight * log-probability, whose gradient is the policy gradient. batch: inputs and targets, (B, T), and the
     weights of the rows, (B,). Never holds (B, T, V)."""
     idx, targets, weights = batch
-    return (weights[:, None] * model(idx, targets, reduction="none")).sum()
+    # eager: a compiled model would recompile for every new shape, and no two rollouts have the same
+    return (weights[:, None] * model.eager_forward(idx, targets, reduction="none")).sum()
 
 
 def answer_logprobs(model: GPT, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> list[list[float]]:
     """The log-probability in nats of each token of each answer in one pass, as the loss computes it. rows: (prompt, answer)
     ids."""
     found, device = [], model.embed.weight.device
-    for first in range(0, len(rows), ROWS_PER_BATCH):
-        part = rows[first:first + ROWS_PER_BATCH]
+    n_rows = max(1, TOKENS_PER_BATCH // max(len(prompt) + len(answer) for prompt, answer in rows))
+    for first in range(0, len(rows), n_rows):
+        part = rows[first:first + n_rows]
         idx, targets = (tensor.to(device) for tensor in pack_answers(part, pad_id))
         losses = model.eager_forward(idx, targets, reduction="none").tolist()
         found += [[-nats for nats in row[len(prompt) - 1:len(prompt) + len(answer) - 1]]
@@ -431,7 +444,7 @@ def evaluate_answers(model: GPT, start: GPT, tokenizer: Tokenizer, machine: Mach
     with machine.autocast():
         outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], config.answer_tokens, show_progress)
         sampled = sample_texts(model, tokenizer, [prompt.ids for prompt in prompts for _ in range(n)],
-                                 config.answer_tokens, generator)
+                               config.answer_tokens, generator)
         pairs = [(prompts[i // n].ids, answer.ids) for i, answer in enumerate(sampled)]
         now, before = (answer_logprobs(policy, pairs, tokenizer.separator_id) for policy in (model, start))
     answers = [{"kind": question.kind, "task": question.task, "question": question.text, "answer": question.answer,
@@ -493,11 +506,11 @@ def describe_collapse(row: dict, answer_tokens: int) -> str:
 # -- the warm start ---------------------------------------------------------------------------------------------------
 
 def warm_start(model: GPT, tokenizer: Tokenizer, machine: Machine, demonstrations: list[Conversation], n_steps: int,
-               optimizer: str, seed: int):
+               schedule: OptimizerConfig, seed: int):
     """Trains the model on demonstrations, as finetune.py would, in place. Raises SystemExit when a signal stops it."""
     batches = PackedBatches(tokenizer, demonstrations, DEMONSTRATION_ROWS, model.config.block_size, seed)
     loader = TrainLoader(batches, batches.fingerprint())
-    setup = TrainSetup(machine, FinetuneOptimizer(optimizer=optimizer), DEMONSTRATION_ROWS * batches.block_size)
+    setup = TrainSetup(machine, schedule, DEMONSTRATION_ROWS * batches.block_size)
     loop = LoopConfig(max_iter=n_steps, num_batch_accum=1, val_intervals=n_steps, log_intervals=n_steps, verbose=False)
     try:
         stopped_by = fit(init_state(model, loader, setup), loop, answer_loss, Evaluation(lambda state: {"val_loss": 0.0}),
@@ -510,14 +523,13 @@ def warm_start(model: GPT, tokenizer: Tokenizer, machine: Machine, demonstration
 
 # -- a run ------------------------------------------------------------------------------------------------------------
 
-def read_task(config: AnswerConfig, seed: int) -> tuple[list[CheckableQuestion], list[CheckableQuestion], AnswerTask]:
-    """The questions to train on, those held out, and the task. Raises BadInput."""
-    if (task := ANSWER_TASKS.get(config.task)) is None:
-        parts = read_checkable(config.task, ROLES, config.eval_questions, exact_match)
-        return *parts, AnswerTask(read_checkable)
-    held_out = list(task.make(config.eval_questions, 0, True, exact_match))
+def read_task(config: AnswerConfig, task: AnswerTask | None,
+              seed: int) -> tuple[list[CheckableQuestion], list[CheckableQuestion]]:
+    """The questions to train on, and those held out, of the task, or without one of a file. Raises BadInput."""
+    if task is None:
+        return read_checkable(config.task, ROLES, config.eval_questions, exact_match)
     train = [] if task.proposes else list(task.make(N_TRAIN_QUESTIONS, seed, False, exact_match))
-    return train, held_out, task
+    return train, list(task.make(config.eval_questions, 0, True, exact_match))
 
 
 def encode_task(config: AnswerConfig, parts: Sequence[list[CheckableQuestion]], tokenizer: Tokenizer,
@@ -538,32 +550,32 @@ def open_answer_run(command: TrainingCommand, configs, checkpoint: dict | None, 
     configs: of `command`, with the fields run (RunFlags with checkpoint_path, out_path and seed), answers (AnswerConfig),
     optimizer (SelfPlayOptimizer), loop and device.
     """
-    run, config, loop, schedule = configs.run, configs.answers, configs.loop, configs.optimizer
+    run, config, loop = configs.run, configs.answers, configs.loop
+    task = ANSWER_TASKS.get(config.task)
     output = open_output(command, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
     model, tokenizer, pretraining_flags = load_pretrained(resumed or run.checkpoint_path, checkpoint, chat=True)
-    if not checkpoint:
-        schedule = schedule.for_model(pretraining_flags)
-    *parts, task = read_task(config, run.seed)
+    configs = configs._replace(optimizer=configs.optimizer.for_answers(model.config.n_embd))
+    parts = read_task(config, task, run.seed)
     train, held_out = encode_task(config, parts, tokenizer, model.config.block_size)
     seed_everything(run.seed)
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    if task.demonstrate and config.warm_start_iter and not (checkpoint or run.dry_run):
-        demonstrations = list(task.demonstrate(N_DEMONSTRATIONS, run.seed))
-        warm_start(model, tokenizer, machine, demonstrations, config.warm_start_iter, schedule.optimizer, run.seed)
+    if task and task.demonstrate and config.warm_start_iter and not (checkpoint or run.dry_run):
+        warm_start(model, tokenizer, machine, list(task.demonstrate(N_DEMONSTRATIONS, run.seed)), config.warm_start_iter,
+                   FinetuneOptimizer().for_model(pretraining_flags), run.seed)
     rollouts = Rollouts(config, tokenizer, machine, train, copy.deepcopy(model).requires_grad_(False))
-    loader = (ProposalLoader if task.proposes else AnswerLoader)(rollouts, run.seed)
+    loader = (ProposalLoader if task and task.proposes else AnswerLoader)(rollouts, run.seed)
     # at most, as many answers end early and those without a gradient are left out
     row_tokens = round(sum(len(prompt.ids) for prompt in train or held_out) / len(train or held_out)) + config.answer_tokens
     batch_tokens = config.questions * config.samples * row_tokens
-    configs = configs._replace(optimizer=schedule)
-    state, setup = restore_state(output, model, tokenizer, schedule, loader, batch_tokens * loop.num_batch_accum,
+    state, setup = restore_state(output, model, tokenizer, configs.optimizer, loader, batch_tokens * loop.num_batch_accum,
                                  command.settings(*configs) | vars(model.config))
     evaluation = AnswerEvaluation(held_out, config, loop.verbose)
     return Run(configs, state, setup, policy_gradient_loss,
                Evaluation(lambda state: evaluation.run(state, setup), "exact_match", True, "exact match {:.1%}"),
-               partial(dry_run, state, machine, row_tokens), partial(describe, state, setup, evaluation, configs),
+               partial(dry_run, state, machine, row_tokens),
+               partial(describe, state, setup, evaluation, configs, sum(map(len, parts)) - len(train) - len(held_out)),
                partial(evaluation.estimate_seconds, state, setup), max(1, len(train)) * config.samples * row_tokens)
 
 
@@ -575,14 +587,15 @@ def dry_run(state: TrainState, machine: Machine, row_tokens: int):
     dry_run_step(state.model, machine, policy_gradient_loss, machine.to_device((idx, idx, torch.zeros(n_rows))))
 
 
-def describe(state: TrainState, setup: TrainSetup, evaluation: AnswerEvaluation, configs) -> list[str]:
-    """The lines that a run starts with."""
+def describe(state: TrainState, setup: TrainSetup, evaluation: AnswerEvaluation, configs, n_long: int) -> list[str]:
+    """The lines that a run starts with. n_long: questions that leave no room for an answer."""
     run, config, n = configs.run, configs.answers, len(state.loader.rollouts.prompts)
+    left_out = f"; {n_long:,} left out, too long for the context with {config.answer_tokens} tokens of answer" * bool(n_long)
     penalty = f", KL penalty {config.kl:g}" if config.kl else ""
     return [f"model    {run.checkpoint_path}: {state.model.n_parameters() / 1e6:.2f} M parameters, context "
             f"{state.model.config.block_size:,}; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"data     {config.task}: {f'{n:,} questions' if n else 'questions of its own'}; {len(evaluation.prompts):,} "
-            f"held out",
+            f"held out{left_out}",
             f"rollout  {config.questions} questions x {config.samples} answers of at most {config.answer_tokens} tokens; "
             f"baseline {config.baseline}{penalty}",
             f"machine  {describe_machine(setup.machine)}; steps of {configs.loop.num_batch_accum} rollouts until "
@@ -591,23 +604,30 @@ def describe(state: TrainState, setup: TrainSetup, evaluation: AnswerEvaluation,
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
-# (key of a row, what it is called, which direction is good, its format)
+# (key of a row, what it is called, which direction is good, its format). Of rollouts, before is the first interval.
 REPORTED = (("exact_match", "exact match of held-out questions, greedy", "higher", "{:.1%}"),
             ("pass_at_1", "pass@1, sampled", "higher", "{:.1%}"), ("pass_at_k", "pass@{k}, sampled", "higher", "{:.1%}"),
             ("mean_length", "tokens in a sampled answer", "", "{:.2f}"),
             ("entropy", "entropy, nats/token", "", "{:.3f}"),
             ("kl", "KL divergence from the start, nats/answer", "lower", "{:.3f}"),
-            ("unanimous", "questions to which all sampled answers are the same", "", "{:.1%}"))
+            ("unanimous", "questions to which all sampled answers are the same", "", "{:.1%}"),
+            ("reward", "rollouts: reward", "higher", "{:.3f}"),
+            ("no_signal", "rollouts: groups whose rewards are all equal", "lower", "{:.1%}"),
+            ("learnability", "rollouts: reward of proposals", "", "{:.3f}"),
+            ("valid", "rollouts: valid proposals", "higher", "{:.1%}"),
+            ("distinct_proposals", "rollouts: distinct valid proposals", "higher", "{:.1%}"))
 
 
 def compare_evaluations(rows: list[dict], pass_k: int) -> Table:
     """Before and after. rows: of metrics.jsonl."""
     evaluations = [row for row in rows if "exact_match" in row]
-    first, last = evaluations[0], evaluations[-1]
-    kinds = [(name, f"- {name.partition('/')[2]}", "higher", "{:.1%}") for name in first if name.startswith("exact_match/")]
-    return Table(("metric", "better", "before", "after"), [
-        (label.format(k=pass_k), better, form.format(first[name]), form.format(last[name]))
-        for name, label, better, form in (REPORTED[0], *kinds, *REPORTED[1:]) if name in first and name in last])
+    kinds = [(name, f"- {name.partition('/')[2]}", "higher", "{:.1%}") for name in evaluations[0]
+             if name.startswith("exact_match/")]
+    lines = []
+    for name, label, better, form in (REPORTED[0], *kinds, *REPORTED[1:]):
+        if found := [row[name] for row in evaluations if name in row]:
+            lines.append((label.format(k=pass_k), better, form.format(found[0]), form.format(found[-1])))
+    return Table(("metric", "better", "before", "after"), lines)
 
 
 def compare_tasks(before: list[dict], after: list[dict]) -> Table:

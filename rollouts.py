@@ -378,13 +378,14 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Algorithm(NamedTuple):
     """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
     those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with
-    hidden cards. learning_rate: of Muon, --learning_rate=auto."""
+    hidden cards. learning_rate: of Muon, --learning_rate=auto; cooldown_frac: --cooldown_frac, unless given."""
     learn_from: Callable
     name: str
     flags: set[str]
     is_on_policy: bool = False
     hides_cards: bool = False
     learning_rate: float = 0.02
+    cooldown_frac: float = 0.6
 
 
 REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}
@@ -393,7 +394,7 @@ ALGORITHMS = {
                         REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
     "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
     "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "average"},
-                             is_on_policy=True, hides_cards=True),
+                             is_on_policy=True, hides_cards=True, cooldown_frac=1.0),
     "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
 
 

@@ -258,8 +258,8 @@ def read_answered(path: str, roles: Collection[str]) -> Iterator[Conversation]:
         answers = [i for i, message in enumerate(messages) if i and has_loss(message) and message["content"].strip()]
         if not answers or messages[answers[-1] - 1]["role"] != "user":
             raise BadInput(f"{where}: its question has no answer: {FILE_ADVICE}")
-        yield Conversation(messages[:answers[-1] + 1], where, group_name(row.get("kind") or row.get("task")),
-                           group_name(row.get("task")))
+        task = group_name(row.get("task") or row.get("category"))
+        yield Conversation(messages[:answers[-1] + 1], where, group_name(row.get("kind")) or task, task)
 
 
 def last_question(one: Conversation, exact_match: Callable) -> CheckableQuestion:

@@ -148,6 +148,7 @@ class Kuhn(Poker):
     """Three cards, and a single bet: to bet is also to call, and to pass also to fold. Source: Kuhn 1950, A simplified
     two-person poker."""
     raise_sizes, max_raises, n_suits = (1,), 1, 1
+    default_games = 1_000_000
     n_moves, max_score = 2, 2
 
     def legal(self, state: PokerState) -> np.ndarray:
@@ -164,6 +165,7 @@ class Leduc(Poker):
     """Two cards of each of three ranks, and two rounds of betting with a public card between them. Moves are FOLD, CALL and
     RAISE. Source: Southey et al. 2005, Bayes' bluff, arXiv:1207.1411; the rules are those of OpenSpiel."""
     raise_sizes, max_raises, n_suits = (2, 4), 2, 2
+    default_games = 2_000_000
     n_moves, max_score = 3, 13
 
     def legal(self, state: PokerState) -> np.ndarray:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from conftest import assert_same, run_rows, saved_training, train_tiny
 from dataloader import IGNORE_INDEX
 from experiments.answer_plots import PANELS, draw_answers
 from grpo import (
+    ANSWER_LR,
     Answer,
     AnswerConfig,
     AnswerLoader,
@@ -95,7 +97,8 @@ def made(*ids: int, text: str = "", ended: bool = True, logprobs: tuple[float, .
 def test_advantages_by_hand(baseline, expected):
     found = advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), baseline)
     assert torch.allclose(found, torch.tensor(expected))
-    assert torch.equal(advantages(torch.full((5,), 0.5), baseline), torch.zeros(5))
+    for equal in (0.5, 0.1, 1 / 3):  # whose means are rounded
+        assert not advantages(torch.full((7,), equal, dtype=torch.float64), baseline).any()
     assert advantages(torch.tensor([1.0]), baseline).tolist() == [0.0]
 
 
@@ -132,12 +135,9 @@ class TwoArms(nn.Module):
         self.logits = nn.Parameter(torch.tensor(logits, dtype=torch.float64))
         self.embed = SimpleNamespace(weight=self.logits)
 
-    def forward(self, idx, targets, reduction):
+    def eager_forward(self, idx, targets, reduction):
         nats = -self.logits.log_softmax(0)[targets.clamp(min=0)]
         return torch.where(targets == IGNORE_INDEX, 0.0, nats)
-
-    def eager_forward(self, *args, **kwargs):
-        return self(*args, **kwargs)
 
 
 def expected_gradient(model: TwoArms, start: TwoArms, rewards: list[float], n: int, **changes) -> torch.Tensor:
@@ -431,13 +431,15 @@ def test_a_collapse_is_described(row, words):
 
 def test_rows_before_and_after_by_hand():
     rows = [{"step": 0, "exact_match": 0.5, "exact_match/k": 0.25, "pass_at_1": 0.4, "pass_at_k": 0.75, "kl": 0.0},
-            {"step": 1, "train_loss": 0.1}, {"step": 2, "exact_match": 0.75, "exact_match/k": 0.5, "pass_at_1": 0.6,
-                                             "pass_at_k": 0.8, "kl": 1.5}]
+            {"step": 1, "train_loss": 0.1}, {"step": 2, "exact_match": 0.6, "reward": 0.25},
+            {"step": 4, "exact_match": 0.75, "exact_match/k": 0.5, "pass_at_1": 0.6, "pass_at_k": 0.8, "kl": 1.5,
+             "reward": 0.5}]
     table = compare_evaluations(rows, 8)
     assert table.rows == [("exact match of held-out questions, greedy", "higher", "50.0%", "75.0%"),
                           ("- k", "higher", "25.0%", "50.0%"), ("pass@1, sampled", "higher", "40.0%", "60.0%"),
                           ("pass@8, sampled", "higher", "75.0%", "80.0%"),
-                          ("KL divergence from the start, nats/answer", "lower", "0.000", "1.500")]
+                          ("KL divergence from the start, nats/answer", "lower", "0.000", "1.500"),
+                          ("rollouts: reward", "higher", "0.250", "0.500")]
 
 
 def test_pictures_of_any_rows():
@@ -553,7 +555,7 @@ def test_the_warm_start_is_the_start(base, tmp_path):
 
 @pytest.mark.parametrize("name, value", [
     ("questions", 3), ("samples", 3), ("baseline", "rloo"), ("answer_tokens", 3), ("kl", 0.5), ("learning_rate", 0.1),
-    ("seed", 2), ("optimizer", "adamw")])
+    ("seed", 2), ("optimizer", "muon")])
 def test_a_flag_changes_the_run(base, tmp_path, questions, name, value, rewarded):
     flags = {"task": questions, "max_iter": 3, "val_intervals": 5, "samples": 5, "num_batch_accum": 1, "learning_rate": 0.02,
              "answer_tokens": 6}
@@ -571,13 +573,31 @@ def test_a_run_describes_itself_and_a_dry_run_writes_nothing(base, tmp_path, que
     run_lab(base, out, task=questions, max_iter=1, verbose=True, kl=0.1)
     printed = capsys.readouterr().out
     assert "55 questions; 5 held out" in printed and "4 questions x 4 answers of at most 4 tokens" in printed
-    assert "KL penalty 0.1" in printed and "exact match 0.0%" in printed
+    assert "KL penalty 0.1" in printed and "exact match 0.0%" in printed and "left out" not in printed
+
+
+def test_questions_that_leave_no_room_are_counted(base, tmp_path, capsys):
+    rows = [row | {"question": f"why {i} " * 40} if i % 5 == 0 else row for i, row in enumerate(QUESTIONS)]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    run_lab(base, tmp_path / "gpt.pt", task=str(path), max_iter=1, verbose=True)
+    numbers = re.search(r"(\d+) questions; (\d+) held out; (\d+) left out, too long", capsys.readouterr().out).groups()
+    trained, held_out, left_out = map(int, numbers)
+    assert trained + held_out == 48 and left_out == 12
 
 
 def test_a_collapse_is_reported_once(base, tmp_path, questions, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "describe_collapse", lambda row, answer_tokens: "nothing is left")
     run_lab(base, tmp_path / "gpt.pt", task=questions, max_iter=4)
     assert capsys.readouterr().err.count("warning: at step 2 nothing is left: lower --learning_rate") == 1
+
+
+def test_what_is_not_given_is_resolved_by_hand():
+    found = SelfPlayOptimizer().for_answers(256)
+    assert found.learning_rate == ANSWER_LR["gpt2"] / 2 and (found.optimizer, found.weight_decay, found.cooldown_frac) == (
+        "gpt2", 0.0, 0.8)
+    assert SelfPlayOptimizer(optimizer="muon").for_answers(256).learning_rate == ANSWER_LR["muon"]
+    given = SelfPlayOptimizer("adamw", 0.02, weight_decay=0.1, cooldown_frac=0.0)
+    assert given.for_answers(256) == given
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
