@@ -105,7 +105,7 @@ class SelfPlayOptimizer(OptimizerConfig):
                                         + ", ".join(f"{lr:g} with {name}" for name, lr in ANSWER_LR.items())
                                         + ", with AdamW in proportion to 1/channels", above=0, auto=True, on_resume="warn")
     weight_decay: float = flag(None, "weight decay of the matrices; each step multiplies it by the learning rate (default: "
-                                     "0.1 for games, 0 for answers)", at_least=0, on_resume="warn")
+                                     "0.1 for games without hidden cards, else 0)", at_least=0, on_resume="warn")
     cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", None, help="last fraction of the run, in which the "
                                      "learning rate falls linearly to zero (default: that of --algorithm for games, "
                                      f"{ANSWER_COOLDOWN} for answers)")

@@ -147,25 +147,17 @@ def other_weights(model: GPT, weights: dict[str, Tensor]):
 
 
 class WeightAverage:
-    """A running average of a model's weights, over about 1 / (1 - decay) updates; at first over the latest tenth of them."""
+    """A running average of a model's weights, over about 1 / (1 - decay) updates, from the first ones on."""
 
     def __init__(self, decay: float):
-        self.decay, self.weights, self.updates = decay, {}, 0
+        self.decay, self.weights = decay, {}
 
     @torch.no_grad()
     def update(self, model: GPT):
         if not self.weights:
             self.weights = copy_weights(model)
-        self.updates += 1
-        decay = min(self.decay, 1 - 10 / (self.updates + 9))
         for name, weight in model.state_dict().items():
-            self.weights[name].lerp_(weight, 1 - decay)
-
-    def state_dict(self) -> dict:
-        return {"weights": dict(self.weights), "updates": self.updates}
-
-    def load_state_dict(self, state: dict):
-        self.weights, self.updates = dict(state["weights"]), state["updates"]
+            self.weights[name].lerp_(weight, 1 - self.decay)
 
 
 @dataclass
@@ -176,12 +168,12 @@ class Memory:
     baseline: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def state_dict(self) -> dict:
-        return {"average": self.average.state_dict() if self.average else None, "baseline": self.baseline}
+        return {"average": self.average and dict(self.average.weights), "baseline": self.baseline}
 
     def load_state_dict(self, state: dict):
         self.baseline = state["baseline"]
         if self.average:
-            self.average.load_state_dict(state["average"])
+            self.average.weights = dict(state["average"])
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
@@ -378,7 +370,7 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Algorithm(NamedTuple):
     """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
     those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with
-    hidden cards. learning_rate: of Muon, --learning_rate=auto; cooldown_frac: --cooldown_frac, unless given."""
+    hidden cards. learning_rate (of Muon), cooldown_frac, weight_decay: of the optimizer, unless they are given."""
     learn_from: Callable
     name: str
     flags: set[str]
@@ -386,6 +378,7 @@ class Algorithm(NamedTuple):
     hides_cards: bool = False
     learning_rate: float = 0.02
     cooldown_frac: float = 0.6
+    weight_decay: float = 0.1
 
 
 REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}
@@ -394,7 +387,7 @@ ALGORITHMS = {
                         REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
     "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
     "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "average"},
-                             is_on_policy=True, hides_cards=True, cooldown_frac=1.0),
+                             is_on_policy=True, hides_cards=True, cooldown_frac=1.0, weight_decay=0.0),
     "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
 
 

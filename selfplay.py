@@ -166,8 +166,8 @@ def resolve_game_flags(values: dict, given: dict) -> dict:
                  f"has no effect with --search={values['search']}")
     if values["checkpoint_path"]:
         refuse_flags(given, flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on")
-    auto = {"algorithm": name, "block_size": context_of(game), "optimizer": "muon", "weight_decay": 0.1,
-            "learning_rate": algorithm.learning_rate, "cooldown_frac": algorithm.cooldown_frac}
+    auto = {"algorithm": name, "block_size": context_of(game), "optimizer": "muon", "learning_rate": algorithm.learning_rate,
+            "cooldown_frac": algorithm.cooldown_frac, "weight_decay": algorithm.weight_decay}
     return values | {flag_name: value for flag_name, value in auto.items() if values[flag_name] in (None, "auto")}
 
 

@@ -63,7 +63,7 @@ def lines_of(height: int, width: int, n: int) -> Iterator[list[int]]:
 
 class TicTacToe(LineGame):
     """Three in a line win."""
-    default_games = 38_400
+    default_games = 76_800
     default_board = 3, 3
     n_in_line = 3
 
