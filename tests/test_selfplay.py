@@ -45,8 +45,8 @@ def trained(tmp_path_factory):
 @pytest.mark.integration
 def test_nim_is_learnt_from_its_rules_alone(run_selfplay):
     """From random weights to perfect play in seconds: every optimal move, and no line lost where the first player wins."""
-    path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--val_intervals=60", "--max_iter=120", "--average=0.8",
-                        "--learning_rate=0.02")
+    path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--val_intervals=60", "--max_iter=120",
+                        "--average=0.8", "--learning_rate=0.02")
     first, last = (row for row in run_rows(path) if row["step"] in (0, 120))
     assert first["optimal_moves"] < 0.9 <= last["optimal_moves"] and last["value_accuracy"] > 0.9
     assert last["lost_lines_first"] == 0 or last["lost_lines_second"] == 0
