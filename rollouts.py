@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ class PlayConfig:
                                "moves are perfect", at_least=0, at_most=1)
     games: int = flag(None, "games to play, unless --max_iter, --max_tokens or --max_seconds is given (default: the game's "
                             "own number)", at_least=1, scope="run")
-    rollout_games: int = flag(256, "games that are played at a time", at_least=1, at_most=1_000_000)
+    rollout_games: int = flag(None, "games that are played at a time (default: 256, or 512 where cards are hidden)",
+                              at_least=1, at_most=1_000_000)
     updates: int = flag(2, "optimizer steps after each rollout", at_least=1, at_most=10_000)
     replay: int = flag(8, "latest rollouts that batches are drawn from", at_least=1, at_most=10_000)
     batch_size: int = flag(256, "games in a batch", at_least=1, at_most=1_000_000)
@@ -74,6 +75,19 @@ class PlayConfig:
                                       "in chips; 0: the plain policy gradient", at_least=0)
     symmetries: bool = flag(True, "show each game in a random symmetry of the board")
     __post_init__ = check_flags
+
+    def for_game(self, game: Game) -> "PlayConfig":
+        """With what is not given resolved. Raises BadInput where the algorithm is for other games."""
+        hidden, name = game.has_hidden_cards, self.algorithm
+        if name == "auto":
+            name = "regularised" if hidden else "search"
+        if ALGORITHMS[name].hides_cards != hidden:
+            fitting = [other for other, algorithm in ALGORITHMS.items() if algorithm.hides_cards == hidden]
+            raise BadInput(f"--algorithm={name}: {'cards' if hidden else 'no cards'} are hidden in this game: choose "
+                           f"{' or '.join(fitting)}")
+        random_plies = game.max_plies * 9 // 10 if self.random_plies == "auto" else self.random_plies
+        return replace(self, algorithm=name, rollout_games=self.rollout_games or ALGORITHMS[name].rollout_games,
+                       random_plies=random_plies)
 
 
 # -- games that have been played --------------------------------------------------------------------------------------
@@ -201,7 +215,7 @@ class Played(NamedTuple):
 def play_out(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator,
              think: Callable[[Positions], Thought]) -> Played:
     n, T = config.rollout_games, game.max_plies
-    n_random = rng.integers(0, random_plies(game, config) + 1, n)
+    n_random = rng.integers(0, config.random_plies + 1, n)
     rollout, played, score, n_read = Rollout.empty(game, n), np.full((n, T), -1), np.zeros(n), n
     positions, rows, ply = open_positions(model, game, start_line(game, n)), np.arange(n), 0
     while len(rows):
@@ -218,10 +232,6 @@ def play_out(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generato
         positions, rows = positions.take(going), rows[going]
     is_own = (played >= 0) & (np.arange(T) >= n_random[:, None])
     return Played(rollout, played, is_own, score, n_read)
-
-
-def random_plies(game: Game, config: PlayConfig) -> int:
-    return game.max_plies * 9 // 10 if config.random_plies == "auto" else config.random_plies
 
 
 def results(played: Played) -> np.ndarray:
@@ -370,12 +380,14 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Algorithm(NamedTuple):
     """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
     those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with
-    hidden cards. learning_rate (of Muon), cooldown_frac, weight_decay: of the optimizer, unless they are given."""
+    hidden cards. rollout_games and, of the optimizer, learning_rate (of Muon), cooldown_frac and weight_decay: where they
+    are not given."""
     learn_from: Callable
     name: str
     flags: set[str]
     is_on_policy: bool = False
     hides_cards: bool = False
+    rollout_games: int = 256
     learning_rate: float = 0.02
     cooldown_frac: float = 0.6
     weight_decay: float = 0.1
@@ -387,19 +399,9 @@ ALGORITHMS = {
                         REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
     "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
     "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "average"},
-                             is_on_policy=True, hides_cards=True, cooldown_frac=1.0, weight_decay=0.0),
+                             is_on_policy=True, hides_cards=True, rollout_games=512, cooldown_frac=1.0,
+                             weight_decay=0.0),
     "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
-
-
-def resolve_algorithm(name: str, game_name: str, game: Game) -> str:
-    """--algorithm, with "auto" resolved. Raises BadInput where it is for other games."""
-    if name == "auto":
-        return "regularised" if game.has_hidden_cards else "search"
-    if ALGORITHMS[name].hides_cards != game.has_hidden_cards:
-        fitting = [other for other, algorithm in ALGORITHMS.items() if algorithm.hides_cards == game.has_hidden_cards]
-        what = "cards are hidden" if game.has_hidden_cards else "no cards are hidden"
-        raise BadInput(f"--algorithm={name}: {what} in {game_name}: choose one of {', '.join(fitting)}")
-    return name
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -416,7 +418,8 @@ class PlayLoader:
     """Batches out of the latest games, which it plays as they are needed."""
 
     def __init__(self, game: Game, config: PlayConfig, seed: int):
-        self.game, self.config, self.algorithm = game, config, ALGORITHMS[config.algorithm]
+        self.game, self.config = game, config.for_game(game)
+        self.algorithm = ALGORITHMS[self.config.algorithm]
         has_average = config.average and "average" in self.algorithm.flags
         self.rng = np.random.default_rng([2, seed])
         self.memory = Memory(WeightAverage(config.average) if has_average else None)

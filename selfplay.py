@@ -22,7 +22,7 @@ from grpo import AnswerConfig, SelfPlayOptimizer, open_answer_run, report_answer
 from model import GPT, GPTConfig
 from play import BoardTable, CardTable, play_in_terminal
 from players import model_player
-from rollouts import ALGORITHMS, PlayConfig, PlayLoader, Rollout, play_loss, resolve_algorithm
+from rollouts import ALGORITHMS, PlayConfig, PlayLoader, Rollout, play_loss
 from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
 from runtime.cli import command, log_line, say
 from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
@@ -59,7 +59,7 @@ from trainer import (
 )
 
 ANSWERING_MODEL = Path("checkpoints/gpt_finetuned.pt")
-ANSWER_STEPS = 200
+ANSWER_STEPS = 400
 MAX_OPPONENTS = 4       # earlier models that one is matched with
 PERFECT_GAMES = 400     # against a perfect opponent
 COLLAPSED_GAMES = 0.1   # fraction of games that differ, at or below which play has collapsed
@@ -159,16 +159,18 @@ def resolve_answer_flags(values: dict, given: dict) -> dict:
 def resolve_game_flags(values: dict, given: dict) -> dict:
     refuse_flags(given, flag_names(AnswerConfig), "has no effect without --task")
     game = open_game(values["game"], values["board"])
-    name = resolve_algorithm(values["algorithm"], values["game"], game)
+    play = read_flags(PlayConfig, values).for_game(game)
+    name = play.algorithm
     algorithm, own = ALGORITHMS[name], set().union(*(other.flags for other in ALGORITHMS.values()))
     refuse_flags(given, own - algorithm.flags, f"has no effect with --algorithm={name}")
     refuse_flags(given, {"simulations"} if values["search"] == "one_ply" else {"target_temperature"},
                  f"has no effect with --search={values['search']}")
     if values["checkpoint_path"]:
         refuse_flags(given, flag_names(PlayerModel), "has no effect with --checkpoint_path, whose model is trained on")
-    auto = {"algorithm": name, "block_size": context_of(game), "optimizer": "muon", "learning_rate": algorithm.learning_rate,
+    auto = {"block_size": context_of(game), "optimizer": "muon", "learning_rate": algorithm.learning_rate,
             "cooldown_frac": algorithm.cooldown_frac, "weight_decay": algorithm.weight_decay}
-    return values | {flag_name: value for flag_name, value in auto.items() if values[flag_name] in (None, "auto")}
+    return values | vars(play) | {flag_name: value for flag_name, value in auto.items()
+                                  if values[flag_name] in (None, "auto")}
 
 
 def refuse_flags(given: dict, names: set[str], reason: str):

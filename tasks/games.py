@@ -279,7 +279,7 @@ def make_game(name: str, board: tuple[int, ...] | None = None) -> Game:
     """board: None for the game's own. Raises BadInput naming --game or --board."""
     if name not in GAMES:
         raise BadInput(f"--game={shorten(name)}: choose one of {', '.join(GAMES)}")
-    if board is None:
+    if board in (None, GAMES[name].default_board):
         return GAMES[name]()
     if not GAMES[name].default_board:
         raise bad_board(board, f"{name} has no board: leave it out")

@@ -63,7 +63,7 @@ def test_games_with_hidden_cards_are_compared_in_chips():
     assert {arm.metric for arm in arms} == {EXPLOITABILITY}
     config, environment = CompareConfig(script="selfplay", budget="games=512"), dataclasses.replace(ENVIRONMENT, data=data)
     said = compare.describe_conditions([ArmResults(arm) for arm in arms], config, environment)
-    assert "batches of 256 games; the others: as many parameters as the first. 0 games of kuhn; budget games=512" in said
+    assert "batches of 512 games; the others: as many parameters as the first. 0 games of kuhn; budget games=512" in said
     assert load_game({"game": "kuhn"}).description == "games of kuhn"
     assert load_game({"game": "nim", "board": "1x2"}).description == "games of nim on 1x2"
 
