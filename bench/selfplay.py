@@ -7,12 +7,11 @@ A stage trains its arms with `selfplay.py` from five seeds each; both sides of a
 games. Finished runs are kept, so the same command continues. Writes a table of each stage into docs/benchmarks.md.
 """
 import argparse
-import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -21,14 +20,13 @@ import torch  # noqa: E402
 from side_by_side import REPO, machine, write_into_docs  # noqa: E402
 
 from experiments.report import Table, markdown  # noqa: E402
-from experiments.runner import JobResult, Runner  # noqa: E402
+from experiments.runner import Runner, TrainingJob  # noqa: E402
 from experiments.stats import Estimate  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from players import Player, is_best, model_player, search_player, softmax  # noqa: E402
 from rollouts import PlayConfig, PlayLoader  # noqa: E402
-from runtime.checkpoint import load_checkpoint, run_folder  # noqa: E402
+from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
-from runtime.metrics import read_rows  # noqa: E402
 from runtime.signals import StopSignals  # noqa: E402
 from strength import make_exam, optimal_rate  # noqa: E402
 from tasks.games import make_game  # noqa: E402
@@ -39,72 +37,47 @@ EPSILON = 0.3                  # of the teacher that errs
 THINK = 0, 8, 32, 128          # simulations of a search
 LOOP_GAMES = 8                 # of the pure Python loop
 CONNECT_FOUR = "--n_layer=4", "--val_intervals=250", "--max_iter=2500"
+# steps at a constant rate after which a model answers about four of ten questions
+BRIEFLY_FINETUNED = "--dataset=builtin", "--max_iter=130", "--learning_rate=0.03", "--cooldown_frac=0"
 REINFORCE_RATES = 0.0025, 0.005, 0.01, 0.02
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class PlayRun:
-    """A run of selfplay.py, see experiments/runner.py. after: the run whose model it starts from."""
-    folder: Path
-    name: str
-    seed: int
-    flags: tuple[str, ...]
-    after: "PlayRun | None" = None
-    script: Path = REPO / "selfplay.py"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / f"{self.name}-{self.seed}.pt"
-
-    @property
-    def rows(self) -> list[dict]:
-        """Of its evaluations."""
-        return [row for row in read_rows(run_folder(self.checkpoint) / "metrics.jsonl") if "entropy" in row]
-
-    @property
-    def marker(self) -> Path:
-        return run_folder(self.checkpoint) / "finished.json"
-
-    def all_flags(self) -> list[str]:
-        start = [f"--checkpoint_path={self.after.checkpoint}"] if self.after else []
-        return [*self.flags, *start, f"--seed={self.seed}", "--device=cpu", "--threads=1", "--rating_games=0"]
-
-    def previous_result(self) -> JobResult | None:
-        if self.marker.exists() and json.loads(self.marker.read_text()) == self.all_flags():
-            return JobResult("finished")
-        return None
-
-    def command(self) -> list[str]:
-        flags = ["--resume_checkpoint"] if self.checkpoint.exists() and not self.marker.exists() else [
-            *self.all_flags(), "--overwrite"]
-        return [sys.executable, str(self.script), f"--out_path={self.checkpoint}", *flags, "--verbose=0"]
-
-    def complete(self, result: JobResult) -> JobResult:
-        if result.status == "finished":
-            with atomic_write(self.marker, "w") as file:
-                json.dump(self.all_flags(), file)
-        return result
+def arm(folder: Path, name: str, *flags: str, after: list[TrainingJob] | None = None,
+        script: str = "selfplay.py") -> list[TrainingJob]:
+    """A run from each seed. after: those whose models they start from."""
+    starts = [(f"--checkpoint_path={job.checkpoint}",) for job in after] if after else [()] * len(SEEDS)
+    outcome = ("val_loss",) if script == "finetune.py" else ("entropy",)
+    return [TrainingJob(REPO / script, folder / f"{name}-{seed}.pt",
+                        (*flags, *start, f"--seed={seed}", "--device=cpu", "--threads=1"), "out_path", outcome,
+                        keeps_model=True) for seed, start in zip(SEEDS, starts)]
 
 
-def arm(folder: Path, name: str, *flags: str, after: list[PlayRun] | None = None) -> list[PlayRun]:
-    """A run from each seed."""
-    return [PlayRun(folder, name, seed, flags, after[i] if after else None) for i, seed in enumerate(SEEDS)]
+def game_arm(folder: Path, name: str, *flags: str, after: list[TrainingJob] | None = None) -> list[TrainingJob]:
+    return arm(folder, name, *flags, "--rating_games=0", after=after)
 
 
-def train(jobs: int, *arms: list[PlayRun]):
-    """Raises SystemExit when a signal stops it or a run fails."""
-    runs = [run for seed_runs in zip(*arms) for run in seed_runs]
+def train(n_parallel: int, *arms: list[TrainingJob]):
+    """Seed by seed. Raises SystemExit when a signal stops it or a run fails."""
+    jobs = [job for seed_jobs in zip(*arms) for job in seed_jobs]
     with StopSignals() as stop:
-        results = Runner(jobs, stop).run(runs, "runs", lambda i, result: None)
-    for run, result in zip(runs, results):
+        results = Runner(n_parallel, stop).run(jobs, "runs", lambda i, result: None)
+    for job, result in zip(jobs, results):
         if result.status != "finished":
-            raise SystemExit(f"{run.name} of seed {run.seed}: {result.status} {result.reason}")
+            raise SystemExit(f"{job.checkpoint}: {result.status} {result.reason}")
 
 
-def last(runs: list[PlayRun], name: str) -> list[float]:
-    return [run.rows[-1][name] for run in runs]
+def evaluations(job: TrainingJob) -> list[dict]:
+    return [row for row in job.rows() if "entropy" in row]
+
+
+def first(runs: list[TrainingJob], name: str) -> list[float]:
+    return [evaluations(run)[0][name] for run in runs]
+
+
+def last(runs: list[TrainingJob], name: str) -> list[float]:
+    return [evaluations(run)[-1][name] for run in runs]
 
 
 def estimate(numbers: list[float], form: str = "{:.3f}") -> str:
@@ -116,7 +89,7 @@ def differences(a: list[float], b: list[float]) -> list[float]:
     return [x - y for x, y in zip(a, b)]
 
 
-def load(run: PlayRun) -> GPT:
+def load(run: TrainingJob) -> GPT:
     return GPT.from_checkpoint(load_checkpoint(run.checkpoint))
 
 
@@ -125,10 +98,10 @@ def load(run: PlayRun) -> GPT:
 def tic_tac_toe(folder: Path, jobs: int) -> str:
     """Lost lines and optimal moves; REINFORCE at the best of several rates as the honest baseline."""
     base = "--game=tic_tac_toe", "--val_intervals=50"
-    own = arm(folder, "tic_tac_toe", *base)
+    own = game_arm(folder, "tic_tac_toe", *base)
     # as many games and, since each of its steps is a rollout, in rollouts of a quarter, as many steps as ours
-    tried = {rate: arm(folder, f"reinforce_{rate:g}", *base, "--algorithm=reinforce", "--rollout_games=64",
-                       f"--learning_rate={rate:g}") for rate in REINFORCE_RATES}
+    tried = {rate: game_arm(folder, f"reinforce_{rate:g}", *base, "--algorithm=reinforce", "--rollout_games=64",
+                            f"--learning_rate={rate:g}") for rate in REINFORCE_RATES}
     train(jobs, own, *tried.values())
     rate = max(tried, key=lambda rate: statistics.mean(last(tried[rate], "optimal_moves")))
     rows, baseline = [], f"REINFORCE, role baseline (best of {len(tried)} rates)"
@@ -138,20 +111,20 @@ def tic_tac_toe(folder: Path, jobs: int) -> str:
             f"{sum(second is not None for second in seconds)} of {len(seconds)} seeds")
         lost = [f"{sum(last(runs, f'lost_lines_{side}')):,} of {sum(last(runs, f'lines_{side}')):,}"
                 for side in ("first", "second")]
-        rows.append((name, f"{runs[0].rows[-1]['games']:,}", reached, *lost, estimate(last(runs, "optimal_moves"), "{:.4f}"),
+        rows.append((name, f"{last(runs, 'games')[0]:,}", reached, *lost, estimate(last(runs, "optimal_moves"), "{:.4f}"),
                      estimate(last(runs, "value_accuracy"), "{:.4f}")))
     return markdown(Table(("tic-tac-toe", "games", "first evaluation without a lost line", "lost lines as first player",
                            "as second", "optimal moves", "right values"), rows))
 
 
-def seconds_to_no_lost_line(run: PlayRun) -> float | None:
+def seconds_to_no_lost_line(run: TrainingJob) -> float | None:
     """Of training, until the first evaluation without one."""
-    return next((row["seconds"] for row in run.rows if row["lost_lines_first"] + row["lost_lines_second"] == 0), None)
+    return next((row["seconds"] for row in evaluations(run) if not row["lost_lines_first"] + row["lost_lines_second"]), None)
 
 
 def connect_four(folder: Path, jobs: int) -> str:
     """Connect Four on 4 x 5, and what a search adds to the trained and to an untrained model."""
-    runs = arm(folder, "connect_four", "--game=connect_four", "--board=4x5", *CONNECT_FOUR)
+    runs = game_arm(folder, "connect_four", "--game=connect_four", "--board=4x5", *CONNECT_FOUR)
     train(jobs, runs)
     game = make_game("connect_four", (4, 5))
     exam = make_exam(game, 400)
@@ -162,13 +135,13 @@ def connect_four(folder: Path, jobs: int) -> str:
     lines = [("Connect Four 4 x 5", estimate(last(runs, "optimal_moves"), "{:.4f}"),
               estimate(last(runs, "value_accuracy"), "{:.4f}"), estimate(last(runs, "perfect_score")),
               f"{last(runs, 'expected_score')[0]:.3f}", unwon,
-              f"{max(last(runs, 'seconds')) / 60:.0f} min at most", f"{runs[0].rows[-1]['games']:,}")]
-    first = markdown(Table(("game", "optimal moves", "right values", "score against perfect play", "of perfect play",
-                            "won openings not won", "training, one core", "games"), lines))
+              f"{max(last(runs, 'seconds')) / 60:.0f} min at most", f"{last(runs, 'games')[0]:,}")]
+    measured = markdown(Table(("game", "optimal moves", "right values", "score against perfect play", "of perfect play",
+                                  "won openings not won", "training, one core", "games"), lines))
     searched = [(f"{think} positions read" if think else "at first sight",
                  estimate([optimal_rate(game, player(model, game, think), exam) for model in trained]),
                  f"{optimal_rate(game, player(untrained, game, think), exam):.3f}") for think in THINK]
-    return f"{first}\n\n{markdown(Table(('before a move', 'optimal moves, trained', 'untrained'), searched))}"
+    return f"{measured}\n\n{markdown(Table(('before a move', 'optimal moves, trained', 'untrained'), searched))}"
 
 
 def player(model: GPT, game: Game, think: int) -> Player:
@@ -177,10 +150,10 @@ def player(model: GPT, game: Game, think: int) -> Player:
 
 def kuhn(folder: Path, jobs: int) -> str:
     """Exploitability with hidden cards; the plain policy gradient as the control."""
-    own = arm(folder, "kuhn", "--game=kuhn")
-    plain = arm(folder, "kuhn_plain", "--game=kuhn", "--regularisation=0")
+    own = game_arm(folder, "kuhn", "--game=kuhn")
+    plain = game_arm(folder, "kuhn_plain", "--game=kuhn", "--regularisation=0")
     train(jobs, own, plain)
-    rows = [(name, f"{runs[0].rows[-1]['games']:,}", estimate(last(runs, "exploitability"), "{:.4f}"),
+    rows = [(name, f"{last(runs, 'games')[0]:,}", estimate(last(runs, "exploitability"), "{:.4f}"),
              f"{max(last(runs, 'exploitability')):.4f}", estimate(last(runs, "first_score"), "{:.4f}"))
             for name, runs in (("regularised policy gradient", own), ("plain policy gradient", plain))]
     return markdown(Table(("Kuhn poker", "games", "exploitability, chips a game", "of the worst seed",
@@ -190,8 +163,8 @@ def kuhn(folder: Path, jobs: int) -> str:
 def teacher(folder: Path, jobs: int) -> str:
     """A student of a player that errs, and what self-play makes of it."""
     base = "--game=tic_tac_toe", "--val_intervals=50"
-    student = arm(folder, "student", *base, "--algorithm=imitation", f"--epsilon={EPSILON}", "--games=12_800")
-    graduate = arm(folder, "graduate", *base, after=student)
+    student = game_arm(folder, "student", *base, "--algorithm=imitation", f"--epsilon={EPSILON}", "--games=12_800")
+    graduate = game_arm(folder, "graduate", *base, after=student)
     train(jobs, student)
     train(jobs, graduate)
     game = make_game("tic_tac_toe")
@@ -204,6 +177,35 @@ def teacher(folder: Path, jobs: int) -> str:
             ("student, of the teacher's games alone", estimate(last(student, "optimal_moves"), "{:.4f}"), ""),
             ("then self-play", estimate(last(graduate, "optimal_moves"), "{:.4f}"), estimate(gains, "{:+.4f}"))]
     return markdown(Table(("tic-tac-toe", "optimal moves", "minus the teacher's"), rows))
+
+
+def answers(folder: Path, jobs: int) -> str:
+    """Reinforcement learning of the quick start's model, briefly finetuned, on questions that are built in."""
+    pretrained = pretrain(folder)
+    before = arm(folder, "finetuned", f"--checkpoint_path={pretrained}", *BRIEFLY_FINETUNED, script="finetune.py")
+    after = arm(folder, "answers", "--task=builtin", "--answer_tokens=24", after=before)
+    train(jobs, before)
+    train(jobs, after)
+    rows = []
+    for label, name, form in (("exact match, greedy", "exact_match", "{:.3f}"), ("pass@1, sampled", "pass_at_1", "{:.3f}"),
+                              ("pass@8, sampled", "pass_at_k", "{:.3f}"), ("tokens in an answer", "mean_length", "{:.2f}"),
+                              ("KL divergence from the start, nats/answer", "kl", "{:.2f}")):
+        gains = differences(last(after, name), first(after, name))
+        rows.append((label, estimate(first(after, name), form), estimate(last(after, name), form),
+                     estimate(gains, form.replace(":", ":+"))))
+    name = f"built-in questions, held out ({last(after, 'seconds')[0] / 60:.0f} minutes on one core)"
+    return markdown(Table((name, "briefly finetuned", "after reinforcement learning", "difference"), rows))
+
+
+def pretrain(folder: Path) -> Path:
+    """The model of README's quick start. Raises SystemExit when a signal stops it or it fails."""
+    data = folder / "data"
+    job = TrainingJob(REPO / "train.py", folder / "pretrained.pt", ("--preset=quickstart", f"--data_path={data}"),
+                      keeps_model=True)
+    if not data.exists():
+        subprocess.run([sys.executable, REPO / "download_data.py", "--dataset=builtin", f"--data_path={data}"], check=True)
+    train(1, [job])
+    return job.checkpoint
 
 
 def speed(folder: Path, jobs: int) -> str:
@@ -249,7 +251,8 @@ def play_in_a_loop(model: GPT, game: Game, rng: np.random.Generator):
 
 
 STAGES: dict[str, Callable[[Path, int], str]] = {
-    "tic_tac_toe": tic_tac_toe, "teacher": teacher, "speed": speed, "kuhn": kuhn, "connect_four": connect_four}
+    "tic_tac_toe": tic_tac_toe, "teacher": teacher, "speed": speed, "kuhn": kuhn, "connect_four": connect_four,
+    "answers": answers}
 
 
 def main():
@@ -260,7 +263,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.stages:
-        text = STAGES[name](args.out, args.jobs)
+        text = STAGES[name](args.out.resolve(), args.jobs)
         print(f"{text}\n")
         with atomic_write(args.out / f"{name}.md", "w") as file:
             file.write(text + "\n")

@@ -179,13 +179,14 @@ def save_plan(out_path: Path, plan: dict, overwrite: bool, what: str, results: S
 @dataclass
 class TrainingJob:
     """A run of a script that trains: it writes `checkpoint`, and its metrics into the folder of that name. out_flag: the
-    flag that names the checkpoint. outcome: what the last row of its metrics has, besides what every row has. resumed:
-    whether the latest `command` continues that checkpoint."""
+    flag that names the checkpoint. outcome: what the last row of its metrics has, besides what every row has. keeps_model:
+    whether the checkpoint stays when it has finished. resumed: whether the latest `command` continues that checkpoint."""
     script: Path
     checkpoint: Path
     flags: tuple[str, ...]
     out_flag: str = "checkpoint_path"
     outcome: tuple[str, ...] = ("val_loss", "val_bpb")
+    keeps_model: bool = False
     resumed: bool = False
 
     @property
@@ -241,11 +242,12 @@ class TrainingJob:
         return hashlib.sha256(path.read_bytes() if os.path.isfile(path) else b"").hexdigest()[:16]
 
     def save_result(self, result: JobResult):
-        """Writes result.json, and deletes the checkpoints, which nothing needs any more."""
+        """Writes result.json, and deletes the checkpoints that nothing needs any more."""
         with atomic_write(self.folder / "result.json", "w") as file:
             json.dump({"status": result.status, "reason": result.reason, "flags": self.flags,
                        "metrics": self.rows_digest()}, file, indent=1)
-        for path in (self.checkpoint, *self.folder.glob("*.pt"), *self.folder.glob("events.*")):
+        unneeded = *self.folder.glob("*.pt"), *self.folder.glob("events.*")
+        for path in unneeded if self.keeps_model else (self.checkpoint, *unneeded):
             path.unlink(missing_ok=True)
 
     def delete(self):

@@ -202,6 +202,13 @@ def test_final_result_is_kept_without_checkpoints(job, status):
     assert not job.checkpoint.exists() and {path.name for path in job.folder.iterdir()} == {"metrics.jsonl", "result.json"}
 
 
+def test_the_model_is_kept_where_it_is_needed(job):
+    job.keeps_model = True
+    (job.folder / "best.pt").write_text("best")
+    assert job.complete(JobResult("finished")) == job.previous_result() == JobResult("finished")
+    assert job.checkpoint.exists() and not (job.folder / "best.pt").exists()
+
+
 @pytest.mark.parametrize("status", ["failed", "killed"])
 def test_failed_job_keeps_its_checkpoint_and_runs_again(job, status):
     assert job.complete(JobResult(status, "why")).status == status
