@@ -276,18 +276,19 @@ class Rollouts:
 class AnswerLoader:
     """Endless batches of sampled answers: inputs and targets, int64 (B, T), and the weight of each row, fp32 (B,).
 
-    Answers whose advantage is 0 have no gradient and are left out. The state holds the position, the generator and the
-    starting weights, which the KL divergence is measured from.
+    Answers whose advantage is 0 have no gradient and are left out. The state holds the position, from which the random
+    numbers of a rollout follow on any device, and the starting weights, which the KL divergence is measured from.
     """
 
     def __init__(self, rollouts: Rollouts, seed: int):
         self.rollouts, self.seed, self.questions_seen = rollouts, seed, 0
-        self.generator = torch.Generator(rollouts.machine.device).manual_seed(seed)
+        self.generator = torch.Generator(rollouts.machine.device)
         self.sums: dict[str, float] = {}
 
     def next_batch(self, model: GPT) -> tuple[Tensor, Tensor, Tensor]:
         """A rollout of the model as it is now."""
         start = time.perf_counter()
+        self.generator.manual_seed(int(np.random.default_rng([6, self.seed, self.questions_seen]).integers(2**63)))
         with torch.no_grad(), self.rollouts.machine.autocast():
             groups = self.rollout(model)
             batch = self.pack(groups)
@@ -369,7 +370,7 @@ class AnswerLoader:
 
     def state_dict(self) -> dict:
         return {"questions_seen": self.questions_seen, "seed": self.seed, "data": self.fingerprint(),
-                "generator": self.generator.get_state(), "sums": dict(self.sums), "start": self.rollouts.start.state_dict()}
+                "sums": dict(self.sums), "start": self.rollouts.start.state_dict()}
 
     def load_state_dict(self, state: dict):
         """Raises BadInput when the state belongs to other questions, ValueError or RuntimeError when it is not valid."""
@@ -383,7 +384,6 @@ class AnswerLoader:
             raise ValueError("statistics that are no numbers")
         self.rollouts.start.load_state_dict(state["start"])
         self.questions_seen, self.sums = state["questions_seen"], dict(state["sums"])
-        self.generator.set_state(state["generator"].cpu())
 
     def close(self):
         """Nothing to close."""
@@ -397,6 +397,7 @@ class ProposalLoader(AnswerLoader):
 
     def rollout(self, model: GPT) -> list[Group]:
         tokenizer, config = self.rollouts.tokenizer, self.rollouts.config
+        self.questions_seen += config.questions
         ids = prompt_ids(tokenizer, [{"role": "user", "content": PROPOSE}])
         proposals = self.sample(model, [ids] * config.questions)
         found = [check_proposal(answer.text, exact_match) if answer.has_ended else None for answer in proposals]

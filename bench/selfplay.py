@@ -36,7 +36,7 @@ SEEDS = range(1, 6)
 EPSILON = 0.3                  # of the teacher that errs
 THINK = 0, 8, 32, 128          # simulations of a search
 LOOP_GAMES = 8                 # of the pure Python loop
-CONNECT_FOUR = "--n_layer=4", "--val_intervals=250", "--max_iter=2500"
+CONNECT_FOUR = "--n_layer=4", "--val_intervals=250", "--max_iter=2000"
 # steps at a constant rate after which a model answers about four of ten questions
 BRIEFLY_FINETUNED = "--dataset=builtin", "--max_iter=130", "--learning_rate=0.03", "--cooldown_frac=0"
 REINFORCE_RATES = 0.0025, 0.005, 0.01, 0.02
@@ -96,30 +96,34 @@ def load(run: TrainingJob) -> GPT:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 def tic_tac_toe(folder: Path, jobs: int) -> str:
-    """Lost lines and optimal moves; REINFORCE at the best of several rates as the honest baseline."""
+    """Lost lines and optimal moves; what the average of the weights is worth; REINFORCE at the best of several rates as the
+    honest baseline."""
     base = "--game=tic_tac_toe", "--val_intervals=50"
     own = game_arm(folder, "tic_tac_toe", *base)
+    latest = game_arm(folder, "latest_weights", *base, "--average=0")
     # as many games and, since each of its steps is a rollout, in rollouts of a quarter, as many steps as ours
     tried = {rate: game_arm(folder, f"reinforce_{rate:g}", *base, "--algorithm=reinforce", "--rollout_games=64",
                             f"--learning_rate={rate:g}") for rate in REINFORCE_RATES}
-    train(jobs, own, *tried.values())
+    train(jobs, own, latest, *tried.values())
     rate = max(tried, key=lambda rate: statistics.mean(last(tried[rate], "optimal_moves")))
     rows, baseline = [], f"REINFORCE, role baseline (best of {len(tried)} rates)"
-    for name, runs in (("looking one move ahead", own), (baseline, tried[rate])):
-        seconds = [seconds_to_no_lost_line(run) for run in runs]
-        reached = f"{max(seconds):.0f} s at most, {statistics.mean(seconds):.0f} s on average" if None not in seconds else (
-            f"{sum(second is not None for second in seconds)} of {len(seconds)} seeds")
+    for name, runs in (("looking one move ahead", own), ("the same, where the latest weights play", latest),
+                       (baseline, tried[rate])):
+        seconds = [second for run in runs if (second := seconds_to_no_lost_line(run)) is not None]
+        reached = f"{len(seconds)} of {len(runs)} seeds" + f", after {max(seconds):.0f} s at most" * bool(seconds)
         lost = [f"{sum(last(runs, f'lost_lines_{side}')):,} of {sum(last(runs, f'lines_{side}')):,}"
                 for side in ("first", "second")]
         rows.append((name, f"{last(runs, 'games')[0]:,}", reached, *lost, estimate(last(runs, "optimal_moves"), "{:.4f}"),
                      estimate(last(runs, "value_accuracy"), "{:.4f}")))
-    return markdown(Table(("tic-tac-toe", "games", "first evaluation without a lost line", "lost lines as first player",
+    return markdown(Table(("tic-tac-toe", "games", "no lost line any more", "lost lines as first player",
                            "as second", "optimal moves", "right values"), rows))
 
 
 def seconds_to_no_lost_line(run: TrainingJob) -> float | None:
-    """Of training, until the first evaluation without one."""
-    return next((row["seconds"] for row in evaluations(run) if not row["lost_lines_first"] + row["lost_lines_second"]), None)
+    """Of training, until the first evaluation from which on none is lost; None where some are at the end."""
+    rows = evaluations(run)
+    lossy = [i for i, row in enumerate(rows) if row["lost_lines_first"] + row["lost_lines_second"]]
+    return rows[lossy[-1] + 1]["seconds"] if lossy[-1:] != [len(rows) - 1] else None
 
 
 def connect_four(folder: Path, jobs: int) -> str:
