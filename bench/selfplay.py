@@ -82,7 +82,7 @@ def last(runs: list[TrainingJob], name: str) -> list[float]:
 
 def estimate(numbers: list[float], form: str = "{:.3f}") -> str:
     found = Estimate.from_values(numbers)
-    return f"{form.format(found.mean)} ± {form.format(found.margin)}"
+    return f"{form.format(found.mean)} ± {form.replace('+', '').format(found.margin)}"
 
 
 def differences(a: list[float], b: list[float]) -> list[float]:
@@ -123,7 +123,8 @@ def seconds_to_no_lost_line(run: TrainingJob) -> float | None:
     """Of training, until the first evaluation from which on none is lost; None where some are at the end."""
     rows = evaluations(run)
     lossy = [i for i, row in enumerate(rows) if row["lost_lines_first"] + row["lost_lines_second"]]
-    return rows[lossy[-1] + 1]["seconds"] if lossy[-1:] != [len(rows) - 1] else None
+    start = lossy[-1] + 1 if lossy else 0
+    return rows[start]["seconds"] if start < len(rows) else None
 
 
 def connect_four(folder: Path, jobs: int) -> str:
@@ -206,7 +207,7 @@ def pretrain(folder: Path) -> Path:
     data = folder / "data"
     job = TrainingJob(REPO / "train.py", folder / "pretrained.pt", ("--preset=quickstart", f"--data_path={data}"),
                       keeps_model=True)
-    if not data.exists():
+    if not (data / "manifest.json").exists():
         subprocess.run([sys.executable, REPO / "download_data.py", "--dataset=builtin", f"--data_path={data}"], check=True)
     train(1, [job])
     return job.checkpoint
