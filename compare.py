@@ -98,6 +98,7 @@ from selfplay import (
     SelfPlayDevice,
     SelfPlayLoop,
     check_context,
+    game_title,
     open_game,
     period_of,
     resolve_games,
@@ -106,7 +107,6 @@ from selfplay import open_run as open_selfplay
 from selfplay import resolve_flags as resolve_play_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
-from tasks.games import board_text
 from tasks.positions import Game
 from text.sources import take_text
 from tokenizer import (
@@ -280,7 +280,7 @@ def load_game(common: dict) -> TrainingData:
     if "game" not in common:
         raise BadInput("--game: say which all arms learn, such as --game=tic_tac_toe")
     game = open_game(common["game"], common.get("board"))
-    name = f"{common['game']} on {board_text(game.board)}" if game.board else common["game"]
+    name = game_title(common["game"], game.board)
     return TrainingData(f"games of {name}", name, (name,), game.vocab_size, game=game)
 
 

@@ -66,9 +66,8 @@ N_DEMONSTRATIONS, DEMONSTRATION_ROWS = 4000, 16
 ROWS_PER_BATCH = 256        # answers that are sampled together
 TOKENS_PER_BATCH = 16_384   # of answers that are scored together, with their questions
 ESTIMATE_QUESTIONS = 16     # from which the duration of an evaluation is estimated
-# --learning_rate=auto of a model of REFERENCE_WIDTH; with AdamW it falls as 1/width. Most of a policy gradient is noise, and
-# by it Muon, or a larger rate for the embedding, moves a model further from its start for the same reward than one AdamW.
-ANSWER_LR, REFERENCE_WIDTH = {"gpt2": 0.0005, "muon": 0.002, "adamw": 0.001}, 128
+# --learning_rate=auto of a model of ANSWER_WIDTH; with AdamW it falls as 1/width
+ANSWER_LR, ANSWER_WIDTH = {"gpt2": 0.0005, "muon": 0.002, "adamw": 0.001}, 128
 ANSWER_COOLDOWN = 0.8
 UNANIMOUS, LOW_ACCURACY, AT_LIMIT = 0.95, 0.8, 0.95  # see `describe_collapse`
 
@@ -113,7 +112,7 @@ class SelfPlayOptimizer(OptimizerConfig):
     def for_answers(self, n_embd: int) -> "SelfPlayOptimizer":
         """With what is not given resolved, for answers of a model of this width."""
         name = "gpt2" if self.optimizer == "auto" else self.optimizer
-        scale = 1.0 if name == "muon" else REFERENCE_WIDTH / n_embd
+        scale = 1.0 if name == "muon" else ANSWER_WIDTH / n_embd
         rate = ANSWER_LR[name] * scale if self.learning_rate == "auto" else self.learning_rate
         cooldown = ANSWER_COOLDOWN if self.cooldown_frac is None else self.cooldown_frac
         return dataclasses.replace(self, optimizer=name, learning_rate=rate, weight_decay=self.weight_decay or 0.0,
@@ -264,7 +263,7 @@ def answer_logprobs(model: GPT, rows: Sequence[tuple[list[int], list[int]]], pad
 # -- rollouts ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Rollouts:
+class AnswerContext:
     """What rollouts need besides the model that they ask."""
     config: AnswerConfig
     tokenizer: Tokenizer
@@ -280,7 +279,7 @@ class AnswerLoader:
     numbers of a rollout follow on any device, and the starting weights, which the KL divergence is measured from.
     """
 
-    def __init__(self, rollouts: Rollouts, seed: int):
+    def __init__(self, rollouts: AnswerContext, seed: int):
         self.rollouts, self.seed, self.questions_seen = rollouts, seed, 0
         self.generator = torch.Generator(rollouts.machine.device)
         self.sums: dict[str, float] = {}
@@ -519,6 +518,7 @@ def warm_start(model: GPT, tokenizer: Tokenizer, machine: Machine, demonstration
     finally:
         loader.close()
     if stopped_by:
+        log_line("stopped in the warm start: nothing was saved")
         raise SystemExit(128 + stopped_by)
 
 
@@ -563,9 +563,11 @@ def open_answer_run(command: TrainingCommand, configs, checkpoint: dict | None, 
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     if task and task.demonstrate and config.warm_start_iter and not (checkpoint or run.dry_run):
+        if loop.verbose:
+            say(f"warm start: {config.warm_start_iter:,} steps on demonstrations")
         warm_start(model, tokenizer, machine, list(task.demonstrate(N_DEMONSTRATIONS, run.seed)), config.warm_start_iter,
                    FinetuneOptimizer().for_model(pretraining_flags), run.seed)
-    rollouts = Rollouts(config, tokenizer, machine, train, copy.deepcopy(model).requires_grad_(False))
+    rollouts = AnswerContext(config, tokenizer, machine, train, copy.deepcopy(model).requires_grad_(False))
     loader = (ProposalLoader if task and task.proposes else AnswerLoader)(rollouts, run.seed)
     # at most, as many answers end early and those without a gradient are left out
     row_tokens = round(sum(len(prompt.ids) for prompt in train or held_out) / len(train or held_out)) + config.answer_tokens

@@ -1,7 +1,7 @@
 """A game against a model in the terminal; `selfplay.py --play` starts it.
 
     play_in_terminal(BoardTable(model, game, model_first=False, think=100))
-    play_in_terminal(CardTable(model, game, model_first=False, seed=0))
+    play_in_terminal(CardTable(model, game, model_first=False))
 """
 import contextlib
 import sys
@@ -13,7 +13,7 @@ import torch
 from experiments.report import align_columns
 from model import GPT
 from players import Prediction, best_moves, expand, open_positions, predict, search
-from tasks.poker import Poker
+from tasks.poker import CHANCE, Poker
 from tasks.positions import LOSS, WIN, Game, draw_moves, play_line, start_line
 
 HELP = """a move   play it: {moves}
@@ -22,15 +22,12 @@ HELP = """a move   play it: {moves}
 /new     a new game; /new first and /new second say who you are
 /quit    or Ctrl-D: leave"""
 QUIT = "/quit", "/exit"
-
-
-class NoSuchThing(Exception):
-    """What was asked for is not there; the message says why."""
+NEW_GAMES = {"/new": None, "/new first": False, "/new second": True}  # whether the model moves first; None: as before
 
 
 class Table:
-    """A person's games against a model. states: after each move so far, of one game. won: what the person has won in each
-    game that is finished, 1, 0 or -1, or chips."""
+    """A person's games against a model. state: of the present one. won: what the person has won in each game that is
+    finished, 1, 0 or -1, or chips."""
 
     def __init__(self, model: GPT, game: Game, model_first: bool):
         self.model, self.game, self.model_first = model, game, model_first
@@ -39,10 +36,6 @@ class Table:
 
     def reset(self):
         """A new game."""
-        raise NotImplementedError
-
-    @property
-    def state(self):
         raise NotImplementedError
 
     @property
@@ -57,7 +50,7 @@ class Table:
         raise NotImplementedError
 
     def take_back(self):
-        """Back to the person's last move. Raises NoSuchThing."""
+        """Back to the person's last move. Raises LookupError that says why where there is none."""
         raise NotImplementedError
 
     def answer(self) -> int:
@@ -71,7 +64,8 @@ class Table:
     def draw(self) -> str:
         raise NotImplementedError
 
-    def result(self) -> str:
+    def end(self) -> str:
+        """Counts the game, which is over, and says who has won."""
         raise NotImplementedError
 
 
@@ -96,7 +90,7 @@ class BoardTable(Table):
     def take_back(self):
         before = [i for i, line in enumerate(self.lines[:-1]) if line.state.player[0] == self.person]
         if not before:
-            raise NoSuchThing("there is no move to take back")
+            raise LookupError("there is no move to take back")
         del self.lines[before[-1] + 1:]
 
     @torch.no_grad()
@@ -123,43 +117,41 @@ class BoardTable(Table):
     def draw(self) -> str:
         return self.game.draw(self.state)
 
-    def result(self) -> str:
+    def end(self) -> str:
         self.won.append(int(self.state.score[0]) * self.person)
         return {1: "you win", 0: "a draw", -1: "the model wins"}[self.won[-1]]
 
 
 class CardTable(Table):
-    """The model draws its moves from its probabilities: one who always plays the same can be read."""
+    """The model draws its moves from its probabilities: one who always plays the same can be read. seed: None for other
+    cards every time."""
 
-    def __init__(self, model: GPT, game: Poker, model_first: bool, seed: int):
+    def __init__(self, model: GPT, game: Poker, model_first: bool, seed: int | None = None):
         self.rng = np.random.default_rng(seed)
         super().__init__(model, game, model_first)
 
     def reset(self):
-        self.dealt = self.game.start(1, self.rng)
+        self.state = self.game.start(1, self.rng)
         self.public: list[int] = []  # the tokens that both have read
 
-    @property
-    def state(self):
-        return self.dealt
-
     def play(self, move: int):
-        for token in (move, None):  # and the card that is revealed after it, if any
-            if token is None and (self.dealt.over[0] or self.dealt.player[0]):
-                return
-            token = int(self.game.chance_tokens(self.dealt)[0]) if token is None else token
-            self.dealt = self.game.play(self.dealt, np.array([token]))
-            self.public.append(token)
+        self.read_token(move)
+        if not self.state.over[0] and self.state.player[0] == CHANCE:
+            self.read_token(int(self.game.chance_tokens(self.state)[0]))
+
+    def read_token(self, token: int):
+        self.state = self.game.play(self.state, np.array([token]))
+        self.public.append(token)
 
     def take_back(self):
-        raise NoSuchThing("where cards are hidden, nothing is taken back")
+        raise LookupError("where cards are hidden, nothing is taken back")
 
     @torch.no_grad()
     def read(self, player: int) -> Prediction:
         """What the model makes of the game in this player's place."""
-        own = self.game.first_tokens(self.dealt)[0, 0 if player == 1 else 1]
+        own = self.game.first_tokens(self.state)[0, 0 if player == 1 else 1]
         idx = torch.tensor([[int(own), *self.public]], device=self.model.embed.weight.device)
-        return predict(self.game, self.model.eager_forward(idx, logits_to_keep=1)[:, 0], self.game.legal(self.dealt))
+        return predict(self.game, self.model.eager_forward(idx, logits_to_keep=1)[:, 0], self.game.legal(self.state))
 
     def answer(self) -> int:
         return int(draw_moves(self.read(-self.person).moves, self.rng)[0])
@@ -172,10 +164,12 @@ class CardTable(Table):
         return [*align_columns(rows), f"in your place, the model expects to win {chips:+.2f} chips"]
 
     def draw(self) -> str:
-        return self.game.draw(self.dealt, None if self.dealt.over[0] else (self.person,))
+        first, second = self.state.chips[0]
+        is_showdown = self.state.over[0] and first == second
+        return self.game.draw(self.state, (1, -1) if is_showdown else (self.person,))
 
-    def result(self) -> str:
-        self.won.append(int(self.dealt.score[0]) * self.person)
+    def end(self) -> str:
+        self.won.append(int(self.state.score[0]) * self.person)
         if not self.won[-1]:
             return "nobody wins"
         n = abs(self.won[-1])
@@ -210,7 +204,7 @@ def play_game(table: Table) -> bool:
             move = table.answer()
             table.play(move)
             print(f"the model plays {table.game.move_name(move)}\n{table.draw()}")
-    print(table.result())
+    print(table.end())
     return True
 
 
@@ -229,8 +223,8 @@ def read_move(table: Table) -> str | None:
             return text
         if text in QUIT:
             return text
-        if text.split()[:1] == ["/new"]:
-            table.model_first = {"first": False, "second": True}.get(text[4:].strip(), table.model_first)
+        if text in NEW_GAMES:
+            table.model_first = table.model_first if NEW_GAMES[text] is None else NEW_GAMES[text]
             return None
         run_command(table, text, [*legal])
 
@@ -245,7 +239,7 @@ def run_command(table: Table, text: str, legal: Sequence[str]):
         try:
             table.take_back()
             print(table.draw())
-        except NoSuchThing as error:
+        except LookupError as error:
             print(f"({error})")
     elif text:
         print(f"({text}: {'no such command: /help lists them' if text.startswith('/') else 'not possible here'}; moves: "

@@ -24,7 +24,7 @@ MAX_ROWS = 4096  # positions that are read at a time
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 class Prediction(NamedTuple):
-    """What a model expects in n positions. Float64, so that sums do not depend on the number of rows."""
+    """What a model expects in n positions, float64."""
     moves: np.ndarray     # (n, n_moves): probability of each move; 0 for those that are not legal
     outcomes: np.ndarray  # (n, 3): probability that the player to move loses, draws, wins
 
@@ -36,9 +36,17 @@ class Prediction(NamedTuple):
 
 def predict(game: Game, logits: Tensor, legal: np.ndarray) -> Prediction:
     """logits: (n, V); legal: (n, n_moves) bool. Where none is legal, all moves have probability 0."""
-    logits = logits[:, :game.n_moves + 3].double().cpu().numpy()
-    moves = softmax(np.where(legal, logits[:, :game.n_moves], -np.inf))
-    return Prediction(moves, softmax(logits[:, game.n_moves:]))
+    moves = softmax(np.where(legal, to_numpy(logits[:, :game.n_moves]), -np.inf))
+    return Prediction(moves, outcome_probabilities(game, logits))
+
+
+def outcome_probabilities(game: Game, logits: Tensor) -> np.ndarray:
+    """(n, V) -> (n, 3), for the player to move."""
+    return softmax(to_numpy(logits[:, game.n_moves:game.n_moves + 3]))
+
+
+def to_numpy(logits: Tensor) -> np.ndarray:
+    return logits.cpu().double().numpy()  # in this order: not every device has float64
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -145,11 +153,6 @@ def expand(positions: Positions, evaluate: Callable[[Positions], np.ndarray] | N
     return Expansion(rows, moves, children, outcomes, values)
 
 
-def outcome_probabilities(game: Game, logits: Tensor) -> np.ndarray:
-    """(n, V) -> (n, 3), for the player to move."""
-    return softmax(logits[:, game.n_moves:game.n_moves + 3].double().cpu().numpy())
-
-
 def one_hot(results: np.ndarray) -> np.ndarray:
     """(n,) of -1, 0 and 1 -> (n, 3): LOSS, DRAW, WIN."""
     return np.eye(3)[results.astype(np.int64) + DRAW]
@@ -164,10 +167,11 @@ NOISE_MOVES = 10.0       # the noise's parameters sum to this: about as many dif
 
 class SearchResult(NamedTuple):
     """visits: (n, n_moves) int64. values: (n, n_moves), the mean found for each move, for the player who makes it, NaN where
-    it was not visited. outcomes: (n, 3), the mean over all simulations."""
+    it was not visited. outcomes: (n, 3), the mean over all simulations. n_read: positions that the model read."""
     visits: np.ndarray
     values: np.ndarray
     outcomes: np.ndarray
+    n_read: int
 
 
 class Tree:
@@ -209,7 +213,7 @@ class Tree:
 def search(positions: Positions, simulations: int, rng: np.random.Generator | None = None) -> SearchResult:
     """PUCT from each position, none of which is over. rng: adds Dirichlet noise to the priors of the roots, for training."""
     game, n = positions.game, len(positions)
-    tree, every = Tree(game, positions.state, simulations + 1), np.arange(n)
+    tree, every, n_read = Tree(game, positions.state, simulations + 1), np.arange(n), 0
     legal = game.legal(positions.state)
     root = predict(game, positions.logits, legal)
     tree.add(every, positions.state, root.moves if rng is None else add_noise(root.moves, legal, rng), root.outcomes)
@@ -221,6 +225,7 @@ def search(positions: Positions, simulations: int, rng: np.random.Generator | No
         new = np.flatnonzero(~ended)
         outcomes = np.zeros((n, 3))
         if len(new):
+            n_read += len(new)
             state = game.play(tree.state(new, parents[new]), chosen[new])
             prediction = read_paths(positions, new, moves[new], depth[new], game.legal(state))
             outcomes[new] = np.where(state.over[:, None], one_hot(state.result()), prediction.outcomes)
@@ -232,7 +237,7 @@ def search(positions: Positions, simulations: int, rng: np.random.Generator | No
     visits, totals = tree.visits[:, 0], tree.totals[:, 0]
     with np.errstate(invalid="ignore"):
         values = (totals[..., WIN] - totals[..., LOSS]) / visits
-    return SearchResult(visits, values, totals.sum(1) / visits.sum(1)[:, None])
+    return SearchResult(visits, values, totals.sum(1) / visits.sum(1)[:, None], n_read)
 
 
 def add_noise(prior: np.ndarray, legal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -299,12 +304,8 @@ def best_moves(result: SearchResult) -> np.ndarray:
     return (result.visits + 0.1 * np.nan_to_num(result.values)).argmax(1)  # values are at most 1
 
 
-def random_player(game: Game, rng: np.random.Generator) -> Player:
-    return lambda line: draw_moves(game.legal(line.state), rng)
-
-
 def perfect_player(game: Game, rng: np.random.Generator) -> Player:
-    """One of the best moves, at random. For games whose positions are all solved."""
+    """One of the best moves, at random, of positions that are solved."""
     def choose(line: Line) -> np.ndarray:
         return draw_moves(is_best(move_values(game, line.state)), rng)
     return choose
@@ -319,9 +320,9 @@ def noisy_player(player: Player, game: Game, epsilon: float, rng: np.random.Gene
 
 
 def is_best(values: np.ndarray) -> np.ndarray:
-    """(n, n_moves), see move_values -> bool: the moves with the highest value."""
+    """(n, n_moves), see move_values -> bool: the moves with the highest value, none where no move has one."""
     known = np.where(values == UNKNOWN, -UNKNOWN, values)
-    return known == known.max(1, keepdims=True)
+    return (known == known.max(1, keepdims=True)) & (values != UNKNOWN)
 
 
 def play_games(game: Game, first: Player, second: Player, line: Line) -> np.ndarray:

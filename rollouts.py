@@ -68,7 +68,7 @@ class PlayConfig:
                                           "--search=one_ply", above=0)
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
                                      "looking ahead found", at_least=0, at_most=1)
-    average: float = flag(0.98, "decay at each step of a running average of the weights. With --algorithm=search it plays "
+    average: float = flag(0.98, "decay at each batch of a running average of the weights. With --algorithm=search it plays "
                                 "in place of the latest ones, because its values are less noisy; with regularised, moves "
                                 "are held near its own. 0: no average", at_least=0, at_most=0.9999)
     regularisation: float = flag(1.0, "with --algorithm=regularised, what a nat of distance from the average's moves costs, "
@@ -122,11 +122,6 @@ class Rollout(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, self))
 
-    def distinct(self, n_plies: int | None = None) -> float:
-        """The fraction of games that differ, in their first moves or at all."""
-        moves = self.ids[:, 1:] if n_plies is None else self.ids[:, 1:n_plies + 1]
-        return len(np.unique(moves, axis=0)) / len(moves)
-
 
 def play_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """Mean over positions of -sum(weight * log-probability) of moves and of outcomes, in nats. batch: a Rollout's tensors.
@@ -171,7 +166,8 @@ class WeightAverage:
         if not self.weights:
             self.weights = copy_weights(model)
         for name, weight in model.state_dict().items():
-            self.weights[name].lerp_(weight, 1 - self.decay)
+            own = self.weights[name].to(weight.device)  # those of a checkpoint are on the CPU
+            self.weights[name] = own.lerp_(weight, 1 - self.decay)
 
 
 @dataclass
@@ -204,7 +200,8 @@ class Thought(NamedTuple):
 
 class Played(NamedTuple):
     """moves: (n, T) int64, those that were played, -1 after the end. is_own: (n, T) bool, whether the position was the
-    model's to decide, after the random moves. score: (n,), see State. n_read: positions that the model read."""
+    model's to decide, after the random moves. score: (n,), see State. n_read: positions that the model read. Where cards
+    are hidden, moves and is_own are (2n, T), and elsewhere -1 and False, see Hand."""
     rollout: Rollout
     moves: np.ndarray
     is_own: np.ndarray
@@ -239,6 +236,19 @@ def results(played: Played) -> np.ndarray:
     return played.score[:, None] * np.where(np.arange(played.moves.shape[1]) % 2 == 0, 1, -1)
 
 
+def measure_variety(played: Played) -> dict[str, float]:
+    """How much games differ. distinct_openings: the fraction of games that differ in their first four moves. distinct_games:
+    of the games that begin with the same random moves as an earlier one, the fraction that go on as none of these did; left
+    out where there are none. A model that always plays the same has 0."""
+    moves, own = played.moves, played.is_own.any(1)
+    is_random = (moves >= 0) & ~played.is_own
+    n_random = is_random.sum(1, keepdims=True)
+    begun, games = (len(np.unique(np.column_stack((n_random, part))[own], axis=0))
+                    for part in (np.where(is_random, moves, -1), moves))
+    found, n_repeats = {"distinct_openings": len(np.unique(moves[:, :4], axis=0)) / len(moves)}, int(own.sum()) - begun
+    return found | ({"distinct_games": (games - begun) / n_repeats} if n_repeats else {})
+
+
 # -- algorithms -------------------------------------------------------------------------------------------------------
 
 def learn_from_search(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
@@ -267,7 +277,7 @@ def think_by_search(positions: Positions, config: PlayConfig, rng: np.random.Gen
     found = search(positions, config.simulations, rng)
     moves = found.visits / found.visits.sum(1, keepdims=True)
     return Thought(moves, found.outcomes, partial(positions.play, np.arange(len(positions))),
-                   len(positions) * (1 + config.simulations))
+                   len(positions) + found.n_read)
 
 
 def think_alone(positions: Positions) -> Thought:
@@ -308,18 +318,18 @@ def learn_by_imitation(model: GPT, game: Game, config: PlayConfig, rng: np.rando
 
 class Hand(NamedTuple):
     """n games in which each player reads something else, a row of the rollout for each: those of game i are 2i and 2i + 1.
-    moves, logprobs: (2n, T), what was played at the player's own decisions, elsewhere -1 and 0. predictions: (2n, T, …) of
-    `Prediction`. score: (n,) chips of the first player."""
+    Of moves, move_probabilities and values, rows have the player's own decisions; elsewhere they are -1, 0 and 0."""
     rollout: Rollout
-    moves: np.ndarray
-    move_probabilities: np.ndarray
-    values: np.ndarray
-    score: np.ndarray
+    moves: np.ndarray               # (2n, T) int64, what was played
+    move_probabilities: np.ndarray  # (2n, T, n_moves), from which it was drawn
+    values: np.ndarray              # (2n, T), what the model expected, in -1 to 1
+    score: np.ndarray               # (n,), chips of the first player
+    n_read: int                     # positions that the model read
 
 
 def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Hand:
     """Both players draw their moves from the model's probabilities."""
-    T, state = game.max_plies, game.start(n, rng)
+    T, state, n_read = game.max_plies, game.start(n, rng), 0
     rollout = Rollout.empty(game, 2 * n)
     moves, values = np.full((2 * n, T), -1), np.zeros((2 * n, T))
     probabilities, score, games = np.zeros((2 * n, T, game.n_moves)), np.zeros(n), np.arange(n)
@@ -327,6 +337,7 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
     for ply in range(T):
         seats = np.stack((2 * games, 2 * games + 1), 1).reshape(-1)
         rollout.ids[seats, ply] = tokens
+        n_read += len(tokens)
         idx = torch.from_numpy(tokens)[:, None].to(model.embed.weight.device)
         logits = model.eager_forward(idx, cache=cache, logits_to_keep=1)[:, 0]
         legal, mover = game.legal(state), np.where(state.player == -1, 1, 0)
@@ -346,7 +357,7 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
         games, state, tokens = games[going], state.take(going), np.repeat(chosen[going], 2)
         if len(going) < len(own):
             cache = copy_cache(model, cache, (2 * going[:, None] + [0, 1]).reshape(-1), T - cache.length)
-    return Hand(rollout, moves, probabilities, values, score)
+    return Hand(rollout, moves, probabilities, values, score, n_read)
 
 
 def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
@@ -360,15 +371,15 @@ def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.ra
         logits = model.eager_forward(torch.from_numpy(rollout.ids).to(model.embed.weight.device))
     reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
     own = hand.moves >= 0
-    strayed = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
-    distance = strayed - (hand.move_probabilities * strayed).sum(2, keepdims=True)
+    ratios = np.where(rollout.legal, log_ratio(hand.move_probabilities, reference), 0.0)
+    distance = ratios - (hand.move_probabilities * ratios).sum(2, keepdims=True)
     returns = np.repeat(hand.score, 2)[:, None] * np.tile([1, -1], n)[:, None]
     advantages = returns - game.max_score * hand.values
     chosen = np.eye(game.n_moves)[hand.moves] * own[..., None]
     rollout.moves[:] = chosen * advantages[..., None] - config.regularisation * hand.move_probabilities * distance
     share = np.broadcast_to(returns / game.max_score / 2 + 0.5, own.shape)
     rollout.outcomes[:] = np.stack((1 - share, np.zeros_like(share), share), 2) * own[..., None]
-    return Played(rollout, hand.moves, own, hand.score, 2 * n * T)
+    return Played(rollout, hand.moves, own, hand.score, hand.n_read + 2 * n * T)
 
 
 def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -415,9 +426,11 @@ class PlayStatistics:
 
 
 class PlayLoader:
-    """Batches out of the latest games, which it plays as they are needed."""
+    """Batches out of the latest games, which it plays as they are needed. autocast(): the context in which the model plays,
+    see Machine."""
 
-    def __init__(self, game: Game, config: PlayConfig, seed: int):
+    def __init__(self, game: Game, config: PlayConfig, seed: int, autocast: Callable = nullcontext):
+        self.autocast = autocast
         self.game, self.config = game, config.for_game(game)
         self.algorithm = ALGORITHMS[self.config.algorithm]
         has_average = config.average and "average" in self.algorithm.flags
@@ -425,6 +438,7 @@ class PlayLoader:
         self.memory = Memory(WeightAverage(config.average) if has_average else None)
         self.replay = Rollout.empty(game, 0)
         self.updates_left = self.n_games = 0
+        self.variety: dict[str, float] = {}
         self.statistics = PlayStatistics()
 
     @property
@@ -457,25 +471,23 @@ class PlayLoader:
         start = time.perf_counter()
         if self.memory.average and not self.memory.average.weights:
             self.memory.average.update(model)
-        played = self.algorithm.learn_from(model, self.game, self.config, self.rng, self.memory)
+        with self.autocast():
+            played = self.algorithm.learn_from(model, self.game, self.config, self.rng, self.memory)
         n_kept = (0 if self.algorithm.is_on_policy else self.config.replay - 1) * self.config.rollout_games
         self.replay = self.replay.take(slice(max(0, len(self.replay.ids) - n_kept), None)).join(played.rollout)
         self.n_games += len(played.score)
+        if not self.game.has_hidden_cards:  # there, it is the policy that must vary
+            self.variety = measure_variety(played)
         self.statistics.games += len(played.score)
         self.statistics.positions += played.n_read
         self.statistics.seconds += time.perf_counter() - start
-
-    def latest(self) -> Rollout:
-        return self.replay if self.algorithm.is_on_policy else self.replay.take(slice(-self.config.rollout_games, None))
 
     def take_statistics(self) -> dict:
         """Of the games since it was called last, and of the latest rollout: {} before the first."""
         counted, self.statistics = self.statistics, PlayStatistics()
         if not self.n_games:
             return {}
-        row = {"games": self.n_games}
-        if not self.game.has_hidden_cards:  # there, it is the policy that must vary
-            row |= {"distinct_games": self.latest().distinct(), "distinct_openings": self.latest().distinct(4)}
+        row = {"games": self.n_games} | self.variety
         if counted.games:
             row |= {"games_per_sec": round(counted.games / counted.seconds, 1),
                     "positions_per_sec": round(counted.positions / counted.seconds, 1)}
@@ -483,12 +495,19 @@ class PlayLoader:
 
     def state_dict(self) -> dict:
         return {"rng": json.dumps(self.rng.bit_generator.state), "updates_left": self.updates_left, "n_games": self.n_games,
-                "replay": list(self.replay.tensors()), "memory": self.memory.state_dict()}
+                "replay": list(self.replay.tensors()), "memory": self.memory.state_dict(), "variety": dict(self.variety)}
 
     def load_state_dict(self, state: dict):
+        """Raises ValueError or KeyError when the state is not valid."""
+        replay = Rollout(*(part.numpy() for part in state["replay"]))
+        for part, like in zip(replay, Rollout.empty(self.game, len(replay.ids))):
+            if part.shape != like.shape or part.dtype != like.dtype:
+                raise ValueError(f"games of shape {part.shape} {part.dtype} in place of {like.shape} {like.dtype}")
+        if not (0 <= state["updates_left"] < max(2, self.batches_per_rollout) and state["n_games"] >= 0):
+            raise ValueError(f"updates_left {state['updates_left']!r}, n_games {state['n_games']!r}")
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.updates_left, self.n_games = state["updates_left"], state["n_games"]
-        self.replay = Rollout(*(part.numpy() for part in state["replay"]))
+        self.replay, self.variety = replay, dict(state["variety"])
         self.memory.load_state_dict(state["memory"])
 
     def close(self):

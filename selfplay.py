@@ -8,8 +8,9 @@ after the checkpoint holds metrics.jsonl, models of earlier steps with their mat
 """
 import json
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,6 @@ from runtime.run import STOP_FLAGS, TrainingCommand, override_horizon
 from strength import (
     Match,
     Question,
-    Rating,
     fit_elo,
     lost_lines,
     make_exam,
@@ -58,12 +58,16 @@ from trainer import (
     train_command,
 )
 
+WHAT_TO_LEARN = ("--game: say what to learn, such as --game=tic_tac_toe, or --task=builtin for answers that can be checked; "
+                 "to resume a run, its --out_path is enough")
 ANSWERING_MODEL = Path("checkpoints/gpt_finetuned.pt")
 ANSWER_STEPS = 400
 MAX_OPPONENTS = 4       # earlier models that one is matched with
+MAX_SNAPSHOTS = 16      # of earlier models that are kept
 PERFECT_GAMES = 400     # against a perfect opponent
 COLLAPSED_GAMES = 0.1   # fraction of games that differ, at or below which play has collapsed
 WELL_PLAYED = 0.99      # optimal moves above which it has not: good play may be narrow
+COLLAPSED_ENTROPY = 0.02  # of moves, nats, where cards are hidden
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,10 @@ class SelfPlayConfig(RunFlags):
                           on_resume="unsaved", scope="run")
     play: bool = flag(False, "train nothing: play against the model in the terminal", on_resume="unsaved", scope="run")
     model_first: bool = flag(False, "with --play, the model moves first", on_resume="unsaved", scope="run")
-    think: int = flag(0, "with --play, positions that the model reads in a search before it moves; 0: it does not search",
-                      at_least=0, at_most=1_000_000, on_resume="unsaved", scope="run")
-    rating_games: int = flag(100, "games against each of some earlier models at a validation, for Elo ratings; 0: none",
-                             at_least=0, at_most=100_000, on_resume="free", scope="run")
+    think: int = flag(0, "with --play, positions that the model reads in a search before a move; 0: none", at_least=0,
+                      at_most=1_000_000, on_resume="unsaved", scope="run")
+    rating_games: int = flag(100, "for Elo ratings, about so many games against each of some earlier models at a "
+                                  "validation; 0: none", at_least=0, at_most=100_000, on_resume="free", scope="run")
     seed: int = flag(1337, "random seed of the initial weights, the games and the answers", at_least=0, at_most=2**63 - 1,
                      scope="run")
     __post_init__ = check_flags
@@ -95,8 +99,8 @@ class PlayerModel(GPTConfig):
     n_layer: int = redeclare(GPTConfig, "n_layer", 2)
     n_head: int = redeclare(GPTConfig, "n_head", 4)
     head_size: int = redeclare(GPTConfig, "head_size", 16)
-    block_size: int = redeclare(GPTConfig, "block_size", None, help="context length in tokens, one more than the moves of "
-                                                                    "the longest game (default: as many)")
+    block_size: int = redeclare(GPTConfig, "block_size", None, help="context length in tokens, at least one more than the "
+                                                                    "longest game has moves (default: just that)")
 
     def __post_init__(self):
         if self.block_size is not None:  # unset where there is no game
@@ -133,9 +137,20 @@ class SelfPlayConfigs(NamedTuple):
     device: SelfPlayDevice
 
 
+def describe_memory(values: dict) -> str:
+    """See TrainingCommand."""
+    if values["task"]:
+        return (f"--questions={values['questions']} x --samples={values['samples']} answers of "
+                f"--answer_tokens={values['answer_tokens']}")
+    searched = f" with --simulations={values['simulations']}" * (values["search"] == "puct")
+    return f"--rollout_games={values['rollout_games']}{searched}, --batch_size={values['batch_size']} games"
+
+
 SELFPLAY = TrainingCommand("selfplay.py", "Trains a model by games against itself, or by answers that can be checked.",
-                           SelfPlayConfigs, "out_path")
+                           SelfPlayConfigs, "out_path", describe_memory)
 GAME_FLAGS = flag_names(PlayConfig, PlayerModel) | {"board", "play", "model_first", "think", "rating_games"}
+TERMINAL_FLAGS = {"game", "board", "checkpoint_path", "out_path", "play", "model_first", "think", "seed", "device", "dtype",
+                  "deterministic"}  # that --play reads
 
 
 def resolve_flags(start: dict, given: dict) -> dict:
@@ -145,8 +160,7 @@ def resolve_flags(start: dict, given: dict) -> dict:
         raise BadInput(f"--task={values['task']}: is no part of --game={values['game']}: give one of the two")
     if values["game"] or values["task"]:
         return (resolve_answer_flags if values["task"] else resolve_game_flags)(values, given)
-    raise BadInput("--game: say what to learn, such as --game=tic_tac_toe, or --task=builtin for answers that can be "
-                   "checked")
+    raise BadInput(WHAT_TO_LEARN)
 
 
 def resolve_answer_flags(values: dict, given: dict) -> dict:
@@ -158,9 +172,14 @@ def resolve_answer_flags(values: dict, given: dict) -> dict:
 
 def resolve_game_flags(values: dict, given: dict) -> dict:
     refuse_flags(given, flag_names(AnswerConfig), "has no effect without --task")
+    refuse_flags(given, {"think", "model_first"}, "has no effect without --play")
+    refuse_flags(given, {"vocab_size"}, "follows from the game")
     game = open_game(values["game"], values["board"])
     play = read_flags(PlayConfig, values).for_game(game)
     name = play.algorithm
+    if name == "imitation" and not game.solvable(game.start(1))[0]:
+        raise BadInput(f"--algorithm=imitation: needs perfect play to imitate, and {game_title(values['game'], game.board)} "
+                       f"is not solved from the start: give a smaller --board, or leave it out")
     algorithm, own = ALGORITHMS[name], set().union(*(other.flags for other in ALGORITHMS.values()))
     refuse_flags(given, own - algorithm.flags, f"has no effect with --algorithm={name}")
     refuse_flags(given, {"simulations"} if values["search"] == "one_ply" else {"target_temperature"},
@@ -198,18 +217,31 @@ def describe_game(name: str, game: Game) -> dict:
     return {"game": {"name": name, "board": list(game.board)}}
 
 
+def game_title(name: str, board: Sequence[int]) -> str:
+    """"nim on 3x4x5", or "kuhn", which has no board."""
+    return f"{name} on {board_text(board)}" if board else name
+
+
+def game_flags(name: str, board: Sequence[int]) -> str:
+    """"--game=nim --board=3x4x5", or "--game=kuhn"."""
+    return f"--game={name}" + (f" --board={board_text(board)}" if board else "")
+
+
 def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> GPT:
     """The model of a checkpoint that plays this game. Raises BadInput where it does not."""
+    title, flags = game_title(name, game.board), game_flags(name, game.board)
+    if not checkpoint and not path.exists():
+        raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python selfplay.py {flags} "
+                       f"--out_path={path}`")
     checkpoint = checkpoint or load_checkpoint(path)
     with explain_damage(path):
         own, wanted = checkpoint.get("game"), describe_game(name, game)["game"]
         if not isinstance(own, dict):
-            raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py --game={name}` has "
-                           f"trained")
+            raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py {flags}` has trained")
         if own != wanted:
-            board = board_text(own.get("board", ()))
-            raise BadInput(f"plays {own.get('name')} on {board}, not {name} on {board_text(game.board)}: give "
-                           f"--game={own.get('name')} --board={board}, or another model")
+            own_name, own_board = own["name"], [int(side) for side in own["board"]]
+            raise BadInput(f"plays {game_title(own_name, own_board)}, not {title}: give "
+                           f"{game_flags(own_name, own_board)}, or another model")
         model = GPT.from_checkpoint(checkpoint)
         if model.config.vocab_size != game.vocab_size:
             raise BadInput(f"has {model.config.vocab_size:,} tokens, {name} {game.vocab_size:,}: use another checkpoint")
@@ -219,76 +251,109 @@ def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> G
 
 def check_context(block_size: int, name: str, game: Game, what: str):
     if block_size < context_of(game):
-        raise BadInput(f"{what} of {block_size} tokens is too short for {name} on {board_text(game.board)}, whose "
-                       f"longest game needs {context_of(game)}")
+        raise BadInput(f"{what} of {block_size} tokens is too short for {game_title(name, game.board)}, which needs "
+                       f"{context_of(game)}")
 
 
 # -- how well it plays ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Examiner:
-    """Measures a model during its run. folder: of the run."""
+    """Measures a model during its run. folder: of the run. resumed: that of the run which it continues, if any. draw(rows):
+    called with all rows so far, or None."""
     game: Game
     exam: Sequence[Question]
     contents: dict
     folder: Path
+    resumed: Path | None
     rating_games: int
+    autocast: Callable
+    draw: Callable[[list[dict]], None] | None = None
     has_warned: bool = False
+    has_few_lines: bool = True  # until they turn out to be too many to follow
 
     def examine(self, state: TrainState) -> dict:
         """The row of an evaluation: see `measure`; what the loader has counted; elo, elo_margin."""
         row = self.measure(state.model) | state.loader.take_statistics()
         if self.rating_games and not self.game.has_hidden_cards:  # whose policies are measured exactly
             row |= self.rate(state.model, state.step)
-        if not self.has_warned and has_collapsed(row):
+        if state.step and not self.has_warned and (collapse := describe_collapse(row)):
             self.has_warned = True
-            log_line(f"step {state.step:,}: play has collapsed: {row['distinct_games']:.1%} of the games differ, and only "
-                     f"{row['optimal_moves']:.1%} of the moves are right: try more --random_plies, or a lower "
-                     f"--learning_rate")
+            log_line(f"step {state.step:,}: play has collapsed: {collapse}")
+        if self.draw and state.step:
+            self.draw([*(old for old in evaluations(self.folder) if old["step"] < state.step), row])
         return row
 
     def measure(self, model: GPT) -> dict:
         """optimal_moves, value_accuracy and entropy in an exam; against any opponent, in games that are short enough,
         lost_lines_first of lines_first and lost_lines_second of lines_second; perfect_score and more in games that are
         solved. Where cards are hidden, what `measure_policy` does."""
-        if self.game.has_hidden_cards:
-            return measure_policy(model, self.game)
-        game, player = self.game, model_player(model, self.game)
-        row = take_exam(model, game, self.exam) if self.exam else {}
-        for name, side in (("first", 1), ("second", -1)):
-            if found := lost_lines(game, player, side):
-                row[f"lost_lines_{name}"], row[f"lines_{name}"] = found
-        if game.solvable(game.start(1))[0]:
-            row |= score_against_perfect(game, player, PERFECT_GAMES)
-        return row
+        with self.autocast():
+            if self.game.has_hidden_cards:
+                return measure_policy(model, self.game)
+            game, player = self.game, model_player(model, self.game)
+            row = take_exam(model, game, self.exam) if self.exam else {}
+            for name, side in (("first", 1), ("second", -1)):
+                found = lost_lines(game, player, side) if self.has_few_lines else None
+                self.has_few_lines = found is not None
+                if found:
+                    row[f"lost_lines_{name}"], row[f"lines_{name}"] = found
+            if game.solvable(game.start(1))[0]:
+                row |= score_against_perfect(game, player, PERFECT_GAMES)
+            return row
+
+    # -- ratings ------------------------------------------------------------------------------------------------------
 
     def rate(self, model: GPT, step: int) -> dict:
-        """Matches with models of earlier steps, and the rating that follows, relative to that of the first."""
+        """Matches with models of earlier steps, and the rating that follows, relative to that of the first. {} where no
+        earlier model is there. Raises BadInput where that leaves nothing to measure by."""
+        self.open_snapshots(step)
         rows, own = [row for row in read_matches(self.folder) if row["step"] < step], model_player(model, self.game)
-        for opponent in spread(sorted({0, *(row["step"] for row in rows)}), MAX_OPPONENTS) if step else ():
-            if other := self.load(opponent, model):
+        earlier = [other for other in self.snapshots() if other < step]
+        with self.autocast():
+            for opponent in spread(earlier, MAX_OPPONENTS):
+                other = GPT.from_checkpoint(load_checkpoint(self.snapshot(opponent))).to(model.embed.weight.device)
                 score, n = play_match(self.game, own, model_player(other, self.game), self.rating_games, step)
                 rows.append({"step": step, "opponent": opponent, "score": score, "games": n})
-        self.snapshot(step).parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.snapshot(step), model.to_checkpoint() | self.contents)
+        if len(kept := self.snapshots()) > MAX_SNAPSHOTS:
+            for old in kept[1:-1:2]:
+                self.snapshot(old).unlink()
         with atomic_write(self.folder / "matches.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        if not step:
+            return {"elo": 0.0, "elo_margin": 0.0}
         matches = [Match(row["opponent"], row["step"], row["games"] - row["score"], row["games"]) for row in rows]
-        rating = fit_elo(matches)[step] if matches else Rating(0.0, 0.0)
-        return {"elo": rating.elo, "elo_margin": rating.margin}
+        if rating := fit_elo(matches).get(step):
+            return {"elo": rating.elo, "elo_margin": rating.margin}
+        if not self.exam:
+            raise BadInput(f"{self.folder / 'snapshots'}: the models of earlier steps, which ratings compare with, are "
+                           f"gone: start a new run")
+        return {}
+
+    def open_snapshots(self, step: int):
+        """Empties the folder when a run begins, and fills it with those of the run that it continues elsewhere."""
+        folder = self.folder / "snapshots"
+        if not step:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif self.resumed and not folder.exists() and (self.resumed / "snapshots").exists():
+            shutil.copytree(self.resumed / "snapshots", folder)
+            with suppress(OSError):
+                shutil.copy(self.resumed / "matches.jsonl", self.folder / "matches.jsonl")
+        folder.mkdir(parents=True, exist_ok=True)
 
     def snapshot(self, step: int) -> Path:
         return self.folder / "snapshots" / f"{step:08d}.pt"
 
-    def load(self, step: int, like: GPT) -> GPT | None:
-        """The model of an earlier step; None where its file is gone."""
-        with suppress(BadInput):
-            return GPT.from_checkpoint(load_checkpoint(self.snapshot(step))).to(like.embed.weight.device)
-        return None
+    def snapshots(self) -> list[int]:
+        """The steps of those that are there."""
+        return sorted(int(path.stem) for path in (self.folder / "snapshots").glob("*.pt") if path.stem.isdigit())
 
 
 def spread(items: list, n: int) -> list:
     """At most `n` of them, evenly spaced, the first and the last included."""
+    if len(items) <= n:
+        return items
     return [items[i] for i in sorted({round(i * (len(items) - 1) / (n - 1)) for i in range(n)})]
 
 
@@ -299,9 +364,22 @@ def read_matches(folder: Path) -> list[dict]:
     return []
 
 
-def has_collapsed(row: dict) -> bool:
-    """Whether the model plays the same few games again and again, and not because they are the best."""
-    return row.get("distinct_games", math.inf) <= COLLAPSED_GAMES and row.get("optimal_moves", 1.0) < WELL_PLAYED
+def describe_collapse(row: dict) -> str:
+    """What in an evaluation says that the model plays the same few games again and again, and not because they are the best;
+    "" if nothing does."""
+    if row.get("distinct_games", 1.0) <= COLLAPSED_GAMES and row.get("optimal_moves", 0.0) < WELL_PLAYED:
+        known = f", and only {row['optimal_moves']:.1%} of the moves are right" if "optimal_moves" in row else ""
+        return (f"of the games that begin alike, {row['distinct_games']:.1%} differ{known}: try a lower --learning_rate, or "
+                f"a higher --target_temperature")
+    if "exploitability" in row and row["entropy"] < COLLAPSED_ENTROPY:
+        return (f"the moves hold no chance any more (entropy {row['entropy']:.3f} nats), which loses "
+                f"{row['exploitability']:.2f} chips a game to an opponent who knows them: try more --regularisation")
+    return ""
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """The rows of a run's evaluations."""
+    return [row for row in read_rows(folder / "metrics.jsonl") if row.keys() & METRICS.keys()]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -327,7 +405,7 @@ def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Pa
         model = GPT(read_flags(GPTConfig, vars(configs.model) | {"vocab_size": game.vocab_size}))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    loader = PlayLoader(game, play, run.seed)
+    loader = PlayLoader(game, play, run.seed, machine.autocast)
     configs = configs._replace(loop=resolve_games(loop, loader, play.games or game.default_games))
     contents = describe_game(run.game, game)
     state, setup = restore_state(output, model, None, configs.optimizer, loader,
@@ -335,7 +413,10 @@ def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Pa
                                  SELFPLAY.settings(*configs) | vars(model.config), contents,
                                  period_of(loader, loop.num_batch_accum))
     exam = () if game.has_hidden_cards else make_exam(game)
-    examiner = Examiner(game, exam, contents, run_folder(output.writer.path), run.rating_games)
+    examiner = Examiner(game, exam, contents, run_folder(output.writer.path), resumed and run_folder(resumed),
+                        run.rating_games, machine.autocast)
+    if loop.verbose:
+        examiner.draw = partial(write_report, state, setup)
     evaluate = make_evaluation(examiner)
     batch = machine.to_device(Rollout.empty(game, loader.batch_rows).tensors())
     return Run(configs, state, setup, play_loss, evaluate, partial(dry_run_step, model, machine, play_loss, batch),
@@ -354,7 +435,8 @@ def make_evaluation(examiner: Examiner) -> Evaluation:
     if examiner.exam:
         return Evaluation(examiner.examine, "optimal_moves", maximize=True, label="{:.2%} optimal moves")
     if not examiner.rating_games:
-        raise BadInput("--rating_games=0: no position of this game is solved, so ratings are all there is: give more")
+        raise BadInput("--rating_games=0: this game has no solved position whose moves differ, so ratings are all there is: "
+                       "give more")
     return Evaluation(examiner.examine, "elo", maximize=True, label="Elo {:.0f}")
 
 
@@ -367,22 +449,29 @@ def resolve_games(loop: SelfPlayLoop, loader: PlayLoader, n_games: int) -> SelfP
 
 
 def time_examination(examiner: Examiner, model: GPT) -> float:
-    """Seconds of an evaluation without matches."""
+    """Seconds of an evaluation, with as many matches as there are at most; without effect."""
     start = time.perf_counter()
     examiner.measure(model)
-    return time.perf_counter() - start
+    measured, player = time.perf_counter(), model_player(model, examiner.game)
+    if not examiner.rating_games or examiner.game.has_hidden_cards:
+        return measured - start
+    with examiner.autocast():
+        play_match(examiner.game, player, player, examiner.rating_games, seed=0)
+    return measured - start + MAX_OPPONENTS * (time.perf_counter() - measured)
 
 
 def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: SelfPlayConfigs) -> list[str]:
     """The lines that a run starts with: model, game and machine."""
     run, play, game, model = configs.run, configs.play, examiner.game, state.model.config
-    n_exam, board = sum(len(question.values) for question in examiner.exam), board_text(game.board)
+    n_exam = sum(len(question.values) for question in examiner.exam)
+    begins = min((question.line.history.shape[1] for question in examiner.exam), default=0)
     started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
     how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
-    measured = "exact exploitability" if game.has_hidden_cards else f"exam of {n_exam:,} positions"
+    measured = "exact exploitability" if game.has_hidden_cards else (
+        f"exam of {n_exam:,} positions" + f" after {begins} moves or more" * bool(begins))
     return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
-            f"game     {run.game}{f' on {board}' * bool(board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
+            f"game     {game_title(run.game, game.board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
             f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_rows:,} rows until "
             f"{configs.loop.horizon()}"]
 
@@ -417,53 +506,62 @@ def margin(name: str, row: dict) -> str:
     return f" of {row['won_openings']:,}" if name == "lost_wins" else ""
 
 
+def write_report(state: TrainState, setup: TrainSetup, rows: list[dict]) -> tuple[Table, Path]:
+    """Writes selfplay.html. Returns its table and its path."""
+    settings, table = setup.settings, compare_rows(rows[0], rows[-1])
+    page = run_folder(setup.writer.path) / "selfplay.html"
+    write_page(page, f"Self-play: {settings['game']}", [
+        ("p", f"{state.step:,} steps, {rows[-1].get('games', 0):,} games, {state.seconds:,.0f} s on {setup.machine}; "
+              f"learning rate {setup.peak_lr():.3g}. Metrics: metrics.jsonl; matches with models of earlier steps: "
+              f"matches.jsonl."),
+        ("h2", "Before and after"), table, ("h2", "On the way"), Figure(draw_play(rows), "play")])
+    return table, page
+
+
 def report(state: TrainState, setup: TrainSetup):
     """Prints what has changed, and writes selfplay.html."""
     path, settings = setup.writer.path, setup.settings
-    rows = [row for row in read_rows(run_folder(path) / "metrics.jsonl") if row.keys() & METRICS.keys()]
-    table, page = compare_rows(rows[0], rows[-1]), run_folder(path) / "selfplay.html"
+    table, page = write_report(state, setup, evaluations(run_folder(path)))
     print(markdown(table))
-    played = f"{rows[-1].get('games', 0):,} games"
-    write_page(page, f"Self-play: {settings['game']}", [
-        ("p", f"{state.step:,} steps, {played}, {state.seconds:,.0f} s on {setup.machine}; learning rate "
-              f"{setup.peak_lr():.3g}. Metrics: metrics.jsonl; matches with models of earlier steps: matches.jsonl."),
-        ("h2", "Before and after"), table, ("h2", "On the way"), Figure(draw_play(rows), "play")])
-    say(f"\nsaved {path} and {page}; `python selfplay.py --game={settings['game']}{board_flag(settings)} --play "
+    board = parse_board(settings["board"]) if settings["board"] else ()
+    say(f"\nsaved {path} and {page}; `python selfplay.py {game_flags(settings['game'], board)} --play "
         f"--checkpoint_path={path}` plays against it")
-
-
-def board_flag(settings: dict) -> str:
-    return f" --board={settings['board']}" if settings["board"] else ""
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-def play_against(values: dict, path: Path):
+def play_against(given: dict, path: Path):
     """--play. Raises BadInput."""
+    refuse_flags(given, set(SELFPLAY.defaults()) - TERMINAL_FLAGS, "has no effect with --play")
+    values = SELFPLAY.defaults() | given
     run, device = (read_flags(config, values) for config in (SelfPlayConfig, SelfPlayDevice))
     game = open_game(run.game, run.board)
     model = load_player(run.checkpoint_path or path, None, run.game, game).to(open_machine(device).device)
     if not game.has_hidden_cards:
         play_in_terminal(BoardTable(model, game, run.model_first, run.think))
         return
-    refuse_flags(values, {"think"}, "there is no search where cards are hidden")
-    play_in_terminal(CardTable(model, game, run.model_first, run.seed))
+    refuse_flags(given, {"think"}, "there is no search where cards are hidden")
+    play_in_terminal(CardTable(model, game, run.model_first, given.get("seed")))
 
 
-def default_out_path(given: dict) -> Path:
-    """checkpoints/connect_four_4x5.pt, or checkpoints/gpt_finetuned_selfplay.pt"""
-    if "game" in given or "task" not in given:
-        return Path("checkpoints") / ("_".join(filter(None, (given.get("game"), given.get("board")))) + ".pt")
-    path = given.get("checkpoint_path", ANSWERING_MODEL)
-    return path.with_name(f"{path.stem}_selfplay{path.suffix or '.pt'}")
+def default_out_path(given: dict) -> Path | None:
+    """checkpoints/connect_four_4x5.pt, or checkpoints/gpt_finetuned_selfplay.pt; None where neither is asked for."""
+    if "game" in given:
+        return Path("checkpoints") / ("_".join(filter(None, (given["game"], given.get("board")))) + ".pt")
+    if "task" in given:
+        path = given.get("checkpoint_path", ANSWERING_MODEL)
+        return path.with_name(f"{path.stem}_selfplay{path.suffix or '.pt'}")
+    return None
 
 
 @command
 def main(argv=None):
     given = SELFPLAY.flags_given(argv)
     path, resumed = SELFPLAY.paths(given, default_out_path(given))
-    if given.get("play") and "game" in given:
-        play_against(SELFPLAY.defaults() | given, path)
+    if path is None:
+        raise BadInput(WHAT_TO_LEARN)
+    if given.get("play"):
+        play_against(given, path)
         return
     run = train_command(SELFPLAY, given, path, resumed, resolve_flags, open_run)
     if run and run.configs.loop.verbose:

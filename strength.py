@@ -38,24 +38,29 @@ ELO_PER_NAT = 400 / math.log(10)
 # -- exams ------------------------------------------------------------------------------------------------------------
 
 class Question(NamedTuple):
-    """Positions after as many moves, in each of which some move is better than another. values: (n, n_moves), see
-    move_values."""
+    """Positions after the same number of moves, in each of which some move is better than another. values: (n, n_moves),
+    see move_values."""
     line: Line
     values: np.ndarray
 
 
 def make_exam(game: Game, n: int = EXAM_SIZE, seed: int = 0) -> list[Question]:
-    """Every position of a small game, else different ones that random moves lead to, as far as they are solved; always the
-    same ones. A position that several lines lead to is shown after one of them."""
+    """Every position of a small game, else about `n` that random moves lead to, from the ply on from which they are solved;
+    always the same ones. A position that several lines lead to is shown after one of them."""
     return [question for line in exam_lines(game, n, seed) if len((question := make_question(game, line)).values)]
 
 
 def exam_lines(game: Game, n: int, seed: int) -> list[Line]:
     if lines := enumerate_positions(game, MAX_POSITIONS):
         return [line.take(~line.state.over) for line in lines]
-    rng, each = np.random.default_rng([3, seed]), -(-n // game.max_plies)
-    lines = [random_line(game, 2 * each, plies, rng) for plies in range(game.max_plies)]
+    rng, plies = np.random.default_rng([3, seed]), [n for n in range(game.max_plies) if has_solved(game, n)]
+    lines = [random_line(game, 2 * -(-n // len(plies)), length, rng) for length in plies]
     return [line.take(first_of_each(line.state)) for line in lines]
+
+
+def has_solved(game: Game, plies: int) -> bool:
+    """Whether positions after so many random moves are solved."""
+    return bool(game.solvable(random_line(game, 32, plies, np.random.default_rng(0)).state).any())
 
 
 def make_question(game: Game, line: Line) -> Question:
@@ -166,9 +171,11 @@ class Match(NamedTuple):
 
 
 def play_match(game: Game, first: Player, second: Player, n: int, seed: int) -> tuple[float, int]:
-    """The first one's points, and of how many games: from random openings, each played with both sides."""
+    """The first one's points, and of how many games: about `n` from random openings, each once and with both sides, because
+    most players would only repeat a game."""
     rng, points, played = np.random.default_rng([5, seed]), 0.0, 0
-    for line in openings(game, n // 2, rng):
+    for line in openings(game, max(1, n // 2), rng):
+        line = line.take(first_of_each(line.state))
         scores = np.concatenate((play_games(game, first, second, line), -play_games(game, second, first, line)))
         points, played = points + float((scores + 1).sum() / 2), played + len(scores)
     return points, played

@@ -168,8 +168,8 @@ class TrainSetup:
     step_tokens: int                         # tokens per optimizer step
     settings: dict = field(default_factory=dict)  # the run's flags, from which it resumes
     tokenizer: Tokenizer | None = None       # goes into the checkpoint
-    contents: dict = field(default_factory=dict)  # and what else does: the game that a model plays, which has no tokenizer
-    period: int = 1                          # steps after which their work repeats: a loader may play games every few steps
+    contents: dict = field(default_factory=dict)  # more entries of the checkpoint: the game whose moves the tokens are
+    period: int = 1                          # steps from one rollout to the next; timings are means over whole periods
     script: str = ""                         # command that can resume the checkpoint
     writer: CheckpointWriter | None = None   # None: no checkpoints
     metrics: MetricsLog | None = None        # None: no rows
@@ -291,12 +291,15 @@ class StepTimer:
         self.loss.item()
         self.times.append(time.perf_counter() - self.start)
         warm = self.times[1:]  # the first step also allocates memory and starts threads
-        is_whole = len(warm) % self.period == 0
-        if len(warm) >= self.MIN_STEPS and sum(warm) >= self.MIN_SECONDS and is_whole or sum(warm) >= self.SLOW_STEP or (
-                not warm and self.times[0] >= self.SLOW_STEP):
-            average = statistics.median if self.period == 1 else statistics.mean
-            self.on_timed(average(warm or self.times), self.evaluation_seconds)
-            self.on_timed = None
+        is_enough = len(warm) >= self.MIN_STEPS and sum(warm) >= self.MIN_SECONDS or sum(warm) >= self.SLOW_STEP
+        if self.period == 1 and (is_enough or not warm and self.times[0] >= self.SLOW_STEP):
+            self.report(statistics.median(warm or self.times))
+        elif self.period > 1 and is_enough and len(warm) % self.period == 0:  # a part of a period says nothing
+            self.report(statistics.mean(warm))
+
+    def report(self, step_seconds: float):
+        self.on_timed(step_seconds, self.evaluation_seconds)
+        self.on_timed = None
 
 
 def start_run(state: TrainState, evaluate: Evaluation, setup: TrainSetup) -> dict:
@@ -474,7 +477,7 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
         configs, run = command.read_configs(values), None
         if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return None
-        with explain_failures(lambda: oom_advice(run.setup.settings if run else values, can_find_batch),
+        with explain_failures(lambda: oom_advice(command, run.setup.settings if run else values, can_find_batch),
                               lambda: run.setup.checkpoint_status() if run else ""):
             run = open_run(configs, checkpoint, resumed)
             choose_threads(run)
@@ -691,9 +694,8 @@ def report_start(command: TrainingCommand, setup: TrainSetup, checkpoint: dict |
         command.report_changes(setup.settings, str(setup.machine), checkpoint["training"])
 
 
-def oom_advice(values: dict, can_find_batch: bool) -> str:
+def oom_advice(command: TrainingCommand, values: dict, can_find_batch: bool) -> str:
     """What to try when memory runs out. values: flags. can_find_batch: whether the command has --batch_size=auto."""
     auto = "--batch_size=auto, " if can_find_batch and values["batch_size"] != "auto" else ""
     checkpointing = "" if values["gradient_checkpointing"] else "--gradient_checkpointing, "
-    block = f" blocks of {values['block_size']} tokens" if "block_size" in values else ""
-    return f"--batch_size={values['batch_size']}{block}: try {auto}{checkpointing}or a smaller model"
+    return f"{command.describe_memory(values)}: try less of that, {auto}{checkpointing}or a smaller model"

@@ -54,8 +54,9 @@ can. Bytes per token are those of the training text, with the separators between
 text, but neither batches nor the embedding's initial weights, so that they differ by more than two arms of one vocabulary
 do."""
 PLAY_NOTE = """\
-Each arm learns from games of its own: a pair of a seed shares the seed of the generators, not the games. FLOPs are those of
-training steps, without those of play, which seconds and games/s include."""
+Each arm learns from games of its own. FLOPs are those of training steps, without those of play, which seconds and games/s
+include."""
+PAIRED_NOTE = "A pair of a seed shares the seed of the generators, not the games."
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
 a comparison do, which share the order."""
@@ -96,7 +97,7 @@ def make_notes(metric: Metric, is_null: bool, is_one_vocabulary: bool) -> list[s
     notes = [NOTES.format(Unit=metric.unit[0].upper() + metric.unit[1:], effort=metric.effort,
                           Effort=metric.effort.capitalize(), **WORDS[metric.effort])]
     if metric.effort == "games":
-        return [*notes, f"{metric.note} {PLAY_NOTE}"]
+        return [*notes, f"{metric.note} {PLAY_NOTE}" + f" {PAIRED_NOTE}" * (not is_null)]
     return notes + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not is_one_vocabulary)
 
 

@@ -129,6 +129,8 @@ MAX_CONNECT_FOUR_BITS = 62  # (height + 1) * width: all sums stay positive
 def solve_connect_four(boards: np.ndarray, height: int, width: int) -> np.ndarray:
     """(n, height * width) int8, games that are not over -> (n,) int8, the values for the player to move."""
     assert (height + 1) * width <= MAX_CONNECT_FOUR_BITS, (height, width)
+    is_empty = np.reshape(boards, (-1, height, width)) == 0
+    assert not (is_empty[:, 1:] & ~is_empty[:, :-1]).any(), "a stone above an empty cell"
     found = np.empty(len(boards), np.int8)
     solve_connect_four_boards(np.ascontiguousarray(boards, np.int8), height, width, connect_four_table(height, width), found)
     return found

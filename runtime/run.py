@@ -1,6 +1,7 @@
 """Starting and resuming a run: which flags it has, which checkpoint it writes, and what may change when it goes on."""
 import argparse
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,10 @@ class TrainingCommand:
     script: str
     description: str
     configs: type    # a NamedTuple of the dataclasses of its flags
-    out_flag: str  # names the checkpoint it writes
+    out_flag: str    # names the checkpoint it writes
+    describe_memory: Callable[[dict], str] = lambda values: (
+        f"--batch_size={values['batch_size']}" + f" blocks of {values['block_size']} tokens" * ("block_size" in values))
+    """describe_memory(values of flags) -> those that decide how much memory a step needs"""
 
     @property
     def classes(self) -> tuple[type, ...]:

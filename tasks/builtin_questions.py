@@ -10,7 +10,7 @@ document. So no seed puts the same question into both parts.
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +38,16 @@ class Question:
         return [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]
 
 
-def make_questions(n: int, seed: int, held_out: bool) -> Iterator[Question]:
-    """`n` different questions, spread evenly over the tasks; fewer where a task runs out of different ones."""
+def make_questions(n: int, seed: int, held_out: bool, kinds: Collection[str] | None = None) -> Iterator[Question]:
+    """`n` different questions, spread evenly over the tasks; fewer where a task runs out of different ones. kinds: of these,
+    only those."""
     tasks = [(kind, task, maker) for kind, makers in MAKERS.items() for task, maker in makers.items()]
     for i, (kind, task, maker) in enumerate(tasks):
+        if kinds is not None and kind not in kinds:
+            continue
         rng, seen, tries = np.random.default_rng([seed, i, held_out]), set(), 0
         wanted = n * (i + 1) // len(tasks) - n * i // len(tasks)
-        texts = passages(held_out) if maker.needs_passage else None
+        texts = passages()[held_out] if maker.needs_passage else None
         while len(seen) < wanted and tries < 100 * wanted + 1000:
             tries += 1
             text, answer = maker.make(rng) if texts is None else maker.make(rng, texts[rng.integers(len(texts))])
@@ -58,15 +61,15 @@ def is_held_out(text: str) -> bool:
 
 
 @functools.cache
-def passages(held_out: bool) -> list[list[str]]:
-    """Runs of 5 to 9 different lower-case words in the built-in documents of that part."""
-    found = []
+def passages() -> dict[bool, list[list[str]]]:
+    """Whether held out -> runs of 5 to 9 different lower-case words in the built-in documents of that part."""
+    found = {False: [], True: []}
     for text in builtin_texts():
-        if is_held_out(text) == held_out:
-            for run in re.findall(r"(?<![\w`'.-])[a-z]+(?: [a-z]+){4,8}(?![\w`'(])", text):
-                words = run.split()
-                if len(set(words)) == len(words):
-                    found.append(words)
+        own = found[is_held_out(text)]
+        for run in re.findall(r"(?<![\w`'.-])[a-z]+(?: [a-z]+){4,8}(?![\w`'(])", text):
+            words = run.split()
+            if len(set(words)) == len(words):
+                own.append(words)
     return found
 
 

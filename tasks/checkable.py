@@ -5,7 +5,6 @@
 
 No answer is evaluated as code, and none makes a check fail: what is malformed is wrong. A task is a line in ANSWER_TASKS.
 """
-import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -64,9 +63,10 @@ def matching_question(text: str, answer: str, kind: str, task: str, exact_match:
     return CheckableQuestion(text, kind, task, lambda output: float(exact_match(output, answer)), answer, context)
 
 
-def make_builtin(n: int, seed: int, held_out: bool, exact_match: Callable) -> Iterator[CheckableQuestion]:
-    """The questions that finetune.py trains on and validates with."""
-    for question in make_questions(n, seed, held_out):
+def make_builtin(n: int, seed: int, held_out: bool, exact_match: Callable,
+                 kinds: Collection[str] | None = None) -> Iterator[CheckableQuestion]:
+    """The questions that finetune.py trains on and validates with, or some kinds of them."""
+    for question in make_questions(n, seed, held_out, kinds):
         yield matching_question(question.text, question.answer, question.kind, question.task, exact_match)
 
 
@@ -181,8 +181,7 @@ class ExpressionParser:
 def make_arithmetic(n: int, seed: int, held_out: bool, exact_match: Callable) -> Iterator[CheckableQuestion]:
     """Those of the built-in questions that are about numbers."""
     n_all = n * sum(map(len, MAKERS.values())) // len(MAKERS["arithmetic"])
-    found = (question for question in make_builtin(n_all, seed, held_out, exact_match) if question.kind == "arithmetic")
-    return itertools.islice(found, n)
+    return make_builtin(n_all, seed, held_out, exact_match, {"arithmetic"})
 
 
 def demonstrate_proposals(n: int, seed: int) -> Iterator[Conversation]:

@@ -39,7 +39,7 @@ class LineGame(Game):
     def play(self, state: State, moves: np.ndarray) -> State:
         board = state.board.copy()
         board[np.arange(len(board)), moves] = state.player
-        # All lines: two to four times as fast as those through the new stones, which differ from game to game.
+        # all lines, because those through the new stones differ from game to game
         won = (board[:, self.lines] == state.player[:, None, None]).all(2).any(1)
         return State(board, -state.player, won | (board != 0).all(1), np.where(won, state.player, 0).astype(np.int8))
 
@@ -94,7 +94,7 @@ def square_symmetries(side: int) -> np.ndarray:
 
 class ConnectFour(LineGame):
     """A stone falls to the lowest empty cell of a column; four in a line win. A move is the cell where it comes to lie: of
-    columns as moves, a model would have to count the stones (half as fast to learn from perfect labels)."""
+    columns as moves, a model would have to count the stones."""
     default_board = 6, 7
     n_in_line = 4
 
@@ -116,8 +116,9 @@ class ConnectFour(LineGame):
         return str(move % self.width + 1)
 
     def solvable(self, state: State) -> np.ndarray:
-        """All up to 5x5, where an empty board takes 0.05 s. With 24 empty cells, 6x7 takes 1 to 3 ms on average."""
-        return (state.board == 0).sum(1) <= (24 if self.n_cells > 25 else 25)
+        """All up to 5x5, where an empty board takes 0.05 s. Above, all moves of a position take 1 to 10 ms on average; with
+        24 empty cells of 4x7, where stones reach the top soon, they would take 0.2 s."""
+        return (state.board == 0).sum(1) <= (25 if self.n_cells <= 25 else 24 if self.n_cells >= 36 else 20)
 
     def solve(self, state: State) -> np.ndarray:
         return solve_connect_four(state.board * state.player[:, None], self.height, self.width)
@@ -191,7 +192,7 @@ class Othello(Game):
         return games, rays[games, directions, steps]
 
     def solvable(self, state: State) -> np.ndarray:
-        """As many empty cells take 1 to 2 ms on average."""
+        """At most 12 to 14 empty cells, which take 1 to 2 ms on average and at most 20."""
         return (state.board == 0).sum(1) <= {4: 12, 6: 14, 8: 12}[self.side]
 
     def solve(self, state: State) -> np.ndarray:
@@ -235,7 +236,7 @@ class Nim(Game):
         self.symmetries = self.heap_symmetries(board)
 
     def heap_symmetries(self, board: tuple[int, ...]) -> np.ndarray:
-        """Two heaps of the same size change places."""
+        """Any two heaps of the same size change places; of three, no permutation of all."""
         number = {tuple(move): i for i, move in enumerate(self.moves.tolist())}
         found = [np.arange(self.n_moves)]
         for a in range(len(board)):

@@ -132,11 +132,12 @@ class Poker(Game):
         return np.zeros(len(state.player), bool)
 
     def draw(self, state: PokerState, shown: tuple[int, ...] | None = None) -> str:
-        """A single game, as text of several lines. shown: the players whose cards are shown; None: who is to move, or would
-        be, and both after a showdown."""
+        """A single game, as text of several lines. shown: the players whose cards are shown; None: who is to move,
+        after a showdown both, after a fold nobody."""
         chips = state.chips[0].tolist()
         if shown is None:
-            shown = (1, -1) if state.over[0] and chips[0] == chips[1] else (int(state.player[0]),)
+            is_showdown = state.over[0] and chips[0] == chips[1]
+            shown = (1, -1) if is_showdown else () if state.over[0] else (int(state.player[0]),)
         cards = [self.rank_names[rank] for rank in state.cards[0]]
         seats = (("first ", 1), ("second", -1))
         lines = [f"{name}  {card if player in shown else '?'}  {n} in the pot"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LOSS, DRAW, WIN = range(3)  # outcome tokens, counted from the last move
+LOSS, DRAW, WIN = range(3)  # outcome tokens, which follow those of the moves
 UNKNOWN = 2                 # in place of a value: the position is not solved, or the move is not legal
 
 
@@ -26,19 +26,24 @@ class State(NamedTuple):
         return State(*(part[rows] for part in self))
 
     def result(self) -> np.ndarray:
-        """(n,) int8: `score` as the player sees it who would be to move."""
+        """(n,) int8: `score` from the side of the player to move."""
         return self.score * self.player
 
 
 class Game:
-    """What games have in common. The players move in turn.
+    """What games have in common. The players move in turn. A game defines the fields below, and `legal`, `play`, `solve`
+    and `draw`.
 
-    Its tokens are the moves, three outcomes and START, in this order. n_moves: what legal moves are numbered in. max_plies:
-    of the longest game. symmetries: (S, n_moves) int64, in each of which move m becomes symmetries[s, m] throughout a game,
-    and nothing else changes; the first is the identity. default_games: to learn it from.
+    Its tokens are the moves, three outcomes and START, in this order. n_moves: the number of moves. max_plies: an upper
+    bound on the moves of a game. n_cells: of State.board. board, default_board: its size, as --board has it. symmetries:
+    (S, n_moves) int64, in each of which move m becomes symmetries[s, m] throughout a game, and nothing else changes; the
+    first is the identity. default_games: to learn it from.
     """
     n_moves: int
     max_plies: int
+    n_cells: int
+    board: tuple[int, ...]
+    default_board: tuple[int, ...]
     symmetries: np.ndarray
     default_games = 51_200
     has_hidden_cards = False
@@ -64,7 +69,7 @@ class Game:
         raise NotImplementedError
 
     def solvable(self, state: State) -> np.ndarray:
-        """(n,) bool: whether `solve` takes no longer than some milliseconds; then it also does after any move."""
+        """(n,) bool: whether `solve` takes no longer than some milliseconds on average; then also after any move."""
         return np.ones(len(state.player), bool)
 
     def solve(self, state: State) -> np.ndarray:
@@ -172,7 +177,10 @@ class ValueTable(NamedTuple):
 
     def look_up(self, state: State) -> np.ndarray:
         """(n,) int8. The positions must be in the table."""
-        return self.values[np.searchsorted(self.keys, position_keys(state))]
+        wanted = position_keys(state)
+        found = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        assert (self.keys[found] == wanted).all(), "a position that no play leads to"
+        return self.values[found]
 
 
 @functools.lru_cache(maxsize=4)

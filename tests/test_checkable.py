@@ -193,7 +193,7 @@ def test_demonstrations_are_proposals_and_answers_in_turn():
 # -- built-in questions, and those of a file --------------------------------------------------------------------------
 
 def test_builtin_questions_are_those_of_finetune(monkeypatch):
-    monkeypatch.setattr("tasks.builtin_questions.passages", lambda held_out: [["one", "two", "three", "four", "five"]])
+    monkeypatch.setattr("tasks.builtin_questions.passages", lambda: [[["one", "two", "three", "four", "five"]]] * 2)
     found = list(ANSWER_TASKS["builtin"].make(36, 0, True, exact_match))
     expected = list(make_questions(36, 0, held_out=True))
     assert [(one.text, one.answer, one.kind, one.task) for one in found] == \

@@ -26,11 +26,11 @@ from grpo import (
     ANSWER_LR,
     Answer,
     AnswerConfig,
+    AnswerContext,
     AnswerLoader,
     Group,
     Prompt,
     ProposalLoader,
-    Rollouts,
     SelfPlayOptimizer,
     advantages,
     answer_logprobs,
@@ -83,7 +83,7 @@ def make_prompts(n: int = 7) -> list[Prompt]:
 
 def make_loader(kind=AnswerLoader, config: AnswerConfig = TINY, start: nn.Module | None = None, seed: int = 0, **changes):
     config = dataclasses.replace(config, **changes)
-    return kind(Rollouts(config, BYTES, MACHINE, make_prompts(), start or random_model(**SHAPE)), seed)
+    return kind(AnswerContext(config, BYTES, MACHINE, make_prompts(), start or random_model(**SHAPE)), seed)
 
 
 def made(*ids: int, text: str = "", ended: bool = True, logprobs: tuple[float, ...] = ()) -> Answer:

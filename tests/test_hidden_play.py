@@ -188,5 +188,5 @@ def test_leduc_reveals_its_card_to_both(monkeypatch):
     table = CardTable(tiny_player(Leduc()), Leduc(), False, seed=1)
     table.play(1)
     table.play(1)
-    assert table.dealt.round[0] == 1 and table.public[-1] >= Leduc().card_token(0) and "public" in table.draw()
-    assert table.dealt.player[0] == 1 and len(table.public) == 3
+    assert table.state.round[0] == 1 and table.public[-1] >= Leduc().card_token(0) and "public" in table.draw()
+    assert table.state.player[0] == 1 and len(table.public) == 3

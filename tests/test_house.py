@@ -175,7 +175,8 @@ def commands_in(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_in_documents_have_real_flags(page):
-    compared = {name for script in ("train", "finetune", "adapt") for name in declared_flags(*write_flags.COMMANDS[script])}
+    scripts = "train", "finetune", "adapt", "selfplay"
+    compared = {name for script in scripts for name in declared_flags(*write_flags.COMMANDS[script])}
     for script, flags in commands_in(page):
         if script == "SCRIPT":
             continue  # stands for any

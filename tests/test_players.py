@@ -17,7 +17,6 @@ from players import (
     perfect_player,
     play_games,
     predict,
-    random_player,
     read_line,
     search,
     search_player,
@@ -176,7 +175,7 @@ def test_perfect_play_of_a_drawn_game_is_a_draw_and_beats_random_play():
     game, rng = TicTacToe(), np.random.default_rng(0)
     perfect = perfect_player(game, rng)
     assert not play_games(game, perfect, perfect, start_line(game, 50)).any()
-    scores = play_games(game, perfect, random_player(game, rng), start_line(game, 50))
+    scores = play_games(game, perfect, noisy_player(perfect, game, 1.0, rng), start_line(game, 50))
     assert scores.min() >= 0 and scores.mean() > 0.8
 
 

@@ -183,8 +183,8 @@ def test_after_a_fold_the_cards_stay_hidden():
     for move in (0, 1, 0):
         state = game.play(state, np.array([move]))
     assert state.over.all() and state.score.tolist() == [-1] and state.result().tolist() == [1]  # of the second player
-    assert game.draw(state) == "first   ?  1 in the pot\nsecond  J  2 in the pot"
-    assert game.draw(state, shown=()) == "first   ?  1 in the pot\nsecond  ?  2 in the pot"
+    assert game.draw(state) == "first   ?  1 in the pot\nsecond  ?  2 in the pot"
+    assert game.draw(state, shown=(1,)) == "first   K  1 in the pot\nsecond  ?  2 in the pot"
 
 
 @all_games

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 import rollouts
 from conftest import assert_same, tiny_player
 from players import is_best, one_hot
-from rollouts import ALGORITHMS, Memory, PlayConfig, Played, PlayLoader, Rollout, play_loss, play_out, think_alone
+from rollouts import (
+    ALGORITHMS,
+    Memory,
+    PlayConfig,
+    Played,
+    PlayLoader,
+    Rollout,
+    measure_variety,
+    play_loss,
+    play_out,
+    think_alone,
+)
 from tasks.games import Nim, TicTacToe
 from tasks.positions import move_values, play_line, start_line
 
@@ -182,7 +193,7 @@ def test_replay_holds_the_latest_rollouts_alone():
     for step in range(12):
         loader.next_batch(model)
         if step % 2 == 0:
-            kept.append(loader.latest().ids)
+            kept.append(loader.replay.ids[-24:])
         assert loader.n_games == 24 * (step // 2 + 1) and len(loader.replay.ids) == min(loader.n_games, 72)
     assert (loader.replay.ids == np.concatenate(kept[-3:])).all()
 
@@ -236,10 +247,29 @@ def test_statistics_count_since_they_were_taken():
     for _ in range(3):
         loader.next_batch(model)
     row = loader.take_statistics()
-    assert row["games"] == 72 and 0 < row["distinct_openings"] <= row["distinct_games"] <= 1 and row["games_per_sec"] > 0
-    assert "games_per_sec" not in loader.take_statistics()
-    same = Rollout(*(np.repeat(part[:1], 4, 0) for part in loader.replay))
-    assert same.distinct() == 0.25
+    assert row["games"] == 72 and 0 < row["distinct_openings"] <= 1 and 0 < row["distinct_games"] <= 1
+    assert row["games_per_sec"] > 0 and "games_per_sec" not in loader.take_statistics()
+
+
+def test_how_much_games_differ_by_hand():
+    """Six games of three moves: three begin without a random move, of which two are the same, two with the same one, of
+    which no two are; and one that was random to its end."""
+    moves = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 4], [5, 6, 7], [5, 8, 7], [9, 9, 9]])
+    is_own = np.ones((6, 3), bool)
+    is_own[3:5, 0], is_own[5] = False, False
+    found = measure_variety(Played(None, moves, is_own, None, 0))
+    assert found == {"distinct_openings": 5 / 6, "distinct_games": 2 / 3}  # two begun before, and of the repeats 1 + 1 of 3
+    alone = measure_variety(Played(None, moves[3:4], is_own[3:4], None, 0))
+    assert alone == {"distinct_openings": 1.0}
+
+
+def test_a_damaged_state_is_refused():
+    loader = make_loader()
+    loader.next_batch(tiny_player(GAME))
+    saved = loader.state_dict()
+    for change in ({"replay": [part[:, :1] for part in saved["replay"]]}, {"updates_left": 7}, {"n_games": -1}):
+        with pytest.raises(ValueError):
+            make_loader().load_state_dict(saved | change)
 
 
 def test_imitation_learns_the_moves_of_the_player_that_errs():

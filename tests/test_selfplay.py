@@ -2,11 +2,13 @@
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +16,12 @@ import rollouts
 import selfplay
 from conftest import REPO, assert_same, run_rows, saved_training, stderr_lines, train_tiny
 from runtime.checkpoint import load_checkpoint, run_folder
-from selfplay import has_collapsed, read_matches, spread
+from selfplay import describe_collapse, read_matches, spread
 
 TINY = ["--game=nim", "--board=1x2x3", "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16",
-        "--val_intervals=3", "--log_intervals=1", "--warmup_iter=1", "--rating_games=4", "--verbose=0", "--device=cpu",
+        "--val_intervals=3", "--log_intervals=1", "--warmup_iter=1", "--rating_games=0", "--verbose=0", "--device=cpu",
         "--threads=0"]
+RATED = "--rating_games=4"
 
 
 @pytest.fixture
@@ -27,9 +30,18 @@ def run_selfplay(tmp_path):
     def run(*flags: str, checkpoint: str = "run.pt"):
         path = tmp_path / checkpoint
         resumes = any(flag.startswith("--resume_checkpoint") for flag in flags)
-        selfplay.main([f"--out_path={path}", *([] if resumes else TINY), *flags])
+        tiny = [] if resumes else TINY[2 * any(flag.startswith("--game=") for flag in flags):]
+        selfplay.main([f"--out_path={path}", *tiny, *flags])
         return path
     return run
+
+
+@pytest.fixture(scope="module")
+def kuhn(tmp_path_factory):
+    """A model of Kuhn poker, likewise."""
+    path = tmp_path_factory.mktemp("selfplay") / "kuhn.pt"
+    selfplay.main([f"--out_path={path}", "--game=kuhn", *TINY[2:], "--max_iter=1"])
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +56,24 @@ def trained(tmp_path_factory):
 
 @pytest.mark.integration
 def test_nim_is_learnt_from_its_rules_alone(run_selfplay):
-    """From random weights to perfect play in seconds: every optimal move, and no line lost where the first player wins."""
+    """From random weights to perfect play in seconds. The second player wins this game, so none of its lines is lost."""
     path = run_selfplay("--n_layer=2", "--n_head=4", "--rollout_games=64", "--val_intervals=60", "--max_iter=120",
                         "--average=0.8", "--learning_rate=0.02")
     first, last = (row for row in run_rows(path) if row["step"] in (0, 120))
-    assert first["optimal_moves"] < 0.9 <= last["optimal_moves"] and last["value_accuracy"] > 0.9
-    assert last["lost_lines_first"] == 0 or last["lost_lines_second"] == 0
+    assert first["optimal_moves"] < 0.9 < 0.95 < last["optimal_moves"] and last["value_accuracy"] > 0.9
+    assert first["lost_lines_second"] > 0 == last["lost_lines_second"]
 
 
-@pytest.mark.parametrize("flags", [["--search=puct", "--simulations=3"], ["--algorithm=reinforce"],
-                                   ["--algorithm=imitation"], ["--mixer=gated_delta"], ["--mlp=grkan"]])
-def test_every_way_of_learning_runs(run_selfplay, flags):
-    path = run_selfplay(*flags, "--max_iter=3")
-    rows = run_rows(path)
-    assert rows[-1]["step"] == 3 and {"optimal_moves", "elo", "games", "distinct_games", "perfect_score"} <= rows[-1].keys()
+@pytest.mark.parametrize("flags", [["--mixer=gated_delta"], ["--mlp=grkan"]])
+def test_other_architectures_play(run_selfplay, flags):
+    path = run_selfplay(*flags, "--max_iter=1")
+    before, after = (load_checkpoint(file)["model"] for file in (run_folder(path) / "previous.pt", path))
+    assert not torch.equal(before["embed.weight"], after["embed.weight"])
+    assert {"optimal_moves", "games", "distinct_games", "perfect_score"} <= run_rows(path)[-1].keys()
 
 
 def test_a_run_writes_what_it_says(run_selfplay, capsys):
-    path = run_selfplay("--max_iter=3", "--verbose=1")
+    path = run_selfplay("--max_iter=3", "--verbose=1", RATED)
     out = capsys.readouterr().out
     assert "nim on 1x2x3: looking ahead (one_ply)" in out and "| optimal moves | higher |" in out and "--play" in out
     folder = run_folder(path)
@@ -92,9 +104,9 @@ def test_training_starts_from_a_model_of_the_same_game(run_selfplay, trained):
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", [[], ["--algorithm=reinforce"], ["--search=puct", "--simulations=3"]])
-def test_a_resumed_run_equals_an_uninterrupted_one(run_selfplay, monkeypatch, flags):
-    whole = run_selfplay(*flags, "--max_iter=9", checkpoint="whole.pt")
+def test_a_stopped_run_goes_on_bit_for_bit(run_selfplay, monkeypatch):
+    flags = "--max_iter=9", "--search=puct", "--simulations=3"
+    whole = run_selfplay(*flags, checkpoint="whole.pt")
     loss_fn, calls = rollouts.play_loss, iter(range(10 ** 6))
 
     def watched(model, batch):
@@ -103,7 +115,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_selfplay, monkeypatch, fl
         return loss_fn(model, batch)
     monkeypatch.setattr(selfplay, "play_loss", watched)
     with pytest.raises(SystemExit):
-        run_selfplay(*flags, "--max_iter=9", checkpoint="part.pt")
+        run_selfplay(*flags, checkpoint="part.pt")
     monkeypatch.undo()
     part = run_selfplay("--resume_checkpoint", checkpoint="part.pt")
     for a, b in zip(saved_training(part), saved_training(whole)):
@@ -114,18 +126,23 @@ class Killed(BaseException):
     """In place of a SIGKILL, which would end the tests too."""
 
 
-@pytest.mark.parametrize("rollout", [0, 1, 2])
-def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(run_selfplay, monkeypatch, rollout):
-    whole = run_selfplay("--max_iter=9", "--updates=3", checkpoint="whole.pt")
-    think, calls = rollouts.think_one_ply, iter(range(10 ** 6))
+@pytest.mark.parametrize("flags, rollout", [
+    (["--updates=3", RATED], 0), (["--updates=3", RATED], 2), (["--search=puct", "--simulations=3"], 2),
+    (["--algorithm=reinforce"], 4), (["--algorithm=imitation"], 2), (["--game=kuhn"], 4)])
+def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(run_selfplay, monkeypatch, flags, rollout):
+    flags = [*flags, "--max_iter=9"]
+    whole = run_selfplay(*flags, checkpoint="whole.pt")
+    draw, lengths = rollouts.draw_moves, []
 
-    def killed(positions, temperature):
-        if positions.line.history.shape[1] == 2 and next(calls) == rollout:
+    def killed(weights, rng):
+        """At the second move of that rollout: a rollout's first batch is the largest."""
+        lengths.append(len(weights))
+        if lengths.count(16) > rollout and len(lengths) > 1 + lengths.index(16):
             raise Killed
-        return think(positions, temperature)
-    monkeypatch.setattr(rollouts, "think_one_ply", killed)
+        return draw(weights, rng)
+    monkeypatch.setattr(rollouts, "draw_moves", killed)
     with pytest.raises(Killed):
-        run_selfplay("--max_iter=9", "--updates=3", checkpoint="part.pt")
+        run_selfplay(*flags, checkpoint="part.pt")
     monkeypatch.undo()
     part = run_selfplay("--resume_checkpoint", checkpoint="part.pt")
     for a, b in zip(saved_training(part), saved_training(whole)):
@@ -142,28 +159,59 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, str(REPO / "selfplay.py"), f"--out_path={tmp_path / 'run.pt'}", *TINY, "--max_iter=100000",
                "--verbose=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not any(row["step"] > 2 for row in run_rows(tmp_path / "run.pt")) and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        while not any(row["step"] > 2 for row in run_rows(tmp_path / "run.pt")) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert f"`python selfplay.py --out_path={tmp_path / 'run.pt'} --resume_checkpoint` continues" in " ".join(error.split())
 
 
 # -- collapse ---------------------------------------------------------------------------------------------------------
 
-def test_collapse_is_said_once(run_selfplay, monkeypatch, capsys):
-    monkeypatch.setattr(selfplay, "COLLAPSED_GAMES", 1.0)
-    monkeypatch.setattr(selfplay, "WELL_PLAYED", 1.1)
-    run_selfplay("--max_iter=9")
+def test_a_collapse_is_said_once(run_selfplay, monkeypatch, capsys):
+    """With the flags as they are, of a model that plays the first legal move, whatever it reads."""
+    def stubborn(positions, temperature):
+        legal = positions.game.legal(positions.state)
+        return rollouts.think_alone(positions)._replace(moves=np.eye(legal.shape[1])[legal.argmax(1)])
+    monkeypatch.setattr(rollouts, "think_one_ply", stubborn)
+    path = run_selfplay("--max_iter=9", "--rollout_games=64")
     (line,) = [line for line in stderr_lines(capsys.readouterr().err) if "collapsed" in line]
-    assert "of the games differ" in line
+    assert "0.0% differ, and only" in line and run_rows(path)[-1]["distinct_games"] == 0
 
 
-def test_what_counts_as_collapse():
-    assert has_collapsed({"distinct_games": 0.05, "optimal_moves": 0.7})
-    assert not has_collapsed({"distinct_games": 0.05, "optimal_moves": 0.995})  # good play may be narrow
-    assert not has_collapsed({"distinct_games": 0.5, "optimal_moves": 0.5}) and not has_collapsed({"optimal_moves": 0.5})
+def test_what_counts_as_a_collapse():
+    assert describe_collapse({"distinct_games": 0.05, "optimal_moves": 0.7})
+    assert describe_collapse({"distinct_games": 0.05})
+    assert not describe_collapse({"distinct_games": 0.05, "optimal_moves": 0.995})  # good play may be narrow
+    assert not describe_collapse({"distinct_games": 0.5, "optimal_moves": 0.5})
+    assert not describe_collapse({"optimal_moves": 0.0})
+    assert "try more --regularisation" in describe_collapse({"exploitability": 0.4, "entropy": 0.001})
+    assert not describe_collapse({"exploitability": 0.4, "entropy": 0.3})
+
+
+# -- ratings ----------------------------------------------------------------------------------------------------------
+
+def test_ratings_go_on_in_another_folder_and_without_earlier_models(run_selfplay):
+    path = run_selfplay("--max_iter=6", RATED)
+    other = path.with_name("other.pt")
+    selfplay.main([f"--resume_checkpoint={path}", f"--out_path={other}", "--max_iter=9", "--verbose=0"])
+    assert {row["step"]: row["opponent"] for row in read_matches(run_folder(other))} == {3: 0, 6: 3, 9: 6}
+    assert run_rows(other)[-1]["elo_margin"] > 0
+    shutil.rmtree(run_folder(path) / "snapshots")
+    selfplay.main([f"--out_path={path}", "--resume_checkpoint", "--max_iter=7", "--verbose=0"])
+    assert "elo" not in run_rows(path)[-1] and [*(run_folder(path) / "snapshots").iterdir()]
+
+
+def test_a_new_run_keeps_no_model_of_an_old_one_and_not_all_of_its_own(run_selfplay, monkeypatch):
+    monkeypatch.setattr(selfplay, "MAX_SNAPSHOTS", 4)
+    for flags in (["--max_iter=9"], ["--max_iter=5", "--val_intervals=1", "--overwrite"]):
+        path = run_selfplay(*flags, RATED)
+    steps = [int(file.stem) for file in sorted((run_folder(path) / "snapshots").iterdir())]
+    assert steps == [0, 2, 4, 5]
 
 
 def test_spread():
@@ -180,20 +228,29 @@ def test_spread():
     (["--game=nim", "--block_size=5"], ["--block_size=5", "nim on 3x4x5", "13"]),
     (["--game=nim", "--checkpoint_path=missing.pt"], ["missing.pt", "no checkpoint to read"]),
     (["--game=nim", "--algorithm=reinforce", "--replay=3"], ["--replay=3", "--algorithm=reinforce"]),
-    (["--game=nim", "--play", "--checkpoint_path=missing.pt"], ["missing.pt"])])
+    (["--game=nim", "--play", "--checkpoint_path=missing.pt"], ["missing.pt", "selfplay.py --game=nim --board=3x4x5"]),
+    (["--game=kuhn", "--play"], ["kuhn.pt", "python selfplay.py --game=kuhn --out_path"]),
+    (["--game=nim", "--play", "--max_iter=3"], ["--max_iter=3", "--play"]),
+    (["--play"], ["--game", "such as --game=tic_tac_toe"]), (["--play", "--task=builtin"], ["--task=builtin", "--play"]),
+    (["--resume_checkpoint"], ["--game", "--out_path is enough"]),
+    (["--game=nim", "--think=3"], ["--think=3", "without --play"]), (["--game=nim", "--vocab_size=9"], ["--vocab_size=9"]),
+    (["--game=connect_four", "--algorithm=imitation"], ["--algorithm=imitation", "connect_four on 6x7 is not solved"])])
 def test_bad_input_is_one_line(refused, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     refused(selfplay.main, flags, *words)
     assert not list(tmp_path.iterdir())
 
 
-def test_models_of_other_things_are_refused(refused, trained, tmp_path, data_path):
+def test_models_of_other_things_are_refused(refused, trained, kuhn, tmp_path, data_path):
     text = train_tiny(tmp_path / "text.pt", data_path, "--max_iter=1")
     out = f"--out_path={tmp_path / 'run.pt'}"
     selfplay_main = lambda flags: selfplay.main([*flags, "--max_iter=1"])  # should it not refuse
     refused(selfplay_main, ["--game=nim", f"--checkpoint_path={text}", out], "text.pt", "not those of a game")
     refused(selfplay_main, ["--game=tic_tac_toe", f"--checkpoint_path={trained}", out], "plays nim on 1x2x3")
     refused(selfplay_main, ["--game=nim", f"--checkpoint_path={trained}", out], "--board=1x2x3")
+    refused(selfplay_main, ["--game=kuhn", f"--checkpoint_path={trained}", out], "nim on 1x2x3, not kuhn: give --game=nim")
+    refused(selfplay.main, ["--game=kuhn", "--play", "--think=3", f"--checkpoint_path={kuhn}"], "--think=3", "hidden")
+    refused(selfplay_main, ["--game=nim", f"--checkpoint_path={kuhn}", out], "kuhn, not nim on 3x4x5: give --game=kuhn, or")
     refused(selfplay_main, ["--game=nim", "--board=1x2x3", f"--checkpoint_path={trained}", "--n_layer=3", out],
             "--n_layer=3", "--checkpoint_path")
     assert not (tmp_path / "run.pt").exists()
@@ -237,13 +294,28 @@ def test_a_game_in_a_terminal(trained):
     assert max(map(len, shown.splitlines())) <= 80 and "Traceback" not in shown
 
 
+@pytest.mark.integration
+def test_games_are_played_to_their_end_in_a_terminal(tmp_path, kuhn):
+    """Of Nim with one match each side of which has a single move, and of cards that are shown or stay hidden."""
+    only = tmp_path / "only.pt"
+    selfplay.main([f"--out_path={only}", *TINY[2:], "--game=nim", "--board=1x1", RATED, "--max_iter=1"])
+    shown = play_in_terminal(only, ["1of1", "/new third", "/new second", "1of2", "/quit"], "--game=nim", "--board=1x1")
+    assert shown.count("the model wins") == 1 and "you win" in shown.split("you are second")[1]
+    assert "(/new third: no such command" in shown and "you won 1, drew 0 and lost 1 of 2 games" in shown
+    shown = play_in_terminal(kuhn, ["bet"] * 8 + ["/quit"], "--game=kuhn", "--seed=1")
+    assert "you won " in shown and re.search(r"(you win|the model wins) [12] chip", shown)
+    for line in shown.splitlines():
+        assert not line.startswith("first   ?")  # the person's own card
+
+
 # -- answers that can be checked --------------------------------------------------------------------------------------
 
 @pytest.mark.integration
 def test_answers_are_learnt_from_what_is_right(trained_text, tmp_path, capsys):
     """A whole run of the command; what it learns is in test_grpo.py."""
-    path = tmp_path / "answers.pt"
-    flags = ["--task=builtin", f"--checkpoint_path={trained_text}", f"--out_path={path}", "--questions=2", "--samples=2",
+    path, questions = tmp_path / "answers.pt", tmp_path / "questions.jsonl"
+    questions.write_text("".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
+    flags = [f"--task={questions}", f"--checkpoint_path={trained_text}", f"--out_path={path}", "--questions=2", "--samples=2",
              "--answer_tokens=4", "--eval_questions=4", "--pass_k=2", "--device=cpu"]
     selfplay.main([*flags, "--max_iter=2", "--val_intervals=1"])
     out = " ".join(capsys.readouterr().out.split())
