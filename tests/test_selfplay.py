@@ -315,8 +315,8 @@ def test_answers_are_learnt_from_what_is_right(trained_text, tmp_path, capsys):
     """A whole run of the command; what it learns is in test_grpo.py."""
     path, questions = tmp_path / "answers.pt", tmp_path / "questions.jsonl"
     questions.write_text("".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
-    flags = [f"--task={questions}", f"--checkpoint_path={trained_text}", f"--out_path={path}", "--questions=2", "--samples=2",
-             "--answer_tokens=4", "--eval_questions=4", "--pass_k=2", "--device=cpu"]
+    flags = [f"--task={questions}", f"--checkpoint_path={trained_text}", f"--out_path={path}", "--questions=2",
+             "--samples=2", "--answer_tokens=4", "--eval_questions=4", "--pass_k=2", "--device=cpu"]
     selfplay.main([*flags, "--max_iter=2", "--val_intervals=1"])
     out = " ".join(capsys.readouterr().out.split())
     assert "2 questions x 2 answers" in out and "exact match of held-out questions" in out and "pass@2" in out
