@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,25 @@ def test_a_rewarded_token_becomes_likelier():
     before = share()
     train(model, loader, 25)
     assert before < 0.7 and share() > 0.95
+
+
+@pytest.mark.parametrize("baseline", ["group", "rloo"])
+def test_a_reward_that_ignores_length_leaves_it_as_it_was(baseline):
+    """Every answer, as often as a policy gives it that after each token but the first ends with probability 1/2. The first
+    token alone decides what is right. So the gradient wants no prefix to go on rather than end, or the reverse: divided by
+    the answer's length it would."""
+    right, wrong, more = 10, 11, 12
+    answers = [Answer([first, *[more] * k, *([END] if k < 3 else [])], [], "", k < 3)
+               for first in (right, wrong) for k, n in ((0, 4), (1, 2), (2, 1), (3, 1)) for _ in range(n)]
+    loader = make_loader(answer_tokens=4, baseline=baseline)
+    _, targets, weights = loader.pack([Group([START], answers, [float(answer.ids[0] == right) for answer in answers])])
+    wants = Counter()
+    for row, weight in zip(targets.tolist(), weights.tolist()):
+        for length in range(1, 4):
+            if row[length] != IGNORE_INDEX:
+                wants[tuple(row[:length])] += weight * (0.5 if row[length] == END else -0.5)
+    assert len(wants) == 6 and len(weights) == 16 and all(abs(want) < 1e-7 for want in wants.values())
+    assert weights[:8].min() > 0 > weights[8:].max()
 
 
 # -- rollouts ---------------------------------------------------------------------------------------------------------
