@@ -162,7 +162,7 @@ def one_hot(results: np.ndarray) -> np.ndarray:
 
 C_PUCT = 1.5             # weight of the prior against the values that were found
 NOISE_SHARE = 0.25       # of Dirichlet noise in the prior of the root
-NOISE_MOVES = 10.0       # the noise's parameters sum to this: about as many different moves are tried
+NOISE_MOVES = 10.0       # sum of the noise's parameters, about the number of different moves that it tries
 
 
 class SearchResult(NamedTuple):

@@ -3,9 +3,9 @@
     loader = PlayLoader(game, PlayConfig(), seed=1)
     loss = play_loss(model, loader.next_batch(model))       # plays when it is time to
 
-A batch holds whole games and says, for each position, how much to learn of each move and of each outcome. Where that comes
-from is --algorithm, the dict ALGORITHMS. What a loader draws on is in its state_dict: games, generator, what the algorithm
-remembers.
+A batch holds whole games with, for each position, the weights of all moves and outcomes in the loss: the policy target and
+the value target, or advantages. --algorithm, a key of ALGORITHMS, says where they come from. The loader's state_dict has all
+that later batches depend on: replayed games, the generator, the average of the weights.
 """
 import json
 import time
@@ -62,7 +62,7 @@ class PlayConfig:
     updates: int = flag(2, "optimizer steps after each rollout", at_least=1, at_most=10_000)
     replay: int = flag(8, "latest rollouts that batches are drawn from", at_least=1, at_most=10_000)
     batch_size: int = flag(256, "games in a batch", at_least=1, at_most=1_000_000)
-    random_plies: int = flag("auto", "a game begins with 0 to as many random moves; auto: up to nine tenths of the longest "
+    random_plies: int = flag("auto", "highest number of random moves that a game begins with; auto: nine tenths of the longest "
                                      "game", at_least=0, at_most=10_000, auto=True)
     target_temperature: float = flag(0.1, "of the softmax that makes values of moves into what is learnt and played, with "
                                           "--search=one_ply", above=0)
@@ -131,7 +131,7 @@ def play_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """
     ids, legal, moves, outcomes = batch
     n_moves, logits = legal.size(2), model(ids)
-    # a number instead of -inf, whose product with 0 is none
+    # instead of -inf, whose product with a weight of 0 is NaN
     move_logprobs = F.log_softmax(logits[..., :n_moves].masked_fill(~legal, -1e9), dim=-1)
     outcome_logprobs = F.log_softmax(logits[..., n_moves:n_moves + 3], dim=-1)
     n_positions = (outcomes.sum(-1) > 0).sum().clamp(min=1)
@@ -188,9 +188,9 @@ class Memory:
 
 # -- playing ----------------------------------------------------------------------------------------------------------
 
-class Thought(NamedTuple):
-    """What is made of n positions. moves: (n, n_moves), the probability with which each is played, and what is learnt of
-    it. outcomes: (n, 3), what is learnt of them. play(moves) -> the positions after them. n_read: positions that the model
+class Targets(NamedTuple):
+    """Of n positions. moves: (n, n_moves), the policy that plays, and the policy target. outcomes: (n, 3), the value target
+    before the result of the game is mixed in. play(moves) -> the positions after them. n_read: positions that the model
     read."""
     moves: np.ndarray
     outcomes: np.ndarray
@@ -210,20 +210,20 @@ class Played(NamedTuple):
 
 
 def play_out(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator,
-             think: Callable[[Positions], Thought]) -> Played:
+             think: Callable[[Positions], Targets]) -> Played:
     n, T = config.rollout_games, game.max_plies
     n_random = rng.integers(0, config.random_plies + 1, n)
     rollout, played, score, n_read = Rollout.empty(game, n), np.full((n, T), -1), np.zeros(n), n
     positions, rows, ply = open_positions(model, game, start_line(game, n)), np.arange(n), 0
     while len(rows):
-        legal, thought = game.legal(positions.state), think(positions)
-        rollout.legal[rows, ply], rollout.moves[rows, ply], rollout.outcomes[rows, ply] = legal, *thought[:2]
-        moves = draw_moves(np.where((ply < n_random[rows])[:, None], legal, thought.moves), rng)
+        legal, found = game.legal(positions.state), think(positions)
+        rollout.legal[rows, ply], rollout.moves[rows, ply], rollout.outcomes[rows, ply] = legal, *found[:2]
+        moves = draw_moves(np.where((ply < n_random[rows])[:, None], legal, found.moves), rng)
         played[rows, ply] = moves
-        ply, n_read = ply + 1, n_read + thought.n_read
+        ply, n_read = ply + 1, n_read + found.n_read
         if ply < T:
             rollout.ids[rows, ply] = moves
-        positions = thought.play(moves)
+        positions = found.play(moves)
         score[rows] = positions.state.score
         going = np.flatnonzero(~positions.state.over)
         positions, rows = positions.take(going), rows[going]
@@ -251,11 +251,11 @@ def measure_variety(played: Played) -> dict[str, float]:
 
 # -- algorithms -------------------------------------------------------------------------------------------------------
 
-def learn_from_search(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
-    """The average of the weights plays. Moves are played and learnt as looking ahead finds them. The value that is learnt is
-    a mix of what it finds and of how the game ended, of the former alone before a random move."""
-    think = partial(think_by_search, config=config, rng=rng) if config.search == "puct" else partial(
-        think_one_ply, temperature=config.target_temperature)
+def search_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+    """The average of the weights plays, and the policy of looking ahead is both played and learnt. The value target mixes what
+    looking ahead found with the result of the game; where a later move was random, it is the former alone."""
+    think = partial(search_targets, config=config, rng=rng) if config.search == "puct" else partial(
+        one_ply_targets, temperature=config.target_temperature)
     with other_weights(model, memory.average.weights) if memory.average else nullcontext():
         played = play_out(model, game, config, rng, think)
     share = config.outcome_share * played.is_own[..., None]
@@ -263,33 +263,33 @@ def learn_from_search(model: GPT, game: Game, config: PlayConfig, rng: np.random
     return played
 
 
-def think_one_ply(positions: Positions, temperature: float) -> Thought:
+def one_ply_targets(positions: Positions, temperature: float) -> Targets:
     """A softmax of the values of all moves. A value is that of the position that the move leads to: by the rules if the game
     is over then, else what the model expects there."""
     ahead = expand(positions)
     moves = softmax(ahead.values / temperature)
-    return Thought(moves, (moves[..., None] * ahead.outcomes).sum(1),
+    return Targets(moves, (moves[..., None] * ahead.outcomes).sum(1),
                    lambda chosen: ahead.children.take(ahead.child_of(chosen)), len(ahead.rows))
 
 
-def think_by_search(positions: Positions, config: PlayConfig, rng: np.random.Generator) -> Thought:
+def search_targets(positions: Positions, config: PlayConfig, rng: np.random.Generator) -> Targets:
     """The share of a search's visits that each move got. Source: Silver et al. 2017, AlphaZero, arXiv:1712.01815."""
     found = search(positions, config.simulations, rng)
     moves = found.visits / found.visits.sum(1, keepdims=True)
-    return Thought(moves, found.outcomes, partial(positions.play, np.arange(len(positions))),
+    return Targets(moves, found.outcomes, partial(positions.play, np.arange(len(positions))),
                    len(positions) + found.n_read)
 
 
-def think_alone(positions: Positions) -> Thought:
+def own_targets(positions: Positions) -> Targets:
     """The model's own probabilities."""
     prediction = predict(positions.game, positions.logits, positions.game.legal(positions.state))
-    return Thought(prediction.moves, prediction.outcomes, partial(positions.play, np.arange(len(positions))), len(positions))
+    return Targets(prediction.moves, prediction.outcomes, partial(positions.play, np.arange(len(positions))), len(positions))
 
 
-def learn_by_reinforce(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def reinforce_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
     """The policy gradient (Williams 1992, REINFORCE): each move that was drawn from the model's probabilities, times what
     its player won above the running mean of that player, as in SPIRAL (Liu et al. 2025, arXiv:2506.24119)."""
-    played = play_out(model, game, config, rng, think_alone)
+    played = play_out(model, game, config, rng, own_targets)
     baseline = memory.baseline.numpy()
     won, role = results(played), np.arange(played.moves.shape[1]) % 2
     advantages = (won - baseline[role]) * played.is_own
@@ -301,13 +301,13 @@ def learn_by_reinforce(model: GPT, game: Game, config: PlayConfig, rng: np.rando
     return played
 
 
-def learn_by_imitation(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def imitation_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
     """Moves and ends of games between two players that err."""
     teacher = noisy_player(perfect_player(game, rng), game, config.epsilon, rng)
 
-    def think(positions: Positions) -> Thought:
+    def think(positions: Positions) -> Targets:
         moves = np.eye(game.n_moves)[teacher(positions.line)]
-        return Thought(moves, np.zeros((len(moves), 3)), partial(positions.play, np.arange(len(positions))), 0)
+        return Targets(moves, np.zeros((len(moves), 3)), partial(positions.play, np.arange(len(positions))), 0)
     played = play_out(model, game, config, rng, think)
     played.rollout.outcomes[:] = one_hot(results(played)) * played.is_own[..., None]
     played.rollout.moves[~played.is_own] = 0
@@ -360,7 +360,7 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
     return Hand(rollout, moves, probabilities, values, score, n_read)
 
 
-def learn_by_regularised(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def regularised_rollout(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
     """The policy gradient, and that of the KL divergence from what the average of the weights would play, so that players
     settle instead of chasing each other. The average follows, up to an equilibrium; the plain gradient need not get there.
     Source: magnetic mirror descent with a moving magnet, Sokota et al. 2022, arXiv:2206.05825; R-NaD, Perolat et al. 2021,
@@ -389,11 +389,11 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # -- every algorithm -------------------------------------------------------------------------------------------------
 
 class Algorithm(NamedTuple):
-    """learn_from(model, game, config, rng, memory) -> Played. name: in words. flags: of PlayConfig, that it reads besides
-    those that all read. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for games with
-    hidden cards. rollout_games and, of the optimizer, learning_rate (of Muon), cooldown_frac and weight_decay: where they
-    are not given."""
-    learn_from: Callable
+    """make_rollout(model, game, config, rng, memory) -> Played. name: in words. flags: those of PlayConfig that not all
+    algorithms read and this one does. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for
+    games with hidden cards. rollout_games and, of the optimizer, learning_rate (of Muon), cooldown_frac and weight_decay:
+    where they are not given."""
+    make_rollout: Callable
     name: str
     flags: set[str]
     is_on_policy: bool = False
@@ -406,13 +406,13 @@ class Algorithm(NamedTuple):
 
 REPLAYED = {"updates", "replay", "batch_size", "random_plies", "symmetries"}
 ALGORITHMS = {
-    "search": Algorithm(learn_from_search, "looking ahead",
+    "search": Algorithm(search_rollout, "looking ahead",
                         REPLAYED | {"search", "simulations", "target_temperature", "outcome_share", "average"}),
-    "reinforce": Algorithm(learn_by_reinforce, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
-    "regularised": Algorithm(learn_by_regularised, "regularised policy gradient", {"regularisation", "average"},
+    "reinforce": Algorithm(reinforce_rollout, "policy gradient", {"random_plies", "symmetries"}, is_on_policy=True),
+    "regularised": Algorithm(regularised_rollout, "regularised policy gradient", {"regularisation", "average"},
                              is_on_policy=True, hides_cards=True, rollout_games=512, cooldown_frac=1.0,
                              weight_decay=0.0),
-    "imitation": Algorithm(learn_by_imitation, "imitation", REPLAYED | {"epsilon"})}
+    "imitation": Algorithm(imitation_rollout, "imitation", REPLAYED | {"epsilon"})}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ class PlayLoader:
         if self.memory.average and not self.memory.average.weights:
             self.memory.average.update(model)
         with self.autocast():
-            played = self.algorithm.learn_from(model, self.game, self.config, self.rng, self.memory)
+            played = self.algorithm.make_rollout(model, self.game, self.config, self.rng, self.memory)
         n_kept = (0 if self.algorithm.is_on_policy else self.config.replay - 1) * self.config.rollout_games
         self.replay = self.replay.take(slice(max(0, len(self.replay.ids) - n_kept), None)).join(played.rollout)
         self.n_games += len(played.score)

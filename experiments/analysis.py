@@ -196,8 +196,8 @@ class ArmResults:
         return statistics.median(speeds) if speeds else math.nan
 
     def curves(self) -> list[list[dict]]:
-        """The rows of each finished run, with seconds at the measured speed and bytes of text; of self-play also with the
-        games before the first rollout, which are none."""
+        """The rows of each finished run, with seconds at the measured speed and bytes of text; of self-play also
+        with 0 games in rows before the first rollout."""
         speed, n_bytes, games = self.speed(), self.arm.bytes_per_token, {"games": 0} if self.plays_games else {}
         return [[games | row | {"seconds": row["tokens"] / speed, "bytes": row["tokens"] * n_bytes} for row in run.rows]
                 for run in self.finished()]

@@ -106,7 +106,7 @@ def move_values(game: Game, state: State) -> np.ndarray:
 # -- positions --------------------------------------------------------------------------------------------------------
 
 class Line(NamedTuple):
-    """Positions of games and how they came about, all after as many moves."""
+    """Positions of games and how they came about, all after the same number of moves."""
     history: np.ndarray  # (n, plies) int64
     state: State
 
@@ -150,7 +150,7 @@ def position_keys(state: State) -> np.ndarray:
 
 
 def random_line(game: Game, n: int, plies: int, rng: np.random.Generator) -> Line:
-    """Positions after as many random moves, without those of games that ended before; perhaps none."""
+    """Positions after `plies` random moves, without those of games that ended before; perhaps none."""
     line = start_line(game, n)
     for _ in range(plies):
         line = line.take(~line.state.over)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import selfplay
 from conftest import tiny_player
 from play import CardTable, play_in_terminal
-from rollouts import Memory, PlayConfig, WeightAverage, learn_by_regularised, play_hidden
+from rollouts import Memory, PlayConfig, WeightAverage, play_hidden, regularised_rollout
 from strength import measure_policy, policy_table
 from tasks.games import GAMES
 from tasks.poker import CHANCE, Kuhn, Leduc, exploitability, information_sets
@@ -89,7 +89,7 @@ def test_moves_are_drawn_as_often_as_they_are_probable():
 @torch.no_grad()
 def regularised(game, model, memory, **flags):
     config = PlayConfig(algorithm="regularised", rollout_games=16, **flags)
-    return learn_by_regularised(model, game, config, np.random.default_rng(0), memory)
+    return regularised_rollout(model, game, config, np.random.default_rng(0), memory)
 
 
 def test_without_regularisation_it_is_the_plain_policy_gradient():

@@ -15,9 +15,9 @@ from rollouts import (
     PlayLoader,
     Rollout,
     measure_variety,
+    own_targets,
     play_loss,
     play_out,
-    think_alone,
 )
 from tasks.games import Nim, TicTacToe
 from tasks.positions import move_values, play_line, start_line
@@ -97,9 +97,9 @@ def test_log_probabilities_of_a_cached_rollout_are_those_of_the_training_pass():
     model, seen = tiny_player(GAME), []
 
     def think(positions):
-        thought = think_alone(positions)
-        seen.append((positions.line.history.copy(), thought.moves))
-        return thought
+        found = own_targets(positions)
+        seen.append((positions.line.history.copy(), found.moves))
+        return found
     config = PlayConfig(rollout_games=32, random_plies=2)
     played = play_out(model, GAME, config, np.random.default_rng(0), think)
     rollout = played.rollout
@@ -145,7 +145,7 @@ def test_reinforce_weighs_what_was_played_by_what_it_won_above_the_running_mean(
     game, memory = Nim((1, 2)), Memory(None, torch.tensor([0.5, -0.5], dtype=torch.float64))
     config = PlayConfig(algorithm="reinforce", rollout_games=16, random_plies=0)
     with torch.no_grad():
-        played = rollouts.learn_by_reinforce(tiny_player(game), game, config, np.random.default_rng(0), memory)
+        played = rollouts.reinforce_rollout(tiny_player(game), game, config, np.random.default_rng(0), memory)
     assert isinstance(played, Played)
     for row in range(16):
         for ply in np.flatnonzero(played.moves[row] >= 0):

@@ -176,8 +176,8 @@ def test_a_collapse_is_said_once(run_selfplay, monkeypatch, capsys):
     """With the flags as they are, of a model that plays the first legal move, whatever it reads."""
     def stubborn(positions, temperature):
         legal = positions.game.legal(positions.state)
-        return rollouts.think_alone(positions)._replace(moves=np.eye(legal.shape[1])[legal.argmax(1)])
-    monkeypatch.setattr(rollouts, "think_one_ply", stubborn)
+        return rollouts.own_targets(positions)._replace(moves=np.eye(legal.shape[1])[legal.argmax(1)])
+    monkeypatch.setattr(rollouts, "one_ply_targets", stubborn)
     path = run_selfplay("--max_iter=9", "--rollout_games=64")
     (line,) = [line for line in stderr_lines(capsys.readouterr().err) if "collapsed" in line]
     assert "0.0% differ, and only" in line and run_rows(path)[-1]["distinct_games"] == 0
