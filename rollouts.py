@@ -62,8 +62,8 @@ class PlayConfig:
     updates: int = flag(2, "optimizer steps after each rollout", at_least=1, at_most=10_000)
     replay: int = flag(8, "latest rollouts that batches are drawn from", at_least=1, at_most=10_000)
     batch_size: int = flag(256, "games in a batch", at_least=1, at_most=1_000_000)
-    random_plies: int = flag("auto", "highest number of random moves that a game begins with; auto: nine tenths of the longest "
-                                     "game", at_least=0, at_most=10_000, auto=True)
+    random_plies: int = flag("auto", "highest number of random moves that a game begins with; auto: nine tenths of the "
+                                     "longest game", at_least=0, at_most=10_000, auto=True)
     target_temperature: float = flag(0.1, "of the softmax that makes values of moves into what is learnt and played, with "
                                           "--search=one_ply", above=0)
     outcome_share: float = flag(0.5, "share of how the game ended in what is learnt of a position's value; the rest is what "
@@ -252,8 +252,8 @@ def measure_variety(played: Played) -> dict[str, float]:
 # -- algorithms -------------------------------------------------------------------------------------------------------
 
 def search_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
-    """The average of the weights plays, and the policy of looking ahead is both played and learnt. The value target mixes what
-    looking ahead found with the result of the game; where a later move was random, it is the former alone."""
+    """The average of the weights plays, and the policy of looking ahead is both played and learnt. The value target mixes
+    what looking ahead found with the result of the game; where a later move was random, it is the former alone."""
     think = partial(search_targets, config=config, rng=rng) if config.search == "puct" else partial(
         one_ply_targets, temperature=config.target_temperature)
     with other_weights(model, memory.average.weights) if memory.average else nullcontext():
