@@ -2,7 +2,8 @@
 
 A rollout draws questions, and samples several answers of the model to each; the advantage of an answer is its reward less
 the mean of its group. `AnswerLoader` makes rollouts, `policy_gradient_loss` is what `fit` minimises, `evaluate_answers`
-measures. Each optimizer step has rollouts of its own, sampled from exactly what it differentiates: temperature 1, no filters.
+measures. Each optimizer step has rollouts of its own, sampled from exactly what it differentiates: temperature 1, no
+filters.
 
     group    r - mean(r), summed over the tokens and divided by a constant: Dr. GRPO, Liu et al. 2025, arXiv:2503.20783. Its
              expectation is the policy gradient times 1 - 1/n
