@@ -468,7 +468,7 @@ def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: 
     started = f"{run.checkpoint_path}: " if run.checkpoint_path else ""
     how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
     measured = "exact exploitability" if game.has_hidden_cards else (
-        f"exam of {n_exam:,} positions" + f" after {begins} moves or more" * bool(begins))
+        f"exam of {n_exam:,} positions" + f" after {begins} moves or more" * (begins > 1))
     return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"game     {game_title(run.game, game.board)}: {how}, {play.rollout_games:,} games at a time; {measured}",

@@ -110,7 +110,7 @@ def tic_tac_toe(folder: Path, jobs: int) -> str:
     for name, runs in (("looking one move ahead", own), ("the same, where the latest weights play", latest),
                        (baseline, tried[rate])):
         seconds = [second for run in runs if (second := seconds_to_no_lost_line(run)) is not None]
-        reached = f"{len(seconds)} of {len(runs)} seeds" + f", after {max(seconds):.0f} s at most" * bool(seconds)
+        reached = f"{len(seconds)} of {len(runs)} seeds" + (f", after {max(seconds):.0f} s at most" if seconds else "")
         lost = [f"{sum(last(runs, f'lost_lines_{side}')):,} of {sum(last(runs, f'lines_{side}')):,}"
                 for side in ("first", "second")]
         rows.append((name, f"{last(runs, 'games')[0]:,}", reached, *lost, estimate(last(runs, "optimal_moves"), "{:.4f}"),

@@ -56,6 +56,6 @@ def draw_rating(axis, rows: list[dict]):
 
 def draw_diversity(axis, rows: list[dict]):
     plot_rows(axis, rows, 0, "entropy of moves, nats", lambda row: row["entropy"])
-    plot_rows(axis, rows, 1, "distinct games, fraction", lambda row: row["distinct_games"])
+    plot_rows(axis, rows, 1, "games that begin alike and then differ, fraction", lambda row: row["distinct_games"])
     plot_rows(axis, rows, 2, "distinct first four moves, fraction", lambda row: row["distinct_openings"])
     axis.set(title="Diversity")
