@@ -25,6 +25,7 @@ import evaluate
 import finetune
 import generate
 import sampling
+import selfplay
 import train
 import trainer
 from conftest import REPO, assert_same, before_batch, run_rows, saved_training, signal_in_step
@@ -329,6 +330,17 @@ def test_the_whole_path(card, run_train, tmp_path, capsys):
                    "--batch_size=2", "--num_batch_accum=1", "--verbose=0", f"--device={card}", "--compile_model=0"])
     evaluate.main(["--checkpoint_path", str(path), str(tuned), f"--dataset={text}", f"--device={card}"])
     assert "bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--game=nim", "--board=1x2x3", "--search=puct", "--simulations=3"],
+                                   ["--game=kuhn", "--dtype=fp16"], ["--game=nim", "--board=1x2x3"]], ids=" ".join)
+def test_self_play_resumes(card, tmp_path, flags):
+    """With averages of the weights on the device, from a checkpoint that is read on the CPU."""
+    shape = ["--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16", "--rating_games=0", "--verbose=0"]
+    path = tmp_path / "player.pt"
+    selfplay.main([*flags, *shape, f"--out_path={path}", f"--device={card}", "--max_iter=2", "--val_intervals=1"])
+    selfplay.main([f"--out_path={path}", "--resume_checkpoint", f"--device={card}", "--max_iter=4"])
+    assert run_rows(path)[-1]["step"] == 4 and run_rows(path)[-1]["games"] > 0
 
 
 @pytest.mark.compiles
