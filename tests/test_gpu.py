@@ -339,7 +339,7 @@ def test_self_play_resumes(card, tmp_path, flags):
     shape = ["--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=16", "--rating_games=0", "--verbose=0"]
     path = tmp_path / "player.pt"
     selfplay.main([*flags, *shape, f"--out_path={path}", f"--device={card}", "--max_iter=2", "--val_intervals=1"])
-    selfplay.main([f"--out_path={path}", "--resume_checkpoint", f"--device={card}", "--max_iter=4"])
+    selfplay.main([f"--out_path={path}", "--resume_checkpoint", f"--device={card}", "--max_iter=4", "--verbose=0"])
     assert run_rows(path)[-1]["step"] == 4 and run_rows(path)[-1]["games"] > 0
 
 
