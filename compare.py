@@ -740,7 +740,7 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     digest = cell_digest(arm, values, config.spec, environment, stage)
     readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
-    outcome = (arm.metric.field, "games") if arm.metric.effort == "games" else ("val_loss", "val_bpb")
+    outcome = (arm.metric.field, "games") if arm.metric.is_of_games else ("val_loss", "val_bpb")
     job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag, outcome)
     limit = next((counter, float(own[name])) for name, counter in STOP_FLAGS.items() if name in own)
     flops = (arm.flops_per_token + arm.elementwise_flops_per_token) * (arm.step_tokens if limit[0] == "step" else 1)

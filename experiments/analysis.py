@@ -37,6 +37,10 @@ class Metric:
     effort: str = "steps"
     note: str = ""
 
+    @property
+    def is_of_games(self) -> bool:
+        return self.effort == "games"
+
     def of(self, row: dict) -> float:
         """Its value in a row of metrics.jsonl."""
         return 1 - row[self.field] if self.is_complement else row[self.field]
@@ -132,7 +136,7 @@ class CellResult:
         if self.status != "finished":
             end = f"{self.status}: {self.reason}"
         elif cell.stage == "speed":
-            end = f"{self.speed():,.0f} tok/s" + " with play" * (cell.arm.metric.effort == "games")
+            end = f"{self.speed():,.0f} tok/s" + " with play" * cell.arm.metric.is_of_games
         else:
             end = f"{cell.arm.metric.describe(self.outcome)}, {self.rows[-1]['seconds']:.0f} s"
         which = {"lr_grid": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
@@ -158,10 +162,6 @@ class ArmResults:
     full_budget_lr_runs: list[CellResult] = field(default_factory=list)  # the whole budget, first seed, falling rates
     runs: list[CellResult] = field(default_factory=list)                 # the whole budget, best rate, every seed
     speeds: list[CellResult] = field(default_factory=list)
-
-    @property
-    def plays_games(self) -> bool:
-        return self.arm.metric.effort == "games"
 
     def best(self) -> CellResult | None:
         """At the best learning rate: on the whole budget where that was tried, else on the part of it."""
@@ -198,7 +198,7 @@ class ArmResults:
     def curves(self) -> list[list[dict]]:
         """The rows of each finished run, with seconds at the measured speed and bytes of text; of self-play also
         with 0 games in rows before the first rollout."""
-        speed, n_bytes, games = self.speed(), self.arm.bytes_per_token, {"games": 0} if self.plays_games else {}
+        speed, n_bytes, games = self.speed(), self.arm.bytes_per_token, {"games": 0} if self.arm.metric.is_of_games else {}
         return [[games | row | {"seconds": row["tokens"] / speed, "bytes": row["tokens"] * n_bytes} for row in run.rows]
                 for run in self.finished()]
 
@@ -273,7 +273,7 @@ def outcome_columns(arm_results: ArmResults) -> dict:
     arm, finished, tokens, speed = (arm_results.arm, arm_results.finished(), arm_results.mean_final("tokens"),
                                     arm_results.speed())
     found, name = Estimate.from_values([run.outcome for run in finished]), arm.metric.name
-    if arm_results.plays_games:
+    if arm_results.arm.metric.is_of_games:
         games = arm_results.mean_final("games")
         amount, speeds = {"games": games}, {"games_per_sec": games / tokens * speed}
     else:

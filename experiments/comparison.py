@@ -96,7 +96,7 @@ def make_notes(metric: Metric, is_null: bool, is_one_vocabulary: bool) -> list[s
     """How to read the page."""
     notes = [NOTES.format(Unit=metric.unit[0].upper() + metric.unit[1:], effort=metric.effort,
                           Effort=metric.effort.capitalize(), **WORDS[metric.effort])]
-    if metric.effort == "games":
+    if metric.is_of_games:
         return [*notes, f"{metric.note} {PLAY_NOTE}" + f" {PAIRED_NOTE}" * (not is_null)]
     return notes + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not is_one_vocabulary)
 

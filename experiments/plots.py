@@ -159,8 +159,7 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None 
     curves = {name: [add_bytes(rows) for rows in runs] for name, runs in curves.items()}
     if by_bytes is None:
         by_bytes = not have_same_vocabulary(rows for runs in curves.values() for rows in runs)
-    plays_games = metric.effort == "games"
-    x_names = "games" if plays_games else "bytes" if by_bytes else "tokens", "flops", "seconds"
+    x_names = "games" if metric.is_of_games else "bytes" if by_bytes else "tokens", "flops", "seconds"
     axes = make_panels(len(x_names))
     for axis, x_name in zip(axes, x_names):
         drawn = []
@@ -173,7 +172,7 @@ def draw_mean_curves(curves: dict[str, list[list[dict]]], by_bytes: bool | None 
             axis.plot(x, means, ".-", color=color, label=wrap_label(name), linewidth=1.3)
             drawn += [list(zip(x, lows)), list(zip(x, highs))]
         focus_y(axis, drawn)
-        without_play = ", without those of play" * (plays_games and x_name == "flops")
+        without_play = ", without those of play" * (metric.is_of_games and x_name == "flops")
         axis.set(xlabel=X_AXES[x_name][1] + without_play, ylabel=f"validation, {metric.label}",
                  title=f"{metric.label.capitalize()} against {X_AXES[x_name][2]}")
         add_legend(axis)
