@@ -6,7 +6,7 @@
 
     python compare.py --script=finetune --dataset=builtin --arms checkpoint_path=a.pt checkpoint_path=b.pt
 
-    python compare.py --script=selfplay --game=tic_tac_toe --arms mixer=attention mixer=gated_delta --budget games=40_000
+    python compare.py --script=selfplay --game=tic_tac_toe --arms mixer=attention mixer=gated_delta --budget games=40_960
 
     python compare.py --script=adapt --dataset=docs.parquet --arms checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt
 
