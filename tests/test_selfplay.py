@@ -132,14 +132,18 @@ class Killed(BaseException):
 def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(run_selfplay, monkeypatch, flags, rollout):
     flags = [*flags, "--max_iter=9"]
     whole = run_selfplay(*flags, checkpoint="whole.pt")
-    draw, lengths = rollouts.draw_moves, []
+    draw, play, moves = rollouts.draw_moves, rollouts.PlayLoader.play, []  # moves: so far, in each rollout
+
+    def counted(loader, model):
+        moves.append(0)
+        play(loader, model)
 
     def killed(weights, rng):
-        """At the second move of that rollout: a rollout's first batch is the largest."""
-        lengths.append(len(weights))
-        if lengths.count(16) > rollout and len(lengths) > 1 + lengths.index(16):
+        moves[-1] += 1
+        if len(moves) == rollout + 1 and moves[-1] == 2:
             raise Killed
         return draw(weights, rng)
+    monkeypatch.setattr(rollouts.PlayLoader, "play", counted)
     monkeypatch.setattr(rollouts, "draw_moves", killed)
     with pytest.raises(Killed):
         run_selfplay(*flags, checkpoint="part.pt")
@@ -296,7 +300,7 @@ def test_a_game_in_a_terminal(trained):
 
 @pytest.mark.integration
 def test_games_are_played_to_their_end_in_a_terminal(tmp_path, kuhn):
-    """Of Nim with one match each side of which has a single move, and of cards that are shown or stay hidden."""
+    """Nim with two heaps of one match, where whoever moves second wins, and cards that are shown or stay hidden."""
     only = tmp_path / "only.pt"
     selfplay.main([f"--out_path={only}", *TINY[2:], "--game=nim", "--board=1x1", RATED, "--max_iter=1"])
     shown = play_in_terminal(only, ["1of1", "/new third", "/new second", "1of2", "/quit"], "--game=nim", "--board=1x1")
