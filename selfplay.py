@@ -99,6 +99,8 @@ class PlayerModel(GPTConfig):
     n_layer: int = redeclare(GPTConfig, "n_layer", 2)
     n_head: int = redeclare(GPTConfig, "n_head", 4)
     head_size: int = redeclare(GPTConfig, "head_size", 16)
+    # whose stone one is depends on whether its position is odd, which rotary angles hardly show
+    positions: str = redeclare(GPTConfig, "positions", "learned")
     block_size: int = redeclare(GPTConfig, "block_size", None, help="context length in tokens, at least one more than the "
                                                                     "longest game has moves (default: just that)")
 

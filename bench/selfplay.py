@@ -36,7 +36,7 @@ SEEDS = range(1, 6)
 EPSILON = 0.3                  # of the teacher that errs
 THINK = 0, 8, 32, 128          # simulations of a search
 LOOP_GAMES = 8                 # of the pure Python loop
-CONNECT_FOUR = "--n_layer=4", "--updates=4", "--val_intervals=500", "--max_iter=3500"
+CONNECT_FOUR = "--n_layer=4", "--updates=4", "--val_intervals=500", "--max_iter=3000"
 # steps at a constant rate after which a model answers about four of ten questions
 BRIEFLY_FINETUNED = "--dataset=builtin", "--max_iter=130", "--learning_rate=0.03", "--cooldown_frac=0"
 REINFORCE_RATES = 0.0025, 0.005, 0.01, 0.02
