@@ -103,6 +103,17 @@ class Decoder:
     def prefill(self) -> tuple[Tensor, Cache]:
         return self.model.prefill(self.contexts, self.max_len, cache_dtype(self.model))
 
+    def keep(self, rows: list[int]):
+        """Goes on with these rows of the batch."""
+        old, dtype = self.cache, cache_dtype(self.model)
+        self.cache = self.model.init_cache(len(rows), old.max_len, dtype)
+        self.cache.length = old.length
+        self.cache.left_pad = None if old.left_pad is None else old.left_pad[rows]
+        self.cache.copy_rows_from(list(range(len(rows))), old, rows)
+        self.logits, self.contexts = self.logits[rows], [self.contexts[row] for row in rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.generated = [new[rows] for new in self.generated]
+
     def append(self, new: Tensor):
         """new: (B,) int64. Computes the logits after it."""
         self.generated.append(new)
