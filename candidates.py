@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tasks.checkable import THOUGHT_END, final_answer
 from torch import Tensor
 
 from model import GPT
-from runtime.config import check_flags, flag
+from runtime.config import BadInput, check_flags, flag
 from sampling import Decoder, SamplingConfig, TextStream, sample_with_logprobs
+from tasks.checkable import THOUGHT_END, final_answer
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 256        # answers that are sampled together
@@ -41,19 +41,29 @@ class Answer(NamedTuple):
         return " ".join(final_answer(self.text).split())
 
 
-# -- thoughts ---------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
-class ThoughtConfig:
-    """Thoughts."""
-    think: int = flag(None, "tokens of a thought before the answer, at most; a thought that is longer is cut off there, and "
-                            "the answer has to follow; 0: none (default: as many as the model likes)", at_least=0,
+class CandidateConfig:
+    """Answers at inference time."""
+    samples: int = flag(1, "answers that are sampled to each prompt", at_least=1, at_most=10_000)
+    choose: str = flag(None, "which of --samples counts; vote: the one that is sampled most often; verifier: one that the "
+                             "task's check accepts; logprob: the one with the most probable tokens; mbr: the one that is "
+                             "most like all others", choices=("vote", "verifier", "logprob", "mbr"))
+    certainty: float = flag(1.0, "with --choose=vote, sample no more answers once the leading one would win with this "
+                                 "probability; 1: once the others cannot catch up, which never changes the winner",
+                            at_least=0.5, at_most=1)
+    think: int = flag(None, "tokens of a thought before the answer, at most: one that is longer is cut off there, and the "
+                            "answer has to follow; 0: none (default: as many as the model likes)", at_least=0,
                       at_most=10_000_000)
     think_fully: bool = flag(False, "with --think, not fewer tokens either: a thought cannot end before")
-    __post_init__ = check_flags
 
-
-NO_LIMIT = ThoughtConfig()
+    def __post_init__(self):
+        check_flags(self)
+        if self.choose and self.samples == 1:
+            raise BadInput(f"--choose={self.choose}: has nothing to choose from: give --samples, such as --samples=16")
+        if self.think_fully and self.think is None:
+            raise BadInput("--think_fully: give --think, the number of tokens")
+        if self.certainty < 1 and self.choose != "vote":
+            raise BadInput(f"--certainty={self.certainty:g}: is of a vote: add --choose=vote")
 
 
 @dataclass
@@ -61,22 +71,22 @@ class PartialAnswer:
     """An answer that is being sampled; see Answer."""
     prompt: list[int]
     stream: TextStream
-    thought: ThoughtConfig
+    config: CandidateConfig
     end_of_thought: int  # its token
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
 
     def __post_init__(self):
-        self.is_thinking = self.thought.think is not None
+        self.is_thinking = self.config.think is not None
 
     @property
     def must_end_thought(self) -> bool:
-        return self.is_thinking and len(self.ids) == self.thought.think
+        return self.is_thinking and len(self.ids) == self.config.think
 
     @property
     def must_think_on(self) -> bool:
-        return self.is_thinking and self.thought.think_fully and len(self.ids) < self.thought.think
+        return self.is_thinking and self.config.think_fully and len(self.ids) < self.config.think
 
     def push(self, token_id: int, logprob: float):
         """What comes after the end is no part of it."""
@@ -94,11 +104,11 @@ class PartialAnswer:
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
-                 sampling: SamplingConfig, generator: torch.Generator | None, thought: ThoughtConfig = NO_LIMIT,
+                 sampling: SamplingConfig, generator: torch.Generator | None, config: CandidateConfig = CandidateConfig(),
                  stop: Sequence[str] = ()) -> list[Answer]:
-    """An answer to each of `prompts`, ids; equal ones are read once. thought: must not leave the answer without tokens."""
+    """An answer to each of `prompts`, ids; equal ones are read once. config: its --think is kept to."""
     end_of_thought, = tokenizer.encode(THOUGHT_END)
-    rows = [PartialAnswer(prompt, TextStream(tokenizer, stop), thought, end_of_thought) for prompt in prompts]
+    rows = [PartialAnswer(prompt, TextStream(tokenizer, stop), config, end_of_thought) for prompt in prompts]
     for first in range(0, len(rows), ROWS_PER_BATCH):
         decode_answers(model, rows[first:first + ROWS_PER_BATCH], max_new_tokens, sampling, generator)
     return [row.answer() for row in rows]
@@ -140,19 +150,6 @@ def keep_thinking(logits: Tensor, rows: list[PartialAnswer]) -> Tensor:
 
 # -- several answers --------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class CandidateConfig:
-    """Several answers."""
-    samples: int = flag(1, "answers that are sampled to each prompt", at_least=1, at_most=10_000)
-    choose: str = flag(None, "which of --samples counts; vote: the one that is sampled most often; verifier: one that the "
-                             "task's check accepts; logprob: the one with the most probable tokens; mbr: the one that is "
-                             "most like all others", choices=("vote", "verifier", "logprob", "mbr"))
-    certainty: float = flag(1.0, "with --choose=vote, sample no more answers once the leading one would win with this "
-                                 "probability; 1: once the others cannot catch up, which never changes the winner",
-                            at_least=0.5, at_most=1)
-    __post_init__ = check_flags
-
-
 class Candidates(NamedTuple):
     """The answers to a prompt. n_read: how many times it was read."""
     answers: list[Answer]
@@ -161,14 +158,14 @@ class Candidates(NamedTuple):
 
 def sample_candidates(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], config: CandidateConfig,
                       max_new_tokens: int, sampling: SamplingConfig, generator: torch.Generator | None,
-                      thought: ThoughtConfig = NO_LIMIT, stop: Sequence[str] = ()) -> list[Candidates]:
+                      stop: Sequence[str] = ()) -> list[Candidates]:
     """--samples answers to each prompt, or with --choose=vote fewer where it is decided earlier: the votes are counted after
     every ROUND of them."""
     found, n_read, undecided = [[] for _ in prompts], [0] * len(prompts), list(range(len(prompts)))
     for n_done in range(0, config.samples, ROUND if config.choose == "vote" else config.samples):
         n_more = min(ROUND if config.choose == "vote" else config.samples, config.samples - n_done)
         answers = iter(sample_texts(model, tokenizer, [prompts[i] for i in undecided for _ in range(n_more)],
-                                    max_new_tokens, sampling, generator, thought, stop))
+                                    max_new_tokens, sampling, generator, config, stop))
         for i in undecided:
             found[i] += [next(answers) for _ in range(n_more)]
             n_read[i] += 1
@@ -233,12 +230,16 @@ def choose_logprob(answers: Sequence[Answer], check: Check = None) -> int:
 def choose_mbr(answers: Sequence[Answer], check: Check = None) -> int:
     """Minimum Bayes risk: the highest mean F1 of its words with those of every other. Source: Kumar and Byrne 2004;
     Suzgun et al. 2022, arXiv:2211.07634."""
-    words = [Counter(answer.final.split()) for answer in answers]
-    totals = [sum(one.values()) for one in words]
+    if not (said := given(answers)):
+        return 0
+    words = {answer: Counter(answer.split()) for answer in said}
 
-    def likeness(i: int) -> float:
-        return sum(2 * (words[i] & words[j]).total() / max(1, totals[i] + totals[j]) for j in range(len(words)) if j != i)
-    return max(range(len(answers)), key=lambda i: (answers[i].has_ended, likeness(i)))
+    def likeness(answer: str) -> float:
+        own = words[answer]
+        return sum(2 * (own & words[other]).total() / max(1, own.total() + words[other].total()) * n
+                   for other, n in Counter(said).items())
+    best = max(dict.fromkeys(said), key=likeness)
+    return next(i for i, answer in enumerate(answers) if answer.has_ended and answer.final == best)
 
 
 # --choose -> choose(answers, check) -> the index of one

@@ -100,13 +100,19 @@ class ThinkLoop(LoopConfig):
     grad_clip: float = redeclare(LoopConfig, "grad_clip", 1.0)
 
 
+@dataclass(frozen=True)
+class ThinkDevice(DeviceConfig):
+    """The device."""
+    dtype: str = redeclare(DeviceConfig, "dtype", "fp32")
+
+
 class ThinkConfigs(NamedTuple):
     """The flags of think.py."""
     run: ThinkConfig
     model: ThinkModel
     optimizer: ThinkOptimizer
     loop: ThinkLoop
-    device: DeviceConfig
+    device: ThinkDevice
 
 
 THINKING = TrainingCommand("think.py", "Trains a model to think before it answers.", ThinkConfigs, "out_path",
