@@ -1,13 +1,14 @@
 """Questions that are hard to answer at once and easy in steps, with the steps: thoughts that a model can learn to say first.
 
-    problem = TASKS["addition"].draw(rng, 12)
+    problem = TASKS["addition"].draw(rng, 2)
     thought = TASKS["addition"].levels[0].think(problem, rng)
-    print(problem.text, thought + THOUGHT_END + problem.answer)      "04+57" "10#61"
+    print(problem.text, thought + THOUGHT_END + problem.answer)      "B0C4+B5C7" "C1#A0B6C1"
 
 Each task has levels, from thinking most to answering at once. The level is told in the system message, and an answer is the
 thought, THOUGHT_END and what the question asks for. A task is a line in TASKS.
 """
 import itertools
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ MAX_TRY = 16                  # characters of one on average, about: a budget of
 
 
 class Problem(NamedTuple):
-    """steps: what can be said on the way, a character each; of Countdown the numbers, and the target."""
+    """steps: what can be said on the way, a text each; of Countdown the numbers, and a right try."""
     text: str
     answer: str
     check: Callable[[str], float]
@@ -79,9 +80,27 @@ def exact(answer: str) -> Callable[[str], float]:
 
 # -- a state that every step changes ----------------------------------------------------------------------------------
 
+# Every place of a problem has a label, so that a step finds its input by what it is called: at these sizes a model does not
+# learn to count so far. Labels are consecutive from a random one on, so that those of longer problems are known too. Source:
+# index hints, Zhou et al. 2023, arXiv:2310.16028.
+LABELS = string.ascii_letters + "!$%&'(),-./:<>?@[]^_`{|}~"
+PERMUTATIONS = list(itertools.permutations(range(3)))
+
+
+def draw_labels(rng: np.random.Generator, n: int) -> str:
+    """`n` consecutive ones, at most as many as there are."""
+    first = rng.integers(len(LABELS) - n + 1)
+    return LABELS[first:first + n]
+
+
+def label_all(labels: str, values: str) -> str:
+    """"AB", "07" -> "A0B7"."""
+    return "".join(label + value for label, value in zip(labels, values, strict=True))
+
+
 def said_steps(stride: int, problem: Problem, rng: np.random.Generator) -> str:
     """Every `stride`-th, but not the last one, which is in the answer."""
-    return problem.steps[stride - 1:-1:stride]
+    return "".join(problem.steps[stride - 1:-1:stride])
 
 
 def no_thought(problem: Problem, rng: np.random.Generator) -> str:
@@ -89,43 +108,55 @@ def no_thought(problem: Problem, rng: np.random.Generator) -> str:
 
 
 SAY_NOTHING = Level(AT_ONCE, lambda size: 0, no_thought)
-STEP_LEVELS = (*(Level(f"every {stride}", lambda size, stride=stride: (size - 1) // stride, partial(said_steps, stride))
-                 for stride in STRIDES), SAY_NOTHING)
-PERMUTATIONS = list(itertools.permutations(range(3)))
-LETTERS = "abcdef"
+STEP_LEVELS = (*(Level(f"every {stride}", lambda size, stride=stride: 2 * ((size - 1) // stride),
+                       partial(said_steps, stride)) for stride in STRIDES), SAY_NOTHING)
 
 
 def draw_permutations(rng: np.random.Generator, size: int) -> Problem:
-    """"fbdc": permutations of three things, one after the other. The answer is what all do together."""
-    drawn, state, steps = rng.integers(0, 6, size).tolist(), (0, 1, 2), ""
+    """"A5B1C3": permutations of three things, one after the other, by their numbers. The answer is what all do together, and
+    the steps are what the first ones do."""
+    labels, drawn, state, states = draw_labels(rng, size), rng.integers(0, 6, size).tolist(), (0, 1, 2), ""
     for i in drawn:
         state = tuple(PERMUTATIONS[i][place] for place in state)
-        steps += LETTERS[PERMUTATIONS.index(state)]
-    return Problem("".join(LETTERS[i] for i in drawn), steps[-1], exact(steps[-1]), steps)
+        states += str(PERMUTATIONS.index(state))
+    steps = [label + state for label, state in zip(labels, states)]
+    return Problem(label_all(labels, "".join(map(str, drawn))), states[-1], exact(states[-1]), steps)
 
 
 def draw_addition(rng: np.random.Generator, size: int) -> Problem:
-    """"04+57": the steps are the carries, from the last digit on."""
-    a, b = rng.integers(0, 10, (2, size))
-    carries, carry = "", 0
-    for i in reversed(range(size)):
-        carry = (a[i] + b[i] + carry) // 10
-        carries += str(carry)
-    left, right = ("".join(map(str, digits)) for digits in (a, b))
-    answer = f"{int(left) + int(right):0{size + 1}d}"
-    return Problem(f"{left}+{right}", answer, exact(answer), carries)
+    """"B0C4+B5C7": 04 + 57. The answer is "A0B6C1", and the steps are the carries, from the last place on."""
+    a, b = rng.integers(0, 10, (2, size)).tolist()
+    sums = add_up(a, b)
+    return column_problem(rng, sums, lambda labels: f"{label_all(labels, as_text(a))}+{label_all(labels, as_text(b))}")
 
 
 def draw_multiplication(rng: np.random.Generator, size: int) -> Problem:
-    """"047*6": by one digit; the steps are the carries, from the last digit on."""
-    digits, factor = rng.integers(0, 10, size), int(rng.integers(2, 10))
-    carries, carry = "", 0
-    for digit in digits[::-1].tolist():
-        carry = (digit * factor + carry) // 10
-        carries += str(carry)
-    number = "".join(map(str, digits))
-    answer = f"{int(number) * factor:0{size + 1}d}"
-    return Problem(f"{number}*{factor}", answer, exact(answer), carries)
+    """"B4C7*6": by one digit. The answer is "A2B8C2", and the steps are the carries, from the last place on."""
+    digits, factor = rng.integers(0, 10, size).tolist(), int(rng.integers(2, 10))
+    sums = add_up([digit * factor for digit in digits], [0] * size)
+    return column_problem(rng, sums, lambda labels: f"{label_all(labels, as_text(digits))}*{factor}")
+
+
+def as_text(digits: list[int]) -> str:
+    return "".join(map(str, digits))
+
+
+def add_up(a: list[int], b: list[int]) -> list[tuple[int, int]]:
+    """The columns of two numbers, first place first -> (digit, carry) of each, last place first."""
+    found, carry = [], 0
+    for left, right in zip(a[::-1], b[::-1]):
+        carry, digit = divmod(left + right + carry, 10)
+        found.append((digit, carry))
+    return found
+
+
+def column_problem(rng: np.random.Generator, sums: list[tuple[int, int]], write: Callable[[str], str]) -> Problem:
+    """sums: (digit, carry) of each place, the last first. write(labels) -> the question."""
+    labels = draw_labels(rng, len(sums) + 1)
+    digits = str(sums[-1][1]) + "".join(str(digit) for digit, _ in reversed(sums))
+    answer = label_all(labels, digits)
+    return Problem(write(labels[1:]), answer, exact(answer),
+                   [label + str(carry) for label, (_, carry) in zip(reversed(labels), sums)])
 
 
 # -- Countdown --------------------------------------------------------------------------------------------------------
