@@ -24,14 +24,14 @@ from torch import Tensor
 from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
 from experiments.report import Table, markdown
 from learner import AdaptConfig, Learner, encode_documents, open_learner, require_adapt
-from model import GPT
+from model import GPT, GPTConfig
 from runtime.checkpoint import explain_damage
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
-from sampling import GREEDY, generate_texts, load_model, load_pretrained
+from sampling import GREEDY, LOOPS_HELP, generate_texts, load_model, load_pretrained
 from tasks.conversations import Conversation, ConversationConfig, ReadReport, builtin_held_out, read_all
 from tasks.multiple_choice import Choice, ChoiceColumns, read_choices
 from tasks.rows import local_splits
@@ -77,6 +77,7 @@ class EvaluateConfig:
     skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
     adapt: bool = flag(False, "also score a model that learns as it reads: a document hop by hop, each scored before the "
                               "step on it; for choice the context, for answers the question and what precedes it")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
         check_flags(self)
@@ -526,10 +527,10 @@ def score_checkpoint(path: Path, machine: Machine, examples: list, config: Evalu
     """See EVALUATIONS."""
     learner = None
     if config.adapt:
-        model, tokenizer, _ = load_pretrained(path)  # all weights in fp32, to train on
+        model, tokenizer, _ = load_pretrained(path, loops=config.loops)  # all weights in fp32, to train on
         learner = open_learner(model, tokenizer, adapt, machine)
     else:
-        model, tokenizer = load_model(path, machine)
+        model, tokenizer = load_model(path, machine, loops=config.loops)
     _, score, _ = EVALUATIONS[config.task]
     return score(model, tokenizer, machine, examples, config, learner)
 
@@ -566,7 +567,8 @@ def main(argv=None):
     print(markdown(score_table(scores)))
     has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
-    say(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
+    loops = f" with --loops={config.loops}" if config.loops else ""
+    say(f"\n{config.dataset}{split}: {len(examples):,} {unit}{loops}; value ± standard error; "
         f"{time.perf_counter() - start:.1f} s on {machine}")
     for line in report.lines():
         say(line)
