@@ -7,11 +7,11 @@ linear layer and norm are chosen by name from the dicts in layers/.
     loss = model(idx, targets)
 """
 import math
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
@@ -283,12 +283,14 @@ class GPT(nn.Module):
         """The number of loops of a training batch, for `forward`: None without sampled_loops.
 
         1 + Poisson(e^τ) with τ ~ N(log(n - 1) - σ²/2, σ), whose mean is n = config.loops (Geiping et al. 2025, section 3.3,
-        arXiv:2502.05171), at most config.max_loops. From numpy's global generator, which a resumed run restores.
+        arXiv:2502.05171), at most config.max_loops. From Python's global generator, which a resumed run restores.
         """
         if not self.sampled_loops:
             return None
-        rate = np.random.lognormal(math.log(self.config.loops - 1) - LOOPS_STD**2 / 2, LOOPS_STD)
-        return min(1 + int(np.random.poisson(rate)), self.config.max_loops)
+        rate, loops = random.lognormvariate(math.log(self.config.loops - 1) - LOOPS_STD**2 / 2, LOOPS_STD), 1
+        while (rate := rate - random.expovariate(1.0)) > 0:  # a Poisson number of arrivals
+            loops += 1
+        return min(loops, self.config.max_loops)
 
     def eager_forward(self, *args, **kwargs) -> Tensor:
         """`forward` without torch.compile, which would recompile for every new shape and when gradients are turned off."""
