@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 
 from learner import AdaptConfig, Learner, open_learner, require_adapt
-from model import GPT
+from model import GPT, GPTConfig
 from runtime.checkpoint import explain_damage, load_checkpoint, save_checkpoint
 from runtime.cli import command, explain_failures, log_line, parse_flags, parse_path
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.signals import StopSignals
 from sampling import (
+    LOOPS_HELP,
     SamplingConfig,
     TextStream,
     cache_dtype,
@@ -65,6 +66,7 @@ class ChatConfig:
     seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
     adapt: bool = flag(False, "learn from each message before it is answered; in the conversation, /forget puts the "
                                "weights back, and /save keeps them")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
         check_flags(self)
@@ -358,10 +360,11 @@ def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine, a
     path, learner = config.checkpoint_path, None
     checkpoint = load_checkpoint(path)
     if config.adapt:
-        model, tokenizer, _ = load_pretrained(path, checkpoint, chat=True)  # all weights in fp32, to train on
+        # all weights in fp32, to train on
+        model, tokenizer, _ = load_pretrained(path, checkpoint, chat=True, loops=config.loops)
         learner = open_learner(model, tokenizer, adapt, machine)
     else:
-        model, tokenizer = load_model(path, machine, checkpoint)
+        model, tokenizer = load_model(path, machine, checkpoint, config.loops)
     with explain_damage(path):
         chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed, learner,
                     provenance_of(checkpoint))

@@ -42,15 +42,15 @@ from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
 from experiments.budget_plots import draw_budgets
 from experiments.report import Figure, Table, markdown, write_page
 from learner import AdaptConfig, Learner, encode_documents, open_learner, require_adapt
-from model import GPT
+from model import GPT, GPTConfig
 from players import checkpoint_game, load_player
 from runtime.checkpoint import explain_damage, load_checkpoint, run_folder
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
-from runtime.config import BadInput, declared_flags, flag, shorten
+from runtime.config import BadInput, declared_flags, flag, redeclare, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
-from sampling import GREEDY, SamplingConfig, generate_texts, load_model, load_pretrained
+from sampling import GREEDY, LOOPS_HELP, SamplingConfig, generate_texts, load_model, load_pretrained
 from strength import EXAM_SIZE, Question, make_exam
 from tasks.checkable import final_answer
 from tasks.conversations import Conversation, ConversationConfig, ReadReport, builtin_held_out, read_all
@@ -118,6 +118,7 @@ class EvaluateConfig(CandidateConfig):
     skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
     adapt: bool = flag(False, "also score a model that learns as it reads: a document hop by hop, each scored before the "
                               "step on it; for choice the context, for answers the question and what precedes it")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
         super().__post_init__()
@@ -758,8 +759,9 @@ def load_scored(path: Path, machine: Machine, config: EvaluateConfig) -> tuple[G
     """The model on the device, and what its tokens mean."""
     if config.task == GAME:
         model, game = load_game_model(path, config.checkpoint_path[0])
+        model.loops = config.loops or model.loops
         return model.to(machine.device), game
-    return load_model(path, machine)
+    return load_model(path, machine, loops=config.loops)
 
 
 def score_checkpoint(path: Path, machine: Machine, examples: list, config: EvaluateConfig,
@@ -767,7 +769,7 @@ def score_checkpoint(path: Path, machine: Machine, examples: list, config: Evalu
     """See EVALUATIONS."""
     learner = None
     if config.adapt:
-        model, tokenizer, _ = load_pretrained(path)  # all weights in fp32, to train on
+        model, tokenizer, _ = load_pretrained(path, loops=config.loops)  # all weights in fp32, to train on
         learner = open_learner(model, tokenizer, adapt, machine)
     else:
         model, tokenizer = load_scored(path, machine, config)
@@ -814,7 +816,8 @@ def main(argv=None):
     has_splits = config.task in DEFAULT_DATASETS and config.dataset != "builtin" and (
         not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
-    say(f"\n{what}{split}: {len(examples):,} {unit}; value ± standard error; "
+    loops = f" with --loops={config.loops}" if config.loops else ""
+    say(f"\n{what}{split}: {len(examples):,} {unit}{loops}; value ± standard error; "
         f"{time.perf_counter() - start:.1f} s on {machine}")
     for line in report.lines():
         say(line)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from chat import ChatConfig, start_chat
 from learner import AdaptConfig, require_adapt
+from model import GPTConfig
 from runtime.cli import command, explain_failures, parse_flags
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import DeviceConfig, open_machine
-from sampling import SamplingConfig, check_stop, encode_prompt, generate_texts, load_model
+from sampling import LOOPS_HELP, SamplingConfig, check_stop, encode_prompt, generate_texts, load_model
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class GenerateConfig:
     system: str = flag("", "with --chat, the system message that the conversation starts with")
     seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
     adapt: bool = flag(False, "with --chat, learn from each message before it is answered, see chat.py")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
         check_flags(self)
@@ -41,7 +43,7 @@ class GenerateConfig:
 
     def chat_config(self) -> ChatConfig:
         return ChatConfig(self.checkpoint_path, self.prompt, self.max_new_tokens, self.system, self.stop, self.seed,
-                          self.adapt)
+                          self.adapt, self.loops)
 
 
 def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
@@ -75,7 +77,7 @@ def main(argv=None):
         if config.chat:
             start_chat(config.chat_config(), sampling, machine, adapt)
             return
-        model, tokenizer = load_model(config.checkpoint_path, machine)
+        model, tokenizer = load_model(config.checkpoint_path, machine, loops=config.loops)
         prompts = [encode_prompt(model, tokenizer, config.prompt)] * config.num_samples
         pieces = generate_texts(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, config.seed)
         with machine.autocast():

@@ -114,6 +114,8 @@ class PlayerModel(GPTConfig):
                                                                     "longest game has moves (default: just that)")
 
     def __post_init__(self):
+        if self.sampled_loops:
+            raise BadInput("--sampled_loops: a player learns with the number of loops that it plays with: leave it out")
         if self.block_size is not None:  # unset where there is no game
             super().__post_init__()
 
@@ -425,7 +427,7 @@ def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: 
     how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
     measured = "exact exploitability" if game.has_hidden_cards else (
         f"exam of {n_exam:,} positions" + f" after {begins} moves or more" * (begins > 1))
-    return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
+    return [f"model    {started}{model.describe_shape()}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"game     {game_title(run.game, game.board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
             f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_rows:,} rows until "

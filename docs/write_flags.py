@@ -27,6 +27,7 @@ from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
 from selfplay import SELFPLAY  # noqa: E402
 from text.sources import SourceConfig  # noqa: E402
+from think import THINKING  # noqa: E402
 from train import PRETRAINING  # noqa: E402
 
 COMMANDS = {
@@ -36,6 +37,7 @@ COMMANDS = {
     "generate": (generate.GenerateConfig, AdaptConfig, SamplingConfig, DeviceConfig),
     "chat": (chat.ChatConfig, AdaptConfig, SamplingConfig, DeviceConfig),
     "finetune": FINETUNING.classes,
+    "think": THINKING.classes,
     "evaluate": (evaluate.EvaluateConfig, AdaptConfig, DeviceConfig),
     "adapt": (adapt.AdaptRunConfig, AdaptConfig, RulesConfig, DeviceConfig),
     "selfplay": SELFPLAY.classes,
