@@ -108,19 +108,24 @@ def no_thought(problem: Problem, rng: np.random.Generator) -> str:
 
 
 SAY_NOTHING = Level(AT_ONCE, lambda size: 0, no_thought)
-STEP_LEVELS = (*(Level(f"every {stride}", lambda size, stride=stride: 2 * ((size - 1) // stride),
-                       partial(said_steps, stride)) for stride in STRIDES), SAY_NOTHING)
+
+
+def step_levels(n_tokens: int) -> tuple[Level, ...]:
+    """n_tokens: of a step."""
+    return (*(Level(f"every {stride}", lambda size, stride=stride: n_tokens * ((size - 1) // stride),
+                    partial(said_steps, stride)) for stride in STRIDES), SAY_NOTHING)
 
 
 def draw_permutations(rng: np.random.Generator, size: int) -> Problem:
     """"A5B1C3": permutations of three things, one after the other, by their numbers. The answer is what all do together, and
-    the steps are what the first ones do."""
+    a step is a permutation and what all up to it do. The former is a copy, by which a model learns to find its place: what
+    all do follows from it and the step before, and from neither alone, so that without it nothing would be learnt."""
     labels, drawn, state, states = draw_labels(rng, size), rng.integers(0, 6, size).tolist(), (0, 1, 2), ""
     for i in drawn:
         state = tuple(PERMUTATIONS[i][place] for place in state)
         states += str(PERMUTATIONS.index(state))
-    steps = [label + state for label, state in zip(labels, states)]
-    return Problem(label_all(labels, "".join(map(str, drawn))), states[-1], exact(states[-1]), steps)
+    steps = [f"{label}{i}{state}" for label, i, state in zip(labels, drawn, states)]
+    return Problem(label_all(labels, as_text(drawn)), states[-1], exact(states[-1]), steps)
 
 
 def draw_addition(rng: np.random.Generator, size: int) -> Problem:
@@ -212,9 +217,9 @@ def up_to(size: int) -> range:
     return range(2, size + 1)
 
 
-TASKS = {"permutations": ThinkingTask(draw_permutations, STEP_LEVELS, 32, up_to, "permutations"),
-         "addition": ThinkingTask(draw_addition, STEP_LEVELS, 12, up_to, "digits"),
-         "multiplication": ThinkingTask(draw_multiplication, STEP_LEVELS, 12, up_to, "digits"),
+TASKS = {"permutations": ThinkingTask(draw_permutations, step_levels(3), 32, up_to, "permutations"),
+         "addition": ThinkingTask(draw_addition, step_levels(2), 12, up_to, "digits"),
+         "multiplication": ThinkingTask(draw_multiplication, step_levels(2), 12, up_to, "digits"),
          "countdown": ThinkingTask(draw_countdown, TRY_LEVELS, 4, lambda size: range(min(3, size), size + 1), "numbers",
                                    has_verifier=True)}
 
