@@ -1,18 +1,21 @@
 """Continues a prompt with text sampled from a trained model.
 
     python generate.py --checkpoint_path=checkpoints/gpt.pt --prompt="The history of"
+    python generate.py --speculate=lookup --prompt="The history of"                 the same, faster: see speculative.py
     python generate.py --checkpoint_path=checkpoints/gpt_finetuned.pt --chat        the same as chat.py
 """
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from chat import ChatConfig, start_chat
 from learner import AdaptConfig, require_adapt
-from runtime.cli import command, explain_failures, parse_flags
+from runtime.cli import command, explain_failures, log_line, parse_flags
 from runtime.config import BadInput, check_flags, flag
 from runtime.device import DeviceConfig, open_machine
 from sampling import SamplingConfig, check_stop, encode_prompt, generate_texts, load_model
+from speculative import SpeculationConfig, open_speculation
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class GenerateConfig:
                           self.adapt)
 
 
+def require_one_text(config: GenerateConfig, speculate: SpeculationConfig):
+    """Raises BadInput when speculative decoding is to do anything but continue one prompt once."""
+    if speculate.speculate != "none" and (config.chat or config.num_samples > 1):
+        other = "--chat" if config.chat else f"--num_samples={config.num_samples}"
+        raise BadInput(f"{other}: --speculate={speculate.speculate} makes one sample of a prompt: drop one of the two flags")
+
+
 def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
     """Prints `n` samples one below the other: the first as it is generated, each other one when those before it are
     complete. pieces: see generate_texts."""
@@ -67,19 +77,26 @@ def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
 @command
 def main(argv=None):
     """Continues a prompt with text sampled from a trained model."""
-    config, adapt, sampling, device_config = parse_flags(main.__doc__, argv, GenerateConfig, AdaptConfig, SamplingConfig,
-                                                         DeviceConfig)
+    config, adapt, sampling, speculate, device_config = parse_flags(
+        main.__doc__, argv, GenerateConfig, AdaptConfig, SamplingConfig, SpeculationConfig, DeviceConfig)
     require_adapt(config.adapt, adapt)
+    require_one_text(config, speculate)
     machine = open_machine(device_config)
     with explain_failures(lambda: "try a smaller model, fewer --num_samples, or --device=cpu"):
         if config.chat:
             start_chat(config.chat_config(), sampling, machine, adapt)
             return
         model, tokenizer = load_model(config.checkpoint_path, machine)
-        prompts = [encode_prompt(model, tokenizer, config.prompt)] * config.num_samples
-        pieces = generate_texts(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, config.seed)
+        prompt, options = encode_prompt(model, tokenizer, config.prompt), (sampling, config.stop, config.seed)
+        if speculate.speculate == "none":
+            pieces = generate_texts(model, tokenizer, [prompt] * config.num_samples, config.max_new_tokens, *options)
+        else:
+            speculation = open_speculation(speculate, model, tokenizer, machine)
+            pieces = speculation.generate_text(tokenizer, prompt, config.max_new_tokens, *options)
         with machine.autocast():
             print_samples(pieces, config.num_samples, config.prompt)
+        if speculate.speculate != "none" and sys.stderr.isatty():
+            log_line(f"({speculation.tokens / speculation.passes:.2f} tokens per forward pass)")
 
 
 if __name__ == "__main__":

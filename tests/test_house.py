@@ -15,7 +15,7 @@ from conftest import REPO, TINY_MODEL
 from runtime.config import declared_flags
 
 # Scripts import only scripts to their left.
-ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "dataloader", "sampling", "trainer",
+ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "dataloader", "sampling", "speculative", "trainer",
          "learner", "chat", "generate", "evaluate", "train", "meta", "finetune", "fewshot", "adapt", "grpo", "players",
          "rollouts", "strength", "play", "selfplay", "export", "compare", "probes"]
 SCRIPTS = [name for name in ORDER if (REPO / f"{name}.py").exists()]
