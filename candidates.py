@@ -20,7 +20,7 @@ from torch import Tensor
 from model import GPT
 from runtime.config import BadInput, check_flags, flag
 from sampling import Decoder, SamplingConfig, TextStream, sample_with_logprobs
-from tasks.checkable import THOUGHT_END, final_answer
+from tasks.checkable import THOUGHT_END, countdown_check, final_answer
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 256        # answers that are sampled together
@@ -199,6 +199,14 @@ def is_decided(answers: Sequence[str], n_left: int, certainty: float = 1.0) -> b
 # -- choices ----------------------------------------------------------------------------------------------------------
 
 Check = Callable[[str], float] | None  # of a CheckableQuestion
+
+
+def find_check(question: str) -> Callable[[str], float]:
+    """The verifier of a question. Raises BadInput where it has none."""
+    if check := countdown_check(question):
+        return check
+    raise BadInput('--choose=verifier: only answers to questions such as "Reach 24 with 3 8 1." can be checked without '
+                   'knowing the right one: choose vote, logprob or mbr')
 
 
 def given(answers: Sequence[Answer]) -> list[str]:

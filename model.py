@@ -121,6 +121,10 @@ class BlockCache:
         for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
             part.copy_rows_from(rows, source, other_rows, stop, n)
 
+    def rewind(self, n: int):
+        for part in (self.mixer, *self.shifts):
+            part.rewind(n)
+
     def detach(self):
         for part in (self.mixer, *self.shifts):
             for name, value in vars(part).items():
@@ -132,17 +136,26 @@ class BlockCache:
 class Cache:
     """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
     slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. blocks: of each pass
-    through a block, so that every loop has keys and values of its own."""
+    through a block, so that every loop has keys and values of its own. rewindable: to be set before forward passes that
+    `rewind` may undo."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
     left_pad: Tensor | None = None
+    rewindable: bool = False
 
     def copy_rows_from(self, rows: list[int], other: "Cache", other_rows: list[int]):
         """Copies rows `other_rows` of another cache, which has no left padding, to rows `rows` of this one, where they end
         at slot `length`."""
         for block, source in zip(self.blocks, other.blocks):
             block.copy_rows_from(rows, source, other_rows, self.length, other.length)
+
+    def rewind(self, n: int):
+        """Forgets the last `n` positions, at most as many as came since the last `rewind`, or since `rewindable` was set.
+        That also frees what the cache kept for it."""
+        for block in self.blocks:
+            block.rewind(n)
+        self.length -= n
 
     def detach(self):
         """Cuts what is cached off the graph of the forward pass that made it."""
@@ -309,7 +322,8 @@ class GPT(nn.Module):
         if any(block.mixer.needs_mask for block in self.blocks):
             mask = document_causal_mask(doc_starts) if doc_starts is not None else cached_causal_mask(
                 T, start, cache and cache.left_pad, idx.device)
-        return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts), positions
+        return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts,
+                                 cache is not None and cache.rewindable), positions
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

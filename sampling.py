@@ -8,7 +8,7 @@
 """
 import codecs
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -244,10 +244,17 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]
     string or `max_new_tokens`. prompts: ids."""
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    streams = [TextStream(tokenizer, stop) for _ in prompts]
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    for new in generate(model, rows, max_new_tokens, sampling, generator):
-        for row, (stream, token_id) in enumerate(zip(streams, new.tolist())):
+    columns = (new.tolist() for new in generate(model, rows, max_new_tokens, sampling, generator))
+    yield from stream_texts(tokenizer, columns, len(rows), stop)
+
+
+def stream_texts(tokenizer: Tokenizer, columns: Iterable[Sequence[int]], n_rows: int,
+                 stop: Sequence[str] = ()) -> Iterator[tuple[int, str]]:
+    """(row, piece of text) from the tokens of all rows, a column at a time, until every row has ended."""
+    streams = [TextStream(tokenizer, stop) for _ in range(n_rows)]
+    for column in columns:
+        for row, (stream, token_id) in enumerate(zip(streams, column)):
             if not stream.is_done and (text := stream.push(token_id)):
                 yield row, text
         if all(stream.is_done for stream in streams):

@@ -26,6 +26,7 @@ from runtime.device import DeviceConfig  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
 from selfplay import SELFPLAY  # noqa: E402
+from speculative import SpeculationConfig  # noqa: E402
 from text.sources import SourceConfig  # noqa: E402
 from think import THINKING  # noqa: E402
 from train import PRETRAINING  # noqa: E402
@@ -34,7 +35,7 @@ COMMANDS = {
     "download_data": (download_data.PrepareConfig, SourceConfig),
     "tokenizer": (tokenizer.TokenizerConfig, SourceConfig),
     "train": PRETRAINING.classes,
-    "generate": (generate.GenerateConfig, AdaptConfig, SamplingConfig, DeviceConfig),
+    "generate": (generate.GenerateConfig, AdaptConfig, SamplingConfig, SpeculationConfig, DeviceConfig),
     "chat": (chat.ChatConfig, AdaptConfig, SamplingConfig, DeviceConfig),
     "finetune": FINETUNING.classes,
     "think": THINKING.classes,

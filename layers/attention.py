@@ -36,6 +36,10 @@ class KVCache:
         self.keys[rows, :, stop - n:stop] = other.keys[other_rows, :, :n]
         self.values[rows, :, stop - n:stop] = other.values[other_rows, :, :n]
 
+    def rewind(self, n: int):
+        """Forgets the last `n` of the positions seen since the last `rewind` while `metadata.rewindable`. Keys and values
+        need not be undone: the positions that come next overwrite them."""
+
 
 class Attention(nn.Module):
     """Multi-head causal attention; grouped-query attention with --n_kv_head (Ainslie et al. 2023, arXiv:2305.13245).

@@ -9,11 +9,13 @@ from torch import Tensor
 class AttentionMetadata:
     """start: filled slots of the cache. mask: (B or 1, 1, T, start + T) bool, True where a query may see a key; None: plain
     causal attention. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, True at the first token
-    of each packed document, which sees nothing before it; None: every row is one document."""
+    of each packed document, which sees nothing before it; None: every row is one document. rewindable: caches keep the state
+    after every token, for `rewind`."""
     start: int = 0
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     doc_starts: Tensor | None = None
+    rewindable: bool = False
 
 
 def doc_ids(doc_starts: Tensor) -> Tensor:

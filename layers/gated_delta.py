@@ -29,12 +29,17 @@ LOG_ALPHA_RESET = -50.0
 
 @dataclass
 class DeltaCache:
-    """The matrix of each head: (B, n_head, head_size, head_size), in fp32."""
-    state: Tensor
+    """The matrix of each head, in fp32: (B, 1, n_head, head_size, head_size). Where it is rewindable: all that `rewind` may
+    return to, along the second dimension."""
+    states: Tensor
 
     def copy_rows_from(self, rows: list[int], other: "DeltaCache", other_rows: list[int], stop: int, n: int):
         """See KVCache."""
-        self.state[rows] = other.state[other_rows]
+        self.states[rows] = other.states[other_rows]
+
+    def rewind(self, n: int):
+        """See KVCache."""
+        self.states = self.states[:, -1 - n, None]
 
 
 class GatedDelta(nn.Module):
@@ -59,7 +64,7 @@ class GatedDelta(nn.Module):
 
     def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> DeltaCache:
         """An empty cache: B * n_head * head_size² numbers, whatever `max_len` is."""
-        return DeltaCache(torch.zeros(batch_size, self.n_head, self.head_size, self.head_size, device=device))
+        return DeltaCache(torch.zeros(batch_size, 1, self.n_head, self.head_size, self.head_size, device=device))
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: DeltaCache | None = None,
                 first_layer_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,9 +82,13 @@ class GatedDelta(nn.Module):
             log_alpha = log_alpha.masked_fill(metadata.doc_starts.unsqueeze(1), LOG_ALPHA_RESET)
         if cache is None:
             y, _ = chunked_delta_rule(q, k, v, beta, log_alpha, None)
+        elif T == 1 or metadata.rewindable:
+            y, states = recurrent_delta_rule(q, k, v, beta, log_alpha, cache.states[:, -1])
+            cache.states = (torch.stack((*cache.states.unbind(1), *states), dim=1) if metadata.rewindable
+                            else states[-1].unsqueeze(1))
         else:
-            rule = recurrent_delta_rule if T == 1 else chunked_delta_rule
-            y, cache.state = rule(q, k, v, beta, log_alpha, cache.state)
+            y, state = chunked_delta_rule(q, k, v, beta, log_alpha, cache.states[:, -1])
+            cache.states = state.unsqueeze(1)
         y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), v
 
@@ -101,17 +110,18 @@ class GatedDelta(nn.Module):
 
 
 def recurrent_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,
-                         state: Tensor) -> tuple[Tensor, Tensor]:
+                         state: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The rule as defined above, token by token; the readable twin of `chunked_delta_rule`. q, k, v: (B, H, T, D); beta,
-    log_alpha: (B, H, T); state: (B, H, D, D), keys by values. Returns (B, H, T, D) and the new state."""
-    outputs = []
+    log_alpha: (B, H, T); state: (B, H, D, D), keys by values. Returns (B, H, T, D) and the state after every token."""
+    outputs, states = [], []
     for t in range(q.size(2)):
         key, value, query = (part[:, :, t].float().unsqueeze(-1) for part in (k, v, q))            # (B, H, D, 1)
         state = state * log_alpha[:, :, t, None, None].exp()
         correction = beta[:, :, t, None, None] * (value - state.mT @ key)
         state = state + key @ correction.mT
         outputs.append((state.mT @ query).squeeze(-1))
-    return torch.stack(outputs, dim=2), state
+        states.append(state)
+    return torch.stack(outputs, dim=2), states
 
 
 def chunked_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor,

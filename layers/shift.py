@@ -10,12 +10,16 @@ from layers.attention_metadata import AttentionMetadata
 
 @dataclass
 class ShiftCache:
-    """The last position seen, (B, 1, C); zeros before the first."""
+    """The last position seen, (B, 1, C); zeros before the first. Where it is rewindable: all that `rewind` may return to."""
     last: Tensor
 
     def copy_rows_from(self, rows: list[int], other: "ShiftCache", other_rows: list[int], stop: int, n: int):
         """See KVCache."""
         self.last[rows] = other.last[other_rows]
+
+    def rewind(self, n: int):
+        """See KVCache."""
+        self.last = self.last[:, -1 - n, None]
 
 
 class TokenShift(nn.Module):
@@ -37,7 +41,8 @@ class TokenShift(nn.Module):
             return torch.addcmul(x, coeff, previous)
         if cache is None:
             return TokenShiftFunction.apply(x, coeff)
-        previous, cache.last = cache.last.to(x.dtype), x[:, -1:].to(cache.last.dtype)
+        previous, last = cache.last[:, -1:].to(x.dtype), x[:, -1:].to(cache.last.dtype)
+        cache.last = torch.cat((cache.last, x.to(last.dtype)), dim=1) if metadata.rewindable else last
         return torch.addcmul(x, coeff, torch.cat((previous, x[:, :-1]), dim=1))
 
 

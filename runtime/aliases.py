@@ -57,7 +57,7 @@ OTHER_NAMES = {
     "tokenizer_path": "tokenizer tokenizer_dir tokenizer_name tokenizer_file",
     "vocab_size": "n_vocab vocab",
     "max_new_tokens": "max_tokens max_length n_predict num_tokens length",
-    "num_samples": "n_samples num_return_sequences samples",
+    "samples": "num_samples n_samples num_return_sequences best_of",
     "temperature": "temp",
     "repetition_penalty": "repeat_penalty",
     "system": "system_prompt system_message",

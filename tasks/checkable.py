@@ -96,6 +96,12 @@ def countdown_text(numbers: tuple[int, ...], target: int) -> str:
     return f"Reach {target} with {' '.join(map(str, numbers))}."
 
 
+def countdown_check(question: str) -> Callable[[str], float] | None:
+    """The check of an answer to a question of `countdown_text`; None for other texts."""
+    found = re.fullmatch(r"Reach ([0-9]{1,9}) with ([0-9]{1,9}(?: [0-9]{1,9})*)\.", question.strip())
+    return found and partial(check_countdown, tuple(map(int, found[2].split())), int(found[1]))
+
+
 def draw_countdowns(n: int, seed: int, held_out: bool) -> Iterator[tuple[tuple[int, ...], int, str]]:
     """(numbers, target, a solution) of `n` different questions; those of the same numbers in another order are in the same
     part."""

@@ -41,6 +41,7 @@ def test_the_mixer_passes_the_tests_of_mixers(ema, mixer):
     test_model.test_every_position_sees_the_whole_past(make_model(), idx)
     test_model.test_cached_decoding_equals_the_full_forward(make_model(), idx, [5, 1, 1, 10, 7])
     test_model.test_a_batch_of_different_lengths_decodes_like_each_row_alone(make_model(), idx, [9, 3, 9])
+    test_model.test_a_rewound_cache_goes_on_as_if_nothing_had_been_read(make_model(), idx, [3, 1, 4], 6)
     test_model.test_packed_documents_do_not_leak(make_model(), idx)
     test_model.test_flops_equal_torchs_counter(make_model(), idx)
 

@@ -34,7 +34,7 @@ def test_chunked_rule_equals_the_recurrent_one(monkeypatch, chunk, with_state):
     monkeypatch.setattr(gated_delta, "CHUNK_SIZE", chunk)
     inputs = [part.requires_grad_() for part in example()]
     zeros = torch.zeros(B, H, D, D)
-    want, want_state = recurrent_delta_rule(*inputs[:5], inputs[5] if with_state else zeros)
+    want, (*_, want_state) = recurrent_delta_rule(*inputs[:5], inputs[5] if with_state else zeros)
     got, state = chunked_delta_rule(*inputs[:5], inputs[5] if with_state else None)
     assert torch.allclose(got, want, atol=1e-5)
     assert torch.allclose(state, want_state, atol=1e-5) if with_state else state is None
@@ -75,7 +75,7 @@ def test_a_sequence_can_be_processed_in_two_parts():
     *inputs, state = example()
     whole, final_state = chunked_delta_rule(*inputs, state)
     first, middle_state = chunked_delta_rule(*(part[:, :, :13] for part in inputs), state)
-    second, second_state = recurrent_delta_rule(*(part[:, :, 13:] for part in inputs), middle_state)
+    second, (*_, second_state) = recurrent_delta_rule(*(part[:, :, 13:] for part in inputs), middle_state)
     assert torch.allclose(torch.cat((first, second), dim=2), whole, atol=1e-5)
     assert torch.allclose(final_state, second_state, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_half_precision_error(dtype, is_hard):
     if is_hard:
         inputs[1] = torch.nn.functional.normalize(torch.ones_like(inputs[1]) + 0.1 * inputs[1], dim=-1)
         inputs[3], inputs[4] = torch.full_like(inputs[3], 1.98), torch.zeros_like(inputs[4])
-    want, want_state = recurrent_delta_rule(*inputs)
+    want, (*_, want_state) = recurrent_delta_rule(*inputs)
     with torch.autocast("cpu", dtype=dtype):
         got, state = chunked_delta_rule(*inputs)
     assert state.dtype == torch.float32
@@ -139,5 +139,5 @@ def test_cost_per_token_and_cache_do_not_grow_with_the_length():
     mixer = GatedDelta(GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
     costs = [mixer.flops_per_token(n) for n in (1024, 2048, 4096)]
     assert costs[2] < 1.01 * costs[0]
-    caches = [mixer.init_cache(1, n, torch.device("cpu"), torch.float32).state.numel() for n in (16, 4096)]
+    caches = [mixer.init_cache(1, n, torch.device("cpu"), torch.float32).states.numel() for n in (16, 4096)]
     assert caches[0] == caches[1] == 2 * D * D

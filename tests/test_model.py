@@ -16,7 +16,7 @@ from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.linear import linear_layers
 from layers.norm import rms_norm
 from layers.shift import TokenShift, TokenShiftFunction
-from model import GPT, INITIAL_LOGIT_STD, MIXERS_BY_LETTER, GPTConfig, upgrade_config, upgrade_weights
+from model import GPT, INITIAL_LOGIT_STD, MIXERS_BY_LETTER, Cache, GPTConfig, upgrade_config, upgrade_weights
 from runtime.config import BadInput, read_flags
 from train import PRESETS
 
@@ -59,6 +59,10 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
     value = model(idx, idx.roll(-1, dims=1))
     value.backward()
     return value.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def cached_tensors(cache: Cache) -> list[torch.Tensor]:
+    return [tensor for block in cache.blocks for part in (block.mixer, *block.shifts) for tensor in vars(part).values()]
 
 
 def set_chunk_rows(monkeypatch, n: int):
@@ -137,6 +141,26 @@ def test_rows_of_a_cache_are_selected_as_beam_search_needs_it(model, idx):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("passes, n", [([4], 3), ([4], 0), ([1, 1, 1], 2), ([3, 1, 4], 6), ([2, 3], 5)])
+def test_a_rewound_cache_goes_on_as_if_nothing_had_been_read(model, idx, passes, n):
+    """After a prompt of 9, some forward passes, of whose positions the last n are forgotten; and again from there."""
+    _, cache = model.prefill([row[:9] for row in idx], T)
+    size = sum(part.numel() for part in cached_tensors(cache))
+    cache.rewindable = True
+    kept, text = 9, idx[:, :9]
+    for _ in range(2):
+        new = torch.randint(V, (B, sum(passes)), generator=torch.Generator().manual_seed(kept))
+        for part in new.split(passes, dim=1):
+            model(part, cache=cache)
+        cache.rewind(n)
+        text, kept = torch.cat((text, new[:, :sum(passes) - n]), dim=1), kept + sum(passes) - n
+        assert cache.length == kept and sum(part.numel() for part in cached_tensors(cache)) == size
+    cache.rewindable = False
+    logits = model(idx[:, :2], cache=cache)
+    assert torch.allclose(logits, model(torch.cat((text, idx[:, :2]), dim=1))[:, -2:], atol=3e-5)
+
+
+@torch.no_grad()
 def test_prefill_computes_a_repeated_prompt_once(model, idx, monkeypatch):
     """And afterwards its rows are independent."""
     shapes, forward = [], model.forward
@@ -193,8 +217,7 @@ def test_doc_position_ids_by_hand():
 
 def test_cache_size_in_bytes_by_hand():
     """Keys and values of every slot, or a matrix per head; and the last position of each token shift."""
-    count = lambda cache: sum(tensor.numel() * tensor.element_size() for block in cache.blocks
-                              for part in (block.mixer, *block.shifts) for tensor in vars(part).values())
+    count = lambda cache: sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(cache))
     for n_kv_head, slots in ((2, 10), (1, 10), (2, 300)):
         model = GPT(tiny_config(n_kv_head=n_kv_head))
         expected = 2 * 4 * (2 * B * n_kv_head * slots * 8 + 2 * B * 16)
