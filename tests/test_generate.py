@@ -83,7 +83,7 @@ def test_adapt_flags_reach_the_conversation(flags, capsys, monkeypatch):
     (["--top_p=0"], ["--top_p=0.0: must be above 0"]),
     (["--min_p=1.5"], ["--min_p=1.5: must be at most 1"]),
     (["--stop="], ["--stop: one of its strings is empty"]),
-    (["--chat", "--samples=2"], ["--samples=2: --chat has one answer at a time"]),
+    (["--chat", "--samples=2"], ["--samples=2: with --chat there is one answer"]),
     (["--system=be kind"], ["--system: is only used in a conversation: add --chat"]),
     (["--adapt"], ["--adapt: learns from a conversation: add --chat"]),
     (["--chat", "--adapt_rate=0.01"], ["--adapt_rate=0.01: is only used when the model learns: add --adapt"]),
