@@ -36,7 +36,8 @@ from learner import AdaptConfig, Learner
 from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.device import DTYPES, Machine, can_compile, compile_model
-from sampling import GREEDY
+from sampling import GREEDY, SamplingConfig
+from speculative import DraftModel, PromptLookup, speculate
 
 pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; for deterministic runs
@@ -201,6 +202,19 @@ def test_generated_tokens_equal_the_cpus(card):
         want = generate_on(torch.device("cpu"))
         got = generate_on(card)
     assert (got == want).float().mean() > 0.95  # after a tie that is broken differently, all tokens differ
+
+
+@pytest.mark.parametrize("drafter", [lambda model: PromptLookup(), DraftModel], ids=["lookup", "draft"])
+def test_speculative_decoding_gives_the_tokens_of_plain_decoding(card, drafter):
+    """The draft model is the model itself; greedy, and sampled with all filters, where only the draft model may differ."""
+    model, prompt = random_model(mixer="DA", **SHAPE).to(card), random_ids(1, 90)[0].to(card)
+    for config in (SamplingConfig(top_p=0.9, min_p=0.01, repetition_penalty=1.1), GREEDY):
+        generators = [torch.Generator(card).manual_seed(0) for _ in range(2)]
+        want = torch.cat([*sampling.generate(model, [prompt], 60, config, generators[0])]).tolist()
+        got = sum(speculate(model, prompt, 60, config, generators[1], drafter(model)), [])
+        assert len(got) == 60
+        if config.is_greedy or drafter is not DraftModel:
+            assert sum(a == b for a, b in zip(got, want)) > 55
 
 
 @pytest.mark.parametrize("mixer", ["DA", *MIXERS])
