@@ -8,22 +8,24 @@ import json
 import signal
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from candidates import CHOICES, CandidateConfig, find_check, sample_candidates
 from learner import AdaptConfig, Learner, open_learner, require_adapt
-from model import GPT
+from model import GPT, GPTConfig
 from runtime.checkpoint import explain_damage, load_checkpoint, save_checkpoint
 from runtime.cli import command, explain_failures, log_line, parse_flags, parse_path
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, flag, redeclare
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.signals import StopSignals
 from sampling import (
+    LOOPS_HELP,
     SamplingConfig,
     TextStream,
     cache_dtype,
@@ -55,7 +57,7 @@ LEAVE = "/quit", "/exit", "/bye"
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(CandidateConfig):
     """The conversation."""
     checkpoint_path: Path = flag(Path("checkpoints/gpt_finetuned.pt"), "a model that finetune.py trained")
     prompt: str = flag("", "the first message (default: read from the terminal)")
@@ -65,10 +67,14 @@ class ChatConfig:
     seed: int = flag(0, "random seed of the sampling", at_least=0, at_most=2**63 - 1)
     adapt: bool = flag(False, "learn from each message before it is answered; in the conversation, /forget puts the "
                                "weights back, and /save keeps them")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
-        check_flags(self)
+        super().__post_init__()
         check_stop(self.stop)
+        if self.samples > 1 and not self.choose:
+            raise BadInput(f"--samples={self.samples}: one of them is the answer: say how to --choose it, such as "
+                           f"--choose=vote")
 
 
 # -- conversation -----------------------------------------------------------------------------------------------------
@@ -89,11 +95,14 @@ class Chat:
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig, max_new_tokens: int, system: str = "",
-                 stop: Sequence[str] = (), seed: int = 0, learner: Learner | None = None, provenance: dict | None = None):
+                 stop: Sequence[str] = (), seed: int = 0, learner: Learner | None = None, provenance: dict | None = None,
+                 candidates: CandidateConfig | None = None):
         """learner: of `model`, for `learn`. provenance: goes into the checkpoints of `save_weights`, see `provenance_of`.
-        Raises BadInput when the tokenizer has no chat tokens, or the system message leaves no room for a turn."""
+        candidates: how many answers are sampled, which of them is given, and how long a thought may be. Raises BadInput when
+        the tokenizer has no chat tokens, or the system message leaves no room for a turn."""
         self.model, self.tokenizer, self.sampling, self.stop = model, tokenizer, sampling, stop
         self.max_new_tokens, self.learner, self.provenance = max_new_tokens, learner, provenance or {}
+        self.candidates = candidates or CandidateConfig()
         self.role_ids, self.end_id = tokenizer.chat_token_ids()
         self.generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
         system = valid_unicode(system)  # a command line may hold lone surrogates
@@ -138,10 +147,12 @@ class Chat:
         Raises BadInput when `message` does not fit into the context; the conversation is then unchanged."""
         message = valid_unicode(message)  # terminals may deliver lone surrogates
         turn = self.encode_turn(message)
+        is_chosen = self.candidates.samples > 1 or self.candidates.think is not None
+        check = find_check(message) if self.candidates.choose == "verifier" else None
         self.turns.append(turn)
         self.context_full, pieces = False, []
         try:
-            for text in self.generate_turn(turn):
+            for text in self.choose_turn(turn, check) if is_chosen else self.generate_turn(turn):
                 pieces.append(text)
                 yield text
         except BaseException as error:
@@ -167,6 +178,20 @@ class Chat:
                     turn[n_prompt:] = self.tokenizer.encode("".join(pieces))
                 return
         yield stream.finish()
+
+    def choose_turn(self, turn: list[int], check: Callable[[str], float] | None) -> Iterator[str]:
+        """`generate_turn` with --samples and --think: the answer as one piece. check: of a verifier."""
+        self.make_room()
+        ids, config = self.context_ids(), self.candidates
+        room = min(self.max_new_tokens, self.model.config.block_size + 1 - len(ids))
+        if room < 1:
+            self.context_full = True
+            return
+        found, = sample_candidates(self.model, self.tokenizer, [ids], config, room, self.sampling, self.generator, self.stop)
+        answer = found.answers[CHOICES[config.choose or "vote"](found.answers, check)]
+        turn += self.tokenizer.encode(answer.text)
+        self.context_full = not answer.has_ended and room < self.max_new_tokens
+        yield answer.text
 
     def finish_turn(self, turn: list[int], message: str, answer: str):
         """Ends the answer in `turn`, and adds the messages to the history."""
@@ -358,13 +383,14 @@ def start_chat(config: ChatConfig, sampling: SamplingConfig, machine: Machine, a
     path, learner = config.checkpoint_path, None
     checkpoint = load_checkpoint(path)
     if config.adapt:
-        model, tokenizer, _ = load_pretrained(path, checkpoint, chat=True)  # all weights in fp32, to train on
+        # all weights in fp32, to train on
+        model, tokenizer, _ = load_pretrained(path, checkpoint, chat=True, loops=config.loops)
         learner = open_learner(model, tokenizer, adapt, machine)
     else:
-        model, tokenizer = load_model(path, machine, checkpoint)
+        model, tokenizer = load_model(path, machine, checkpoint, config.loops)
     with explain_damage(path):
         chat = Chat(model, tokenizer, sampling, config.max_new_tokens, config.system, config.stop, config.seed, learner,
-                    provenance_of(checkpoint))
+                    provenance_of(checkpoint), config)
     if is_base_model(checkpoint):
         log_line(f"{path} was pretrained and never finetuned: it continues text and does not answer; `python finetune.py "
                  f"--checkpoint_path={path}` makes it a model that does")

@@ -122,6 +122,7 @@ from train import PRESETS, PRETRAINING, RunConfig
 from trainer import (
     LoopConfig,
     TrainSetup,
+    check_compile,
     dry_run_step,
     init_state,
     next_token_loss,
@@ -577,6 +578,7 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
     model = build_meta_model(values, data.vocab_size)
     loop, run, schedule = (read_flags(config, select_fields(config, values)) for config in (
         spec.loop, spec.run, spec.optimizer))
+    check_compile(run.compile_model, model)
     if run.batch_size == "auto":
         raise BadInput("--batch_size=auto: give a number, so that steps of all arms see the same tokens")
     block_size = model.config.block_size
@@ -852,7 +854,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))
     epochs = f", {seen[-1] / data.shards.manifest.total('train', unit):.2f} epochs" if data.shards else ""
     others = MATCHED[config.match if config.matches_parameters else "none"]
-    return (f"First arm: {model.n_layer} layers x {model.n_embd}, blocks of {model.block_size}, vocabulary "
+    return (f"First arm: {model.describe_shape()}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
             f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
             f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
@@ -865,7 +867,7 @@ def describe_play_conditions(results: list[ArmResults], config: CompareConfig, e
     played = sorted({run.rows[-1]["games"] for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n:,}" for n in (played[0], played[-1])))
     others = MATCHED[config.match if config.matches_parameters else "none"]
-    return (f"First arm: {model.n_layer} layers x {model.n_embd}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
+    return (f"First arm: {model.describe_shape()}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
             f"of {batch_games:,} games; the others: {others}. {span} {data.description}; budget {config.budget}, "
             f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
 

@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint_path a.pt b.pt --task=choice                          HellaSwag
     python evaluate.py --checkpoint_path checkpoints/gpt_finetuned.pt --task=answers      the built-in questions
     python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt --adapt   also after learning, see learner.py
+    python evaluate.py --checkpoint_path checkpoints/countdown.pt --task=countdown --budget_curve     see budget.py
 
 train.py and finetune.py validate with `mean_losses`, finetune.py also with the functions of the last task.
 """
@@ -15,26 +16,48 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from budget import (
+    Depth,
+    GameSubject,
+    Point,
+    Subject,
+    budget_rows,
+    budget_table,
+    first_sight,
+    look_ahead,
+    measure_budgets,
+    measure_moves,
+    measure_play,
+    search_moves,
+)
+from candidates import CHOICES, Answer, CandidateConfig, sample_candidates
 from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
-from experiments.report import Table, markdown
+from experiments.budget_plots import draw_budgets
+from experiments.report import Figure, Table, markdown, write_page
 from learner import AdaptConfig, Learner, encode_documents, open_learner, require_adapt
-from model import GPT
-from runtime.checkpoint import explain_damage
+from model import GPT, GPTConfig
+from players import checkpoint_game, load_player
+from runtime.checkpoint import explain_damage, load_checkpoint, run_folder
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
-from runtime.config import BadInput, check_flags, flag
+from runtime.config import BadInput, declared_flags, flag, redeclare, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums
-from sampling import GREEDY, generate_texts, load_model, load_pretrained
+from sampling import GREEDY, LOOPS_HELP, SamplingConfig, generate_texts, load_model, load_pretrained
+from strength import EXAM_SIZE, Question, make_exam
+from tasks.checkable import final_answer
 from tasks.conversations import Conversation, ConversationConfig, ReadReport, builtin_held_out, read_all
 from tasks.multiple_choice import Choice, ChoiceColumns, read_choices
+from tasks.positions import Game
 from tasks.rows import local_splits
+from tasks.thinking import TASKS, Level, Problem, messages
 from text.messages import has_loss
 from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import ROLES, Tokenizer
@@ -43,15 +66,21 @@ PROMPTS_PER_BATCH = 64
 # (dataset, split) of each task where the flags do not give them
 DEFAULT_DATASETS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"),
                     "answers": ("builtin", "train")}
+GAME = "game"              # the task whose questions are positions
+N_PROBLEMS = 128           # of think.py's tasks, unless --limit is given
+BUDGET_SAMPLES = 32        # of --budget_curve, unless --samples is given
+SEARCHES = "none", "ahead", "puct"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(CandidateConfig):
     """Evaluation."""
     checkpoint_path: tuple[Path, ...] = flag((Path("checkpoints/gpt.pt"),),
                                              "models to score side by side, with spaces between")
     task: str = flag("text", "text: bits per byte; choice: pick the right one of several endings; answers: answer questions "
-                             "word for word", choices=tuple(DEFAULT_DATASETS))
+                             "word for word; game: find one of the best moves, of models of selfplay.py; "
+                             f"{', '.join(TASKS)}: of models of think.py",
+                     choices=(*DEFAULT_DATASETS, GAME, *TASKS))
     dataset: str = flag(None, "a dataset on the Hugging Face hub by its id, a local file or folder, or `builtin`: for text "
                               "the documentation of Python, numpy and torch, most of which a model trained on it has seen; "
                               "for answers the questions that finetune.py holds out (default: builtin; for choice "
@@ -70,16 +99,30 @@ class EvaluateConfig:
     limit: int = flag(None, "use only the first documents, rows or conversations (default: all; of the built-in questions "
                             "as many as finetune.py holds out)", at_least=1)
     max_bytes: int = flag(1_000_000, "for text, stop reading at the document that reaches this many bytes", at_least=1)
+    size: int = flag(None, "size of the problems of think.py's tasks (default: the largest that the first model was trained "
+                           "on)", at_least=2, at_most=10_000)
+    search: str = flag("none", "for game, what the model does before a move; ahead: reads all moves, --depth of them one "
+                               "after the other; puct: AlphaZero's tree search over --simulations positions",
+                       choices=SEARCHES)
+    depth: int = flag(1, "moves that --search=ahead looks ahead", at_least=1, at_most=8)
+    simulations: int = flag(32, "positions that --search=puct reads before a move", at_least=2, at_most=1_000_000)
+    temperature: float = flag(1.0, "of the sampling, with more than one of --samples", above=0, at_most=100)
+    budget_curve: bool = flag(False, "measure accuracy against tokens, FLOPs and seconds for every way that the model has "
+                                     "to spend more at inference, and draw it")
     batch_size: int = flag(16, "rows in a forward pass", at_least=1, at_most=1_000_000)
     answer_tokens: int = flag(64, "for answers, maximum number of tokens in an answer", at_least=1)
-    out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model")
+    out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model; with "
+                                "--budget_curve for each way, budget and model (default there: budget.jsonl in the folder "
+                                "of the first model)")
     overwrite: bool = flag(False, "replace --out_path if it exists")
     skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
     adapt: bool = flag(False, "also score a model that learns as it reads: a document hop by hop, each scored before the "
                               "step on it; for choice the context, for answers the question and what precedes it")
+    loops: int = redeclare(GPTConfig, "loops", None, help=LOOPS_HELP)
 
     def __post_init__(self):
-        check_flags(self)
+        super().__post_init__()
+        self.check_inference()
         if self.dataset == "":
             raise BadInput("--dataset=: is empty: give a dataset of the hub, a local path, or `builtin`")
         for path in self.checkpoint_path:
@@ -87,6 +130,8 @@ class EvaluateConfig:
             if len(parts) > 1 and not path.exists() and all(Path(part).is_file() for part in parts):
                 raise BadInput(f"--checkpoint_path={path}: separate the files by spaces: --checkpoint_path "
                                f"{' '.join(parts)}")
+        if self.task not in DEFAULT_DATASETS:
+            return
         dataset, split = DEFAULT_DATASETS[self.task]
         if self.dataset is None:
             object.__setattr__(self, "dataset", dataset)
@@ -98,6 +143,26 @@ class EvaluateConfig:
             raise BadInput(f"--dataset={self.dataset}: give one at a time")
         if self.task == "choice" and self.dataset == "builtin":
             raise BadInput("--dataset=builtin: has no endings to choose from: give a dataset of the hub, or a local path")
+
+
+    def check_inference(self):
+        """Raises BadInput for flags of inference-time compute that the task has no use for."""
+        defaults = {name: field.default for name, field in declared_flags(type(self)).items()}
+        answers = self.task == "answers" or self.task in TASKS
+        for names, is_used, where in (
+                (declared_flags(CandidateConfig), answers, f"--task=answers, {', '.join(TASKS)}"),
+                (("search", "depth", "simulations"), self.task == GAME, f"--task={GAME}"),
+                (("size",), self.task in TASKS, f"--task={', '.join(TASKS)}"),
+                (("budget_curve",), answers or self.task == GAME, f"--task=answers, {GAME}, {', '.join(TASKS)}"),
+                (("adapt",), self.task in DEFAULT_DATASETS, f"--task={', '.join(DEFAULT_DATASETS)}")):
+            for name in () if is_used else names:
+                if getattr(self, name) != defaults[name]:
+                    raise BadInput(f"--{name}={shorten(getattr(self, name))}: is of {where}: leave it out")
+        if self.choose == "verifier" and not (self.task in TASKS and TASKS[self.task].has_verifier):
+            raise BadInput(f"--choose=verifier: an answer of --task={self.task} can only be checked by who knows the right "
+                           f"one: choose vote, logprob or mbr")
+        if self.choose and self.budget_curve:
+            raise BadInput(f"--choose={self.choose}: --budget_curve tries every choice: leave it out")
 
 
 def default_split(dataset: str, split: str) -> str:
@@ -393,11 +458,16 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
         if skipped:
             log_line(f"left out {len(skipped):,}, the first: {skipped[0]}")
     batches = PackedBatches(tokenizer, conversations, config.batch_size, block_size, seed=0)
-    prompts = eval_prompts(conversations, tokenizer, block_size)
-    with machine.autocast(), progress_bar(total=len(prompts), unit="question", delay=1) as bar:
-        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
-            answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_PER_BATCH], config.answer_tokens)
-            bar.update(len(answers) - bar.n)
+    prompts, spent = eval_prompts(conversations, tokenizer, block_size), {}
+    if prompts and (config.samples > 1 or config.think is not None):
+        chosen, spent = spend(model, tokenizer, machine, [prompt.ids for prompt in prompts], answer_checks(prompts),
+                              room_for_answers(model, tokenizer, prompts, config), config)
+        answers = [answer_row(prompt, answer.text) for prompt, answer in zip(prompts, chosen)]
+    else:
+        with machine.autocast(), progress_bar(total=len(prompts), unit="question", delay=1) as bar:
+            for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+                answers += answer_prompts(model, tokenizer, prompts[first:first + PROMPTS_PER_BATCH], config.answer_tokens)
+                bar.update(len(answers) - bar.n)
     adapted, left_out = {}, {}
     if learner is not None and answers:
         outputs = adapted_answers(learner, tokenizer, prompts, config.answer_tokens)
@@ -407,7 +477,7 @@ def score_answers(model: GPT, tokenizer: Tokenizer, machine: Machine, conversati
         adapted = adapted_proportion("exact match", *([row[name] for row in answers]
                                                       for name in ("correct", "adapted_correct")))
     scores = {"exact match": proportion([row["correct"] for row in answers])} if answers else {}
-    scores |= adapted
+    scores |= spent | adapted
     by_task = group_by_task(answers)
     if len(by_task) > 1:
         scores |= {f"- {task}": proportion([row["correct"] for row in rows]) for task, rows in by_task.items()}
@@ -447,8 +517,32 @@ def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], 
     than the longest right answer and its end. show_progress: a bar, on a terminal."""
     outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts],
                              min(longest_answer(tokenizer, prompts) + 1, answer_tokens), show_progress)
-    return [{"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
-             "output": output, "correct": exact_match(output, prompt.answer)} for prompt, output in zip(prompts, outputs)]
+    return [answer_row(prompt, output) for prompt, output in zip(prompts, outputs)]
+
+
+def answer_row(prompt: EvalPrompt, output: str) -> dict:
+    return {"kind": prompt.kind, "task": prompt.task, "question": prompt.question, "answer": prompt.answer,
+            "output": output, "correct": is_right(output, prompt.answer)}
+
+
+def is_right(output: str, answer: str) -> bool:
+    """With a thought before it or without."""
+    return exact_match(output, answer) or exact_match(final_answer(output), answer)
+
+
+def answer_checks(prompts: list[EvalPrompt]) -> list[Callable[[str], float]]:
+    return [partial(is_right, answer=prompt.answer) for prompt in prompts]
+
+
+def room_for_answers(model: GPT, tokenizer: Tokenizer, prompts: list[EvalPrompt], config: EvaluateConfig) -> int:
+    """Tokens of an answer: --answer_tokens, but no more than a right one can take, or fit into the context. Raises BadInput
+    where a thought of --think leaves none."""
+    room = model.config.block_size + 1 - max(len(prompt.ids) for prompt in prompts)
+    needed = longest_answer(tokenizer, prompts) + 1 + (0 if config.think is None else config.think + 1)
+    if needed > room:
+        raise BadInput(f"--think={config.think}: with its question and its answer, a thought has to fit into the context of "
+                       f"{model.config.block_size:,} tokens: give at most {max(0, config.think - needed + room)}")
+    return min(room, max(config.answer_tokens, needed) if config.think is not None else min(config.answer_tokens, needed))
 
 
 def adapted_answers(learner: Learner, tokenizer: Tokenizer, prompts: list[EvalPrompt], answer_tokens: int) -> list:
@@ -478,6 +572,29 @@ def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], m
     return outputs
 
 
+def spend(model: GPT, tokenizer: Tokenizer, machine: Machine, prompts: list[list[int]], checks: list[Callable[[str], float]],
+          max_new_tokens: int, config: EvaluateConfig) -> tuple[list[Answer], dict[str, Score]]:
+    """The answer to each of `prompts`, ids, that --samples, --choose and --think lead to, and rows of the table: what it
+    cost, and of several samples how often one, and any of them, is right."""
+    sampling = GREEDY if config.samples == 1 else SamplingConfig(config.temperature, top_k=0)
+    generator, found = torch.Generator(machine.device).manual_seed(0), []
+    with machine.autocast(), progress_bar(total=len(prompts), unit="question", delay=1) as bar:
+        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+            part = prompts[first:first + PROMPTS_PER_BATCH]
+            found += sample_candidates(model, tokenizer, part, config, max_new_tokens, sampling, generator)
+            bar.update(len(part))
+    right = [[check(answer.text) > 0 for answer in candidates.answers] for candidates, check in zip(found, checks)]
+    chosen = [CHOICES[config.choose or "vote"](candidates.answers, check) for candidates, check in zip(found, checks)]
+    n_tokens = sum(len(answer.ids) for candidates in found for answer in candidates.answers)
+    scores = {"exact match": proportion([row[i] for row, i in zip(right, chosen)])}
+    if config.samples > 1:
+        scores |= {"pass@1": Score(sum(sum(row) / len(row) for row in right) / len(right), better="higher", format=".1%"),
+                   "one of the samples right": proportion([any(row) for row in right]),
+                   "samples of a question": Score(sum(map(len, right)) / len(right), format=".1f")}
+    return ([candidates.answers[i] for candidates, i in zip(found, chosen)],
+            scores | {"tokens generated for a question": Score(n_tokens / len(prompts), format=",.1f")})
+
+
 def exact_match(output: str, answer: str) -> bool:
     """Equal except for whitespace."""
     return output.split() == answer.split()
@@ -504,21 +621,147 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
+# -- problems of think.py ---------------------------------------------------------------------------------------------
+
+def problem_size(config: EvaluateConfig) -> int:
+    """Raises BadInput where the first model was not trained on the task and --size is not given."""
+    if config.size:
+        return config.size
+    path, task = config.checkpoint_path[0], TASKS[config.task]
+    _, _, flags = load_pretrained(path)
+    return flags.get("size") or task.size if flags.get("task") == config.task else task.size
+
+
+def read_problems(config: EvaluateConfig, report: ReadReport) -> list[Problem]:
+    return TASKS[config.task].make(config.limit or N_PROBLEMS, problem_size(config), seed=0)
+
+
+def score_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, problems: list[Problem], config: EvaluateConfig,
+                   learner: None) -> tuple[dict[str, Score], list[dict]]:
+    """Exact match; of Countdown, what the verifier accepts."""
+    task, size = TASKS[config.task], problem_size(config)
+    level = task.levels[0] if config.think is None else task.level_within(config.think, size)
+    depth = problem_depth(tokenizer, level, problems, size)
+    answers, scores = spend(model, tokenizer, machine, depth.prompts, [problem.check for problem in problems],
+                            room_for_problems(model, depth), config)
+    rows = [{"question": problem.text, "answer": problem.answer, "output": answer.text,
+             "correct": bool(answer.has_ended and problem.check(answer.text) > 0)}
+            for problem, answer in zip(problems, answers)]
+    return scores, rows
+
+
+def problem_depth(tokenizer: Tokenizer, level: Level, problems: list[Problem], size: int) -> Depth:
+    return Depth(level.name, level.n_tokens(size), [
+        tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems])
+
+
+def room_for_problems(model: GPT, depth: Depth) -> int:
+    """Tokens that a thought and an answer can have. Raises BadInput where that is none."""
+    block_size, longest = model.config.block_size, max(map(len, depth.prompts))
+    if longest >= block_size:
+        raise BadInput(f"--size: a problem has {longest:,} tokens, the model's context {block_size:,}: give smaller ones")
+    return block_size + 1 - longest
+
+
+# -- games ------------------------------------------------------------------------------------------------------------
+
+def read_exam(config: EvaluateConfig, report: ReadReport) -> list[Question]:
+    """Positions of the game that the first model plays, solved. Raises BadInput where it plays none, or one with hidden
+    cards."""
+    path = config.checkpoint_path[0]
+    name, game = checkpoint_game(load_checkpoint(path), path)
+    if game.has_hidden_cards or not (exam := make_exam(game, config.limit or EXAM_SIZE)):
+        raise BadInput(f"{path}: {name} has no positions that are solved: give a model of another game")
+    return exam
+
+
+def score_play(model: GPT, game: Game, machine: Machine, exam: list[Question], config: EvaluateConfig,
+               learner: None) -> tuple[dict[str, Score], list[dict]]:
+    """The fraction of positions in which the model chooses one of the best moves."""
+    choose = {"none": first_sight, "ahead": partial(look_ahead, depth=config.depth),
+              "puct": partial(search_moves, simulations=config.simulations)}[config.search]
+    point = measure_moves(GameSubject(model, game, exam, machine), config.search, 0, choose)
+    rows = [{"position": i, "correct": bool(right)} for i, right in enumerate(point.right)]
+    return {"optimal moves": proportion(point.right.astype(bool).tolist()),
+            "positions read before a move": Score(point.tokens, format=",.1f"),
+            "MFLOP of a move": Score(point.flops / 1e6, format=",.2f")}, rows
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+def measure_curve(model: GPT, tokenizer: Tokenizer | Game, machine: Machine, examples: list,
+                  config: EvaluateConfig) -> list[Point]:
+    """Every way to spend more at inference that the model has. Raises BadInput where nothing fits into the context."""
+    n_samples = config.samples if config.samples > 1 else BUDGET_SAMPLES
+    sampling = SamplingConfig(config.temperature, top_k=0)
+    if config.task == GAME:
+        return measure_play(GameSubject(model, tokenizer, examples, machine))
+    if config.task in TASKS:
+        task, size = TASKS[config.task], problem_size(config)
+        depths = [problem_depth(tokenizer, level, examples, size) for level in task.levels]
+        room = min(room_for_problems(model, depth) for depth in depths)
+        checks, has_verifier = [problem.check for problem in examples], task.has_verifier
+    else:
+        prompts = eval_prompts(examples, tokenizer, model.config.block_size)
+        if not prompts:
+            raise BadInput(f"--dataset={config.dataset}: no question fits into the model's context with its answer")
+        depths, has_verifier = [Depth("", 0, [prompt.ids for prompt in prompts])], False
+        room, checks = room_for_answers(model, tokenizer, prompts, config), answer_checks(prompts)
+    return measure_budgets(Subject(model, tokenizer, machine, depths, checks, has_verifier, room), n_samples, sampling)
+
+
+def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine: Machine, n: int, unit: str):
+    """Prints a table for each model, and writes rows and a page. curves: checkpoint -> rows."""
+    path = config.out_path or run_folder(config.checkpoint_path[0]) / "budget.jsonl"
+    for name, rows in curves.items():
+        print(f"{name}\n\n{markdown(budget_table(rows))}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps({"checkpoint": name, "task": config.task} | row) + "\n"
+                        for name, rows in curves.items() for row in rows)
+    tables = [part for name, rows in curves.items() for part in (("h2", name), budget_table(rows))]
+    page = path.with_suffix(".html")
+    write_page(page, f"What accuracy costs: {config.task}", [
+        ("p", f"{n:,} {unit}, the same ones for every way, on {machine}. Accuracy and differences, which are paired, with "
+              f"95 % intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it."),
+        *(part for name, rows in curves.items() for part in (("h2", name), Figure(draw_budgets(rows), "budgets"))), *tables])
+    say(f"saved {path} and {page}")
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 # task -> read(config, report) -> examples; score(model, tokenizer, machine, examples, config, learner) -> (scores, rows of
 # --out_path), where a learner, of the model, adds the scores after learning; what an example is called
 EVALUATIONS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
-               "answers": (read_questions, score_answers, "conversations")}
+               "answers": (read_questions, score_answers, "conversations"), GAME: (read_exam, score_play, "positions"),
+               **dict.fromkeys(TASKS, (read_problems, score_problems, "problems"))}
+
+
+def load_game_model(path: Path, first: Path) -> tuple[GPT, Game]:
+    """A model that plays what the `first` one does, on the CPU. Raises BadInput."""
+    name, game = checkpoint_game(load_checkpoint(first), first)
+    return load_player(path, load_checkpoint(path), name, game), game
 
 
 def check_checkpoints(config: EvaluateConfig, adapt: AdaptConfig):
     """Raises BadInput if any of them cannot be used, before the first is scored."""
     for path in config.checkpoint_path:
-        model, *_ = load_pretrained(path, chat=config.task == "answers")
+        if config.task == GAME:
+            load_game_model(path, config.checkpoint_path[0])
+            continue
+        model, *_ = load_pretrained(path, chat=config.task == "answers" or config.task in TASKS)
         if config.adapt:
             with explain_damage(path):
                 Learner(model, adapt, Machine(torch.device("cpu"), "fp32"))  # the scope may have nothing in this model
+
+
+def load_scored(path: Path, machine: Machine, config: EvaluateConfig) -> tuple[GPT, Tokenizer | Game]:
+    """The model on the device, and what its tokens mean."""
+    if config.task == GAME:
+        model, game = load_game_model(path, config.checkpoint_path[0])
+        model.loops = config.loops or model.loops
+        return model.to(machine.device), game
+    return load_model(path, machine, loops=config.loops)
 
 
 def score_checkpoint(path: Path, machine: Machine, examples: list, config: EvaluateConfig,
@@ -526,10 +769,10 @@ def score_checkpoint(path: Path, machine: Machine, examples: list, config: Evalu
     """See EVALUATIONS."""
     learner = None
     if config.adapt:
-        model, tokenizer, _ = load_pretrained(path)  # all weights in fp32, to train on
+        model, tokenizer, _ = load_pretrained(path, loops=config.loops)  # all weights in fp32, to train on
         learner = open_learner(model, tokenizer, adapt, machine)
     else:
-        model, tokenizer = load_model(path, machine)
+        model, tokenizer = load_scored(path, machine, config)
     _, score, _ = EVALUATIONS[config.task]
     return score(model, tokenizer, machine, examples, config, learner)
 
@@ -559,14 +802,22 @@ def main(argv=None):
     examples, machine = read(config, report := ReadReport()), open_machine(device_config)
     start, scores, rows = time.perf_counter(), {}, []
     with explain_failures(lambda: f"--batch_size={config.batch_size}: try a smaller one, or --device=cpu"):
+        if config.budget_curve:
+            curves = {str(path): budget_rows(measure_curve(*load_scored(path, machine, config), machine, examples, config))
+                      for path in config.checkpoint_path}
+            report_curves(curves, config, machine, len(examples), unit)
+            return
         for path in config.checkpoint_path:
             scores[str(path)], new_rows = score_checkpoint(path, machine, examples, config, adapt)
             rows += [{"checkpoint": str(path)} | row for row in new_rows]
             gc.collect()  # a learner and its state refer to each other: the next model would be loaded beside this one
     print(markdown(score_table(scores)))
-    has_splits = config.dataset != "builtin" and (not local_path(config.dataset) or local_splits(config.dataset))
+    what = config.task if config.task not in DEFAULT_DATASETS else config.dataset
+    has_splits = config.task in DEFAULT_DATASETS and config.dataset != "builtin" and (
+        not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
-    say(f"\n{config.dataset}{split}: {len(examples):,} {unit}; value ± standard error; "
+    loops = f" with --loops={config.loops}" if config.loops else ""
+    say(f"\n{what}{split}: {len(examples):,} {unit}{loops}; value ± standard error; "
         f"{time.perf_counter() - start:.1f} s on {machine}")
     for line in report.lines():
         say(line)

@@ -138,7 +138,7 @@ def import_checkpoint(config: ExportConfig):
         check_writable(path, f"--checkpoint_path={path}")
         model, tokenizer = import_model(download(config.import_path), config.chat_tokens)
         save_checkpoint(path, model.to_checkpoint() | {"tokenizer": tokenizer.to_json()})
-    say(f"{path}: {model.config.n_layer} layers x {model.config.n_embd}, {model.n_parameters() / 1e6:.1f} M parameters, "
+    say(f"{path}: {model.config.describe_shape()}, {model.n_parameters() / 1e6:.1f} M parameters, "
         f"context {model.config.block_size:,}, vocabulary {model.config.vocab_size:,}; "
         f"`python generate.py --checkpoint_path={path}` samples from it, "
         f"`python finetune.py --checkpoint_path={path}` finetunes it")

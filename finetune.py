@@ -160,7 +160,7 @@ def resolve_flags(start: dict, given: dict) -> dict:
 def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """Mean loss in nats/token over the assistant's messages. batch: inputs, targets and document starts, each (B, T)."""
     idx, targets, doc_starts = batch
-    return model(idx, targets, doc_starts=doc_starts)
+    return model(idx, targets, doc_starts=doc_starts, loops=model.draw_loops())
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from candidates import Answer, pass_at_k, sample_texts
 from dataloader import IGNORE_INDEX, PackedBatches, TrainLoader, epoch_order
 from evaluate import accuracy, exact_match, greedy_answers, group_by_kind, group_by_task
 from experiments.answer_plots import draw_answers
@@ -43,7 +44,7 @@ from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import Machine, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand
-from sampling import Decoder, SamplingConfig, TextStream, cache_dtype, load_pretrained, sample_with_logprobs
+from sampling import SamplingConfig, load_pretrained
 from tasks.checkable import ANSWER_TASKS, PROPOSE, AnswerTask, CheckableQuestion, check_proposal, read_checkable
 from tasks.conversations import Conversation
 from tokenizer import ROLES, Tokenizer
@@ -64,7 +65,6 @@ from trainer import (
 ON_POLICY = SamplingConfig(temperature=1.0, top_k=0)  # top-k or top-p would sample from another policy than the loss has
 N_TRAIN_QUESTIONS = 20_000  # built-in ones that are drawn from
 N_DEMONSTRATIONS, DEMONSTRATION_ROWS = 4000, 16
-ROWS_PER_BATCH = 256        # answers that are sampled together
 TOKENS_PER_BATCH = 16_384   # of answers that are scored together, with their questions
 ESTIMATE_QUESTIONS = 16     # from which the duration of an evaluation is estimated
 # --learning_rate=auto of a model of ANSWER_WIDTH; with AdamW it falls as 1/width
@@ -128,14 +128,6 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-class Answer(NamedTuple):
-    """ids: with the token that ended it, if one did. logprobs: of each of them when it was sampled, nats."""
-    ids: list[int]
-    logprobs: list[float]
-    text: str
-    has_ended: bool
-
-
 def encode_questions(questions: Sequence[CheckableQuestion], tokenizer: Tokenizer, max_tokens: int) -> list[Prompt]:
     """Those of at most `max_tokens`, which leaves room for an answer."""
     prompts = [Prompt(question, prompt_ids(tokenizer, question.messages())) for question in questions]
@@ -144,65 +136,6 @@ def encode_questions(questions: Sequence[CheckableQuestion], tokenizer: Tokenize
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
-
-
-def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
-                 generator: torch.Generator) -> list[Answer]:
-    """An answer to each of `prompts`, ids, which leave room for it in the context."""
-    rows = [PartialAnswer(prompt, TextStream(tokenizer)) for prompt in prompts]
-    for first in range(0, len(rows), ROWS_PER_BATCH):
-        decode_answers(model, rows[first:first + ROWS_PER_BATCH], max_new_tokens, generator)
-    return [row.answer() for row in rows]
-
-
-@torch.inference_mode()
-def decode_answers(model: GPT, rows: "list[PartialAnswer]", max_new_tokens: int, generator: torch.Generator):
-    """Samples the answers of a batch, which is halved whenever half of them have ended: few are long."""
-    decoder = Decoder(model, [torch.tensor(row.prompt, device=model.embed.weight.device) for row in rows], max_new_tokens,
-                      ON_POLICY)
-    for n_left in reversed(range(max_new_tokens)):
-        new = sample_with_logprobs(decoder.logits, ON_POLICY, generator)
-        # as numbers: tensors that were made under inference_mode cannot be trained on
-        for row, token_id, logprob in zip(rows, new.ids.tolist(), new.model_logprobs.tolist()):
-            row.push(token_id, logprob)
-        left = [i for i, row in enumerate(rows) if not row.stream.is_done]
-        if not left or not n_left:
-            return
-        new_ids = new.ids
-        if 2 * len(left) <= len(rows):
-            rows, new_ids = [rows[i] for i in left], new_ids[left]
-            keep_rows(decoder, left)
-        decoder.append(new_ids)
-
-
-def keep_rows(decoder: Decoder, rows: list[int]):
-    """Goes on with these rows of a batch, whose texts must all fit into the context."""
-    old, model = decoder.cache, decoder.model
-    decoder.cache = model.init_cache(len(rows), old.max_len, cache_dtype(model))
-    decoder.cache.length = old.length
-    decoder.cache.left_pad = None if old.left_pad is None else old.left_pad[rows]
-    decoder.cache.copy_rows_from(list(range(len(rows))), old, rows)
-
-
-@dataclass
-class PartialAnswer:
-    """An answer that is being sampled; see Answer."""
-    prompt: list[int]
-    stream: TextStream
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-
-    def push(self, token_id: int, logprob: float):
-        """What comes after the end is no part of it."""
-        if not self.stream.is_done:
-            self.ids.append(token_id)
-            self.logprobs.append(logprob)
-            self.text += self.stream.push(token_id)
-
-    def answer(self) -> Answer:
-        has_ended = self.stream.is_done
-        return Answer(self.ids, self.logprobs, self.text + ("" if has_ended else self.stream.finish()), has_ended)
 
 
 def reward(question: CheckableQuestion, answer: Answer) -> float:
@@ -317,7 +250,8 @@ class AnswerLoader:
         return groups
 
     def sample(self, model: GPT, prompts: list[list[int]]) -> list[Answer]:
-        answers = sample_texts(model, self.rollouts.tokenizer, prompts, self.rollouts.config.answer_tokens, self.generator)
+        answers = sample_texts(model, self.rollouts.tokenizer, prompts, self.rollouts.config.answer_tokens, ON_POLICY,
+                               self.generator)
         self.count("rollout_tokens", sum(len(answer.ids) for answer in answers))
         return answers
 
@@ -424,12 +358,6 @@ def half_known(rewards: Sequence[float]) -> float:
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
-def pass_at_k(n: int, n_right: int, k: int) -> float:
-    """The probability that one of `k` answers is right, of `n` sampled ones of which `n_right` are: its unbiased estimate.
-    Source: Chen et al. 2021, section 2.1, arXiv:2107.03374."""
-    return 1 - math.comb(n - n_right, k) / math.comb(n, k)
-
-
 @torch.no_grad()
 def evaluate_answers(model: GPT, start: GPT, tokenizer: Tokenizer, machine: Machine, prompts: Sequence[Prompt],
                      config: AnswerConfig, show_progress: bool = False) -> tuple[dict, list[dict]]:
@@ -445,7 +373,7 @@ def evaluate_answers(model: GPT, start: GPT, tokenizer: Tokenizer, machine: Mach
     with machine.autocast():
         outputs = greedy_answers(model, tokenizer, [prompt.ids for prompt in prompts], config.answer_tokens, show_progress)
         sampled = sample_texts(model, tokenizer, [prompt.ids for prompt in prompts for _ in range(n)],
-                               config.answer_tokens, generator)
+                               config.answer_tokens, ON_POLICY, generator)
         pairs = [(prompts[i // n].ids, answer.ids) for i, answer in enumerate(sampled)]
         now, before = (answer_logprobs(policy, pairs, tokenizer.separator_id) for policy in (model, start))
     answers = [{"kind": question.kind, "task": question.task, "question": question.text, "answer": question.answer,

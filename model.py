@@ -6,6 +6,8 @@ linear layer and norm are chosen by name from the dicts in layers/.
     model = GPT(GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=128, vocab_size=4096))
     loss = model(idx, targets)
 """
+import math
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +28,8 @@ from runtime.config import BadInput, check_flags, flag
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
+LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
+MAX_LOOPS_RATIO = 4  # of a draw to --loops, which bounds memory: 1 draw in 1,000 would be larger, the mean falls by 0.1 %
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class GPTConfig:
                          at_least=1, at_most=10_000_000)
     mixer: str = flag("attention", "layer that mixes positions: attention, gated_delta, or a pattern of their letters A and "
                                    "D, one letter per layer, repeated: DDDA")
+    loops: int = flag(1, "how often the middle blocks run, one after the other, with the same weights: all blocks but the "
+                         "first and the last, or all of fewer than three", at_least=1, at_most=1000)
+    sampled_loops: bool = flag(False, "draw the number of loops of each training batch at random, --loops on average, so "
+                                      "that the model works with other numbers at inference")
     linear: str = flag("linear", "kind of every linear layer in the blocks, including those of attention",
                        choices=tuple(LINEARS))
     norm: str = flag("rms", "normalisation: rms has no parameters and also normalises the embedding; scaled_rms is Llama's, "
@@ -72,6 +80,8 @@ class GPTConfig:
         if self.mixer not in MIXERS and not is_pattern:
             raise BadInput(f"--mixer={self.mixer}: choose one of {', '.join(MIXERS)}, or a pattern of the letters "
                            f"{', '.join(MIXERS_BY_LETTER)}, at most --n_layer={self.n_layer} of them")
+        if self.sampled_loops and self.loops == 1:
+            raise BadInput("--sampled_loops: draws around --loops: give 2 or more")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
         if self.n_kv_head not in (None, self.n_head) and any(
@@ -87,8 +97,18 @@ class GPTConfig:
     def n_embd(self) -> int:
         return self.n_head * self.head_size
 
+    @property
+    def max_loops(self) -> int:
+        """The most loops that a training batch can take."""
+        return MAX_LOOPS_RATIO * self.loops if self.sampled_loops else self.loops
+
     def mixer_class(self, layer: int) -> type:
         return MIXERS.get(self.mixer) or MIXERS_BY_LETTER[self.mixer[layer % len(self.mixer)]]
+
+    def describe_shape(self) -> str:
+        """"4 layers x 128", or "4 layers x 128 looped 3 times"."""
+        loops = f" looped {self.loops} times" + " on average" * self.sampled_loops if self.loops > 1 else ""
+        return f"{self.n_layer} layers x {self.n_embd}{loops}"
 
 
 @dataclass
@@ -115,8 +135,9 @@ class BlockCache:
 @dataclass
 class Cache:
     """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
-    slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. rewindable: to be set
-    before forward passes that `rewind` may undo."""
+    slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. blocks: of each pass
+    through a block, so that every loop has keys and values of its own. rewindable: to be set before forward passes that
+    `rewind` may undo."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
@@ -181,11 +202,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts the next token at every position."""
+    """Predicts the next token at every position.
+
+    loops: how often the middle blocks run (recurrent depth; Geiping et al. 2025, arXiv:2502.05171). At first the config's;
+    may be set to another number at inference, before a cache is made. Checkpoints do not hold it.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.loops, self.sampled_loops = config, config.loops, config.sampled_loops
         self.gradient_checkpointing = False  # not in the config: it changes how the model trains, not what it computes
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
@@ -202,8 +227,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """zero: matrices preserve the variance (std 1/√fan_in if linear), but those that write into the residual stream, and
         an untied head, start at zero: at first every block is the identity, and the prediction is uniform (nearly, if tied).
-        gpt2: section 2.3 of Radford et al. 2019, as in nanoGPT."""
-        gpt2, n_layer = self.config.init == "gpt2", self.config.n_layer
+        gpt2: section 2.3 of Radford et al. 2019, as in nanoGPT; each pass through a block counts as a layer."""
+        gpt2, n_layer = self.config.init == "gpt2", len(self.unrolled_blocks())
         unit_std = {f"{name}.weight": layer.unit_std for name, layer in self.named_modules() if hasattr(layer, "unit_std")}
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or not name.endswith("weight"):
@@ -226,7 +251,7 @@ class GPT(nn.Module):
     # -- forward pass -------------------------------------------------------------------------------------------------
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, reduction: str = "mean",
-                doc_starts: Tensor | None = None, logits_to_keep: int | None = None) -> Tensor:
+                doc_starts: Tensor | None = None, logits_to_keep: int | None = None, loops: int | None = None) -> Tensor:
         """idx: (B, T) int64. Returns logits, (B, T, V) in fp32; with targets, (B, T) int64, the loss in nats/token: a
         scalar, or (B, T) with reduction="none", 0 where the target is IGNORE_INDEX. Autocast sets the precision of the
         logits; softmax and sums are always fp32.
@@ -234,10 +259,12 @@ class GPT(nn.Module):
         The loss path never holds (B, T, V): head, softcap and cross-entropy run in chunks, see layers/loss.py.
         cache: from `init_cache`; idx continues the texts in it and is added to it.
         doc_starts: (B, T) bool, True at the first token of each document packed into a row; documents do not see each other.
-        logits_to_keep: return the logits of this many last positions only.
+        logits_to_keep: return the logits of this many last positions only. loops: in place of `self.loops`.
         """
+        blocks = self.unrolled_blocks(loops)
         assert reduction in ("mean", "none"), reduction
         assert doc_starts is None or cache is None
+        assert cache is None or len(cache.blocks) == len(blocks), "the cache was made for another number of loops"
         metadata, positions = self.attention_metadata(idx, cache, doc_starts)
         x = self.embed(idx)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -246,7 +273,7 @@ class GPT(nn.Module):
         if self.config.norm == "rms":
             x = rms_norm(x)
         x0, first_layer_v = x, None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, v = run_checkpointed(block, x, x0, first_layer_v, metadata, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -258,6 +285,25 @@ class GPT(nn.Module):
         if targets is None:
             return softcap_logits(x, self.head.weight, self.config.softcap)
         return cross_entropy(x, self.head.weight, targets, self.config.softcap, reduction)
+
+    def unrolled_blocks(self, loops: int | None = None) -> list[Block]:
+        """The blocks in the order in which they run; the middle ones repeat. loops: in place of `self.loops`."""
+        blocks, n_outer = list(self.blocks), 1 if len(self.blocks) > 2 else 0
+        stop = len(blocks) - n_outer
+        return blocks[:n_outer] + blocks[n_outer:stop] * (self.loops if loops is None else loops) + blocks[stop:]
+
+    def draw_loops(self) -> int | None:
+        """The number of loops of a training batch, for `forward`: None without sampled_loops.
+
+        1 + Poisson(e^τ) with τ ~ N(log(n - 1) - σ²/2, σ), whose mean is n = config.loops (Geiping et al. 2025, section 3.3,
+        arXiv:2502.05171), at most config.max_loops. From Python's global generator, which a resumed run restores.
+        """
+        if not self.sampled_loops:
+            return None
+        rate, loops = random.lognormvariate(math.log(self.config.loops - 1) - LOOPS_STD**2 / 2, LOOPS_STD), 1
+        while (rate := rate - random.expovariate(1.0)) > 0:  # a Poisson number of arrivals
+            loops += 1
+        return min(loops, self.config.max_loops)
 
     def eager_forward(self, *args, **kwargs) -> Tensor:
         """`forward` without torch.compile, which would recompile for every new shape and when gradients are turned off."""
@@ -285,7 +331,7 @@ class GPT(nn.Module):
         """An empty cache with room for `max_len` positions per row; `forward` fills it in place."""
         weight = self.embed.weight
         return Cache([block.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
-                      for block in self.blocks], max_len)
+                      for block in self.unrolled_blocks()], max_len)
 
     def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of
@@ -319,18 +365,20 @@ class GPT(nn.Module):
 
     # -- cost ---------------------------------------------------------------------------------------------------------
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, context: int | None = None) -> int:
         """FLOPs of the matrix products for one training token: the forward pass, and twice that for the backward pass. What
-        is recomputed to save memory does not count."""
+        is recomputed to save memory does not count. Every loop counts; with sampled_loops it is the mean over batches.
+        context: positions that it attends to, by default those of a whole block."""
         return 3 * 2 * self.head.weight.numel() + sum(
-            layer.flops_per_token(self.config.block_size) for block in self.blocks for layer in (block.mixer, block.mlp))
+            layer.flops_per_token(context or self.config.block_size)
+            for block in self.unrolled_blocks() for layer in (block.mixer, block.mlp))
 
     def elementwise_flops_per_token(self) -> int:
         """FLOPs of one training token in what is not a matrix product and differs between architectures: activations and the
         bases of KAN layers. An addition, multiplication, division or exponential counts 1. What all architectures share,
         such as norms and softmax, does not count."""
         return sum(layer.elementwise_flops_per_token(self.config.block_size)
-                   for block in self.blocks for layer in (block.mixer, block.mlp))
+                   for block in self.unrolled_blocks() for layer in (block.mixer, block.mlp))
 
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

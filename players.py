@@ -6,8 +6,9 @@
 
 A player is a function from the lines of games, all of one length, to a move in each.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from model import GPT, Cache
+from runtime.checkpoint import explain_damage, load_checkpoint
+from runtime.config import BadInput
 from sampling import cache_dtype
+from tasks.games import board_text, make_game, parse_board
 from tasks.positions import DRAW, LOSS, UNKNOWN, WIN, Game, Line, State, draw_moves, move_values, play_line
 
 MAX_ROWS = 4096  # positions that are read at a time
@@ -336,3 +340,67 @@ def play_games(game: Game, first: Player, second: Player, line: Line) -> np.ndar
         going = np.flatnonzero(~line.state.over)
         line, rows = line.take(going), rows[going]
     return scores
+
+
+# -- models that play -------------------------------------------------------------------------------------------------
+
+def open_game(name: str, board: str | None) -> Game:
+    """Raises BadInput for a game or a board that does not exist."""
+    return make_game(name, None if board is None else parse_board(board))
+
+
+def context_of(game: Game) -> int:
+    """Tokens of the longest game."""
+    return game.max_plies + 1
+
+
+def describe_game(name: str, game: Game) -> dict:
+    """What a checkpoint says about the game that its tokens stand for."""
+    return {"game": {"name": name, "board": list(game.board)}}
+
+
+def game_title(name: str, board: Sequence[int]) -> str:
+    """"nim on 3x4x5", or "kuhn", which has no board."""
+    return f"{name} on {board_text(board)}" if board else name
+
+
+def game_flags(name: str, board: Sequence[int]) -> str:
+    """"--game=nim --board=3x4x5", or "--game=kuhn"."""
+    return f"--game={name}" + (f" --board={board_text(board)}" if board else "")
+
+
+def checkpoint_game(checkpoint: dict, path: Path) -> tuple[str, Game]:
+    """The name of the game that a checkpoint plays, and the game. Raises BadInput where it plays none."""
+    with explain_damage(path):
+        if not isinstance(checkpoint.get("game"), dict):
+            raise BadInput("its tokens are not those of a game: give a model that selfplay.py has trained on one")
+        name, board = checkpoint["game"]["name"], checkpoint["game"]["board"]
+        return name, make_game(name, tuple(int(side) for side in board) or None)
+
+
+def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> GPT:
+    """The model of a checkpoint that plays this game. Raises BadInput where it does not."""
+    title, flags = game_title(name, game.board), game_flags(name, game.board)
+    if not checkpoint and not path.exists():
+        raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python selfplay.py {flags} "
+                       f"--out_path={path}`")
+    checkpoint = checkpoint or load_checkpoint(path)
+    with explain_damage(path):
+        own, wanted = checkpoint.get("game"), describe_game(name, game)["game"]
+        if not isinstance(own, dict):
+            raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py {flags}` has trained")
+        if own != wanted:
+            own_name, own_board = own["name"], [int(side) for side in own["board"]]
+            raise BadInput(f"plays {game_title(own_name, own_board)}, not {title}: give "
+                           f"{game_flags(own_name, own_board)}, or another model")
+        model = GPT.from_checkpoint(checkpoint)
+        if model.config.vocab_size != game.vocab_size:
+            raise BadInput(f"has {model.config.vocab_size:,} tokens, {name} {game.vocab_size:,}: use another checkpoint")
+        check_context(model.config.block_size, name, game, "its context")
+        return model
+
+
+def check_context(block_size: int, name: str, game: Game, what: str):
+    if block_size < context_of(game):
+        raise BadInput(f"{what} of {block_size} tokens is too short for {game_title(name, game.board)}, which needs "
+                       f"{context_of(game)}")

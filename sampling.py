@@ -43,6 +43,7 @@ class SamplingConfig:
 
 
 GREEDY = SamplingConfig(temperature=0.0)
+LOOPS_HELP = "how often the middle blocks run, more for deeper thought, see train.py (default: as often as in training)"
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -102,6 +103,17 @@ class Decoder:
 
     def prefill(self) -> tuple[Tensor, Cache]:
         return self.model.prefill(self.contexts, self.max_len, cache_dtype(self.model))
+
+    def keep(self, rows: list[int]):
+        """Goes on with these rows of the batch."""
+        old, dtype = self.cache, cache_dtype(self.model)
+        self.cache = self.model.init_cache(len(rows), old.max_len, dtype)
+        self.cache.length = old.length
+        self.cache.left_pad = None if old.left_pad is None else old.left_pad[rows]
+        self.cache.copy_rows_from(list(range(len(rows))), old, rows)
+        self.logits, self.contexts = self.logits[rows], [self.contexts[row] for row in rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.generated = [new[rows] for new in self.generated]
 
     def append(self, new: Tensor):
         """new: (B,) int64. Computes the logits after it."""
@@ -302,11 +314,13 @@ def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 # -- for the commands -------------------------------------------------------------------------------------------------
 
-def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = False) -> tuple[GPT, Tokenizer, dict]:
+def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = False,
+                    loops: int | None = None) -> tuple[GPT, Tokenizer, dict]:
     """The model of a checkpoint on the CPU in fp32, its tokenizer, and its `pretraining_flags`.
 
     checkpoint: what `load_checkpoint(path)` returned, where that has been called. chat: whether the tokenizer must have the
-    chat tokens. Raises BadInput, which names the file, when something is missing or damaged.
+    chat tokens. loops: in place of the number in its config. Raises BadInput, which names the file, when something is
+    missing or damaged.
     """
     if checkpoint is None:
         checkpoint = load_checkpoint(path)
@@ -318,6 +332,7 @@ def load_pretrained(path: Path, checkpoint: dict | None = None, chat: bool = Fal
         if chat:
             tokenizer.chat_token_ids()
         model = GPT.from_checkpoint(checkpoint)
+        model.loops = loops or model.loops
         if tokenizer.vocab_size > model.config.vocab_size:
             raise BadInput(f"its tokenizer has {tokenizer.vocab_size:,} ids, its model {model.config.vocab_size:,}: they do "
                            f"not belong together")
@@ -329,10 +344,11 @@ def pretraining_flags(checkpoint: dict) -> dict:
     return checkpoint.get("training", {}).get("settings", {})
 
 
-def load_model(path: Path, machine: Machine, checkpoint: dict | None = None) -> tuple[GPT, Tokenizer]:
+def load_model(path: Path, machine: Machine, checkpoint: dict | None = None,
+               loops: int | None = None) -> tuple[GPT, Tokenizer]:
     """The model of a checkpoint, on the device with its matrices in the machine's dtype, and its tokenizer. checkpoint,
-    errors: see load_pretrained."""
-    model, tokenizer, _ = load_pretrained(path, checkpoint)
+    loops, errors: see load_pretrained."""
+    model, tokenizer, _ = load_pretrained(path, checkpoint, loops=loops)
     model.cast_matrices(DTYPES[machine.dtype])
     return model.to(machine.device), tokenizer
 

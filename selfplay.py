@@ -22,9 +22,18 @@ from experiments.report import Figure, Table, markdown, write_page
 from grpo import AnswerConfig, SelfPlayOptimizer, open_answer_run, report_answers
 from model import GPT, GPTConfig
 from play import BoardTable, CardTable, play_in_terminal
-from players import model_player
+from players import (
+    check_context,
+    context_of,
+    describe_game,
+    game_flags,
+    game_title,
+    load_player,
+    model_player,
+    open_game,
+)
 from rollouts import ALGORITHMS, PlayConfig, PlayLoader, Rollout, play_loss
-from runtime.checkpoint import explain_damage, load_checkpoint, run_folder, save_checkpoint
+from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
 from runtime.cli import command, log_line, say
 from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
 from runtime.device import DeviceConfig, open_machine, seed_everything
@@ -42,7 +51,7 @@ from strength import (
     score_against_perfect,
     take_exam,
 )
-from tasks.games import GAMES, board_text, make_game, parse_board
+from tasks.games import GAMES, parse_board
 from tasks.positions import Game
 from trainer import (
     Evaluation,
@@ -105,6 +114,8 @@ class PlayerModel(GPTConfig):
                                                                     "longest game has moves (default: just that)")
 
     def __post_init__(self):
+        if self.sampled_loops:
+            raise BadInput("--sampled_loops: a player learns with the number of loops that it plays with: leave it out")
         if self.block_size is not None:  # unset where there is no game
             super().__post_init__()
 
@@ -200,61 +211,6 @@ def refuse_flags(given: dict, names: set[str], reason: str):
     for name in sorted(given.keys() & names):
         if given[name] != defaults[name]:
             raise BadInput(f"--{name}={given[name]}: {reason}: leave it out")
-
-
-# -- models that play -------------------------------------------------------------------------------------------------
-
-def open_game(name: str, board: str | None) -> Game:
-    """Raises BadInput for a game or a board that does not exist."""
-    return make_game(name, None if board is None else parse_board(board))
-
-
-def context_of(game: Game) -> int:
-    """Tokens of the longest game."""
-    return game.max_plies + 1
-
-
-def describe_game(name: str, game: Game) -> dict:
-    """What a checkpoint says about the game that its tokens stand for."""
-    return {"game": {"name": name, "board": list(game.board)}}
-
-
-def game_title(name: str, board: Sequence[int]) -> str:
-    """"nim on 3x4x5", or "kuhn", which has no board."""
-    return f"{name} on {board_text(board)}" if board else name
-
-
-def game_flags(name: str, board: Sequence[int]) -> str:
-    """"--game=nim --board=3x4x5", or "--game=kuhn"."""
-    return f"--game={name}" + (f" --board={board_text(board)}" if board else "")
-
-
-def load_player(path: Path, checkpoint: dict | None, name: str, game: Game) -> GPT:
-    """The model of a checkpoint that plays this game. Raises BadInput where it does not."""
-    title, flags = game_title(name, game.board), game_flags(name, game.board)
-    if not checkpoint and not path.exists():
-        raise BadInput(f"{path}: no checkpoint to read: check the path, or train one with `python selfplay.py {flags} "
-                       f"--out_path={path}`")
-    checkpoint = checkpoint or load_checkpoint(path)
-    with explain_damage(path):
-        own, wanted = checkpoint.get("game"), describe_game(name, game)["game"]
-        if not isinstance(own, dict):
-            raise BadInput(f"its tokens are not those of a game: give a model that `python selfplay.py {flags}` has trained")
-        if own != wanted:
-            own_name, own_board = own["name"], [int(side) for side in own["board"]]
-            raise BadInput(f"plays {game_title(own_name, own_board)}, not {title}: give "
-                           f"{game_flags(own_name, own_board)}, or another model")
-        model = GPT.from_checkpoint(checkpoint)
-        if model.config.vocab_size != game.vocab_size:
-            raise BadInput(f"has {model.config.vocab_size:,} tokens, {name} {game.vocab_size:,}: use another checkpoint")
-        check_context(model.config.block_size, name, game, "its context")
-        return model
-
-
-def check_context(block_size: int, name: str, game: Game, what: str):
-    if block_size < context_of(game):
-        raise BadInput(f"{what} of {block_size} tokens is too short for {game_title(name, game.board)}, which needs "
-                       f"{context_of(game)}")
 
 
 # -- how well it plays ------------------------------------------------------------------------------------------------
@@ -471,7 +427,7 @@ def describe(state: TrainState, setup: TrainSetup, examiner: Examiner, configs: 
     how = f"{ALGORITHMS[play.algorithm].name}{f' ({play.search})' * (play.algorithm == 'search')}"
     measured = "exact exploitability" if game.has_hidden_cards else (
         f"exam of {n_exam:,} positions" + f" after {begins} moves or more" * (begins > 1))
-    return [f"model    {started}{model.n_layer} layers x {model.n_embd}, {model.mixer} and {model.mlp}: "
+    return [f"model    {started}{model.describe_shape()}, {model.mixer} and {model.mlp}: "
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters; {configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"game     {game_title(run.game, game.board)}: {how}, {play.rollout_games:,} games at a time; {measured}",
             f"machine  {describe_machine(setup.machine)}; steps of {state.loader.batch_rows:,} rows until "

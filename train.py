@@ -200,7 +200,9 @@ def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> Trai
     """With the largest batch that fits into memory, a step of as many blocks as before. Raises MemoryError if none does."""
     n_blocks = configs.loop.num_batch_accum
     optimizer_bytes = sum(8 * p.numel() for p in model.parameters())  # at most two fp32 states each, not allocated yet
+    model.loops = model.config.max_loops
     batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks, optimizer_bytes)
+    model.loops = model.config.loops
     return configs._replace(run=dataclasses.replace(configs.run, batch_size=batch_size),
                             loop=dataclasses.replace(configs.loop, num_batch_accum=n_blocks // batch_size))
 
@@ -221,7 +223,7 @@ def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: Tr
     epochs = f", {seen / train_tokens:.2f} epochs" if seen else ""
     source = "by its data sheet" if setup.machine.datasheet_flops() else "measured"
     resumed = f"; resuming at step {state.step:,} of {run.resume_checkpoint}" if run.resume_checkpoint else ""
-    return [f"model    {config.n_layer} layers x {config.n_embd}, {config.mixer} and {config.mlp}{linear}, vocabulary "
+    return [f"model    {config.describe_shape()}, {config.mixer} and {config.mlp}{linear}, vocabulary "
             f"{config.vocab_size:,}: {state.model.n_parameters() / 1e6:.2f} M parameters, "
             f"{state.model.flops_per_token() / 1e6:.1f} MFLOP per token, {configs.optimizer.optimizer} at "
             f"{setup.peak_lr():.3g}",

@@ -35,7 +35,7 @@ from runtime.cli import (
     terminal_width,
     wrap,
 )
-from runtime.config import check_flags, flag
+from runtime.config import BadInput, check_flags, flag
 from runtime.device import (
     DeviceConfig,
     Machine,
@@ -348,7 +348,7 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
 def next_token_loss(model: GPT, batch: list[Tensor]) -> Tensor:
     """Mean loss in nats/token of a batch of inputs and targets, each (B, T)."""
     idx, targets = batch
-    return model(idx, targets)
+    return model(idx, targets, loops=model.draw_loops())
 
 
 def divergence_error(state: TrainState, setup: TrainSetup, what: str, step: int | None = None) -> FloatingPointError:
@@ -480,6 +480,7 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
         with explain_failures(lambda: oom_advice(command, run.setup.settings if run else values, can_find_batch),
                               lambda: run.setup.checkpoint_status() if run else ""):
             run = open_run(configs, checkpoint, resumed)
+            check_compile(run.configs.run.compile_model, run.state.model)
             choose_threads(run)
             if is_dry:
                 print_forecast(run)
@@ -511,10 +512,18 @@ def fit_and_close(command: TrainingCommand, run: Run):
         raise SystemExit(128 + stopped_by)
 
 
+def check_compile(compile_model: bool | str, model: GPT):
+    """Raises BadInput where --compile_model=1 would compile the model for every number of loops that is drawn."""
+    if compile_model is True and model.config.sampled_loops:
+        raise BadInput("--compile_model=1: a model with --sampled_loops has another graph for each number of loops: leave "
+                       "it out, or set --sampled_loops=0")
+
+
 def compile_where_asked(run: Run):
-    compile_model = run.configs.run.compile_model
-    if can_compile(run.setup.machine.device) if compile_model == "auto" else compile_model:
-        compile_in_place(run.state.model, run.dry_run)
+    compile_model, model = run.configs.run.compile_model, run.state.model
+    is_auto = can_compile(run.setup.machine.device) and not model.config.sampled_loops
+    if is_auto if compile_model == "auto" else compile_model:
+        compile_in_place(model, run.dry_run)
 
 
 def choose_threads(run: Run):
@@ -556,13 +565,18 @@ def measure_run(run: Run) -> Forecast:
 def time_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, setup: TrainSetup,
               pass_batch: Callable[[], None]) -> float:
     """Seconds of an optimizer step, from steps of one and of two batches: one of many may take minutes. pass_batch(): a
-    forward and backward pass of a batch, which is timed instead where even one step is slow."""
+    forward and backward pass of a batch, which is timed instead where even one step is slow. Afterwards the state can only
+    be thrown away."""
     def step_seconds(n_batches: int) -> float:
         start = time.perf_counter()
         loss, _ = train_step(state, replace(loop, num_batch_accum=n_batches), loss_fn, setup.machine)
         loss.item()  # waits for the device
         return time.perf_counter() - start
     set_rates(state.optimizer, state.step, 0.0, setup.schedule)
+    if (model := state.model).sampled_loops:  # the largest number takes the most memory, the mean number the mean time
+        model.sampled_loops, model.loops = False, model.config.max_loops
+        pass_batch()
+        model.loops = model.config.loops
     if setup.period > 1:
         return time_period(state, loop, loss_fn, setup)
     n_batches, start = loop.num_batch_accum, time.perf_counter()
@@ -676,13 +690,15 @@ def init_state(model: GPT, loader: Loader, setup: TrainSetup) -> TrainState:
 
 
 def dry_run_step(model: GPT, machine: Machine, loss_fn: Callable, batch: Sequence[Tensor]):
-    """Forward and backward pass of a batch on the device, to see whether they work and what they need. Leaves no
-    gradient."""
+    """Forward and backward pass of a batch on the device with `model.loops`, to see whether they work and what they need.
+    Leaves no gradient, and draws no random number."""
+    sampled_loops, model.sampled_loops = model.sampled_loops, False
     try:
         with machine.autocast():
             loss = loss_fn(model, batch)
         loss.backward()
     finally:
+        model.sampled_loops = sampled_loops
         model.zero_grad(set_to_none=True)
 
 

@@ -22,6 +22,8 @@ GGUF_PATTERNS = {PATTERNS["gpt4"]: "llama-bpe", PATTERNS["gpt2"]: "gpt-2"}
 
 def require_gguf(model: GPT, tokenizer: Tokenizer):
     """Raises BadInput if llama.cpp would compute something else than this model, or split text in another way."""
+    if model.config.loops > 1:
+        raise BadInput(f"--gguf: llama.cpp runs every block once, this model was trained with --loops={model.config.loops}")
     if hf_architecture(model.config) != "llama":
         raise BadInput("--gguf: llama.cpp runs models trained with --preset=llama, which this one was not")
     if tokenizer.pattern not in GGUF_PATTERNS:

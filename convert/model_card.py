@@ -67,7 +67,7 @@ def model_figures(model: GPT, tokenizer: Tokenizer) -> dict[str, str]:
     chat = ", with tokens for conversations" if has_chat_tokens(tokenizer) else ""
     return {"class": f"`{CLASSES[hf_architecture(config)]}`", "parameters": f"{model.n_parameters():,}",
             "of these in the embedding": f"{model.embed.weight.numel():,}",
-            "layers": f"{config.n_layer} x {config.n_embd}, {config.mixer} and {config.mlp}",
+            "network": f"{config.describe_shape()}, {config.mixer} and {config.mlp}",
             "context": f"{config.block_size:,} tokens",
             "tokenizer": f"byte-level BPE, {tokenizer.vocab_size:,} ids{chat}"}
 

@@ -28,6 +28,7 @@ from sampling import SamplingConfig  # noqa: E402
 from selfplay import SELFPLAY  # noqa: E402
 from speculative import SpeculationConfig  # noqa: E402
 from text.sources import SourceConfig  # noqa: E402
+from think import THINKING  # noqa: E402
 from train import PRETRAINING  # noqa: E402
 
 COMMANDS = {
@@ -37,6 +38,7 @@ COMMANDS = {
     "generate": (generate.GenerateConfig, AdaptConfig, SamplingConfig, SpeculationConfig, DeviceConfig),
     "chat": (chat.ChatConfig, AdaptConfig, SamplingConfig, DeviceConfig),
     "finetune": FINETUNING.classes,
+    "think": THINKING.classes,
     "evaluate": (evaluate.EvaluateConfig, AdaptConfig, DeviceConfig),
     "adapt": (adapt.AdaptRunConfig, AdaptConfig, RulesConfig, DeviceConfig),
     "selfplay": SELFPLAY.classes,

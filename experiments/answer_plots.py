@@ -29,3 +29,15 @@ def draw_answers(rows: list[dict]) -> list[str]:
         if axis.lines:
             add_legend(axis)
     return to_svgs(axes)
+
+
+def draw_thinking(rows: list[dict]) -> list[str]:
+    """Right answers at each amount of thought, against the steps. rows: of validations of think.py. Returns one panel."""
+    axis, = make_panels(1)
+    names = [name for name in rows[0] if name.startswith("exact_match/")]
+    for name, color in zip(names, COLORS):
+        plot_points(axis, [(row["step"], row[name]) for row in rows], color=color, marker="o", markersize=3,
+                    label=name.partition("/")[2])
+    axis.set(xlabel="step", ylabel="fraction", title="Right answers to held-out problems", ylim=(-0.05, 1.05))
+    add_legend(axis)
+    return to_svgs([axis])

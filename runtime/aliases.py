@@ -21,6 +21,7 @@ OTHER_NAMES = {
     "block_size": "max_seq_len max_seq_length train.max_seq_length seq_len seq_length sequence_length sequence_len context "
                   "context_length context_size ctx_len n_ctx n_positions max_position_embeddings max_context_length",
     "n_layer": "depth num_layers n_layers num_hidden_layers layers num_blocks n_blocks",
+    "loops": "mean_recurrence num_loops n_loops n_loop recurrence num_recurrences",
     "n_head": "num_heads n_heads num_attention_heads heads",
     "head_size": "head_dim d_head head_width d_kv",
     "n_kv_head": "n_kv_heads num_key_value_heads num_kv_heads kv_heads n_query_groups",
@@ -56,7 +57,7 @@ OTHER_NAMES = {
     "tokenizer_path": "tokenizer tokenizer_dir tokenizer_name tokenizer_file",
     "vocab_size": "n_vocab vocab",
     "max_new_tokens": "max_tokens max_length n_predict num_tokens length",
-    "num_samples": "n_samples num_return_sequences samples",
+    "samples": "num_samples n_samples num_return_sequences best_of",
     "temperature": "temp",
     "repetition_penalty": "repeat_penalty",
     "system": "system_prompt system_message",

@@ -22,12 +22,18 @@ from tasks.rows import read_dataset
 from text.folders import ROW_FORMATS, file_format, local_path
 from text.messages import check_messages, has_loss
 
+THOUGHT_END = "#"                             # between what a model says to itself and its answer
 COUNTDOWN_NUMBERS, COUNTDOWN_TARGET = 12, 99  # the largest of each
 MAX_EXPRESSION = 64                           # characters of an answer to Countdown
 PROPOSE = "Ask a question about numbers."     # what a model is told that proposes arithmetic
 MAX_COUNT = 9                                 # steps that a proposed question may have counted
 FILE_ADVICE = ('give rows with a question and its answer, such as {"question": "2 + 2?", "answer": "4"}, or messages that '
                "end with the assistant's")
+
+
+def final_answer(text: str) -> str:
+    """What follows the thought, where there is one."""
+    return text.rpartition(THOUGHT_END)[2]
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,9 @@ class AnswerTask:
 def matching_question(text: str, answer: str, kind: str, task: str, exact_match: Callable[[str, str], bool],
                       context: tuple[dict, ...] = ()) -> CheckableQuestion:
     """A question with one right answer."""
-    return CheckableQuestion(text, kind, task, lambda output: float(exact_match(output, answer)), answer, context)
+    def check(output: str) -> float:
+        return float(exact_match(output, answer) or exact_match(final_answer(output), answer))
+    return CheckableQuestion(text, kind, task, check, answer, context)
 
 
 def make_builtin(n: int, seed: int, held_out: bool, exact_match: Callable,
@@ -86,6 +94,12 @@ def demonstrate_countdown(n: int, seed: int) -> Iterator[Conversation]:
 
 def countdown_text(numbers: tuple[int, ...], target: int) -> str:
     return f"Reach {target} with {' '.join(map(str, numbers))}."
+
+
+def countdown_check(question: str) -> Callable[[str], float] | None:
+    """The check of an answer to a question of `countdown_text`; None for other texts."""
+    found = re.fullmatch(r"Reach ([0-9]{1,9}) with ([0-9]{1,9}(?: [0-9]{1,9})*)\.", question.strip())
+    return found and partial(check_countdown, tuple(map(int, found[2].split())), int(found[1]))
 
 
 def draw_countdowns(n: int, seed: int, held_out: bool) -> Iterator[tuple[tuple[int, ...], int, str]]:
@@ -119,7 +133,7 @@ def draw_expression(rng: np.random.Generator, numbers: tuple[int, ...]) -> tuple
 def check_countdown(numbers: tuple[int, ...], target: int, answer: str) -> float:
     """1.0 where the answer is an expression of the target in which each number occurs at most as often as in `numbers`."""
     try:
-        value, used = evaluate_expression(answer)
+        value, used = evaluate_expression(final_answer(answer))
     except (ValueError, ZeroDivisionError):
         return 0.0
     return float(value == target and Counter(used) <= Counter(numbers))

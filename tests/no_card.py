@@ -204,7 +204,8 @@ def train_step():
     layers = [*({"mlp": name} for name in MLPS), *({"mixer": name} for name in MIXERS),
               *({"linear": name} for name in LINEARS)]
     cases = [*(("bf16", "muon", switches) for switches in layers), ("fp16", "muon", {"mixer": "DA", "linear": "grkan"}),
-             ("fp32", "muon", {"n_kv_head": 1}), ("bf16", "gpt2", GPT2), ("bf16", "adamw", {"tied": False})]
+             ("fp32", "muon", {"n_kv_head": 1}), ("bf16", "muon", {"loops": 2, "sampled_loops": True}),
+             ("bf16", "gpt2", GPT2), ("bf16", "adamw", {"tied": False})]
     for dtype, optimizer, switches in cases:
         with FakeTensorMode():
             state, setup = fake_run(dtype, optimizer, **switches)
@@ -245,7 +246,8 @@ def copy_stream_order():
 
 def decode():
     """Decoding a token has no host sync, from the cache to the sampled token, with any mixer."""
-    for switches in ({}, {"mixer": "gated_delta"}, {"mixer": "DA", "linear": "grkan"}, {"positions": "learned"}):
+    for switches in ({}, {"mixer": "gated_delta"}, {"mixer": "DA", "linear": "grkan"}, {"positions": "learned"},
+                     {"loops": 3}):
         for sampling in (GREEDY, SamplingConfig(top_p=0.9, min_p=0.01, repetition_penalty=1.1)):
             with FakeTensorMode(), torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
                 model = to_gpu(GPT(tiny_config(**switches)))

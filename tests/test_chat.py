@@ -520,7 +520,7 @@ def test_command(flags, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given, words", [
-    (["--stop="], "--stop: one of its strings is empty"), (["--num_samples=2"], "--num_samples=2: no such flag"),
+    (["--stop="], "--stop: one of its strings is empty"), (["--samples=2"], "--samples=2: one of them is the answer"),
     ([f"--system={'s' * 50}"], "tiny.pt: --system=ssssssssssssssssssss…: has 53 tokens"),
     (["--adapt_hop=4"], "--adapt_hop=4: is only used when the model learns: add --adapt"),
     (["--adapt", "--adapt_rate=0"], "--adapt_rate=0.0: must be above 0"),

@@ -58,7 +58,8 @@ def test_exported_logits_equal_ours(architecture, tokenizer, tmp_path, idx):
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("architecture", [{}, {"mixer": "DA"}, {"linear": "grkan"}, LLAMA, GPT2], ids=str)
+@pytest.mark.parametrize("architecture", [{}, {"mixer": "DA"}, {"linear": "grkan"}, LLAMA, GPT2, LLAMA | {"loops": 3}],
+                         ids=str)
 def test_greedy_generation_equals_ours(architecture, use_cache, tokenizer, tmp_path, idx):
     """For prompts of one length, and for left-padded prompts of several."""
     model = random_model(**architecture)
@@ -533,8 +534,9 @@ def test_gguf_rotary_channels_by_hand():
 
 
 @pytest.mark.parametrize("switches, pattern, words", [({}, "gpt4", "--preset=llama"),
-                                                      (LLAMA, "default", "--pattern=gpt4 or gpt2")],
-                         ids=["architecture", "pattern"])
+                                                      (LLAMA, "default", "--pattern=gpt4 or gpt2"),
+                                                      (LLAMA | {"loops": 3}, "gpt4", "trained with --loops=3")],
+                         ids=["architecture", "pattern", "loops"])
 def test_gguf_refuses_what_llama_cpp_would_compute_differently(switches, pattern, words, tokenizer, tmp_path, refused):
     model, vocabulary = random_model(**switches), Tokenizer(tokenizer.ranks, pattern, tokenizer.special_tokens)
     save_checkpoint(tmp_path / "gpt.pt", model.to_checkpoint() | {"tokenizer": vocabulary.to_json()})

@@ -48,7 +48,7 @@ def test_sampling_flags_reach_the_sampler(trained, capsys):
 
 def test_samples_end_at_stop_strings(flags, capsys, monkeypatch):
     consumed = script_tokens(monkeypatch, b"one, two", b"1, 2, 3,", b"no more.")
-    main([*flags, "--prompt=say: ", "--num_samples=3", "--stop", "two", ", 3", "m"])
+    main([*flags, "--prompt=say: ", "--samples=3", "--stop", "two", ", 3", "m"])
     assert capsys.readouterr().out == "--- 1 of 3 ---\nsay: one, \n--- 2 of 3 ---\nsay: 1, 2\n--- 3 of 3 ---\nsay: no \n"
     assert len(consumed) == 8
 
@@ -83,7 +83,7 @@ def test_adapt_flags_reach_the_conversation(flags, capsys, monkeypatch):
     (["--top_p=0"], ["--top_p=0.0: must be above 0"]),
     (["--min_p=1.5"], ["--min_p=1.5: must be at most 1"]),
     (["--stop="], ["--stop: one of its strings is empty"]),
-    (["--chat", "--num_samples=2"], ["--num_samples=2: --chat has one answer at a time"]),
+    (["--chat", "--samples=2"], ["--samples=2: with --chat there is one answer"]),
     (["--system=be kind"], ["--system: is only used in a conversation: add --chat"]),
     (["--adapt"], ["--adapt: learns from a conversation: add --chat"]),
     (["--chat", "--adapt_rate=0.01"], ["--adapt_rate=0.01: is only used when the model learns: add --adapt"]),

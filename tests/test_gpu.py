@@ -336,7 +336,7 @@ def test_the_whole_path(card, run_train, tmp_path, capsys):
     run_train("--resume_checkpoint", f"--device={card}", "--max_iter=8")
     last = run_rows(path, timings=True)[-1]
     assert last["step"] == 8 and last["tok_per_sec"] > 0 and last["mfu"] > 0 and last["peak_memory"] > 0
-    generate.main([f"--checkpoint_path={path}", f"--device={card}", "--max_new_tokens=20", "--num_samples=3"])
+    generate.main([f"--checkpoint_path={path}", f"--device={card}", "--max_new_tokens=20", "--samples=3"])
     tuned, questions, text = (tmp_path / name for name in ("tuned.pt", "questions.jsonl", "text.txt"))
     questions.write_text("".join(f'{{"question": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(50)))
     text.write_text((REPO / "LICENSE").read_text())

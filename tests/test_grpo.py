@@ -25,6 +25,7 @@ from dataloader import IGNORE_INDEX
 from experiments.answer_plots import PANELS, draw_answers
 from grpo import (
     ANSWER_LR,
+    ON_POLICY,
     Answer,
     AnswerConfig,
     AnswerContext,
@@ -41,7 +42,6 @@ from grpo import (
     half_known,
     open_answer_run,
     pack_answers,
-    pass_at_k,
     policy_gradient_loss,
     report_answers,
     sample_texts,
@@ -265,7 +265,7 @@ def test_log_probabilities_of_rollouts_are_those_of_training(shape, early_ends):
     """From the cache, in batches that shrink as answers end, against a pass over the whole row."""
     model, prompts = random_model(**shape), [prompt.ids for prompt in make_prompts() for _ in range(4)]
     with torch.no_grad():
-        answers = sample_texts(model, BYTES, prompts, 12, torch.Generator().manual_seed(0))
+        answers = sample_texts(model, BYTES, prompts, 12, ON_POLICY, torch.Generator().manual_seed(0))
         found = answer_logprobs(model, list(zip(prompts, [answer.ids for answer in answers])), START)
     assert len({len(answer.ids) for answer in answers}) > 5
     for prompt, answer, logprobs in zip(prompts, answers, found):
@@ -281,7 +281,7 @@ def test_answers_are_drawn_from_the_model(early_ends):
     """Frequencies of the second token, where the batch has shrunk after the first one."""
     model, prompt = random_model(**SHAPE), [START, 9]
     with torch.no_grad():
-        answers = sample_texts(model, BYTES, [prompt] * 4000, 2, torch.Generator().manual_seed(0))
+        answers = sample_texts(model, BYTES, [prompt] * 4000, 2, ON_POLICY, torch.Generator().manual_seed(0))
         first = model(torch.tensor([prompt]))[0, -1].softmax(0)
         contexts = torch.tensor([[*prompt, token] for token in range(SHAPE["vocab_size"])])
         second = model(contexts)[:, -1].softmax(-1)
@@ -404,12 +404,6 @@ def test_a_rollout_without_a_valid_proposal_is_a_batch(early_ends):
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("n, right, k", [(6, 2, 1), (6, 2, 3), (5, 0, 2), (4, 4, 1), (7, 1, 7), (6, 3, 4), (8, 6, 3)])
-def test_pass_at_k_is_the_mean_over_all_subsets(n, right, k):
-    subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
-    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
 
 def test_evaluation_of_a_model_that_has_not_changed(early_ends):
     model, prompts = random_model(**SHAPE), make_prompts(5)

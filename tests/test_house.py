@@ -15,9 +15,10 @@ from conftest import REPO, TINY_MODEL
 from runtime.config import declared_flags
 
 # Scripts import only scripts to their left.
-ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "dataloader", "sampling", "speculative", "trainer",
-         "learner", "chat", "generate", "evaluate", "train", "meta", "finetune", "fewshot", "adapt", "grpo", "players",
-         "rollouts", "strength", "play", "selfplay", "export", "compare", "probes"]
+ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "dataloader", "sampling", "speculative",
+         "candidates", "trainer", "learner", "chat", "generate", "players", "strength", "budget", "evaluate", "train",
+         "meta", "finetune", "think", "fewshot", "adapt", "grpo", "rollouts", "play", "selfplay", "export", "compare",
+         "probes"]
 SCRIPTS = [name for name in ORDER if (REPO / f"{name}.py").exists()]
 COMMANDS = [*write_flags.COMMANDS]
 # What each folder may import of ours.

@@ -25,6 +25,7 @@ GPT2, LLAMA = ({name: value for name, value in PRESETS[preset].items()
                for preset in ("gpt2", "llama"))
 # every layer, and every switch away from its default
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
+            {"loops": 3}, {"loops": 2, "mixer": "DA", "sampled_loops": True},
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
@@ -411,7 +412,7 @@ def test_with_zero_init_every_block_starts_as_the_identity(architecture, idx):
     for layer in (*new.blocks, new.norm):
         layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
     new(idx)
-    assert len(inputs) == 3 and inputs[0].std() > 0
+    assert len(inputs) == 2 * new.loops + 1 and inputs[0].std() > 0
     assert all(torch.equal(x, inputs[0]) for x in inputs)
 
 

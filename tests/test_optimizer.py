@@ -23,7 +23,7 @@ from train import PRESETS
 
 ARCHITECTURES = {"default": {}, "untied": {"tied": False}, "gpt2": PRESETS["gpt2"], "gpt2 untied":
                  PRESETS["gpt2"] | {"tied": False}, "swiglu": {"mlp": "swiglu", "bias": True, "positions": "learned"},
-                 "grkan": {"linear": "grkan", "mixer": "DA"}, "chebkan": {"linear": "chebkan"}}
+                 "grkan": {"linear": "grkan", "mixer": "DA"}, "chebkan": {"linear": "chebkan"}, "loops": {"loops": 3}}
 
 
 def tiny_model(**values) -> GPT:

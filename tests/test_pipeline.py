@@ -72,7 +72,7 @@ def test_a_finetuned_model_chats_is_scored_exported_and_imported(tmp_path, run_t
     assert "Llama" in run("export.py", f"--checkpoint_path={chat}", f"--out_path={folder}")
     assert (folder / "model.safetensors").exists()
     run("export.py", f"--import_path={folder}", f"--checkpoint_path={imported}")
-    samples = [run("generate.py", f"--checkpoint_path={path}", "--prompt=the", "--num_samples=2", "--device=cpu")
+    samples = [run("generate.py", f"--checkpoint_path={path}", "--prompt=the", "--samples=2", "--device=cpu")
                for path in (chat, imported)]
     assert samples[0] == samples[1] and samples[0].startswith("--- 1 of 2 ---\nthe")
 

@@ -79,6 +79,7 @@ def more(name: str, *flags: str, steps=(1,)):
     case("in the first step", (0,)), case("before a validation", (1,)), case("at a validation", (2,)),
     case("three times", (1, 2, 4)), case("fp16", (1, 3), "--dtype=fp16", "--batch_size=2"), case("gpt2", (1, 4), *GPT2),
     case("recurrent and attention layers", (1,), "--mixer=DA", "--linear=grkan"),
+    case("sampled loops", (1, 3), "--loops=3", "--sampled_loops"), more("loops", "--loops=3", "--mixer=DA"),
     more("after a validation", steps=(3,)), more("late", steps=(4,)), more("workers", "--dataloader_num_workers=2"),
     more("bf16", "--dtype=bf16", "--batch_size=2", steps=(3,)), more("gradient checkpointing", "--gradient_checkpointing"),
     more("adamw", "--optimizer=adamw", "--tied=0", steps=(3,)), more("fp32 momentum", "--momentum_dtype=fp32"),

@@ -33,7 +33,8 @@ START, END = BYTES.separator_id, BYTES.chat_token_ids()[1]
 UNFILTERED = SamplingConfig(temperature=1.0, top_k=0)
 SHAPE = {"vocab_size": BYTES.vocab_size, "block_size": 40, "tied": False}  # a tied model of random weights repeats itself
 ARCHITECTURES = [pytest.param(SHAPE | switches, id=name) for name, switches in {
-    "attention": {}, "gated_delta": {"mixer": "gated_delta"}, "DA": {"mixer": "DA"}, "gpt2": GPT2, "llama": LLAMA}.items()]
+    "attention": {}, "gated_delta": {"mixer": "gated_delta"}, "DA": {"mixer": "DA"}, "gpt2": GPT2, "llama": LLAMA,
+    "loops": {"mixer": "DA", "loops": 3}}.items()]
 
 
 @pytest.fixture(params=ARCHITECTURES)

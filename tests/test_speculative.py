@@ -294,7 +294,7 @@ def test_text_is_that_without_speculation(flags, capsys, monkeypatch):
     (["--draft_tokens=3"], ["--draft_tokens=3: is only used to speculate: add --speculate=lookup"]),
     (["--speculate=lookup", "--draft_tokens=0"], ["--draft_tokens=0: must be at least 1"]),
     (["--speculate=draft", "--draft_path=none.pt"], ["none.pt: no checkpoint"]),
-    (["--speculate=lookup", "--num_samples=2"], ["--num_samples=2: --speculate=lookup makes one sample"]),
+    (["--speculate=lookup", "--samples=2"], ["--samples=2: --speculate=lookup makes one sample"]),
     (["--speculate=lookup", "--chat"], ["--chat: --speculate=lookup makes one sample"])], ids=str)
 def test_bad_flags_are_refused(flags, refused, given, words):
     refused(generate.main, [*flags, *given], *words)

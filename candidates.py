@@ -1,0 +1,268 @@
+"""Several answers to a prompt, and the choice among them: accuracy that is bought with tokens at inference time.
+
+    prompts = [ids]
+    answers, = sample_candidates(model, tokenizer, prompts, CandidateConfig(samples=32), 64, sampling, generator)
+    print(answers[CHOICES["vote"](answers, None)].text)
+
+The answers to a prompt share the reading of it, and are decoded as one batch, which those that have ended leave. A choice
+is a line in CHOICES. Where an answer holds a thought, see tasks/thinking.py, what counts is what follows it.
+"""
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import GPT
+from runtime.config import BadInput, check_flags, flag
+from sampling import Decoder, SamplingConfig, TextStream, sample_with_logprobs
+from tasks.checkable import THOUGHT_END, countdown_check, final_answer
+from tokenizer import Tokenizer
+
+ROWS_PER_BATCH = 256        # answers that are sampled together
+ROUND = 4                   # answers between two counts of the votes
+
+
+class Answer(NamedTuple):
+    """ids: with the token that ended it, if one did. logprobs: of each of them by the model alone when it was sampled,
+    nats."""
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+    has_ended: bool
+
+    @property
+    def final(self) -> str:
+        """What is compared: the words behind the thought."""
+        return " ".join(final_answer(self.text).split())
+
+
+@dataclass(frozen=True)
+class CandidateConfig:
+    """Answers at inference time."""
+    samples: int = flag(1, "answers that are sampled to each prompt", at_least=1, at_most=10_000)
+    choose: str = flag(None, "which of --samples counts; vote: the one that is sampled most often; verifier: one that the "
+                             "task's check accepts; logprob: the one with the most probable tokens; mbr: the one that is "
+                             "most like all others", choices=("vote", "verifier", "logprob", "mbr"))
+    certainty: float = flag(1.0, "with --choose=vote, sample no more answers once the leading one would win with this "
+                                 "probability; 1: once the others cannot catch up, which never changes the winner",
+                            at_least=0.5, at_most=1)
+    think: int = flag(None, "tokens of a thought before the answer, at most: one that is longer is cut off there, and the "
+                            "answer has to follow; 0: none (default: as many as the model likes)", at_least=0,
+                      at_most=10_000_000)
+    think_fully: bool = flag(False, "with --think, not fewer tokens either: a thought cannot end before")
+
+    def __post_init__(self):
+        check_flags(self)
+        if self.choose and self.samples == 1:
+            raise BadInput(f"--choose={self.choose}: has nothing to choose from: give --samples, such as --samples=16")
+        if self.think_fully and self.think is None:
+            raise BadInput("--think_fully: give --think, the number of tokens")
+        if self.certainty < 1 and self.choose != "vote":
+            raise BadInput(f"--certainty={self.certainty:g}: is of a vote: add --choose=vote")
+
+
+@dataclass
+class PartialAnswer:
+    """An answer that is being sampled; see Answer."""
+    prompt: list[int]
+    stream: TextStream
+    config: CandidateConfig
+    end_of_thought: int  # its token
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+
+    def __post_init__(self):
+        self.is_thinking = self.config.think is not None
+
+    @property
+    def must_end_thought(self) -> bool:
+        return self.is_thinking and len(self.ids) == self.config.think
+
+    @property
+    def must_think_on(self) -> bool:
+        return self.is_thinking and self.config.think_fully and len(self.ids) < self.config.think
+
+    def push(self, token_id: int, logprob: float):
+        """What comes after the end is no part of it."""
+        if not self.stream.is_done:
+            self.ids.append(token_id)
+            self.logprobs.append(logprob)
+            self.is_thinking &= token_id != self.end_of_thought
+            self.text += self.stream.push(token_id)
+
+    def answer(self) -> Answer:
+        has_ended = self.stream.is_done
+        return Answer(self.ids, self.logprobs, self.text + ("" if has_ended else self.stream.finish()), has_ended)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
+                 sampling: SamplingConfig, generator: torch.Generator | None, config: CandidateConfig = CandidateConfig(),
+                 stop: Sequence[str] = ()) -> list[Answer]:
+    """An answer to each of `prompts`, ids; equal ones are read once. config: its --think is kept to."""
+    end_of_thought, = tokenizer.encode(THOUGHT_END)
+    rows = [PartialAnswer(prompt, TextStream(tokenizer, stop), config, end_of_thought) for prompt in prompts]
+    for first in range(0, len(rows), ROWS_PER_BATCH):
+        decode_answers(model, rows[first:first + ROWS_PER_BATCH], max_new_tokens, sampling, generator)
+    return [row.answer() for row in rows]
+
+
+@torch.inference_mode()
+def decode_answers(model: GPT, rows: list[PartialAnswer], max_new_tokens: int, sampling: SamplingConfig,
+                   generator: torch.Generator | None):
+    """Samples the answers of a batch, which is halved whenever half of them have ended: few are long."""
+    device = model.embed.weight.device
+    decoder = Decoder(model, [torch.tensor(row.prompt, device=device) for row in rows], max_new_tokens, sampling)
+    for n_left in reversed(range(max_new_tokens)):
+        new = sample_with_logprobs(keep_thinking(decoder.logits, rows), sampling, generator, decoder.seen)
+        # as numbers: tensors that were made under inference_mode cannot be trained on
+        new_ids, logprobs = new.ids.tolist(), new.model_logprobs.tolist()
+        for i, row in enumerate(rows):
+            if row.must_end_thought:
+                new_ids[i], logprobs[i] = row.end_of_thought, 0.0
+            row.push(new_ids[i], logprobs[i])
+        left = [i for i, row in enumerate(rows) if not row.stream.is_done]
+        if not left or not n_left:
+            return
+        if 2 * len(left) <= len(rows):
+            rows, new_ids = [rows[i] for i in left], [new_ids[i] for i in left]
+            decoder.keep(left)
+        decoder.append(torch.tensor(new_ids, device=device))
+
+
+def keep_thinking(logits: Tensor, rows: list[PartialAnswer]) -> Tensor:
+    """Logits, (B, V), in which thoughts that are to go on cannot end."""
+    held = [i for i, row in enumerate(rows) if row.must_think_on]
+    if not held:
+        return logits
+    logits = logits.clone()
+    banned = torch.tensor([rows[0].end_of_thought, *rows[0].stream.end_ids], device=logits.device)
+    logits[torch.tensor(held, device=logits.device)[:, None], banned] = -torch.inf
+    return logits
+
+
+# -- several answers --------------------------------------------------------------------------------------------------
+
+class Candidates(NamedTuple):
+    """The answers to a prompt. n_read: how many times it was read."""
+    answers: list[Answer]
+    n_read: int
+
+
+def sample_candidates(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], config: CandidateConfig,
+                      max_new_tokens: int, sampling: SamplingConfig, generator: torch.Generator | None,
+                      stop: Sequence[str] = ()) -> list[Candidates]:
+    """--samples answers to each prompt, or with --choose=vote fewer where it is decided earlier: the votes are counted after
+    every ROUND of them."""
+    found, n_read, undecided = [[] for _ in prompts], [0] * len(prompts), list(range(len(prompts)))
+    for n_done in range(0, config.samples, ROUND if config.choose == "vote" else config.samples):
+        n_more = min(ROUND if config.choose == "vote" else config.samples, config.samples - n_done)
+        answers = iter(sample_texts(model, tokenizer, [prompts[i] for i in undecided for _ in range(n_more)],
+                                    max_new_tokens, sampling, generator, config, stop))
+        for i in undecided:
+            found[i] += [next(answers) for _ in range(n_more)]
+            n_read[i] += 1
+        undecided = [i for i in undecided if not is_decided(given(found[i]), config.samples - n_done - n_more,
+                                                            config.certainty)]
+        if not undecided:
+            break
+    return [Candidates(*one) for one in zip(found, n_read)]
+
+
+def is_decided(answers: Sequence[str], n_left: int, certainty: float = 1.0) -> bool:
+    """Whether the leading answer wins the vote when `n_left` more come: whatever they are, or with a certainty below 1, when
+    it is more frequent than the second with at least this probability, given their votes and a uniform prior. Source:
+    Aggarwal et al. 2023, Adaptive-Consistency, arXiv:2305.11860."""
+    if not answers:
+        return False
+    counts = Counter(answers)  # in the order in which they were given first, which decides between equal ones
+    leader, first = counts.most_common(1)[0]
+    order = {answer: i for i, answer in enumerate(counts)}
+    if first >= n_left and all(n + n_left < first + (order[answer] > order[leader]) for answer, n in counts.items()
+                               if answer != leader):
+        return True
+    if certainty == 1:
+        return False
+    second = max((n for answer, n in counts.items() if answer != leader), default=0)
+    # the beta distribution of first + 1 and second + 1, above one half
+    n = first + second + 1
+    return sum(math.comb(n, i) for i in range(first + 1)) / 2 ** n >= certainty
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+Check = Callable[[str], float] | None  # of a CheckableQuestion
+
+
+def find_check(question: str) -> Callable[[str], float]:
+    """The verifier of a question. Raises BadInput where it has none."""
+    if check := countdown_check(question):
+        return check
+    raise BadInput('--choose=verifier: only answers to questions such as "Reach 24 with 3 8 1." can be checked without '
+                   'knowing the right one: choose vote, logprob or mbr')
+
+
+def given(answers: Sequence[Answer]) -> list[str]:
+    """What they say, without those that have not ended, which have no vote."""
+    return [answer.final for answer in answers if answer.has_ended]
+
+
+def choose_vote(answers: Sequence[Answer], check: Check = None) -> int:
+    """The most frequent one; of several that are, the one that was sampled first. Source: Wang et al. 2022,
+    self-consistency, arXiv:2203.11171."""
+    if not (said := given(answers)):
+        return 0
+    winner = Counter(said).most_common(1)[0][0]  # of equal ones, the one that was counted first
+    return next(i for i, answer in enumerate(answers) if answer.has_ended and answer.final == winner)
+
+
+def choose_verifier(answers: Sequence[Answer], check: Check = None) -> int:
+    """The first that is right; where none is, that of the vote."""
+    right = (i for i, answer in enumerate(answers) if answer.has_ended and check(answer.text) > 0)
+    return next(right, choose_vote(answers))
+
+
+def choose_logprob(answers: Sequence[Answer], check: Check = None) -> int:
+    """The highest mean log-probability of its tokens: a sum would favour short answers."""
+    means = [(answer.has_ended, sum(answer.logprobs) / max(1, len(answer.logprobs))) for answer in answers]
+    return max(range(len(answers)), key=means.__getitem__)
+
+
+def choose_mbr(answers: Sequence[Answer], check: Check = None) -> int:
+    """Minimum Bayes risk: the highest mean F1 of its words with those of every other. Source: Kumar and Byrne 2004;
+    Suzgun et al. 2022, arXiv:2211.07634."""
+    if not (said := given(answers)):
+        return 0
+    words = {answer: Counter(answer.split()) for answer in said}
+
+    def likeness(answer: str) -> float:
+        own = words[answer]
+        return sum(2 * (own & words[other]).total() / max(1, own.total() + words[other].total()) * n
+                   for other, n in Counter(said).items())
+    best = max(dict.fromkeys(said), key=likeness)
+    return next(i for i, answer in enumerate(answers) if answer.has_ended and answer.final == best)
+
+
+# --choose -> choose(answers, check) -> the index of one
+CHOICES = {"vote": choose_vote, "verifier": choose_verifier, "logprob": choose_logprob, "mbr": choose_mbr}
+
+
+# -- what several answers are worth -----------------------------------------------------------------------------------
+
+def pass_at_k(n: int, n_right: int, k: int) -> float:
+    """The probability that one of `k` answers is right, of `n` sampled ones of which `n_right` are: its unbiased estimate.
+    Source: Chen et al. 2021, section 2.1, arXiv:2107.03374."""
+    return 1 - math.comb(n - n_right, k) / math.comb(n, k)
+
+
+def subsets_of(n: int, k: int, n_subsets: int, seed: int = 0) -> np.ndarray:
+    """(n_subsets, k) int64: random subsets of 0..n-1, always the same ones, each in ascending order; all alike if k = n."""
+    rng = np.random.default_rng([7, n, k, seed])
+    return np.sort(np.argsort(rng.random((n_subsets if k < n else 1, n)), axis=1)[:, :k], axis=1)
