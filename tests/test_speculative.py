@@ -20,7 +20,8 @@ from tokenizer import Tokenizer
 
 ARCHITECTURES = [pytest.param(SHAPE | switches, id=name) for name, switches in {
     "attention": {}, "gated_delta": {"mixer": "gated_delta"}, "DA": {"mixer": "DA"}, "gpt2": GPT2, "llama": LLAMA,
-    "learned": {"positions": "learned"}, "n_kv_head": {"n_kv_head": 1}, "no_shift": {"token_shift": False}}.items()]
+    "learned": {"positions": "learned"}, "n_kv_head": {"n_kv_head": 1}, "no_shift": {"token_shift": False},
+    "loops": {"n_layer": 3, "loops": 2, "mixer": "DA"}}.items()]
 SAMPLINGS = [GREEDY, UNFILTERED, SamplingConfig(temperature=0, repetition_penalty=1.5),
              SamplingConfig(temperature=1.3, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
 
