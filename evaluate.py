@@ -626,6 +626,7 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
 def problem_size(config: EvaluateConfig) -> int:
     """Raises BadInput where the first model was not trained on the task and --size is not given."""
     if config.size:
+        TASKS[config.task].check_size(config.size)
         return config.size
     path, task = config.checkpoint_path[0], TASKS[config.task]
     _, _, flags = load_pretrained(path)

@@ -10,6 +10,7 @@ named after the checkpoint holds metrics.jsonl and, at the end, thinking.html.
 """
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from runtime.device import DeviceConfig, Machine, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from sampling import GREEDY
-from tasks.thinking import TASKS, THOUGHT_END, Problem, ThinkingTask, draw_examples, messages
+from tasks.thinking import TASKS, THOUGHT_END, Level, Problem, ThinkingTask, draw_examples, messages
 from tokenizer import Tokenizer
 from trainer import (
     Evaluation,
@@ -63,6 +64,7 @@ class ThinkConfig(RunFlags):
     batch_size: int = flag(64, "answers in a batch", at_least=1, at_most=1_000_000, on_resume="warn")
     curriculum_iter: int = flag(1500, "steps over which thoughts that say less are added, one kind after the other; 0: all "
                                       "kinds from the start", at_least=0, on_resume="warn")
+    thoughts: bool = flag(True, "0 trains the model to answer at once, and never to think: the control")
     eval_questions: int = flag(128, "problems of the largest size that the model answers at a validation with each amount "
                                     "of thought", at_least=1, at_most=100_000, on_resume="warn", scope="shared")
     seed: int = flag(1337, "random seed of the weights and the problems", at_least=0, at_most=2**63 - 1, scope="run")
@@ -124,8 +126,11 @@ def resolve_flags(start: dict, given: dict) -> dict:
     values = override_horizon(THINKING.defaults() | start, given)
     if not values["task"]:
         raise BadInput(f"--task: say what to learn: {', '.join(TASKS)}; to resume a run, its --out_path is enough")
-    size = values["size"] or TASKS[values["task"]].size
-    return values | {"size": size, "block_size": values["block_size"] or context_of(TASKS[values["task"]], 2 * size)}
+    task = TASKS[values["task"]]
+    size = values["size"] or task.size
+    task.check_size(size)
+    longest = min(2 * size, task.max_size)
+    return values | {"size": size, "block_size": values["block_size"] or context_of(task, longest)}
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -150,12 +155,14 @@ class ThoughtLoader:
         self.config, self.tokenizer, self.curriculum_batches = config, tokenizer, curriculum_batches
         self.task, self.rng, self.n_batches = TASKS[config.task], np.random.default_rng([9, config.seed]), 0
 
-    def n_levels(self) -> int:
-        n = len(self.task.levels)
-        return n if self.n_batches >= self.curriculum_batches else 1 + self.n_batches * (n - 1) // self.curriculum_batches
+    def levels(self) -> Sequence[Level]:
+        """Those that occur by now."""
+        levels, n = trained_levels(self.config), len(self.task.levels)
+        done = min(1.0, self.n_batches / self.curriculum_batches) if self.curriculum_batches else 1.0
+        return levels[:1 + int(done * (n - 1))]
 
     def next_batch(self, model: GPT | None = None) -> tuple[Tensor, Tensor]:
-        examples = draw_examples(self.task, self.rng, self.config.batch_size, self.config.size, self.n_levels())
+        examples = draw_examples(self.task, self.rng, self.config.batch_size, self.config.size, self.levels())
         self.n_batches += 1
         return pack_rows([encode_answer(self.tokenizer, messages(problem, level), thought + THOUGHT_END + problem.answer)
                           for problem, level, thought in examples], self.tokenizer.separator_id)
@@ -172,6 +179,11 @@ class ThoughtLoader:
 
     def close(self):
         pass
+
+
+def trained_levels(config: ThinkConfig) -> Sequence[Level]:
+    levels = TASKS[config.task].levels
+    return levels if config.thoughts else levels[-1:]
 
 
 def pack_rows(rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +206,7 @@ def context_of(task: ThinkingTask, size: int) -> int:
 # -- validation -------------------------------------------------------------------------------------------------------
 
 def answer_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, task: ThinkingTask, problems: list[Problem],
-                    level) -> list[bool]:
+                    level: Level) -> list[bool]:
     """Whether the greedy answer to each is right, at this level of thought."""
     prompts = [tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems]
     room = model.config.block_size - max(map(len, prompts))
@@ -204,10 +216,10 @@ def answer_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, task: Th
 
 
 @torch.no_grad()
-def validate(state: TrainState, setup: TrainSetup, task: ThinkingTask, problems: list[Problem]) -> dict:
-    """exact_match, with all thoughts that there are, and for each level."""
-    row = {}
-    for level in task.levels:
+def validate(state: TrainState, setup: TrainSetup, config: ThinkConfig, problems: list[Problem]) -> dict:
+    """exact_match, with as much thought as is trained, and for each level."""
+    row, task = {}, TASKS[config.task]
+    for level in trained_levels(config):
         right = answer_problems(state.model, setup.tokenizer, setup.machine, task, problems, level)
         row[f"exact_match/{level.name}"] = sum(right) / len(right)
     return {"exact_match": next(iter(row.values()))} | row
@@ -234,7 +246,7 @@ def open_run(configs: ThinkConfigs, checkpoint: dict | None, resumed: Path | Non
     state, setup = restore_state(output, model, tokenizer, configs.optimizer, loader,
                                  batch[0].numel() * loop.num_batch_accum, THINKING.settings(*configs) | vars(model.config))
     problems = task.make(run.eval_questions, run.size, seed=0)
-    evaluate = Evaluation(lambda state: validate(state, setup, task, problems), "exact_match", True, "exact match {:.1%}")
+    evaluate = Evaluation(lambda state: validate(state, setup, run, problems), "exact_match", True, "exact match {:.1%}")
     return Run(configs, state, setup, next_token_loss, evaluate,
                partial(dry_run_step, model, machine, next_token_loss, batch),
                partial(describe, state, setup, configs, len(problems)),
@@ -255,7 +267,7 @@ def describe(state: TrainState, setup: TrainSetup, configs: ThinkConfigs, n_prob
             f"{state.model.n_parameters() / 1e3:,.0f} k parameters, context {model.block_size}; "
             f"{configs.optimizer.optimizer} at {setup.peak_lr():.3g}",
             f"task     {run.task} of up to {run.size} {task.unit}; {n_problems:,} held out; thoughts: "
-            f"{', '.join(level.name for level in task.levels)}",
+            f"{', '.join(level.name for level in trained_levels(run))}",
             f"machine  {describe_machine(setup.machine)}; steps of {run.batch_size * configs.loop.num_batch_accum:,} "
             f"answers until {configs.loop.horizon()}"]
 

@@ -9,13 +9,14 @@ thought, THOUGHT_END and what the question asks for. A task is a line in TASKS.
 """
 import itertools
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.config import BadInput
 from tasks.builtin_questions import is_held_out
 from tasks.checkable import COUNTDOWN_NUMBERS, COUNTDOWN_TARGET, THOUGHT_END, check_countdown, countdown_text
 
@@ -44,11 +45,13 @@ class Level:
 
 @dataclass(frozen=True)
 class ThinkingTask:
-    """draw(rng, size) -> a Problem. levels: from thinking most to answering at once. size: by default; sizes(size): those
-    that are trained on. has_verifier: whether an answer can be checked without knowing the right one."""
+    """draw(rng, size) -> a Problem. levels: from thinking most to answering at once. size: by default, and max_size
+    at most; sizes(size): those that are trained on. has_verifier: whether an answer can be checked without knowing the right
+    one."""
     draw: Callable[[np.random.Generator, int], Problem]
     levels: tuple[Level, ...]
     size: int
+    max_size: int
     sizes: Callable[[int], range]
     unit: str
     has_verifier: bool = False
@@ -56,6 +59,11 @@ class ThinkingTask:
     def level_within(self, n_tokens: int, size: int) -> Level:
         """The one that thinks most among those of at most so many tokens."""
         return next(level for level in self.levels if level.n_tokens(size) <= n_tokens)
+
+    def check_size(self, size: int):
+        """Raises BadInput, which names --size."""
+        if size > self.max_size:
+            raise BadInput(f"--size={size}: has to be at most {self.max_size} {self.unit}: give less")
 
     def make(self, n: int, size: int, seed: int, held_out: bool = True) -> list[Problem]:
         """`n` different problems of one size, always the same ones; fewer where there are not so many."""
@@ -217,21 +225,21 @@ def up_to(size: int) -> range:
     return range(2, size + 1)
 
 
-TASKS = {"permutations": ThinkingTask(draw_permutations, step_levels(3), 32, up_to, "permutations"),
-         "addition": ThinkingTask(draw_addition, step_levels(2), 12, up_to, "digits"),
-         "multiplication": ThinkingTask(draw_multiplication, step_levels(2), 12, up_to, "digits"),
-         "countdown": ThinkingTask(draw_countdown, TRY_LEVELS, 4, lambda size: range(min(3, size), size + 1), "numbers",
+TASKS = {"permutations": ThinkingTask(draw_permutations, step_levels(3), 32, len(LABELS), up_to, "permutations"),
+         "addition": ThinkingTask(draw_addition, step_levels(2), 12, len(LABELS) - 1, up_to, "digits"),
+         "multiplication": ThinkingTask(draw_multiplication, step_levels(2), 12, len(LABELS) - 1, up_to, "digits"),
+         "countdown": ThinkingTask(draw_countdown, TRY_LEVELS, 4, 8, lambda size: range(min(3, size), size + 1), "numbers",
                                    has_verifier=True)}
 
 
 def draw_examples(task: ThinkingTask, rng: np.random.Generator, n: int, size: int,
-                  n_levels: int) -> Iterator[tuple[Problem, Level, str]]:
-    """`n` problems to train on of random sizes, each with one of the first levels and a thought of it."""
+                  levels: Sequence[Level]) -> Iterator[tuple[Problem, Level, str]]:
+    """`n` problems to train on of random sizes, each with one of these levels and a thought of it."""
     sizes = task.sizes(size)
     while n:
         problem = task.draw(rng, sizes[rng.integers(len(sizes))])
         if is_held_out(problem.text):
             continue
-        level = task.levels[rng.integers(n_levels)]
+        level = levels[rng.integers(len(levels))]
         yield problem, level, level.think(problem, rng)
         n -= 1

@@ -1,0 +1,253 @@
+"""What inference-time compute buys: thoughts, several answers, votes that stop early, loops.
+
+    python bench/think.py --out=runs/think --jobs=2             every stage, about two hours on two cores
+    python bench/think.py --out=runs/think --stages samples
+
+A stage trains its arms with `think.py` from three seeds each, and asks all arms the same held-out questions. Finished runs
+are kept, so the same command continues. Writes a table of each stage into docs/benchmarks.md. Speculative decoding is
+bench/speculative.py's, search that of bench/selfplay.py.
+"""
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import torch  # noqa: E402
+from side_by_side import REPO, machine, write_into_docs  # noqa: E402
+
+from budget import (  # noqa: E402
+    Point,
+    Subject,
+    choice_accuracy,
+    draw_pool,
+    inference_flops,
+    mean_length,
+    measure_greedy,
+    stop_early,
+)
+from candidates import sample_texts  # noqa: E402
+from evaluate import problem_depth  # noqa: E402
+from experiments.report import Table, markdown  # noqa: E402
+from experiments.runner import Runner, TrainingJob  # noqa: E402
+from experiments.stats import Estimate  # noqa: E402
+from generate import make_model, random_prompts  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from runtime.checkpoint import load_checkpoint  # noqa: E402
+from runtime.device import DeviceConfig, open_machine  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from runtime.signals import StopSignals  # noqa: E402
+from sampling import SamplingConfig  # noqa: E402
+from tasks.thinking import TASKS  # noqa: E402
+from think import byte_tokenizer  # noqa: E402
+
+SEEDS = range(1, 4)
+PROBLEMS = 256
+SAMPLES = 32
+LOOPS = 1, 2, 4, 8
+PROMPT_TOKENS, NEW_TOKENS = 128, 64  # of the stage samples
+T1 = SamplingConfig(temperature=1.0, top_k=0)
+BYTES = byte_tokenizer()
+
+
+def arm(folder: Path, name: str, *flags: str) -> list[TrainingJob]:
+    """A run from each seed."""
+    return [TrainingJob(REPO / "think.py", folder / f"{name}-{seed}.pt",
+                        (*flags, f"--seed={seed}", "--device=cpu", "--threads=1"), "out_path", ("exact_match",),
+                        keeps_model=True) for seed in SEEDS]
+
+
+def train(n_parallel: int, *arms: list[TrainingJob]):
+    """Seed by seed. Raises SystemExit when a signal stops it or a run fails."""
+    jobs = [job for seed_jobs in zip(*arms) for job in seed_jobs]
+    with StopSignals() as stop:
+        results = Runner(n_parallel, stop).run(jobs, "runs", lambda i, result: None)
+    for job, result in zip(jobs, results):
+        if result.status != "finished":
+            raise SystemExit(f"{job.checkpoint}: {result.status} {result.reason}")
+
+
+def load(run: TrainingJob) -> GPT:
+    return GPT.from_checkpoint(load_checkpoint(run.checkpoint)).requires_grad_(False)
+
+
+def ask(model: GPT, name: str, size: int, loops: int | None = None) -> Subject:
+    """The held-out problems of a task at this size, with each amount of thought."""
+    task, model.loops = TASKS[name], loops or model.config.loops
+    problems = task.make(PROBLEMS, size, seed=0)
+    depths = [problem_depth(BYTES, level, problems, size) for level in task.levels]
+    room = model.config.block_size + 1 - max(len(prompt) for depth in depths for prompt in depth.prompts)
+    return Subject(model, BYTES, open_machine(DeviceConfig("cpu", "fp32")), depths, [problem.check for problem in problems],
+                   task.has_verifier, room)
+
+
+def minutes(runs: list[TrainingJob]) -> float:
+    return max(run.rows()[-1]["seconds"] for run in runs) / 60
+
+
+def estimate(values: list[float], form: str = "{:.3f}") -> str:
+    found = Estimate.from_values(values)
+    return f"{form.format(found.mean)} ± {form.replace('+', '').format(found.margin)}"
+
+
+def accuracies(points: list[Point]) -> list[float]:
+    return [float(point.right.mean()) for point in points]
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+def thoughts(folder: Path, jobs: int) -> str:
+    """Permutations: with as much thought as is told, and by a model that was trained to answer at once alone; also at twice
+    the trained length."""
+    own = arm(folder, "permutations", "--task=permutations")
+    control = arm(folder, "at_once", "--task=permutations", "--thoughts=0")
+    train(jobs, own, control)
+    models, size, rows = [load(run) for run in own], TASKS["permutations"].size, []
+    for length in (size, 2 * size):
+        subjects = [ask(model, "permutations", length) for model in models]
+        for i, depth in enumerate(subjects[0].depths):
+            points = [measure_greedy(subject, subject.depths[i], "", 0) for subject in subjects]
+            rows.append((f"{length} permutations", f"thinking, {depth.name}" if depth.n_tokens else depth.name,
+                         f"{statistics.mean(point.tokens for point in points):.0f}", estimate(accuracies(points))))
+        points = [measure_greedy(subject, subject.depths[-1], "", 0)
+                  for subject in (ask(load(run), "permutations", length) for run in control)]
+        rows.append((f"{length} permutations", "at once, trained for that alone",
+                     f"{statistics.mean(point.tokens for point in points):.0f}", estimate(accuracies(points))))
+    head = (f"training: {minutes(own):.0f} min at most, one core", "answering", "tokens generated",
+            "right (1/6 by guessing)")
+    return markdown(Table(head, rows))
+
+
+def countdown(folder: Path, jobs: int) -> str:
+    """One sample against the best of several by the verifier, and against one sample of a model of twice the size."""
+    small = arm(folder, "countdown", "--task=countdown")
+    large = arm(folder, "countdown_large", "--task=countdown", "--n_layer=8")
+    train(jobs, small, large)
+    rows, size = [], TASKS["countdown"].size
+    for level in ("at once", "tries 4"):
+        found = {name: [best_of(ask(load(run), "countdown", size), level) for run in runs]
+                 for name, runs in (("small", small), ("large", large))}
+        one = [samples[1].right.mean() for samples in found["small"]]
+        for name, sizes in (("small", (1, 2, 4, 8, SAMPLES)), ("large", (1,))):
+            for k in sizes:
+                points = [samples[k] for samples in found[name]]
+                label = "8 layers" if name == "large" else "4 layers"
+                gains = [point.right.mean() - first for point, first in zip(points, one)]
+                rows.append((level, label, f"best of {k}" if k > 1 else "one sample",
+                             f"{statistics.mean(point.flops for point in points) / 1e6:,.0f}",
+                             f"{statistics.mean(point.tokens for point in points):.0f}", estimate(accuracies(points)),
+                             estimate(gains, "{:+.3f}")))
+    head = ("Countdown with 4 numbers", "model", "answers", "MFLOP of a question", "tokens generated", "right",
+            "minus one sample of the small model")
+    return markdown(Table(head, rows))
+
+
+def best_of(subject: Subject, level: str) -> dict[int, Point]:
+    """k -> the verifier's choice among k samples."""
+    depth = next(depth for depth in subject.depths if depth.name == level)
+    pool, n_read = draw_pool(subject, depth, SAMPLES, T1), mean_length(depth.prompts)
+    n_new = float(pool.n_new.mean())
+    return {k: Point("verifier", k, choice_accuracy(pool, "verifier", k), k * n_new,
+                     inference_flops(subject.model, n_read, n_new, k), 0.0) for k in (1, 2, 4, 8, SAMPLES)}
+
+
+def vote(folder: Path, jobs: int) -> str:
+    """A vote of all samples against votes that stop once they are decided, on sums that are answered at once."""
+    runs = arm(folder, "sums", "--task=addition", "--thoughts=0", "--max_iter=700")
+    train(jobs, runs)
+    rows, pools = [], []
+    for run in runs:
+        subject = ask(load(run), "addition", TASKS["addition"].size)
+        pools.append(draw_pool(subject, subject.depths[-1], SAMPLES, T1))
+    whole = [float(choice_accuracy(pool, "vote", SAMPLES).mean()) for pool in pools]
+    tokens = [float(SAMPLES * pool.n_new.mean()) for pool in pools]
+    one = [float(pool.right.mean()) for pool in pools]
+    rows.append(("one sample", estimate([1 / SAMPLES] * len(pools)), estimate(one), ""))
+    rows.append((f"vote of {SAMPLES}", "1", estimate(whole), ""))
+    for k in (4, 8, 16):
+        fewer = [float(choice_accuracy(pool, "vote", k).mean()) for pool in pools]
+        rows.append((f"vote of {k}", f"{k / SAMPLES:.3f}", estimate(fewer),
+                     estimate([a - b for a, b in zip(fewer, whole)], "{:+.4f}")))
+    for certainty in (1.0, 0.99, 0.95, 0.9):
+        found = [stop_early(pool, certainty) for pool in pools]
+        right = [float(part[0].mean()) for part in found]
+        rows.append((f"of at most {SAMPLES}, certain to {certainty:.0%}",
+                     estimate([part[2] / all_tokens for part, all_tokens in zip(found, tokens)]), estimate(right),
+                     estimate([a - b for a, b in zip(right, whole)], "{:+.4f}")))
+    return markdown(Table(("sums of 12 digits", "tokens / those of the whole vote", "right", "minus the whole vote"), rows))
+
+
+def samples(folder: Path, jobs: int) -> str:
+    """N samples of one prompt in one batch against as many calls."""
+    torch.set_num_threads(1)
+    rows = []
+    torch.manual_seed(0)
+    shape = GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=256, vocab_size=BYTES.vocab_size)
+    for label, model, n_new in (("4 layers x 128", GPT(shape).requires_grad_(False), NEW_TOKENS),
+                                ("GPT-2's size", make_model(), NEW_TOKENS // 4)):
+        prompt = (random_prompts(1, PROMPT_TOKENS)[0] % BYTES.vocab_size).tolist()
+        together, alone = [], []
+        for _ in range(4):
+            together.append(speed(model, [prompt] * SAMPLES, n_new))
+            alone.append(statistics.median(speed(model, [prompt], n_new) for _ in range(3)))
+        ours, single = statistics.median(together[1:]), statistics.median(alone[1:])  # the first warms up
+        rows.append((label, f"{ours / single:.1f}", f"{ours:,.0f}", f"{single:,.0f}"))
+    return markdown(Table((f"{SAMPLES} samples of a prompt of {PROMPT_TOKENS} tokens, one core", "in one batch / one by one",
+                           "tok/s in one batch", "tok/s one by one"), rows))
+
+
+def speed(model: GPT, prompts: list[list[int]], n_new: int) -> float:
+    """Tokens a second, the reading of the prompts included."""
+    start = time.perf_counter()
+    answers = sample_texts(model, BYTES, prompts, n_new, T1, torch.Generator().manual_seed(0))
+    return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - start)
+
+
+def depth(folder: Path, jobs: int) -> str:
+    """Recurrent depth: permutations at once, which needs depth, with equal parameters and with equal FLOPs."""
+    base = "--task=permutations", "--size=8", "--thoughts=0"
+    arms = {"3 layers": arm(folder, "plain", *base, "--n_layer=3"),
+            "3 layers, the middle one looped 4 times": arm(folder, "looped", *base, "--n_layer=3", "--loops=4"),
+            "the same, sampled in training": arm(folder, "sampled", *base, "--n_layer=3", "--loops=4", "--sampled_loops"),
+            "6 layers": arm(folder, "deep", *base, "--n_layer=6")}
+    train(jobs, *arms.values())
+    rows = []
+    for label, runs in arms.items():
+        models = [load(run) for run in runs]
+        for loops in LOOPS if models[0].config.loops > 1 else (1,):
+            points = [measure_greedy(subject, subject.depths[-1], "", 0)
+                      for subject in (ask(model, "permutations", 8, loops) for model in models)]
+            rows.append((label, f"{models[0].n_parameters() / 1e3:,.0f} k", f"{loops}",
+                         f"{statistics.mean(point.flops for point in points) / 1e6:,.1f}", estimate(accuracies(points))))
+    return markdown(Table(("8 permutations at once", "parameters", "loops at inference", "MFLOP of a question",
+                           "right (1/6 by guessing)"), rows))
+
+
+STAGES: dict[str, Callable[[Path, int], str]] = {
+    "thoughts": thoughts, "countdown": countdown, "vote": vote, "samples": samples, "depth": depth}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for name in args.stages:
+        text = STAGES[name](args.out.resolve(), args.jobs)
+        print(f"{text}\n")
+        with atomic_write(args.out / f"{name}.md", "w") as file:
+            file.write(text + "\n")
+    found = [(args.out / f"{name}.md").read_text() for name in STAGES if (args.out / f"{name}.md").exists()]
+    note = (f"{len(SEEDS)} seeds each, {PROBLEMS} held-out problems, the same ones for all arms; means over seeds ± the "
+            f"half-width of their 95 % interval; every run has one thread; {machine()}: "
+            f"`python bench/think.py --out=runs/think --jobs=2`.")
+    write_into_docs("bench/think.py", "\n".join([*found, note]))
+
+
+if __name__ == "__main__":
+    main()
