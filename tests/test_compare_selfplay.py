@@ -53,7 +53,7 @@ def test_arms_are_players_with_the_parameters_of_the_first():
         assert arm.n_parameters == build_meta_model(arm.flags, 13).n_parameters()
         assert arm.base_lr == 0.02 and arm.metric == WRONG_MOVES and arm.step_tokens == 256 * 9
     assert arms[0].flags == {"game": "tic_tac_toe", "mixer": "attention", "n_layer": 2, "n_head": 4, "head_size": 16,
-                             "block_size": 10}
+                             "block_size": 10, "positions": "learned"}
     wide, = play_arms("block_size=32,n_head=8,learning_rate=0.01", null=True)[:1]
     assert wide.batch_shape[1] == 32 and wide.base_lr == 0.01 and build_meta_model(wide.flags, 13).config.n_embd == 128
 

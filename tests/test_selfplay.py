@@ -303,7 +303,8 @@ def test_games_are_played_to_their_end_in_a_terminal(tmp_path, kuhn):
     """Nim with two heaps of one match, where whoever moves second wins, and cards that are shown or stay hidden."""
     only = tmp_path / "only.pt"
     selfplay.main([f"--out_path={only}", *TINY[2:], "--game=nim", "--board=1x1", RATED, "--max_iter=1"])
-    shown = play_in_terminal(only, ["1of1", "/new third", "/new second", "1of2", "/quit"], "--game=nim", "--board=1x1")
+    shown = play_in_terminal(only, ["1of1", "/new third", "/new second", "1of2", "1of1", "/quit"], "--game=nim",
+                             "--board=1x1")  # of the last two, one is not possible
     assert shown.count("the model wins") == 1 and "you win" in shown.split("you are second")[1]
     assert "(/new third: no such command" in shown and "you won 1, drew 0 and lost 1 of 2 games" in shown
     shown = play_in_terminal(kuhn, ["bet"] * 8 + ["/quit"], "--game=kuhn", "--seed=1")

@@ -85,7 +85,7 @@ def test_accumulation_equals_one_large_batch(run_train):
     for a, b in zip(run_rows(accumulated)[1:], run_rows(large)[1:]):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
     for (name, a), b in zip(load_checkpoint(accumulated)["model"].items(), load_checkpoint(large)["model"].values()):
-        assert torch.allclose(a, b, atol=2e-4), name
+        assert torch.allclose(a, b, atol=1e-3), name  # where a gradient is nearly 0, AdamW makes steps of its rounding
 
 
 @pytest.fixture(scope="module")
