@@ -33,7 +33,8 @@ from runtime.device import DeviceConfig, Machine, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
 from sampling import GREEDY
-from tasks.thinking import TASKS, THOUGHT_END, Level, Problem, ThinkingTask, draw_examples, messages
+from tasks.checkable import THOUGHT_END
+from tasks.thinking import TASKS, Level, Problem, ThinkingTask, draw_examples, messages
 from tokenizer import Tokenizer
 from trainer import (
     Evaluation,

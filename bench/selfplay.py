@@ -17,17 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from side_by_side import REPO, machine, write_into_docs  # noqa: E402
+from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
 
 from experiments.report import Table, markdown  # noqa: E402
-from experiments.runner import Runner, TrainingJob  # noqa: E402
-from experiments.stats import Estimate  # noqa: E402
+from experiments.runner import TrainingJob  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from players import Player, is_best, model_player, search_player, softmax  # noqa: E402
 from rollouts import PlayConfig, PlayLoader  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
-from runtime.signals import StopSignals  # noqa: E402
 from strength import make_exam, optimal_rate  # noqa: E402
 from tasks.games import make_game  # noqa: E402
 from tasks.positions import UNKNOWN, Game  # noqa: E402
@@ -58,16 +56,6 @@ def game_arm(folder: Path, name: str, *flags: str, after: list[TrainingJob] | No
     return arm(folder, name, *flags, "--rating_games=0", after=after)
 
 
-def train(n_parallel: int, *arms: list[TrainingJob]):
-    """Seed by seed. Raises SystemExit when a signal stops it or a run fails."""
-    jobs = [job for seed_jobs in zip(*arms) for job in seed_jobs]
-    with StopSignals() as stop:
-        results = Runner(n_parallel, stop).run(jobs, "runs", lambda i, result: None)
-    for job, result in zip(jobs, results):
-        if result.status != "finished":
-            raise SystemExit(f"{job.checkpoint}: {result.status} {result.reason}")
-
-
 def evaluations(job: TrainingJob) -> list[dict]:
     return [row for row in job.rows() if "entropy" in row]
 
@@ -78,11 +66,6 @@ def first(runs: list[TrainingJob], name: str) -> list[float]:
 
 def last(runs: list[TrainingJob], name: str) -> list[float]:
     return [evaluations(run)[-1][name] for run in runs]
-
-
-def estimate(numbers: list[float], form: str = "{:.3f}") -> str:
-    found = Estimate.from_values(numbers)
-    return f"{form.format(found.mean)} ± {form.replace('+', '').format(found.margin)}"
 
 
 def differences(a: list[float], b: list[float]) -> list[float]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 from experiments.runner import JobResult, Runner, TrainingJob  # noqa: E402
+from experiments.stats import Estimate  # noqa: E402
 from runtime.config import BadInput  # noqa: E402
 from runtime.device import describe_hardware  # noqa: E402
 from runtime.memory import peak_resident_bytes  # noqa: E402
@@ -64,6 +65,22 @@ def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int
     if any(result.status != "finished" for result in results):
         raise SystemExit("not all runs have finished: the same command continues them")
     return {name: job.rows() for name, job in training.items()}
+
+
+def train(n_parallel: int, *arms: list[TrainingJob]):
+    """Trains arms, each a run from each seed, seed by seed. Raises SystemExit when a signal stops it or a run fails."""
+    jobs = [job for seed_jobs in zip(*arms) for job in seed_jobs]
+    with StopSignals() as stop:
+        results = Runner(n_parallel, stop).run(jobs, "runs", lambda i, result: None)
+    for job, result in zip(jobs, results):
+        if result.status != "finished":
+            raise SystemExit(f"{job.checkpoint}: {result.status} {result.reason}")
+
+
+def estimate(values: list[float], form: str = "{:.3f}") -> str:
+    """The mean and the half-width of its 95 % interval."""
+    found = Estimate.from_values(values)
+    return f"{form.format(found.mean)} ± {form.replace('+', '').format(found.margin)}"
 
 
 def peak_memory() -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
-from side_by_side import REPO, machine, write_into_docs  # noqa: E402
+from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
 
 from budget import (  # noqa: E402
     Point,
@@ -31,14 +31,11 @@ from budget import (  # noqa: E402
 from candidates import sample_texts  # noqa: E402
 from evaluate import problem_depth  # noqa: E402
 from experiments.report import Table, markdown  # noqa: E402
-from experiments.runner import Runner, TrainingJob  # noqa: E402
-from experiments.stats import Estimate  # noqa: E402
-from generate import make_model, random_prompts  # noqa: E402
+from experiments.runner import TrainingJob  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.device import DeviceConfig, open_machine  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
-from runtime.signals import StopSignals  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
 from tasks.thinking import TASKS  # noqa: E402
 from think import byte_tokenizer  # noqa: E402
@@ -59,16 +56,6 @@ def arm(folder: Path, name: str, *flags: str) -> list[TrainingJob]:
                         keeps_model=True) for seed in SEEDS]
 
 
-def train(n_parallel: int, *arms: list[TrainingJob]):
-    """Seed by seed. Raises SystemExit when a signal stops it or a run fails."""
-    jobs = [job for seed_jobs in zip(*arms) for job in seed_jobs]
-    with StopSignals() as stop:
-        results = Runner(n_parallel, stop).run(jobs, "runs", lambda i, result: None)
-    for job, result in zip(jobs, results):
-        if result.status != "finished":
-            raise SystemExit(f"{job.checkpoint}: {result.status} {result.reason}")
-
-
 def load(run: TrainingJob) -> GPT:
     return GPT.from_checkpoint(load_checkpoint(run.checkpoint)).requires_grad_(False)
 
@@ -85,11 +72,6 @@ def ask(model: GPT, name: str, size: int, loops: int | None = None) -> Subject:
 
 def minutes(runs: list[TrainingJob]) -> float:
     return max(run.rows()[-1]["seconds"] for run in runs) / 60
-
-
-def estimate(values: list[float], form: str = "{:.3f}") -> str:
-    found = Estimate.from_values(values)
-    return f"{form.format(found.mean)} ± {form.replace('+', '').format(found.margin)}"
 
 
 def accuracies(points: list[Point]) -> list[float]:
@@ -183,11 +165,11 @@ def samples(folder: Path, jobs: int) -> str:
     """N samples of one prompt in one batch against as many calls."""
     torch.set_num_threads(1)
     rows = []
-    torch.manual_seed(0)
-    shape = GPTConfig(n_layer=4, n_head=4, head_size=32, block_size=256, vocab_size=BYTES.vocab_size)
-    for label, model, n_new in (("4 layers x 128", GPT(shape).requires_grad_(False), NEW_TOKENS),
-                                ("GPT-2's size", make_model(), NEW_TOKENS // 4)):
-        prompt = (random_prompts(1, PROMPT_TOKENS)[0] % BYTES.vocab_size).tolist()
+    for label, shape, n_new in (("4 layers x 128", {"n_layer": 4, "n_head": 4, "head_size": 32}, NEW_TOKENS),
+                                ("GPT-2's size", {"vocab_size": 32_768}, NEW_TOKENS // 4)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{"block_size": 256, "vocab_size": BYTES.vocab_size} | shape)).requires_grad_(False)
+        prompt = torch.randint(256, (PROMPT_TOKENS,)).tolist()
         together, alone = [], []
         for _ in range(4):
             together.append(speed(model, [prompt] * SAMPLES, n_new))

@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.config import BadInput
 from tasks.builtin_questions import is_held_out
-from tasks.checkable import COUNTDOWN_NUMBERS, COUNTDOWN_TARGET, THOUGHT_END, check_countdown, countdown_text
+from tasks.checkable import COUNTDOWN_NUMBERS, COUNTDOWN_TARGET, check_countdown, countdown_text, final_answer
 
 STRIDES = 1, 2, 4, 8          # steps of which one is said
 TRIES = 16, 8, 4, 2, 1        # of Countdown, at most
@@ -83,7 +83,7 @@ def messages(problem: Problem, level: Level) -> list[dict]:
 
 
 def exact(answer: str) -> Callable[[str], float]:
-    return lambda output: float(output.rpartition(THOUGHT_END)[2].strip() == answer)
+    return lambda output: float(final_answer(output).strip() == answer)
 
 
 # -- a state that every step changes ----------------------------------------------------------------------------------

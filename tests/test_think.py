@@ -6,7 +6,8 @@ import torch
 import think
 from conftest import assert_same, run_rows, saved_training
 from dataloader import IGNORE_INDEX
-from tasks.thinking import TASKS, THOUGHT_END
+from tasks.checkable import THOUGHT_END
+from tasks.thinking import TASKS
 from think import ThinkConfig, ThoughtLoader, byte_tokenizer, context_of, encode_answer, pack_rows
 
 BYTES = byte_tokenizer()
