@@ -418,7 +418,10 @@ def test_two_preparations_in_one_folder_are_refused(tmp_path, text, refused):
     expected = contents(prepare(tmp_path, text, folder="whole"))
     flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
-    program = "import download_data, sys; download_data.write_shards = lambda *args: sys.stdin.read(); download_data.main()"
+    program = """import download_data, sys
+download_data.write_validation  # or the line below would replace nothing
+download_data.write_validation = lambda *args: sys.stdin.read()
+download_data.main()"""
     process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=REPO, stdin=subprocess.PIPE)
     try:
         while not (tmp_path / "data" / "manifest.json").exists():
