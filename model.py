@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
-from layers.attention_metadata import AttentionMetadata, cached_causal_mask, doc_position_ids, document_causal_mask
+from layers.attention_metadata import (
+    AttentionMetadata,
+    RowGroups,
+    cached_causal_mask,
+    doc_position_ids,
+    document_causal_mask,
+)
 from layers.linear import linear_layers
 from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
@@ -29,6 +35,7 @@ MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
+MIN_SHARING = 4  # rows of a prompt from which they share its keys and values
 MAX_LOOPS_RATIO = 4  # of a draw to --loops, which bounds memory: 1 draw in 1,000 would be larger, the mean falls by 0.1 %
 
 
@@ -121,6 +128,14 @@ class BlockCache:
         for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
             part.copy_rows_from(rows, source, other_rows, stop, n)
 
+    def select_rows(self, rows: list[int]):
+        for part in (self.mixer, *self.shifts):
+            part.select_rows(rows)
+
+    def share(self, groups: RowGroups, max_len: int):
+        for part in (self.mixer, *self.shifts):
+            part.share(groups, max_len)
+
     def rewind(self, n: int):
         for part in (self.mixer, *self.shifts):
             part.rewind(n)
@@ -163,10 +178,18 @@ class Cache:
             block.detach()
 
     def select_rows(self, rows: list[int]):
-        """Row i becomes what row rows[i] was, as beam search needs it. rows: as many as the cache has."""
-        self.copy_rows_from(list(range(len(rows))), self, rows)
-        if self.left_pad is not None:
-            self.left_pad = self.left_pad[rows]
+        """Row i becomes what row rows[i] was, as beam search needs it; any number of them."""
+        for block in self.blocks:
+            block.select_rows(rows)
+        self.left_pad = None if self.left_pad is None else self.left_pad[rows]
+
+    def share(self, groups: RowGroups, max_len: int):
+        """Row i becomes what row groups.group_of_row[i] was, where all slots are filled, with `max_len` slots. The keys and
+        values of the positions so far are kept once, for all rows that continue them."""
+        for block in self.blocks:
+            block.share(groups, max_len)
+        self.left_pad = None if self.left_pad is None else self.left_pad[groups.group_of_row]
+        self.max_len = max_len
 
 
 class Block(nn.Module):
@@ -336,24 +359,37 @@ class GPT(nn.Module):
     def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of
         each, (B, V), and a cache from which decoding continues for all rows at once."""
-        by_length = group_by_length(prompts)
-        longest, first = max(by_length), next(iter(by_length.values()))
-        if len(by_length) == 1 and len(first) == len(prompts):
-            cache = self.init_cache(len(prompts), max_len, dtype)
+        numbers = {}  # of distinct prompts, which are computed once
+        number_of_row = [numbers.setdefault(tuple(prompt.tolist()), len(numbers)) for prompt in prompts]
+        if len(numbers) == len(prompts):
+            return self.prefill_distinct(prompts, max_len, dtype)
+        distinct = [prompts[number_of_row.index(i)] for i in range(len(numbers))]
+        longest = max(map(len, distinct))
+        if max_len > longest and len(prompts) >= MIN_SHARING * len(distinct):
+            logits, cache = self.prefill_distinct(distinct, longest, dtype)
+            cache.share(RowGroups(number_of_row, prompts[0].device), max_len)
+        else:
+            logits, cache = self.prefill_distinct(distinct, max_len, dtype)
+            cache.select_rows(number_of_row)
+        return logits[number_of_row], cache
+
+    def prefill_distinct(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None) -> tuple[Tensor, Cache]:
+        """`prefill` without a look at which prompts are equal."""
+        by_length = {}
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(row)
+        longest, cache = max(by_length), self.init_cache(len(prompts), max_len, dtype)
+        if len(by_length) == 1:
             return self.eager_forward(torch.stack(prompts), cache=cache, logits_to_keep=1)[:, 0], cache
-        cache = self.init_cache(len(prompts), max_len, dtype)
         cache.length = longest
-        if len(by_length) > 1:
-            cache.left_pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=prompts[0].device)
+        cache.left_pad = torch.tensor([longest - len(prompt) for prompt in prompts], device=prompts[0].device)
         logits = [None] * len(prompts)
-        for n, rows_of_prompt in by_length.items():  # computes no padding, and no prompt twice
-            part = self.init_cache(len(rows_of_prompt), n, dtype)
-            distinct = torch.stack([prompts[rows[0]] for rows in rows_of_prompt.values()])
-            part_logits = self.eager_forward(distinct, cache=part, logits_to_keep=1)[:, 0]
-            pairs = [(row, i) for i, rows in enumerate(rows_of_prompt.values()) for row in rows]
-            for row, i in pairs:
-                logits[row] = part_logits[i]
-            cache.copy_rows_from([row for row, _ in pairs], part, [i for _, i in pairs])
+        for n, rows in by_length.items():  # computes no padding
+            part = self.init_cache(len(rows), n, dtype)
+            for row, row_logits in zip(rows, self.eager_forward(torch.stack([prompts[row] for row in rows]), cache=part,
+                                                                logits_to_keep=1)[:, 0]):
+                logits[row] = row_logits
+            cache.copy_rows_from(rows, part, list(range(len(rows))))
         return torch.stack(logits), cache
 
     def cast_matrices(self, dtype: torch.dtype):
@@ -416,14 +452,6 @@ def require_weights(config: GPTConfig, found: Mapping[str, tuple[tuple[int, ...]
             raise BadInput(f"{name} is {shape}, its config calls for {tuple(expected[name].shape)}: use another checkpoint")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise BadInput(f"{name} is of {dtype}: weights must be floating-point numbers of at least 16 bits")
-
-
-def group_by_length(prompts: list[Tensor]) -> dict[int, dict[tuple[int, ...], list[int]]]:
-    """T -> the distinct prompts of T tokens -> the rows of each in `prompts`."""
-    groups = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), {}).setdefault(tuple(prompt.tolist()), []).append(row)
-    return groups
 
 
 # -- names of format 2 ------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def samples(folder: Path, jobs: int) -> str:
     for label, shape, n_new in (("4 layers x 128", {"n_layer": 4, "n_head": 4, "head_size": 32}, NEW_TOKENS),
                                 ("GPT-2's size", {"vocab_size": 32_768}, NEW_TOKENS // 4)):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**{"block_size": 256, "vocab_size": BYTES.vocab_size} | shape)).requires_grad_(False)
+        model = GPT(GPTConfig(**{"block_size": 256, "vocab_size": 256} | shape)).requires_grad_(False)  # no token ends them
         prompt = torch.randint(256, (PROMPT_TOKENS,)).tolist()
         together, alone = [], []
         for _ in range(4):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers.attention_metadata import AttentionMetadata
+from layers.attention_metadata import AttentionMetadata, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
@@ -17,13 +17,17 @@ DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 @dataclass
 class KVCache:
-    """Keys and values of the positions seen so far: each (B, n_kv_head, max_len, head_size)."""
+    """Keys and values of the positions seen so far: each (B, n_kv_head, max_len, head_size). prefix: those of the first
+    positions where rows share them, a row for each of `groups`; they are not in the former then."""
     keys: Tensor
     values: Tensor
+    prefix: "KVCache | None" = None
+    groups: RowGroups | None = None
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values, each (B, n_kv_head, T, head_size), after the first `start` positions. Returns those of all
-        positions so far."""
+        positions so far, or all behind the prefix."""
+        start -= self.prefix.keys.size(2) if self.prefix else 0
         stop = start + keys.size(2)
         assert stop <= self.keys.size(2), (stop, self.keys.shape)
         self.keys[:, :, start:stop] = keys
@@ -33,8 +37,27 @@ class KVCache:
     def copy_rows_from(self, rows: list[int], other: "KVCache", other_rows: list[int], stop: int, n: int):
         """Copies the first `n` positions of rows `other_rows` of another cache, or of this one, to rows `rows` of this one,
         where they end before position `stop`."""
+        assert self.prefix is None and other.prefix is None
         self.keys[rows, :, stop - n:stop] = other.keys[other_rows, :, :n]
         self.values[rows, :, stop - n:stop] = other.values[other_rows, :, :n]
+
+    def select_rows(self, rows: list[int]):
+        """Row i becomes what row rows[i] was; any number of them."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.prefix is not None:
+            left = [self.groups.group_of_row[row] for row in rows]
+            kept = sorted(set(left))
+            if len(kept) < self.groups.n_groups:
+                self.prefix.select_rows(kept)
+            self.groups = RowGroups([kept.index(group) for group in left], self.keys.device)
+
+    def share(self, groups: RowGroups, max_len: int):
+        """Row i becomes what row groups.group_of_row[i] was, of which all positions have been seen, with room for `max_len`
+        in all; what was seen is kept once."""
+        _, n_head, n, head_size = self.keys.shape
+        shape = len(groups.group_of_row), n_head, max_len - n, head_size
+        self.prefix, self.groups = KVCache(self.keys, self.values), groups
+        self.keys, self.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
 
     def rewind(self, n: int):
         """Forgets the last `n` of the positions seen since the last `rewind` while `metadata.rewindable`. Keys and values
@@ -88,9 +111,14 @@ class Attention(nn.Module):
                 q, autocast = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
                 if x.device.type == "cuda":
                     backends = sdpa_kernel(DECODE_BACKENDS)
-        with autocast, backends:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask, enable_gqa=self.n_kv_head < self.n_head,
-                                               is_causal=metadata.mask is None and metadata.start == 0)
+        if cache is not None and cache.prefix is not None:
+            with autocast:
+                y = attend_with_prefix(q, k, v, cache, metadata.mask)
+        else:
+            with autocast, backends:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask,
+                                                   is_causal=metadata.mask is None and metadata.start == 0,
+                                                   enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), new_v
 
     def flops_per_token(self, block_size: int) -> int:
@@ -100,6 +128,23 @@ class Attention(nn.Module):
 
     def elementwise_flops_per_token(self, block_size: int) -> int:
         return 3 * elementwise_flops(self)
+
+
+def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+    """Attention of q, (B, n_head, T, head_size), over the prefix that rows share, which is read once for each group, and
+    over k and v, (B, n_kv_head, S, head_size), behind it. mask: (B or 1, 1, T, P + S). Source: Juravsky et al. 2024
+    (Hydragen), arXiv:2402.05099; over few keys, one softmax costs less than two and their combination."""
+    B, n_head, T, head_size = q.shape
+    n_kv_head, n_shared, groups = k.size(1), cache.prefix.keys.size(2), cache.groups
+    q = (q * head_size ** -0.5).reshape(B, n_kv_head, -1, head_size)  # all queries to the same keys, of several heads
+    n = q.size(2)
+    shared_scores = groups.ungroup(groups.group(q) @ cache.prefix.keys.transpose(-1, -2), n)
+    scores = torch.cat((shared_scores, q @ k.transpose(-1, -2)), dim=-1)
+    if mask is not None:
+        scores = scores.view(B, n_head, T, -1).masked_fill(~mask, -torch.inf).view(B, n_kv_head, n, -1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    y = groups.ungroup(groups.group(weights[..., :n_shared]) @ cache.prefix.values, n) + weights[..., n_shared:] @ v
+    return y.view(B, n_head, T, head_size)
 
 
 class Rotary(nn.Module):

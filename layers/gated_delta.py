@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from layers.attention_metadata import AttentionMetadata
+from layers.attention_metadata import AttentionMetadata, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
@@ -36,6 +36,14 @@ class DeltaCache:
     def copy_rows_from(self, rows: list[int], other: "DeltaCache", other_rows: list[int], stop: int, n: int):
         """See KVCache."""
         self.states[rows] = other.states[other_rows]
+
+    def select_rows(self, rows: list[int]):
+        """See KVCache."""
+        self.states = self.states[rows]
+
+    def share(self, groups: RowGroups, max_len: int):
+        """See KVCache. Nothing is shared: this is small, and changes."""
+        self.select_rows(groups.group_of_row)
 
     def rewind(self, n: int):
         """See KVCache."""

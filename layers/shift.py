@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.attention_metadata import AttentionMetadata
+from layers.attention_metadata import AttentionMetadata, RowGroups
 
 
 @dataclass
@@ -16,6 +16,14 @@ class ShiftCache:
     def copy_rows_from(self, rows: list[int], other: "ShiftCache", other_rows: list[int], stop: int, n: int):
         """See KVCache."""
         self.last[rows] = other.last[other_rows]
+
+    def select_rows(self, rows: list[int]):
+        """See KVCache."""
+        self.last = self.last[rows]
+
+    def share(self, groups: RowGroups, max_len: int):
+        """See KVCache. Nothing is shared: this is small, and changes."""
+        self.select_rows(groups.group_of_row)
 
     def rewind(self, n: int):
         """See KVCache."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
-from layers.attention import Attention, Rotary, rotate
+from layers.attention import Attention, KVCache, Rotary, rotate
 from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.linear import linear_layers
 from layers.norm import rms_norm
@@ -62,7 +62,8 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
 
 
 def cached_tensors(cache: Cache) -> list[torch.Tensor]:
-    return [tensor for block in cache.blocks for part in (block.mixer, *block.shifts) for tensor in vars(part).values()]
+    return [tensor for block in cache.blocks for part in (block.mixer, *block.shifts) for tensor in vars(part).values()
+            if isinstance(tensor, torch.Tensor)]
 
 
 def set_chunk_rows(monkeypatch, n: int):
@@ -175,6 +176,29 @@ def test_prefill_computes_a_repeated_prompt_once(model, idx, monkeypatch):
         assert torch.allclose(next_logits[row], forward(torch.cat((prompt, new[row]))[None])[0, -1], atol=3e-5)
     _, cache = model.prefill([idx[0, :7]] * 3, T)
     assert cache.left_pad is None  # so that decoding needs no mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths, rows", [
+    ([7], [0] * 5), ([7, 7], [0] * 4 + [1] * 4), ([5, 9, 5], [2, 0, 1, 1, 0, 0, 1, 2, 1, 0, 0, 0])])
+def test_rows_that_share_a_prompt_decode_like_each_alone(model, idx, lengths, rows):
+    """Then some of them go on, in another order; then those of one prompt. The prompts are kept once."""
+    prompts = [row[:n] for row, n in zip(idx, lengths)]
+    logits, cache = model.prefill([prompts[row] for row in rows], T)
+    texts, rng = [prompts[row] for row in rows], torch.Generator().manual_seed(0)
+    attention = [block.mixer for block in cache.blocks if isinstance(block.mixer, KVCache)]
+    assert all(len(part.prefix.keys) == len(lengths) and part.prefix.keys.size(2) == max(lengths) and
+               part.keys.size(2) == T - max(lengths) for part in attention)
+    for n_new, left in ((1, None), (3, None), (1, [5, 4, 1, 2]), (2, None), (1, [3, 0]), (2, None), (1, None)):
+        if left and max(left) < len(texts):
+            cache.select_rows(left)
+            texts, logits = [texts[row] for row in left], logits[left]
+        for text, row_logits in zip(texts, logits):
+            assert torch.allclose(row_logits, model(text[None])[0, -1], atol=3e-5)
+        new = torch.randint(V, (len(texts), n_new), generator=rng)
+        texts = [torch.cat(pair) for pair in zip(texts, new)]
+        logits = model(new, cache=cache)[:, -1]
+    assert all(len(part.prefix.keys) <= len(texts) for part in attention)
 
 
 def test_packed_documents_do_not_leak(model, idx):

@@ -17,6 +17,7 @@ from sampling import (
     GREEDY,
     SamplingConfig,
     TextStream,
+    draw,
     encode_prompt,
     generate,
     generate_text,
@@ -118,6 +119,20 @@ def test_rows_are_sampled_from_their_own_distributions(attention_model):
         values, ids = attention_model(prompt[None])[0, -1].topk(3)
         expected = torch.zeros(BYTES.vocab_size).scatter_(0, ids, (values / 0.7).softmax(0))
         assert torch.allclose(drawn.bincount(minlength=BYTES.vocab_size) / 10_000, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("uniform, expected", [(0.0, [1, 0, 2]), (1 - 2**-53, [3, 0, 2]), (0.5, [3, 0, 2])])
+def test_what_has_no_weight_is_never_drawn(uniform, expected, monkeypatch):
+    """At both ends of the random number too. Weights need not sum to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, uniform, dtype=torch.float64))
+    weights = torch.tensor([[0, 0.3, 0, 0.7, 0], [0.2, 0, 0, 0, 0], [0, 0, 1e-9, 0, 0]])
+    assert draw(weights, None)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("weights", [[0.5, torch.nan], [torch.inf, 1.0], [0.0, 0.0]])
+def test_weights_that_are_not_finite_are_refused(weights):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.tensor([[0.5, 0.5], weights]), None)
 
 
 def logits_processors():
