@@ -10,7 +10,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -263,12 +263,22 @@ class GameSubject:
 
 
 def measure_play(subject: GameSubject) -> list[Point]:
-    """The move at first sight, that of looking over all moves several times, and that of a tree search."""
-    points = [measure_moves(subject, "at first sight", 0, first_sight)]
-    points += [measure_moves(subject, "all moves, so many ahead", depth, partial(look_ahead, depth=depth))
-               for depth in AHEAD]
-    return points + [measure_moves(subject, "tree search, positions read", n, partial(search_moves, simulations=n))
-                     for n in SIMULATIONS]
+    """The move at first sight, that of looking over all moves several times, and that of a tree search; then the same of an
+    untrained network, to which only the search can say anything."""
+    control = replace(subject, model=untrained(subject.model))
+    steps = [(who, suffix, *way) for who, suffix in ((subject, ""), (control, ", untrained")) for way in (
+        ("at first sight", 0, first_sight),
+        *(("all moves, so many ahead", depth, partial(look_ahead, depth=depth)) for depth in AHEAD),
+        *(("tree search, positions read", n, partial(search_moves, simulations=n)) for n in SIMULATIONS))]
+    return [measure_moves(who, f"{way}{suffix}", n, choose)
+            for who, suffix, way, n, choose in progress_bar(steps, desc="budgets", unit="budget", leave=False)]
+
+
+def untrained(model: GPT) -> GPT:
+    """One of the same config with random weights, always the same ones."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return GPT(model.config).requires_grad_(False).to(model.embed.weight.device)
 
 
 @torch.no_grad()

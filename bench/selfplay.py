@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
 
+from budget import untrained  # noqa: E402
 from experiments.report import Table, markdown  # noqa: E402
 from experiments.runner import TrainingJob  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -117,8 +118,7 @@ def connect_four(folder: Path, jobs: int) -> str:
     game = make_game("connect_four", (4, 5))
     exam = make_exam(game, 400)
     trained = [load(run) for run in runs]
-    torch.manual_seed(0)
-    untrained = GPT(trained[0].config)
+    control = untrained(trained[0])
     unwon = f"{sum(last(runs, 'lost_wins'))} of {sum(last(runs, 'won_openings'))}"
     lines = [("Connect Four 4 x 5", estimate(last(runs, "optimal_moves"), "{:.4f}"),
               estimate(last(runs, "value_accuracy"), "{:.4f}"), estimate(last(runs, "perfect_score")),
@@ -128,7 +128,7 @@ def connect_four(folder: Path, jobs: int) -> str:
                                   "won openings not won", "training, one core", "games"), lines))
     searched = [(f"{think} positions read" if think else "at first sight",
                  estimate([optimal_rate(game, player(model, game, think), exam) for model in trained]),
-                 f"{optimal_rate(game, player(untrained, game, think), exam):.3f}") for think in THINK]
+                 f"{optimal_rate(game, player(control, game, think), exam):.3f}") for think in THINK]
     return f"{measured}\n\n{markdown(Table(('before a move', 'optimal moves, trained', 'untrained'), searched))}"
 
 

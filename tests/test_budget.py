@@ -177,8 +177,10 @@ def test_play_is_measured_at_every_depth(monkeypatch):
     subject = GameSubject(game_model(game), game, [q for q in make_exam(game) if q.line.history.shape[1] > 5], MACHINE)
     monkeypatch.setattr(budget, "SIMULATIONS", (2, 4))
     points = measure_play(subject)
-    assert [(point.way.split(",")[0], point.budget) for point in points] == [
-        ("at first sight", 0), *(("all moves", depth) for depth in budget.AHEAD), ("tree search", 2), ("tree search", 4)]
+    ways = [("at first sight", 0), *(("all moves", depth) for depth in budget.AHEAD), ("tree search", 2), ("tree search", 4)]
+    assert [(point.way.split(",")[0], point.budget) for point in points] == 2 * ways
+    assert [point.way.endswith("untrained") for point in points] == [False] * 6 + [True] * 6
+    assert points[9].right.mean() == 1.0  # a search to the end needs no network
     assert points[3].right.mean() == 1.0  # three moves are all that are left
     assert points[0].tokens == 0 < points[1].tokens < points[2].tokens
     assert measure_moves(subject, "x", 0, first_sight).right.tolist() == points[0].right.tolist()
