@@ -172,6 +172,15 @@ class Cache:
             block.rewind(n)
         self.length -= n
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds or has room for."""
+        parts = [part for block in self.blocks for part in (block.mixer, *block.shifts)]
+        parts += [part.prefix for part in parts if getattr(part, "prefix", None) is not None]
+        return [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
     def detach(self):
         """Cuts what is cached off the graph of the forward pass that made it."""
         for block in self.blocks:

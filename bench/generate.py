@@ -107,10 +107,8 @@ def cache_bytes(preset: dict) -> tuple[int, int]:
     model(idx, cache=model.init_cache(BATCH_SIZE, 1))
     before = resident_bytes()
     cache = model.init_cache(BATCH_SIZE, SHAPE["block_size"])
-    for block in cache.blocks:
-        for part in (block.mixer, *block.shifts):
-            for tensor in vars(part).values():
-                tensor.fill_(1.0)
+    for tensor in cache.tensors():
+        tensor.fill_(1.0)
     gained, width = resident_bytes() - before, model.config.n_embd
     shifted = 2 * width if model.config.token_shift else 0
     return gained, SHAPE["n_layer"] * 4 * BATCH_SIZE * (2 * SHAPE["block_size"] * width + shifted)

@@ -482,9 +482,7 @@ def decode_speed(bench: Bench, model: GPT, machine: Machine, n_rows: int, n_prom
         bench.synchronize()
         seconds = time.perf_counter() - start
         cache = model.init_cache(n_rows, n_prompt + n_new + 4, cache_dtype(model))
-    parts = [part for block in cache.blocks for part in (block.mixer, *block.shifts)]
-    n_bytes = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in vars(part).values())
-    return {"decode_tok_per_sec": round(n_generated / seconds, 1), "cache_mib": round(n_bytes / 2**20, 3)}
+    return {"decode_tok_per_sec": round(n_generated / seconds, 1), "cache_mib": round(cache.n_bytes() / 2**20, 3)}
 
 
 def architectures(bench: Bench) -> str:

@@ -8,6 +8,7 @@ time, it skips the last ones.
 """
 import functools
 import gc
+import json
 import os
 
 import pytest
@@ -26,6 +27,7 @@ import finetune
 import generate
 import sampling
 import selfplay
+import think
 import train
 import trainer
 from conftest import REPO, assert_same, before_batch, run_rows, saved_training, signal_in_step
@@ -192,10 +194,14 @@ def test_cached_decoding_equals_the_full_forward(card, mixer, dtype):
     assert (got - want).norm() <= {"fp32": 1e-4, "bf16": 1.5e-2, "fp16": 2e-3}[dtype] * want.norm()
 
 
-def test_generated_tokens_equal_the_cpus(card):
-    """A batch of prompts of different lengths, generated past the end of the context."""
-    model = random_model(mixer="DA", **SHAPE)
-    prompts = [random_ids(1, n)[0] for n in (3, 90, 41)]
+@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1, 1, 0, 2, 0, 1, 2, 0, 1, 2, 0, 0)], ids=["each", "shared"])
+@pytest.mark.parametrize("switches", [{"mixer": "DA"}, {"n_layer": 3, "loops": 3, "n_kv_head": 1}],
+                         ids=format_switches)
+def test_generated_tokens_equal_the_cpus(card, switches, rows):
+    """A batch of prompts of different lengths, generated past the end of the context; and of equal ones, that are kept
+    once."""
+    model = random_model(**switches, **SHAPE)
+    prompts = [random_ids(1, (3, 90, 41)[row])[0] for row in rows]
     generate_on = lambda device: torch.stack([new.cpu() for new in sampling.generate(
         model.to(device), [prompt.to(device) for prompt in prompts], 60, GREEDY)], dim=1)
     with torch.inference_mode():
@@ -344,6 +350,20 @@ def test_the_whole_path(card, run_train, tmp_path, capsys):
                    "--batch_size=2", "--num_batch_accum=1", "--verbose=0", f"--device={card}", "--compile_model=0"])
     evaluate.main(["--checkpoint_path", str(path), str(tuned), f"--dataset={text}", f"--device={card}"])
     assert "bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--loops=3", "--sampled_loops"]], ids=" ".join)
+def test_thinking_resumes_and_its_curve_is_measured(card, tmp_path, flags):
+    """Thoughts, votes and loops."""
+    path = tmp_path / "thinker.pt"
+    base = [f"--out_path={path}", f"--device={card}", "--verbose=0", "--eval_questions=8"]
+    think.main(["--task=addition", "--size=3", "--n_layer=3", "--batch_size=8", "--max_iter=2", *flags, *base])
+    think.main(["--resume_checkpoint", "--max_iter=4", *base])
+    assert run_rows(path)[-1]["step"] == 4
+    evaluate.main([f"--checkpoint_path={path}", "--task=addition", "--budget_curve", "--limit=4", "--samples=4",
+                   f"--device={card}"])
+    ways = {json.loads(line)["way"] for line in (run_folder(path) / "budget.jsonl").read_text().splitlines()}
+    assert {"thinking, as told", "vote"} < ways and ("loops" in ways) == bool(flags)
 
 
 @pytest.mark.parametrize("flags", [["--game=nim", "--board=1x2x3", "--search=puct", "--simulations=3"],

@@ -16,7 +16,7 @@ from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.linear import linear_layers
 from layers.norm import rms_norm
 from layers.shift import TokenShift, TokenShiftFunction
-from model import GPT, INITIAL_LOGIT_STD, MIXERS_BY_LETTER, Cache, GPTConfig, upgrade_config, upgrade_weights
+from model import GPT, INITIAL_LOGIT_STD, MIXERS_BY_LETTER, GPTConfig, upgrade_config, upgrade_weights
 from runtime.config import BadInput, read_flags
 from train import PRESETS
 
@@ -59,11 +59,6 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
     value = model(idx, idx.roll(-1, dims=1))
     value.backward()
     return value.item(), [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def cached_tensors(cache: Cache) -> list[torch.Tensor]:
-    return [tensor for block in cache.blocks for part in (block.mixer, *block.shifts) for tensor in vars(part).values()
-            if isinstance(tensor, torch.Tensor)]
 
 
 def set_chunk_rows(monkeypatch, n: int):
@@ -146,7 +141,7 @@ def test_rows_of_a_cache_are_selected_as_beam_search_needs_it(model, idx):
 def test_a_rewound_cache_goes_on_as_if_nothing_had_been_read(model, idx, passes, n):
     """After a prompt of 9, some forward passes, of whose positions the last n are forgotten; and again from there."""
     _, cache = model.prefill([row[:9] for row in idx], T)
-    size = sum(part.numel() for part in cached_tensors(cache))
+    size = cache.n_bytes()
     cache.rewindable = True
     kept, text = 9, idx[:, :9]
     for _ in range(2):
@@ -155,7 +150,7 @@ def test_a_rewound_cache_goes_on_as_if_nothing_had_been_read(model, idx, passes,
             model(part, cache=cache)
         cache.rewind(n)
         text, kept = torch.cat((text, new[:, :sum(passes) - n]), dim=1), kept + sum(passes) - n
-        assert cache.length == kept and sum(part.numel() for part in cached_tensors(cache)) == size
+        assert cache.length == kept and cache.n_bytes() == size
     cache.rewindable = False
     logits = model(idx[:, :2], cache=cache)
     assert torch.allclose(logits, model(torch.cat((text, idx[:, :2]), dim=1))[:, -2:], atol=3e-5)
@@ -239,16 +234,18 @@ def test_doc_position_ids_by_hand():
     assert doc_position_ids(doc_starts).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
 
 
+@torch.no_grad()
 def test_cache_size_in_bytes_by_hand():
     """Keys and values of every slot, or a matrix per head; and the last position of each token shift."""
-    count = lambda cache: sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(cache))
     for n_kv_head, slots in ((2, 10), (1, 10), (2, 300)):
         model = GPT(tiny_config(n_kv_head=n_kv_head))
         expected = 2 * 4 * (2 * B * n_kv_head * slots * 8 + 2 * B * 16)
-        assert count(model.init_cache(B, slots)) == expected
-        assert count(model.init_cache(B, slots, torch.bfloat16)) == expected / 2
+        assert model.init_cache(B, slots).n_bytes() == expected
+        assert model.init_cache(B, slots, torch.bfloat16).n_bytes() == expected / 2
     model = GPT(tiny_config(mixer="gated_delta"))
-    assert count(model.init_cache(B, 10)) == count(model.init_cache(B, 300)) == 2 * 4 * (B * 2 * 8 * 8 + 2 * B * 16)
+    assert model.init_cache(B, 10).n_bytes() == model.init_cache(B, 300).n_bytes() == 2 * 4 * (B * 2 * 8 * 8 + 2 * B * 16)
+    _, cache = GPT(tiny_config(n_kv_head=1)).prefill([torch.arange(7)] * 5, T)  # once before position 7, then for each row
+    assert cache.n_bytes() == 2 * 4 * (2 * 1 * 8 * (7 + 5 * (T - 7)) + 2 * 5 * 16)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
