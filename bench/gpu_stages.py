@@ -70,7 +70,7 @@ REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
         "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_bytes=2_000_000"]}
 TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, "vocab_sizes": (600, 500),
-        "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 3), "prompt": 8, "new": 20,
+        "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 4), "prompt": 8, "new": 20,
         "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_bytes=8000", "--tokens_threshold=30_000",
                                                "--tokenizer_bytes=300_000"]}
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
@@ -465,13 +465,15 @@ def memory_6gb(bench: Bench) -> str:
 
 # -- architectures ----------------------------------------------------------------------------------------------------
 
-def decode_speed(bench: Bench, model: GPT, machine: Machine, n_rows: int, n_prompt: int, n_new: int) -> dict:
-    """Tokens per second of all `n_rows` together, after prompts of random tokens, and the size of the cache."""
+def decode_speed(bench: Bench, model: GPT, machine: Machine, n_rows: int, n_prompt: int, n_new: int,
+                 one_prompt: bool = False) -> dict:
+    """Tokens per second of all `n_rows` together, after prompts of random tokens, or after the same one in every row, and
+    the size of the cache."""
     model.requires_grad_(False)
     model.cast_matrices(DTYPES[machine.dtype])
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(model.config.vocab_size, (n_prompt,), generator=generator).to(machine.device)
-               for _ in range(n_rows)]
+               for _ in range(1 if one_prompt else n_rows)] * (n_rows if one_prompt else 1)
     with machine.autocast():
         tokens = generate(model, prompts, n_new + 4, SamplingConfig())
         for _ in range(4):
@@ -481,7 +483,7 @@ def decode_speed(bench: Bench, model: GPT, machine: Machine, n_rows: int, n_prom
         n_generated = sum(len(new) for new in tokens)
         bench.synchronize()
         seconds = time.perf_counter() - start
-        cache = model.init_cache(n_rows, n_prompt + n_new + 4, cache_dtype(model))
+        _, cache = model.prefill(prompts, n_prompt + n_new + 4, cache_dtype(model))
     return {"decode_tok_per_sec": round(n_generated / seconds, 1), "cache_mib": round(cache.n_bytes() / 2**20, 3)}
 
 
@@ -615,12 +617,13 @@ def decode(bench: Bench) -> str:
     config = GPTConfig(**bench.sizes["shape"], block_size=bench.sizes["block_size"],
                        vocab_size=bench.sizes["vocab_sizes"][0])
     machine, best = open_machine(DeviceConfig(device=bench.device.type, dtype=half_precision(bench.device))), []
-    for n_rows in bench.sizes["batches"]:
-        def run(n_rows=n_rows):
+    for n_rows, one_prompt in [*((n_rows, False) for n_rows in bench.sizes["batches"]), (bench.sizes["batches"][-1], True)]:
+        def run(n_rows=n_rows, one_prompt=one_prompt):
             model = GPT(config).to(machine.device)
-            return decode_speed(bench, model, machine, n_rows, bench.sizes["prompt"], bench.sizes["new"])
-        if figures := bench.measure(f"batch of {n_rows}, eager, {machine.dtype}", run):
-            best.append(f"batch of {n_rows} {figures['decode_tok_per_sec']:,.0f} tok/s")
+            return decode_speed(bench, model, machine, n_rows, bench.sizes["prompt"], bench.sizes["new"], one_prompt)
+        label = f"batch of {n_rows}{' samples of one prompt' if one_prompt else ''}"
+        if figures := bench.measure(f"{label}, eager, {machine.dtype}", run):
+            best.append(f"{label} {figures['decode_tok_per_sec']:,.0f} tok/s")
     bench.write_row("compiled, with CUDA graphs", skipped="generate.py does not do that yet")
     return ", ".join(best) or "nothing was measured"
 
