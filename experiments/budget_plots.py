@@ -1,7 +1,7 @@
 """Pictures of accuracy against what it costs at inference, as SVG panels for experiments/report.py."""
 import itertools
 
-from experiments.plots import COLORS, add_legend, make_panels, plot_points, to_svgs, wrap_label
+from experiments.plots import COLORS, add_legend, make_panels, plot_points, set_log_ticks, to_svgs, wrap_label
 
 # key of a row -> label of the axis, what one unit of it is
 COSTS = {"tokens": ("tokens generated for a question", 1), "flops": ("MFLOP for a question", 1e6),
@@ -25,6 +25,8 @@ def draw_budgets(rows: list[dict]) -> list[str]:
                         label=wrap_label(way))
             axis.fill_between(*zip(*((x, y - margin, y + margin) for x, y, margin in points)), color=color, alpha=0.08,
                               linewidth=0)
-        axis.set(xlabel=label, ylabel="accuracy", xscale="log", title=f"Accuracy against {name}", ylim=(-0.05, 1.05))
+        axis.set(xlabel=label, ylabel="accuracy", xscale="log", title=f"Accuracy against {name.replace('flops', 'FLOPs')}",
+                 ylim=(-0.05, 1.05))
+        set_log_ticks(axis.xaxis)
         add_legend(axis)
     return to_svgs(axes)
