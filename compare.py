@@ -296,10 +296,13 @@ def load_game(common: dict) -> TrainingData:
 
 def load_problems(common: dict) -> TrainingData:
     """common: the flags that all runs share. Raises BadInput."""
-    if not common.get("task"):
+    run = read_flags(ThinkConfig, common)
+    if not run.task:
         raise BadInput(f"--task: say what all arms learn: {', '.join(TASKS)}")
-    task = TASKS[common["task"]]
-    name = f"{common['task']} with up to {common.get('size') or task.size} {task.unit}"
+    task = TASKS[run.task]
+    size = run.size or task.size
+    task.check_size(size)
+    name = f"{run.task} with up to {size} {task.unit}"
     return TrainingData(f"problems of {name}", name, (name,), byte_tokenizer().vocab_size)
 
 

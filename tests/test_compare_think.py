@@ -186,6 +186,8 @@ def test_as_many_problems_as_think_py_has_by_default():
     (["--arms", "loops=1", "size=4"], ["size is not part of an architecture or recipe"]),
     (["--arms", "loops=1", "batch_size=8"], ["other data"]),
     (["--arms", "loops=1", "sampled_loops=1"], ["--sampled_loops", "give 2 or more"]),
+    (["--task=juggling"], ["--task=juggling: choose one of permutations, addition"]),
+    (["--size=200"], ["--size=200", "at most"]),
     (["--block_size=9"], ["--block_size=9: problems of --size=2 take up to", "give more"]),
     (["--budget=problems=8"], ["0.25 of it gives a run of 'mlp=gelu' 2 problems, less than a step of 4"])])
 def test_bad_input_is_one_line(refused, tmp_path, flags, words):
