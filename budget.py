@@ -39,6 +39,7 @@ from runtime.device import Machine
 from sampling import GREEDY, SamplingConfig
 from strength import Question
 from tasks.positions import Game
+from tasks.thinking import Level, Problem, messages
 from tokenizer import Tokenizer
 
 N_SUBSETS = 64             # of the samples of a question, over which the accuracy of fewer is averaged
@@ -86,6 +87,16 @@ class Subject:
     checks: Sequence[Callable[[str], float]]
     has_verifier: bool
     answer_tokens: int
+
+
+def ask_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, problems: Sequence[Problem], levels: Sequence[Level],
+                 size: int, has_verifier: bool) -> Subject:
+    """Problems of think.py's tasks, with each of these amounts of thought. size: of the largest problem."""
+    depths = [Depth(level.name, level.n_tokens(size), [
+        tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems])
+        for level in levels]
+    room = model.config.block_size + 1 - max(len(prompt) for depth in depths for prompt in depth.prompts)
+    return Subject(model, tokenizer, machine, depths, [problem.check for problem in problems], has_verifier, room)
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

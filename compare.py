@@ -8,11 +8,13 @@
 
     python compare.py --script=selfplay --game=tic_tac_toe --arms mixer=attention mixer=gated_delta --budget games=40_960
 
+    python compare.py --script=think --task=permutations --arms loops=1 loops=4 --budget problems=192_000
+
     python compare.py --script=adapt --dataset=docs.parquet --arms checkpoint_path=a_{seed}.pt checkpoint_path=b_{seed}.pt
 
-An arm is flags of train.py, or of finetune.py, where arms may also start from different models, or of selfplay.py. Arms of
-train.py and selfplay.py get as many parameters as the first one: the width of the hidden layer is solved for. All arms see
-the same data in the same order; those of selfplay.py play as many games, each against itself.
+An arm is flags of train.py, or of finetune.py, where arms may also start from different models, or of selfplay.py or
+think.py. Arms of train.py, selfplay.py and think.py get as many parameters as the first one: the width of the hidden layer
+is solved for. All arms see the same data in the same order; those of selfplay.py play as many games, each against itself.
 For an arm with a vocabulary of its own, a tokenizer is trained on the training text of --data_path, and that folder's text
 is encoded with it once, into --out_path/data.
 Each arm tries the same learning rates on part of the budget. Starting from the best, lower rates are tried on the full
@@ -52,6 +54,7 @@ from experiments.adaptation_comparison import write_adaptation_comparison
 from experiments.analysis import (
     EXPLOITABILITY,
     SPEED_WARMUP,
+    WRONG_ANSWERS,
     WRONG_MOVES,
     Arm,
     ArmResults,
@@ -108,7 +111,11 @@ from selfplay import resolve_flags as resolve_play_flags
 from shards import SPLITS, DataFolder, open_data, require_block
 from tasks.conversations import ConversationConfig, read_conversations
 from tasks.positions import Game
+from tasks.thinking import TASKS
 from text.sources import take_text
+from think import THINKING, ThinkConfig, ThinkDevice, ThinkLoop, ThinkModel, ThinkOptimizer, byte_tokenizer, typical_batch
+from think import open_run as open_think
+from think import resolve_flags as resolve_think_flags
 from tokenizer import (
     MAX_VOCAB_SIZE,
     PATTERNS,
@@ -121,6 +128,7 @@ from tokenizer import (
 from train import PRESETS, PRETRAINING, RunConfig
 from trainer import (
     LoopConfig,
+    Run,
     TrainSetup,
     check_compile,
     dry_run_step,
@@ -136,7 +144,7 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
-UNITS = "games", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
+UNITS = "games", "problems", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
 
 
 @dataclass(frozen=True)
@@ -147,20 +155,21 @@ class CompareConfig:
                                                             "vocab_size, pattern and tokenizer_path; the first is the "
                                                             "reference")
     script: str = flag("train", "what a run is: train.py, or finetune.py, where an arm may be the model to start from: "
-                                "checkpoint_path=a.pt; or selfplay.py, which needs --game; or adapt.py, where an arm is a "
-                                "model, or one for each seed: checkpoint_path=a_{seed}.pt",
-                       choices=("train", "finetune", "selfplay", "adapt"), scope="run")
+                                "checkpoint_path=a.pt; or selfplay.py, which needs --game; or think.py, which needs --task; "
+                                "or adapt.py, where an arm is a model, or one for each seed: checkpoint_path=a_{seed}.pt",
+                       choices=("train", "finetune", "selfplay", "think", "adapt"), scope="run")
     budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
                                      "matrix products, activations and bases; of one of selfplay.py: games=N, by default "
-                                     "the game's own number, tokens=N or seconds=N")
+                                     "the game's own number, tokens=N or seconds=N; of one of think.py: problems=N, by "
+                                     "default think.py's own number, tokens=N or flops=N")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms of train.py and selfplay.py have in common besides the budget, and what "
-                                    "those of adapt.py must have in common; non_embedding: the parameters without the "
+    match: str = flag("parameters", "what arms that start from random weights have in common besides the budget, and "
+                                    "what those of adapt.py must have in common; non_embedding: the parameters without the "
                                     "embedding and an untied head",
                       choices=("parameters", "non_embedding", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
@@ -285,6 +294,18 @@ def load_game(common: dict) -> TrainingData:
     return TrainingData(f"games of {name}", name, (name,), game.vocab_size, game=game)
 
 
+def load_problems(common: dict) -> TrainingData:
+    """common: the flags that all runs share. Raises BadInput."""
+    run = read_flags(ThinkConfig, common)
+    if not run.task:
+        raise BadInput(f"--task: say what all arms learn: {', '.join(TASKS)}")
+    task = TASKS[run.task]
+    size = run.size or task.size
+    task.check_size(size)
+    name = f"{run.task} with up to {size} {task.unit}"
+    return TrainingData(f"problems of {name}", name, (name,), byte_tokenizer().vocab_size)
+
+
 # -- vocabularies -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -404,6 +425,10 @@ class ScriptSpec:
     arm_defaults: dict            # flags that an arm has unless they are given
     cell_defaults: dict           # the same, of each of its runs
     shortest_validation: dict     # flags of a run that is only timed; None: not this one
+    # Of a script whose runs need more than flags to be known before they start:
+    model: type[GPTConfig] | None = None             # declares some of the model's flags anew
+    resolve_flags: Callable[[dict, dict], dict] | None = None  # the values of all flags, of ({}, those that are given)
+    open_run: Callable[..., Run] | None = None       # a run from its flags, before which nothing is written
 
     def budget_advice(self) -> str:
         *units, last = (f"{unit}=N" for unit in self.units)
@@ -422,7 +447,13 @@ SCRIPTS = {
     # not flops: those of play, of which some arms need many more than others, are not counted
     "selfplay": ScriptSpec(SELFPLAY, SelfPlayLoop, SelfPlayConfig, SelfPlayOptimizer, SelfPlayDevice,
                            ("games", "tokens", "seconds"), load_game, (), starts_from_checkpoint=False, arm_defaults={},
-                           cell_defaults={"rating_games": 0}, shortest_validation={})}
+                           cell_defaults={"rating_games": 0}, shortest_validation={}, model=PlayerModel,
+                           resolve_flags=resolve_play_flags, open_run=open_selfplay),
+    # not seconds: how many steps the curriculum takes follows from how many there will be
+    "think": ScriptSpec(THINKING, ThinkLoop, ThinkConfig, ThinkOptimizer, ThinkDevice, ("problems", "tokens", "flops"),
+                        load_problems, (), starts_from_checkpoint=False, arm_defaults={}, cell_defaults={},
+                        shortest_validation={"eval_questions": 1, "curriculum_iter": 0}, model=ThinkModel,
+                        resolve_flags=resolve_think_flags, open_run=open_think)}
 
 
 # -- the environment: what numbers depend on besides flags ------------------------------------------------------------
@@ -473,7 +504,8 @@ def parse_arm(text: str, given: str, script: str = "train") -> dict:
     add_arm_flags(parser, script)
     try:
         values = vars(parser.parse_args([f"--{part}" for part in parts]))
-        derived = {"block_size": 1} if script == "selfplay" else {}  # any: where it is not given, it follows from the game
+        # any: where it is not given, it follows from the game or the task
+        derived = {"block_size": 1} if script in ("selfplay", "think") else {}
         for config in (*classes, *vocabulary):
             read_flags(config, select_fields(config, derived | values))
     except BadInput as error:
@@ -521,15 +553,16 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
                 values = {name: value for name, value in values.items() if name not in declared_flags(VocabularyConfig)}
                 if own.shards and own is not data:
                     values["data_path"] = own.shards.path
-                if data.game:
-                    values |= player_shape(values)
+                if config.spec.model:
+                    values |= own_shape(config.spec, values)
                 if reference and config.matches_parameters:
                     values = match_parameters(values, reference.matched_parameters(config.match), own.vocab_size,
                                               config.match)
                 if data.game:
                     arm = build_play_arm(name, size, values, seeds, data)
                 else:
-                    arm = build_arm(config.spec, name, size, values, seeds, own)
+                    build = build_think_arm if config.script == "think" else functools.partial(build_arm, config.spec)
+                    arm = build(name, size, values, seeds, own)
                     check_same_batches(arm, reference or arm)
             except BadInput as error:
                 raise BadInput(f"--arms {name!r}: {error}") from None
@@ -592,6 +625,23 @@ def build_arm(spec: ScriptSpec, name: str, size: str, values: dict, seeds: tuple
     step_tokens = run.batch_size * loop.num_batch_accum * block_size
     return Arm(name, size, values, seeds, step_tokens, (run.batch_size, block_size), schedule.peak_lr(step_tokens),
                **model_size(model), bytes_per_token=data.bytes_per_token, vocabulary=vocabulary, data_digests=data.digests)
+
+
+def own_shape(spec: ScriptSpec, values: dict) -> dict:
+    """The flags of the model whose defaults the script declares anew, with their values. Raises BadInput."""
+    resolved, general = spec.resolve_flags({}, values), declared_flags(GPTConfig)
+    return {name: resolved[name] for name, field in declared_flags(spec.model).items()
+            if field.default != general[name].default}
+
+
+def build_think_arm(name: str, size: str, values: dict, seeds: tuple[int, ...], data: TrainingData) -> Arm:
+    """values: see build_arm. Raises BadInput."""
+    model, configs = build_meta_model(values, data.vocab_size), THINKING.read_configs(resolve_think_flags({}, values))
+    check_compile(configs.run.compile_model, model)
+    step_tokens = typical_batch(configs.run)[0].numel() * configs.loop.num_batch_accum
+    return Arm(name, size, values, seeds, step_tokens, (configs.run.batch_size, model.config.block_size),
+               configs.optimizer.peak_lr(step_tokens), **model_size(model), vocabulary=data.vocabulary,
+               data_digests=data.digests, metric=WRONG_ANSWERS)
 
 
 def model_size(model: GPT) -> dict:
@@ -692,13 +742,6 @@ class PlaySchedule:
         return math.ceil(n_steps * self.loop.num_batch_accum / self.loader.batches_per_rollout) * self.rollout_games
 
 
-def player_shape(values: dict) -> dict:
-    """The flags of the model whose defaults selfplay.py declares anew, with their values. Raises BadInput."""
-    resolved, general = resolve_play_flags({}, values), declared_flags(GPTConfig)
-    return {name: resolved[name] for name, field in declared_flags(PlayerModel).items()
-            if field.default != general[name].default}
-
-
 def build_play_arm(name: str, size: str, values: dict, seeds: tuple[int, ...], data: TrainingData) -> Arm:
     """values: see build_arm. Raises BadInput."""
     model, play = build_meta_model(values, data.vocab_size), PlaySchedule.from_flags(values)
@@ -742,8 +785,8 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     digest = cell_digest(arm, values, config.spec, environment, stage)
     readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
-    outcome = (arm.metric.field, "games") if arm.metric.is_of_games else ("val_loss", "val_bpb")
-    job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag, outcome)
+    job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag,
+                      (arm.metric.field, *arm.metric.other_fields))
     limit = next((counter, float(own[name])) for name, counter in STOP_FLAGS.items() if name in own)
     flops = (arm.flops_per_token + arm.elementwise_flops_per_token) * (arm.step_tokens if limit[0] == "step" else 1)
     return Cell(arm, stage, lr_multiple, seed, budget_frac, job, limit, limit[1] * (1 if limit[0] == "seconds" else flops))
@@ -763,12 +806,30 @@ def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dic
     if unit == "games":
         n_steps = play_steps(arm, config, amount, budget_frac)
         return budget_frac, {"max_iter": n_steps} | validation_interval(arm, n_steps)
+    if unit == "problems":
+        step_problems = arm.batch_shape[0] * arm.flags.get("num_batch_accum", config.spec.loop.num_batch_accum)
+        n_steps = int(amount / step_problems)
+        if n_steps < 1:
+            raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {amount:,.0f} "
+                           f"problems, less than a step of {step_problems:,}: give more")
+        return budget_frac, {"max_iter": n_steps} | intervals(arm, config, n_steps, budget_frac)
     tokens = amount / {"tokens": 1, "bytes": arm.bytes_per_token,
                        "flops": arm.flops_per_token + arm.elementwise_flops_per_token}[unit]
     if tokens < arm.step_tokens:
         raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {tokens:,.0f} tokens, "
                        f"less than a step of {arm.step_tokens:,}: give more")
-    return budget_frac, {"max_tokens": int(tokens)} | validation_interval(arm, tokens / arm.step_tokens)
+    return budget_frac, {"max_tokens": int(tokens)} | intervals(arm, config, tokens / arm.step_tokens, budget_frac)
+
+
+def intervals(arm: Arm, config: CompareConfig, n_steps: float, budget_frac: float) -> dict:
+    """The flags that fit what happens in a run to its number of steps: validations, and the curriculum of think.py, of which
+    a run on a part of the budget has all too."""
+    flags = validation_interval(arm, n_steps)
+    if config.script == "think":
+        given = arm.flags.get("curriculum_iter")
+        flags["curriculum_iter"] = round(n_steps * ThinkConfig.curriculum_iter / ThinkLoop.max_iter if given is None else
+                                         given * budget_frac)
+    return flags
 
 
 def validation_interval(arm: Arm, n_steps: float) -> dict:
@@ -895,7 +956,8 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     for arm in progress_bar(arms, desc="timing", unit="arm", leave=False, disable=None):
         if math.isnan(arm.bytes_per_token):
             arm = dataclasses.replace(arm, bytes_per_token=data.bytes_per_token)
-        measured = measure_play(arm, config, machine) if data.game else measure_arm(arm, config.spec, data, machine)
+        measured = measure_run(arm, config, machine) if config.spec.open_run else measure_arm(
+            arm, config.spec, data, machine)
         results, speed = ArmResults(arm), measured.tok_per_sec
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
@@ -966,15 +1028,16 @@ def measure_arm(arm: Arm, spec: ScriptSpec, data: TrainingData, machine: Machine
     return ArmForecast(peak_memory(machine.device), speed, validation_tokens(arm) / (3 * speed))
 
 
-def measure_play(arm: Arm, config: CompareConfig, machine: Machine) -> ArmForecast:
-    """From a run that has not begun: a validation, and steps with the rollouts that they learn from, though games of a model
-    that has learnt may be shorter or longer. Writes nothing."""
+def measure_run(arm: Arm, config: CompareConfig, machine: Machine) -> ArmForecast:
+    """From a run that has not begun: a validation, and steps with the rollouts that they learn from, though games and
+    answers of a model that has learnt may be shorter or longer. Writes nothing."""
     with suppress(OSError):  # see measure_arm
         reset_peak_memory(machine.device)
     start = time.perf_counter()
-    values = resolve_play_flags({}, config.spec.cell_defaults | arm.flags) | {"out_path": config.out_path / "forecast.pt",
-                                                                              "overwrite": True}
-    run = open_selfplay(SELFPLAY.read_configs(values), None, None)
+    spec = config.spec
+    values = spec.resolve_flags({}, spec.cell_defaults | arm.flags) | {"out_path": config.out_path / "forecast.pt",
+                                                                       "overwrite": True}
+    run = spec.open_run(spec.command.read_configs(values), None, None)
     open_seconds = time.perf_counter() - start
     validation_seconds, speed = run.validation_seconds(), arm.step_tokens / time_step(
         run.state, run.configs.loop, run.loss_fn, run.setup, run.dry_run)
@@ -1167,13 +1230,15 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
     script = script_parser.parse_known_args([text for text in (sys.argv[1:] if argv is None else argv)
                                              if text not in ("-h", "--help")])[0].script
     parser = Parser(main.__doc__)
-    add_flags(parser, CompareConfig, suppress=script in ("adapt", "selfplay"))
+    add_flags(parser, CompareConfig, suppress=script in ("adapt", "selfplay", "think"))
     add_arm_flags(parser, script, without=flag_names(*script_flags(script)[0], scope="run"))
     values = vars(parser.parse_args(argv))
     if script == "adapt":
         return read_adapt_flags(values)
     if script == "selfplay":
         values = {"budget": f"games={load_game(values).game.default_games}"} | values
+    if script == "think":
+        values = {"budget": f"problems={ThinkLoop.max_iter * ThinkConfig.batch_size}"} | values
     own = declared_flags(CompareConfig)
     return read_flags(CompareConfig, values), {name: value for name, value in values.items() if name not in own}
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from candidates import sample_texts
+from budget import Subject, ask_problems, measure_greedy
 from dataloader import IGNORE_INDEX
 from experiments.answer_plots import draw_thinking
 from experiments.report import Figure, Table, markdown, write_page
@@ -29,12 +29,11 @@ from optimizer import OptimizerConfig
 from runtime.checkpoint import run_folder
 from runtime.cli import command, say
 from runtime.config import BadInput, check_flags, flag, read_flags, redeclare
-from runtime.device import DeviceConfig, Machine, seed_everything
+from runtime.device import DeviceConfig, seed_everything
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
-from sampling import GREEDY
 from tasks.checkable import THOUGHT_END
-from tasks.thinking import TASKS, Level, Problem, ThinkingTask, draw_examples, messages
+from tasks.thinking import TASKS, Level, ThinkingTask, draw_examples, messages
 from tokenizer import Tokenizer
 from trainer import (
     Evaluation,
@@ -130,8 +129,10 @@ def resolve_flags(start: dict, given: dict) -> dict:
     task = TASKS[values["task"]]
     size = values["size"] or task.size
     task.check_size(size)
-    longest = min(2 * size, task.max_size)
-    return values | {"size": size, "block_size": values["block_size"] or context_of(task, longest)}
+    block_size = values["block_size"] or context_of(task, min(2 * size, task.max_size))
+    if (needed := context_of(task, size)) > block_size:
+        raise BadInput(f"--block_size={block_size}: problems of --size={size} take up to {needed} tokens: give more")
+    return values | {"size": size, "block_size": block_size}
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -182,6 +183,11 @@ class ThoughtLoader:
         pass
 
 
+def typical_batch(config: ThinkConfig) -> tuple[Tensor, Tensor]:
+    """One after the curriculum."""
+    return ThoughtLoader(config, byte_tokenizer(), 0).next_batch()
+
+
 def trained_levels(config: ThinkConfig) -> Sequence[Level]:
     levels = TASKS[config.task].levels
     return levels if config.thoughts else levels[-1:]
@@ -206,23 +212,15 @@ def context_of(task: ThinkingTask, size: int) -> int:
 
 # -- validation -------------------------------------------------------------------------------------------------------
 
-def answer_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, task: ThinkingTask, problems: list[Problem],
-                    level: Level) -> list[bool]:
-    """Whether the greedy answer to each is right, at this level of thought."""
-    prompts = [tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems]
-    room = model.config.block_size - max(map(len, prompts))
-    with machine.autocast():
-        answers = sample_texts(model, tokenizer, prompts, room, GREEDY, None)
-    return [answer.has_ended and problem.check(answer.text) > 0 for problem, answer in zip(problems, answers)]
-
-
 @torch.no_grad()
-def validate(state: TrainState, setup: TrainSetup, config: ThinkConfig, problems: list[Problem]) -> dict:
-    """exact_match, with as much thought as is trained, and for each level."""
-    row, task = {}, TASKS[config.task]
-    for level in trained_levels(config):
-        right = answer_problems(state.model, setup.tokenizer, setup.machine, task, problems, level)
-        row[f"exact_match/{level.name}"] = sum(right) / len(right)
+def validate(subject: Subject) -> dict:
+    """exact_match, with as much thought as is trained, and for each level, with the tokens that a greedy answer has on
+    average and the FLOPs of it and of reading the question."""
+    row = {}
+    for depth in subject.depths:
+        point = measure_greedy(subject, depth, depth.name, depth.n_tokens)
+        row |= {f"exact_match/{depth.name}": float(point.right.mean()), f"tokens/{depth.name}": point.tokens,
+                f"flops/{depth.name}": point.flops}
     return {"exact_match": next(iter(row.values()))} | row
 
 
@@ -234,31 +232,30 @@ def open_run(configs: ThinkConfigs, checkpoint: dict | None, resumed: Path | Non
     run, loop, task, tokenizer = configs.run, configs.loop, TASKS[configs.run.task], byte_tokenizer()
     output = open_output(THINKING, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
-    if (needed := context_of(task, run.size)) > configs.model.block_size:
-        raise BadInput(f"--block_size={configs.model.block_size}: problems of --size={run.size} take up to {needed} tokens: "
-                       f"give more")
     seed_everything(run.seed)
     model = GPT.from_checkpoint(checkpoint) if checkpoint else GPT(
         read_flags(GPTConfig, vars(configs.model) | {"vocab_size": tokenizer.vocab_size}))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     loader = ThoughtLoader(run, tokenizer, run.curriculum_iter * loop.num_batch_accum)
-    batch = machine.to_device(ThoughtLoader(run, tokenizer, 0).next_batch())
+    batch = machine.to_device(typical_batch(run))
     state, setup = restore_state(output, model, tokenizer, configs.optimizer, loader,
                                  batch[0].numel() * loop.num_batch_accum, THINKING.settings(*configs) | vars(model.config))
     problems = task.make(run.eval_questions, run.size, seed=0)
-    evaluate = Evaluation(lambda state: validate(state, setup, run, problems), "exact_match", True, "exact match {:.1%}")
+    subject = ask_problems(model, tokenizer, machine, problems, trained_levels(run), run.size, task.has_verifier)
+    evaluate = Evaluation(lambda state: validate(subject), "exact_match", True, "exact match {:.1%}")
     return Run(configs, state, setup, next_token_loss, evaluate,
                partial(dry_run_step, model, machine, next_token_loss, batch),
                partial(describe, state, setup, configs, len(problems)),
-               partial(time_validation, state, setup, task, problems), None)
+               partial(time_validation, subject), None)
 
 
-def time_validation(state: TrainState, setup: TrainSetup, task: ThinkingTask, problems: list[Problem]) -> float:
+def time_validation(subject: Subject) -> float:
     """Seconds of a validation, without effect."""
     start = time.perf_counter()
-    answer_problems(state.model, setup.tokenizer, setup.machine, task, problems, task.levels[0])
-    return (time.perf_counter() - start) * len(task.levels)
+    with torch.no_grad():
+        measure_greedy(subject, subject.depths[0], "", 0)
+    return (time.perf_counter() - start) * len(subject.depths)
 
 
 def describe(state: TrainState, setup: TrainSetup, configs: ThinkConfigs, n_problems: int) -> list[str]:

@@ -78,7 +78,7 @@ def page() -> str:
              "**Scope**, who sets the flag when `compare.py` starts many runs: "
              + "; ".join(f"*{name}*: {words}" for name, words in SCOPES.items()) + "."]
     for script, configs in COMMANDS.items():
-        resumes = script in ("train", "finetune", "selfplay", "download_data")
+        resumes = script in ("train", "finetune", "think", "selfplay", "download_data")
         parts.append(f"## {script}.py")
         for config in configs:
             if config not in shared:
@@ -90,7 +90,7 @@ def page() -> str:
     parts.append("# Shared by several commands")
     for config, scripts in shared.items():
         parts += [f"## {title(config)}", "Of " + ", ".join(f"`{script}.py`" for script in scripts) + ".",
-                  table(config, any(script in ("train", "finetune", "selfplay") for script in scripts))]
+                  table(config, any(script in ("train", "finetune", "think", "selfplay") for script in scripts))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,9 +23,10 @@ SIGNIFICANCE = 0.05   # of corrected p-values
 class Metric:
     """A number that a run ends with; the lower, the better, and 0 is perfect.
 
-    name: of its columns in comparison.csv. field: of metrics.jsonl. label: for headings and axes. unit: what follows a
-    value; difference_unit: what follows a difference, where that is something else. form: how both are written.
-    is_complement: it is 1 minus the field. effort: what a longer run has more of. note: what it means, for the page.
+    name: of its columns in comparison.csv. field: of metrics.jsonl; other_fields: what the rows of its validations have
+    besides. label: for headings and axes. unit: what follows a value; difference_unit: what follows a difference, where that
+    is something else. form: how both are written. is_complement: it is 1 minus the field. effort: what a longer run has more
+    of. note: what it means, for the page.
     """
     name: str
     field: str
@@ -36,6 +37,7 @@ class Metric:
     is_complement: bool = False
     effort: str = "steps"
     note: str = ""
+    other_fields: tuple[str, ...] = ()
 
     @property
     def is_of_games(self) -> bool:
@@ -54,16 +56,24 @@ class Metric:
         return f"{value:{sign}{self.form}} {self.difference_unit or self.unit}"
 
 
-BPB = Metric("bpb", "val_bpb", "bits per byte", "bits/byte")
+BPB = Metric("bpb", "val_bpb", "bits per byte", "bits/byte", other_fields=("val_loss",))
 WRONG_MOVES = Metric(
     "wrong_moves", "optimal_moves", "fraction of wrong moves", "wrong moves", "of all moves", ".2%", is_complement=True,
     effort="games", note="Wrong moves: the fraction of an exam's positions, the same ones for all arms, in which the move "
                          "that the model finds most probable is not one of the best. Differences are of all moves, not "
-                         "relative to the first arm's wrong ones.")
+                         "relative to the first arm's wrong ones.",
+    other_fields=("games",))
 EXPLOITABILITY = Metric(
     "exploitability", "exploitability", "exploitability in chips", "chips of exploitability", effort="games",
     note="Exploitability: the chips a game that the model loses, over both seats, to an opponent who knows how it plays and "
-         "plays as well as can be; 0 for an equilibrium alone.")
+         "plays as well as can be; 0 for an equilibrium alone.",
+    other_fields=("games",))
+WRONG_ANSWERS = Metric(
+    "wrong_answers", "exact_match", "fraction of wrong answers", "wrong answers", "of all answers", ".2%",
+    is_complement=True, effort="problems",
+    note="Wrong answers: the fraction of held-out problems of the largest size, the same ones for all "
+         "arms, that the greedy answer gets wrong with the most thought that the arm is trained for. Differences are of all "
+         "answers, not relative to the first arm's wrong ones.")
 
 
 # -- arms, their runs, and what these ended with ----------------------------------------------------------------------
@@ -273,11 +283,11 @@ def outcome_columns(arm_results: ArmResults) -> dict:
     arm, finished, tokens, speed = (arm_results.arm, arm_results.finished(), arm_results.mean_final("tokens"),
                                     arm_results.speed())
     found, name = Estimate.from_values([run.outcome for run in finished]), arm.metric.name
-    if arm_results.arm.metric.is_of_games:
+    if arm.metric.is_of_games:
         games = arm_results.mean_final("games")
         amount, speeds = {"games": games}, {"games_per_sec": games / tokens * speed}
     else:
-        amount = {"loss": arm_results.mean_final("val_loss")}
+        amount = {"loss": arm_results.mean_final("val_loss")} if arm.metric == BPB else {}
         speeds = {"tok_per_sec": speed, "bytes_per_sec": speed * arm.bytes_per_token}
     return {name: found.mean, f"{name}_margin": found.margin, **amount,
             "learning_rate": arm.base_lr * arm_results.best().cell.lr_multiple, "tokens": tokens,
@@ -315,6 +325,31 @@ def add_significance(rows: list[dict]) -> list[dict]:
         excludes_0 = abs(row["difference"]) > row["difference_margin"]
         significance = "none" if not excludes_0 else "corrected" if p < SIGNIFICANCE else "uncorrected"
         row |= {"p_holm": p, "comparisons": len(compared), "significance": significance}
+    return rows
+
+
+# -- what accuracy costs at inference ---------------------------------------------------------------------------------
+
+def thought_rows(results: list[ArmResults]) -> list[dict]:
+    """A row for each arm of one size and each amount of thought that it is trained for, at the end of its finished runs;
+    differences from the first arm are paired by seed. tokens (generated) and flops are of a problem. [] where runs do not
+    think."""
+    rows, reference = [], results[0]
+    right = lambda arm_results, level: {i: run.rows[-1][f"exact_match/{level}"] for i, run in enumerate(arm_results.runs)
+                                        if run.status == "finished" and f"exact_match/{level}" in run.rows[-1]}
+    for arm_results in results:
+        for name in arm_results.finished()[0].rows[-1] if arm_results.finished() else ():
+            kind, _, level = name.partition("/")
+            if kind != "exact_match" or not level:
+                continue
+            own, first = right(arm_results, level), right(reference, level)
+            accuracy = Estimate.from_values(list(own.values()))
+            row = {"size": arm_results.arm.size, "arm": arm_results.arm.name, "thought": level, "accuracy": accuracy.mean,
+                   "accuracy_margin": accuracy.margin, "runs": accuracy.n}
+            if arm_results is not reference and (pairs := [own[i] - first[i] for i in own if i in first]):
+                difference = Estimate.from_values(pairs)
+                row |= {"difference": difference.mean, "difference_margin": difference.margin}
+            rows.append(row | {cost: arm_results.mean_final(f"{cost}/{level}") for cost in ("tokens", "flops")})
     return rows
 
 

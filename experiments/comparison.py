@@ -21,10 +21,12 @@ from experiments.analysis import (
     share_vocabulary,
     short_verdict,
     table_rows,
+    thought_rows,
     verdict,
 )
+from experiments.budget_plots import draw_budgets
 from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
-from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
+from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, split_columns, write_page
 from experiments.stats import Estimate
 from runtime.cli import say
 from runtime.files import atomic_write
@@ -46,7 +48,8 @@ the arms taking turns, and seconds are those of a run at that speed; where the b
 A column that would be the same for all arms is left out of the table, and its value stands below it."""
 # What it says of runs that are as long as their steps or their games
 WORDS = {"steps": {"covered": "seeds, not the choice of text", "speeds": "Tokens/s are the median of a few steps"},
-         "games": {"covered": "seeds", "speeds": "Games/s are the median of a few rollouts, each with the steps after it"}}
+         "games": {"covered": "seeds", "speeds": "Games/s are the median of a few rollouts, each with the steps after it"},
+         "problems": {"covered": "seeds, not the choice of problems", "speeds": "Tokens/s are the median of a few steps"}}
 VOCABULARY_NOTE = """\
 Arms of different vocabularies have steps and contexts of the same number of tokens, which hold different numbers of bytes of
 text, see "bytes per context"; losses in nats per token and tokens/s of theirs cannot be compared, bits per byte and bytes/s
@@ -56,6 +59,10 @@ do."""
 PLAY_NOTE = """\
 Each arm learns from games of its own. FLOPs are those of training steps, without those of play, which seconds and games/s
 include."""
+THOUGHT_NOTE = """\
+The same held-out problems, answered greedily, with each amount of thought that an arm is trained for. Tokens and FLOPs
+(matrix products) are of a problem on average, the reading of it included in the FLOPs. Intervals cover seeds, and are not
+corrected for the number of comparisons."""
 PAIRED_NOTE = "A pair of a seed shares the seed of the generators, not the games."
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
@@ -64,15 +71,15 @@ a comparison do, which share the order."""
 
 def write_comparison(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
                      out_path: Path, is_null: bool):
-    """Writes the report into `out_path`, and prints a short table of it. describe_conditions(arms of a size): the conditions
+    """Writes the report into `out_path`, and prints short tables of it. describe_conditions(arms of a size): the conditions
     that they were compared under. is_null: the second arm is the first again."""
     by_size = [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
     rows_by_size = [table_rows(group) for group in by_size]
-    rows = add_significance(list(itertools.chain(*rows_by_size)))
+    rows, thoughts = add_significance(list(itertools.chain(*rows_by_size))), [thought_rows(group) for group in by_size]
     metric, title = results[0].arm.metric, "A null test: an arm against itself" if is_null else "Comparison"
     parts = [("code", command_line)]
-    for group, size_rows in zip(by_size, rows_by_size):
-        parts += size_section(group, size_rows, describe_conditions(group))
+    for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
+        parts += size_section(group, size_rows, describe_conditions(group)) + thought_section(size_thoughts)
     parts += vocabulary_section(by_vocabulary(results))
     if len(by_size) > 1 and metric == BPB:  # others reach 0, which no power law does
         parts += scaling_section(by_size)
@@ -80,13 +87,14 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     for old in out_path.glob("*.svg"):
         old.unlink()
     pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
-    for name, content in {"comparison.md": markdown_page(title, parts), "comparison.csv": csv_table(rows),
-                          **pictures}.items():
+    tables = {"comparison.csv": rows} | ({"thoughts.csv": list(itertools.chain(*thoughts))} if any(thoughts) else {})
+    for name, content in {"comparison.md": markdown_page(title, parts), **pictures,
+                          **{name: csv_table(table) for name, table in tables.items()}}.items():
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
     write_page(out_path / "comparison.html", title, parts)
-    for group, size_rows in zip(by_size, rows_by_size):
-        print("\n".join(short_table(group, size_rows)))
+    for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
+        print("\n".join(short_table(group, size_rows) + short_thoughts(size_thoughts)))
     for name, arms in by_vocabulary(results).items():
         say(f"{name}: {best_vocabulary(arms)}")
     print(out_path / "comparison.html")
@@ -98,6 +106,7 @@ def make_notes(metric: Metric, is_null: bool, is_one_vocabulary: bool) -> list[s
                           Effort=metric.effort.capitalize(), **WORDS[metric.effort])]
     if metric.is_of_games:
         return [*notes, f"{metric.note} {PLAY_NOTE}" + f" {PAIRED_NOTE}" * (not is_null)]
+    notes += [metric.note] * bool(metric.note)
     return notes + [NULL_NOTE] * is_null + [VOCABULARY_NOTE] * (not is_one_vocabulary)
 
 
@@ -112,10 +121,11 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
     if note := validation_note({result.arm.name: result.finished()[-1].rows for result in results if result.finished()}):
         parts.append(("p", note))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
-        suffix = "".join(c if c.isalnum() else "_" for c in f" {results[0].arm.size}".rstrip())
+        size = results[0].arm.size
         by_bytes = not share_vocabulary(results) and not math.isnan(results[0].arm.bytes_per_token)
         fronts = draw_pareto_fronts({row["arm"]: row for row in rows if metric.name in row}, metric)
-        parts += [Figure(draw_mean_curves(curves, by_bytes, metric), f"curves{suffix}"), Figure(fronts, f"front{suffix}")]
+        parts += [Figure(draw_mean_curves(curves, by_bytes, metric), figure_name("curves", size)),
+                  Figure(fronts, figure_name("front", size))]
     if problems := [problem for arm_results in results for problem in arm_results.problems()]:
         parts += [("h3", "Runs left out"), ("ul", problems)]
     return parts
@@ -141,6 +151,23 @@ def scaling_section(by_size: list[list[ArmResults]]) -> list:
         sentences = ["No arm has runs at two sizes whose FLOPs differ enough to show how loss falls with them."]
     pictures = [Figure(draw_scaling(fits), "scaling")] if fits else []
     return [("h2", "Loss against FLOPs"), ("ul", sentences), *pictures]
+
+
+def thought_section(rows: list[dict]) -> list:
+    """What accuracy costs at inference. rows: of thought_rows."""
+    if not rows:
+        return []
+    table = Table(("arm", "thinking", "right answers (higher is better)",
+                   "difference from the first arm (positive is better)", "tokens generated", "MFLOP"), [
+        (row["arm"], row["thought"], with_margin(row, "accuracy", ".1%"), with_margin(row, "difference", "+.1%"),
+         f"{row['tokens']:,.1f}", f"{row['flops'] / 1e6:,.2f}") for row in rows])
+    curves = draw_budgets([row | {"way": row["arm"]} for row in rows])
+    return [("h3", "What accuracy costs at inference"), ("p", THOUGHT_NOTE), table,
+            Figure(curves, figure_name("thoughts", rows[0]["size"]))]
+
+
+def figure_name(name: str, size: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in f"{name} {size}".rstrip())
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -223,3 +250,16 @@ def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) ->
          "" if row is rows[0] else short_verdict(row)) for row in rows]
     lines = [results[0].arm.size] * bool(results[0].arm.size) + align_columns(texts, width)
     return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]
+
+
+def short_thoughts(rows: list[dict], width: int = 80) -> list[str]:
+    """Lines for a terminal: the right answers of each arm, in percent, with each amount of thought. rows: of
+    thought_rows."""
+    if not rows:
+        return []
+    levels, arms = dict.fromkeys(row["thought"] for row in rows), {}
+    for row in rows:
+        percent = {name: 100 * row[name] for name in ("accuracy", "accuracy_margin")}
+        arms.setdefault(row["arm"], {})[row["thought"]] = with_margin(percent, "accuracy", ".1f")
+    texts = [("right answers, %", *levels), *((arm, *(own.get(level, "") for level in levels)) for arm, own in arms.items())]
+    return [line for part in split_columns(texts, width) for line in [*align_columns(part, width), ""]]

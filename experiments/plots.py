@@ -195,7 +195,7 @@ def draw_finetuning(rows: list[dict], held_out: str = "held-out answers") -> lis
         axes[0].set_yscale("log")
     focus_y(axes[0], [train, val], shown=[loss for _, loss in val])
     if axes[0].get_yscale() == "log":
-        set_log_ticks(axes[0])
+        set_log_ticks(axes[0].yaxis)
     axes[0].set(xlabel="step", ylabel="nats/token", title=f"Loss of {held_out}")
     if matches:
         plot_points(axes[1], matches, color=COLORS[0], marker="o", markersize=3, label="held-out answers")
@@ -251,7 +251,7 @@ def draw_scaling(fits: dict[str, tuple]) -> list[str]:
                   label=f"{wrap_label(name)}: FLOPs^-{b:.4f}")
     axis.set(xscale="log", yscale="log", xlabel="FLOPs of a run, matrix products and element-wise", ylabel="bits per byte",
              title="Bits per byte against FLOPs")
-    set_log_ticks(axis)
+    set_log_ticks(axis.yaxis)
     add_legend(axis)
     return to_svgs([axis])
 
@@ -468,13 +468,13 @@ def add_legend(axis, title: str | None = None):
     legend.set_in_layout(False)  # a long name would leave no room for what is drawn
 
 
-def set_log_ticks(axis):
-    """Ticks of a logarithmic y axis, whose limits are set: numbers as they are written, and not too many."""
+def set_log_ticks(ticks):
+    """Ticks of a logarithmic xaxis or yaxis, whose limits are set: numbers as they are written, and not too many."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axis.yaxis.set_major_formatter("{x:.4g}")
-    axis.yaxis.set_minor_locator(NullLocator())
+    low, high = ticks.get_view_interval()
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6, steps=(1, 2, 5, 10)))
+    ticks.set_major_formatter("{x:.4g}")
+    ticks.set_minor_locator(NullLocator())
 
 
 def make_panels(n: int, height: float = PANEL_INCHES[1]) -> list:

@@ -72,7 +72,7 @@ def test_flags_of_the_comparison_are_not_an_arms(text, script):
 
 
 ARMS = (*(f"mlp={mlp}" for mlp in MLPS), "linear=grkan", "mixer=DA", "mixer=gated_delta", "bias=1", "norm=layer",
-        "linear=grkan,mlp=swiglu")
+        "linear=grkan,mlp=swiglu", "loops=3", "loops=2,sampled_loops=1,mlp=swiglu")
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE | {"n_head": 8, "head_size": 64, "n_layer": 6}])
@@ -307,8 +307,9 @@ def test_seconds_and_tokens_budgets(gelu, environment):
     assert "--max_tokens=25000" in flags("tokens=1e5")
 
 
-def test_flops_budget_gives_a_deeper_arm_fewer_tokens(data, environment):
-    arms = build_arms(CompareConfig(arms=("mlp=gelu", "n_layer=4"), match="none"), SHAPE, data)
+@pytest.mark.parametrize("deeper", ["n_layer=4", "loops=2", "loops=2,sampled_loops=1"])
+def test_flops_budget_gives_a_deeper_arm_fewer_tokens(data, environment, deeper):
+    arms = build_arms(CompareConfig(arms=("mlp=gelu", deeper), match="none"), SHAPE, data)
     tokens = []
     for arm in arms:
         cell = make_cell(arm, CompareConfig(budget="flops=1e12"), environment, "run", 1.0, 1)

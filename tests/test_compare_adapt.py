@@ -32,9 +32,10 @@ from experiments.runner import JobResult, Runner, interpret_exit
 
 @pytest.fixture(scope="module")
 def models(data_path, tmp_path_factory) -> Path:
-    """A folder of tiny models: gelu and relu2 of two seeds, a wide one, and one that is alone."""
+    """A folder of tiny models: gelu, relu2 and looped of two seeds, a wide one, and one that is alone."""
     folder = tmp_path_factory.mktemp("models")
-    for name, flags in {"gelu": ["--mlp=gelu"], "relu2": ["--mlp=relu2"]}.items():
+    for name, flags in {"gelu": ["--mlp=gelu"], "relu2": ["--mlp=relu2"],
+                        "looped": ["--loops=2", "--sampled_loops=1"]}.items():
         for seed in (1, 2):
             train_tiny(folder / f"{name}_{seed}.pt", data_path, "--max_iter=3", f"--seed={seed}", *flags)
     for name, n_hidden in (("wide_1", 128), ("mixed_1", 64), ("mixed_2", 128)):
@@ -90,14 +91,16 @@ def summaries(out: Path, pattern: str) -> list[dict]:
     return [json.loads((folder / "adaptation.json").read_text()) for folder in sorted(out.glob(f"runs/{pattern}"))]
 
 
-def test_each_model_reads_the_same_documents(flags, in_process, tmp_path, capsys):
+@pytest.mark.parametrize("other", ["relu2", "looped"])
+def test_each_model_reads_the_same_documents(flags, in_process, tmp_path, capsys, other):
     """The table holds what the cells wrote; the same command runs none again and writes the same page."""
+    flags = [flag.replace("/relu2_", f"/{other}_") for flag in flags]
     compare.main(flags)
     assert len(in_process) == 4
     out = tmp_path / "out"
     bits = lambda row, reading: sum(row[reading]) / math.log(2) / row["bytes"]
     rows = read_csv(out)
-    assert [row["arm"] for row in rows] == ["gelu", "relu2"]
+    assert [row["arm"] for row in rows] == ["gelu", other]
     gains = {}
     for row in rows:
         cells = summaries(out, f"{row['arm']}-runs-*")

@@ -1,6 +1,7 @@
 """compare.py --script=selfplay: arms that play as many games, what is said of wrong moves and chips, whole comparisons."""
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -12,7 +13,6 @@ from test_report import parse_page
 
 import compare
 import experiments.runner
-import selfplay
 import trainer
 from compare import CompareConfig, PlaySchedule, RunEnvironment, build_arms, build_meta_model, load_game, make_cell
 from conftest import run_rows
@@ -46,7 +46,7 @@ def play_arms(*arms: str, common: dict = TIC_TAC_TOE, **flags) -> list:
 # -- arms -------------------------------------------------------------------------------------------------------------
 
 def test_arms_are_players_with_the_parameters_of_the_first():
-    arms = play_arms("mixer=attention", "mixer=gated_delta", "mlp=grkan", "linear=grkan", "algorithm=reinforce")
+    arms = play_arms("mixer=attention", "mixer=gated_delta", "mlp=grkan", "linear=grkan", "loops=3", "algorithm=reinforce")
     assert {arm.vocab_size for arm in arms} == {9 + 3 + 1} and {arm.batch_shape for arm in arms} == {(256, 10)}
     for arm in arms:
         assert abs(arm.n_parameters - arms[0].n_parameters) <= 0.01 * arms[0].n_parameters, arm.name
@@ -247,11 +247,11 @@ class InThisProcess:
             return "", ""
         self.started.append(os.path.basename(path))
         try:
-            selfplay.main(self.command[2:])
+            importlib.import_module(os.path.basename(self.command[1]).removesuffix(".py")).main(self.command[2:])
             self.returncode = 0
         except SystemExit as end:
             self.returncode = end.code
-        return "", f"selfplay.py: exit code {self.returncode}"
+        return "", f"its exit code is {self.returncode}"
 
     def send_signal(self, number: int):
         pass
@@ -259,7 +259,7 @@ class InThisProcess:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Runs of selfplay.py are in this process. runs.started: the names of their checkpoints."""
+    """The runs of a comparison are in this process. runs.started: the names of their checkpoints."""
     monkeypatch.setattr(experiments.runner.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(InThisProcess, "started", [])
     monkeypatch.setattr(InThisProcess, "stop_at", None)

@@ -176,7 +176,7 @@ def commands_in(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_in_documents_have_real_flags(page):
-    scripts = "train", "finetune", "adapt", "selfplay"
+    scripts = "train", "finetune", "think", "adapt", "selfplay"
     compared = {name for script in scripts for name in declared_flags(*write_flags.COMMANDS[script])}
     for script, flags in commands_in(page):
         if script == "SCRIPT":

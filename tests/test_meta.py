@@ -105,7 +105,8 @@ def test_reptile_with_gradient_descent_is_fomaml():
 
 
 @pytest.mark.parametrize("objective", META_OBJECTIVES)
-@pytest.mark.parametrize("switches", [*({"mixer": mixer} for mixer in MIXERS), *({"mlp": mlp} for mlp in MLPS)], ids=str)
+@pytest.mark.parametrize("switches", [*({"mixer": mixer} for mixer in MIXERS), *({"mlp": mlp} for mlp in MLPS),
+                                      {"loops": 2}, {"loops": 2, "sampled_loops": True, "mixer": "DA"}], ids=str)
 def test_loss_has_the_gradient_and_leaves_the_weights(objective, switches):
     """Two tasks of a step, one of them of an odd length: the gradients add up, and weights stay bit for bit."""
     learner = make_learner(model=random_model(**switches))

@@ -73,6 +73,13 @@ def test_cell_name_changes_with_flags_seed_and_code():
     assert len(names) == 5 and build_cell("recall").name("0123") in names
 
 
+@pytest.mark.parametrize("arm", ["mixer=gated_delta", "loops=3", "loops=2,sampled_loops=1"])
+def test_every_kind_of_arm_is_trained_and_tested(tmp_path, arm):
+    row, plain = (run_cell(build_cell("parity", name), tmp_path / name) for name in (arm, "mixer=attention"))
+    assert row["status"] == "unsolved" and all(0 <= row[f"accuracy_{scale}x"] <= 1 for scale in SCALES)
+    assert (row["parameters"] == plain["parameters"]) == ("loops" in arm)
+
+
 @pytest.mark.integration
 def test_easy_task_is_solved_and_training_ends_early(tmp_path):
     row = run_cell(build_cell("recall", n_layer=2, batch_size=32, val_intervals=25, max_iter=500), tmp_path / "row")
@@ -230,6 +237,7 @@ def test_damaged_row_is_trained_again(fake_cells, tmp_path, change):
     (["--arms", "dtype=bf16"], ["dtype cannot be set by an arm"]),
     (["--arms", "batch_size=auto"], ["batch_size=auto: give a number"]),
     (["--arms", "mixer=DDA"], ["--arms 'mixer=DDA'", "--n_layer=2"]),
+    (["--arms", "sampled_loops=1"], ["--sampled_loops", "give 2 or more"]),
     (["--arms", "head_size=15"], ["--head_size=15", "even"]),
     (["--seeds=0"], ["--seeds=0", "at least 1"]),
     (["--device=cuda:99"], ["--device=cuda:99", "not on this machine"])])
@@ -282,10 +290,11 @@ def test_ctrl_c_ends_the_cells(tmp_path):
 
 
 def test_a_dry_run_counts_what_is_not_finished_and_writes_nothing(tmp_path, capsys):
-    flags = [*TINY, "--arms", "mlp=gelu", "mlp=relu2", "--tasks", "parity", "--seeds=2", f"--out_path={tmp_path / 'out'}"]
+    arms = ["mlp=gelu", "loops=2,sampled_loops=1"]
+    flags = [*TINY, "--arms", *arms, "--tasks", "parity", "--seeds=2", f"--out_path={tmp_path / 'out'}"]
     probes.main([*flags, "--dry_run"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["mlp=gelu", "mlp=relu2"] and lines[2].startswith("4 of 4 cells")
+    assert [line.split(":")[0] for line in lines[:2]] == arms and lines[2].startswith("4 of 4 cells")
     assert not list(tmp_path.iterdir())
     probes.main([*flags, "--arms", "mlp=gelu", "--cell=1"])
     capsys.readouterr()
