@@ -8,7 +8,6 @@ time, it skips the last ones.
 """
 import functools
 import gc
-import json
 import os
 
 import pytest
@@ -353,17 +352,16 @@ def test_the_whole_path(card, run_train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--loops=3", "--sampled_loops"]], ids=" ".join)
-def test_thinking_resumes_and_its_curve_is_measured(card, tmp_path, flags):
-    """Thoughts, votes and loops."""
+def test_thinking_resumes_and_is_measured(card, tmp_path, capsys, flags):
+    """Thoughts, votes that stop early, and loops."""
     path = tmp_path / "thinker.pt"
     base = [f"--out_path={path}", f"--device={card}", "--verbose=0", "--eval_questions=8"]
     think.main(["--task=addition", "--size=3", "--n_layer=3", "--batch_size=8", "--max_iter=2", *flags, *base])
     think.main(["--resume_checkpoint", "--max_iter=4", *base])
     assert run_rows(path)[-1]["step"] == 4
-    evaluate.main([f"--checkpoint_path={path}", "--task=addition", "--budget_curve", "--limit=4", "--samples=4",
-                   f"--device={card}"])
-    ways = {json.loads(line)["way"] for line in (run_folder(path) / "budget.jsonl").read_text().splitlines()}
-    assert {"thinking, as told", "vote"} < ways and ("loops" in ways) == bool(flags)
+    for way in (["--think=4", "--think_fully"], ["--samples=8", "--choose=vote", "--certainty=0.9"], ["--loops=2"]):
+        evaluate.main([f"--checkpoint_path={path}", "--task=addition", "--limit=8", f"--device={card}", *way])
+        assert "exact match" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--game=nim", "--board=1x2x3", "--search=puct", "--simulations=3"],
