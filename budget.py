@@ -35,6 +35,7 @@ from experiments.stats import Estimate
 from model import GPT
 from players import Positions, best_moves, expand, is_best, open_positions, predict, search
 from runtime.cli import progress_bar
+from runtime.config import BadInput
 from runtime.device import Machine
 from sampling import GREEDY, SamplingConfig
 from strength import Question
@@ -91,12 +92,16 @@ class Subject:
 
 def ask_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, problems: Sequence[Problem], levels: Sequence[Level],
                  size: int, has_verifier: bool) -> Subject:
-    """Problems of think.py's tasks, with each of these amounts of thought. size: of the largest problem."""
+    """Problems of think.py's tasks, with each of these amounts of thought. size: of the largest problem. Raises BadInput
+    where one does not fit into the context."""
     depths = [Depth(level.name, level.n_tokens(size), [
         tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems])
         for level in levels]
-    room = model.config.block_size + 1 - max(len(prompt) for depth in depths for prompt in depth.prompts)
-    return Subject(model, tokenizer, machine, depths, [problem.check for problem in problems], has_verifier, room)
+    block_size, longest = model.config.block_size, max(len(prompt) for depth in depths for prompt in depth.prompts)
+    if longest >= block_size:
+        raise BadInput(f"--size: a problem has {longest:,} tokens, the model's context {block_size:,}: give smaller ones")
+    return Subject(model, tokenizer, machine, depths, [problem.check for problem in problems], has_verifier,
+                   block_size + 1 - longest)
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

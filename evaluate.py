@@ -28,6 +28,7 @@ from budget import (
     GameSubject,
     Point,
     Subject,
+    ask_problems,
     budget_rows,
     budget_table,
     first_sight,
@@ -57,7 +58,7 @@ from tasks.conversations import Conversation, ConversationConfig, ReadReport, bu
 from tasks.multiple_choice import Choice, ChoiceColumns, read_choices
 from tasks.positions import Game
 from tasks.rows import local_splits
-from tasks.thinking import TASKS, Level, Problem, messages
+from tasks.thinking import TASKS, Problem
 from text.messages import has_loss
 from text.sources import SourceConfig, local_path, open_source, take_text
 from tokenizer import ROLES, Tokenizer
@@ -642,26 +643,13 @@ def score_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, problems:
     """Exact match; of Countdown, what the verifier accepts."""
     task, size = TASKS[config.task], problem_size(config)
     level = task.levels[0] if config.think is None else task.level_within(config.think, size)
-    depth = problem_depth(tokenizer, level, problems, size)
-    answers, scores = spend(model, tokenizer, machine, depth.prompts, [problem.check for problem in problems],
-                            room_for_problems(model, depth), config)
+    subject = ask_problems(model, tokenizer, machine, problems, [level], size, task.has_verifier)
+    answers, scores = spend(model, tokenizer, machine, subject.depths[0].prompts, subject.checks, subject.answer_tokens,
+                            config)
     rows = [{"question": problem.text, "answer": problem.answer, "output": answer.text,
              "correct": bool(answer.has_ended and problem.check(answer.text) > 0)}
             for problem, answer in zip(problems, answers)]
     return scores, rows
-
-
-def problem_depth(tokenizer: Tokenizer, level: Level, problems: list[Problem], size: int) -> Depth:
-    return Depth(level.name, level.n_tokens(size), [
-        tokenizer.encode_chat(messages(problem, level), add_generation_prompt=True)[0] for problem in problems])
-
-
-def room_for_problems(model: GPT, depth: Depth) -> int:
-    """Tokens that a thought and an answer can have. Raises BadInput where that is none."""
-    block_size, longest = model.config.block_size, max(map(len, depth.prompts))
-    if longest >= block_size:
-        raise BadInput(f"--size: a problem has {longest:,} tokens, the model's context {block_size:,}: give smaller ones")
-    return block_size + 1 - longest
 
 
 # -- games ------------------------------------------------------------------------------------------------------------
@@ -698,17 +686,15 @@ def measure_curve(model: GPT, tokenizer: Tokenizer | Game, machine: Machine, exa
     if config.task == GAME:
         return measure_play(GameSubject(model, tokenizer, examples, machine))
     if config.task in TASKS:
-        task, size = TASKS[config.task], problem_size(config)
-        depths = [problem_depth(tokenizer, level, examples, size) for level in task.levels]
-        room = min(room_for_problems(model, depth) for depth in depths)
-        checks, has_verifier = [problem.check for problem in examples], task.has_verifier
+        task = TASKS[config.task]
+        subject = ask_problems(model, tokenizer, machine, examples, task.levels, problem_size(config), task.has_verifier)
     else:
         prompts = eval_prompts(examples, tokenizer, model.config.block_size)
         if not prompts:
             raise BadInput(f"--dataset={config.dataset}: no question fits into the model's context with its answer")
-        depths, has_verifier = [Depth("", 0, [prompt.ids for prompt in prompts])], False
-        room, checks = room_for_answers(model, tokenizer, prompts, config), answer_checks(prompts)
-    return measure_budgets(Subject(model, tokenizer, machine, depths, checks, has_verifier, room), n_samples, sampling)
+        subject = Subject(model, tokenizer, machine, [Depth("", 0, [prompt.ids for prompt in prompts])],
+                          answer_checks(prompts), False, room_for_answers(model, tokenizer, prompts, config))
+    return measure_budgets(subject, n_samples, sampling)
 
 
 def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine: Machine, n: int, unit: str):

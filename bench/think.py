@@ -21,6 +21,7 @@ from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa
 from budget import (  # noqa: E402
     Point,
     Subject,
+    ask_problems,
     choice_accuracy,
     draw_pool,
     inference_flops,
@@ -29,7 +30,6 @@ from budget import (  # noqa: E402
     stop_early,
 )
 from candidates import sample_texts  # noqa: E402
-from evaluate import problem_depth  # noqa: E402
 from experiments.report import Table, markdown  # noqa: E402
 from experiments.runner import TrainingJob  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -63,11 +63,8 @@ def load(run: TrainingJob) -> GPT:
 def ask(model: GPT, name: str, size: int, loops: int | None = None) -> Subject:
     """The held-out problems of a task at this size, with each amount of thought."""
     task, model.loops = TASKS[name], loops or model.config.loops
-    problems = task.make(PROBLEMS, size, seed=0)
-    depths = [problem_depth(BYTES, level, problems, size) for level in task.levels]
-    room = model.config.block_size + 1 - max(len(prompt) for depth in depths for prompt in depth.prompts)
-    return Subject(model, BYTES, open_machine(DeviceConfig("cpu", "fp32")), depths, [problem.check for problem in problems],
-                   task.has_verifier, room)
+    return ask_problems(model, BYTES, open_machine(DeviceConfig("cpu", "fp32")), task.make(PROBLEMS, size, seed=0),
+                        task.levels, size, task.has_verifier)
 
 
 def minutes(runs: list[TrainingJob]) -> float:
