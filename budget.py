@@ -106,11 +106,11 @@ def ask_problems(model: GPT, tokenizer: Tokenizer, machine: Machine, problems: S
 
 # -- cost -------------------------------------------------------------------------------------------------------------
 
-def inference_flops(model: GPT, n_read: float, n_new: float, n_samples: float = 1, n_rounds: float = 1) -> float:
-    """FLOPs of the matrix products that read `n_read` tokens, `n_rounds` times, and generate `n_new` in each of `n_samples`
-    answers. Attention is over the positions so far."""
+def inference_flops(model: GPT, n_read: float, n_new: float, n_samples: float = 1) -> float:
+    """FLOPs of the matrix products that read `n_read` tokens once and generate `n_new` in each of `n_samples` answers.
+    Attention is over the positions so far."""
     per_token = lambda context: model.flops_per_token(max(1, round(context))) / 3  # of training, two thirds are backward
-    return n_rounds * n_read * per_token(n_read / 2) + n_samples * n_new * per_token(n_read + n_new / 2)
+    return n_read * per_token(n_read / 2) + n_samples * n_new * per_token(n_read + n_new / 2)
 
 
 def mean_length(prompts: Sequence[Sequence]) -> float:
@@ -174,10 +174,9 @@ def draw_pool(subject: Subject, depth: Depth, n: int, sampling: SamplingConfig) 
     with subject.machine.autocast():
         found = sample_candidates(subject.model, subject.tokenizer, depth.prompts, CandidateConfig(n),
                                   subject.answer_tokens, sampling, generator)
-    answers = [candidates.answers for candidates in found]
     right = np.array([[check(answer.text) if answer.has_ended else 0.0 for answer in own]
-                      for check, own in zip(subject.checks, answers)])
-    return Pool(answers, right, np.array([[len(answer.ids) for answer in own] for own in answers]))
+                      for check, own in zip(subject.checks, found)])
+    return Pool(found, right, np.array([[len(answer.ids) for answer in own] for own in found]))
 
 
 def time_samples(subject: Subject, depth: Depth, k: int, sampling: SamplingConfig) -> float:
@@ -202,7 +201,7 @@ def measure_samples(subject: Subject, depth: Depth, n: int, sampling: SamplingCo
                for k in sizes]
     for certainty in CERTAINTIES:
         right, n_used, tokens = stop_early(pool, certainty)
-        flops = inference_flops(subject.model, n_read, tokens / n_used, n_used, n_used / ROUND)
+        flops = inference_flops(subject.model, n_read, tokens / n_used, n_used)
         points.append(Point(f"vote, certain to {certainty:.0%}", n, right, tokens, flops,
                             float(np.interp(n_used, sizes, [seconds[k] for k in sizes]))))
     way = "verifier" if subject.has_verifier else "vote"

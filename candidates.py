@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import GPT
 from runtime.config import BadInput, check_flags, flag
-from sampling import Decoder, SamplingConfig, TextStream, sample_with_logprobs
+from sampling import Decoder, Reading, SamplingConfig, TextStream, sample_with_logprobs
 from tasks.checkable import THOUGHT_END, countdown_check, final_answer
 from tokenizer import Tokenizer
 
@@ -103,23 +103,28 @@ class PartialAnswer:
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
+@torch.inference_mode()
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
                  sampling: SamplingConfig, generator: torch.Generator | None, config: CandidateConfig = CandidateConfig(),
                  stop: Sequence[str] = ()) -> list[Answer]:
     """An answer to each of `prompts`, ids; equal ones are read once. config: its --think is kept to."""
+    all_rows, device = start_answers(tokenizer, prompts, config, stop), model.embed.weight.device
+    for first in range(0, len(all_rows), ROWS_PER_BATCH):
+        rows = all_rows[first:first + ROWS_PER_BATCH]
+        decoder = Decoder(model, [torch.tensor(row.prompt, device=device) for row in rows], max_new_tokens, sampling)
+        decode_answers(decoder, rows, max_new_tokens, sampling, generator)
+    return [row.answer() for row in all_rows]
+
+
+def start_answers(tokenizer: Tokenizer, prompts: Sequence[list[int]], config: CandidateConfig,
+                  stop: Sequence[str]) -> list[PartialAnswer]:
     end_of_thought, = tokenizer.encode(THOUGHT_END)
-    rows = [PartialAnswer(prompt, TextStream(tokenizer, stop), config, end_of_thought) for prompt in prompts]
-    for first in range(0, len(rows), ROWS_PER_BATCH):
-        decode_answers(model, rows[first:first + ROWS_PER_BATCH], max_new_tokens, sampling, generator)
-    return [row.answer() for row in rows]
+    return [PartialAnswer(prompt, TextStream(tokenizer, stop), config, end_of_thought) for prompt in prompts]
 
 
-@torch.inference_mode()
-def decode_answers(model: GPT, rows: list[PartialAnswer], max_new_tokens: int, sampling: SamplingConfig,
+def decode_answers(decoder: Decoder, rows: list[PartialAnswer], max_new_tokens: int, sampling: SamplingConfig,
                    generator: torch.Generator | None):
     """Samples the answers of a batch, which is halved whenever half of them have ended: few are long."""
-    device = model.embed.weight.device
-    decoder = Decoder(model, [torch.tensor(row.prompt, device=device) for row in rows], max_new_tokens, sampling)
     for n_left in reversed(range(max_new_tokens)):
         new = sample_with_logprobs(keep_thinking(decoder.logits, rows), sampling, generator, decoder.seen)
         # as numbers: tensors that were made under inference_mode cannot be trained on
@@ -134,7 +139,7 @@ def decode_answers(model: GPT, rows: list[PartialAnswer], max_new_tokens: int, s
         if 2 * len(left) <= len(rows):
             rows, new_ids = [rows[i] for i in left], [new_ids[i] for i in left]
             decoder.keep(left)
-        decoder.append(torch.tensor(new_ids, device=device))
+        decoder.append(torch.tensor(new_ids, device=new.ids.device))
 
 
 def keep_thinking(logits: Tensor, rows: list[PartialAnswer]) -> Tensor:
@@ -150,30 +155,32 @@ def keep_thinking(logits: Tensor, rows: list[PartialAnswer]) -> Tensor:
 
 # -- several answers --------------------------------------------------------------------------------------------------
 
-class Candidates(NamedTuple):
-    """The answers to a prompt. n_read: how many times it was read."""
-    answers: list[Answer]
-    n_read: int
-
-
+@torch.inference_mode()
 def sample_candidates(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], config: CandidateConfig,
                       max_new_tokens: int, sampling: SamplingConfig, generator: torch.Generator | None,
-                      stop: Sequence[str] = ()) -> list[Candidates]:
-    """--samples answers to each prompt, or with --choose=vote fewer where it is decided earlier: the votes are counted after
-    every ROUND of them."""
-    found, n_read, undecided = [[] for _ in prompts], [0] * len(prompts), list(range(len(prompts)))
-    for n_done in range(0, config.samples, ROUND if config.choose == "vote" else config.samples):
-        n_more = min(ROUND if config.choose == "vote" else config.samples, config.samples - n_done)
-        answers = iter(sample_texts(model, tokenizer, [prompts[i] for i in undecided for _ in range(n_more)],
-                                    max_new_tokens, sampling, generator, config, stop))
-        for i in undecided:
-            found[i] += [next(answers) for _ in range(n_more)]
-            n_read[i] += 1
-        undecided = [i for i in undecided if not is_decided(given(found[i]), config.samples - n_done - n_more,
-                                                            config.certainty)]
-        if not undecided:
-            break
-    return [Candidates(*one) for one in zip(found, n_read)]
+                      stop: Sequence[str] = ()) -> list[list[Answer]]:
+    """--samples answers to each of `prompts`, ids, or with --choose=vote fewer where it is decided earlier: the votes are
+    counted after every ROUND of them. Each prompt is read once, for all of its answers."""
+    found, device = [[] for _ in prompts], model.embed.weight.device
+    n_round = min(ROUND if config.choose == "vote" else config.samples, ROWS_PER_BATCH)
+    n_prompts = ROWS_PER_BATCH // n_round
+    for first in range(0, len(prompts), n_prompts):
+        undecided = list(range(first, min(first + n_prompts, len(prompts))))
+        reading = Reading(model, [torch.tensor(prompts[i], device=device) for i in undecided])
+        while undecided:
+            order = [i for i in undecided for _ in range(min(n_round, config.samples - len(found[i])))]
+            decoder = reading.decoder([i - first for i in order], max_new_tokens, sampling)
+            rows = start_answers(tokenizer, [prompts[i] for i in order], config, stop)
+            decode_answers(decoder, rows, max_new_tokens, sampling, generator)
+            for i, row in zip(order, rows):
+                found[i].append(row.answer())
+            undecided = [i for i in undecided if not is_enough(found[i], config)]
+    return found
+
+
+def is_enough(answers: Sequence[Answer], config: CandidateConfig) -> bool:
+    n_left = config.samples - len(answers)
+    return not n_left or config.choose == "vote" and is_decided(given(answers), n_left, config.certainty)
 
 
 def is_decided(answers: Sequence[str], n_left: int, certainty: float = 1.0) -> bool:

@@ -187,8 +187,9 @@ class Chat:
         if room < 1:
             self.context_full = True
             return
-        found, = sample_candidates(self.model, self.tokenizer, [ids], config, room, self.sampling, self.generator, self.stop)
-        answer = found.answers[CHOICES[config.choose or "vote"](found.answers, check)]
+        answers, = sample_candidates(self.model, self.tokenizer, [ids], config, room, self.sampling, self.generator,
+                                     self.stop)
+        answer = answers[CHOICES[config.choose or "vote"](answers, check)]
         turn += self.tokenizer.encode(answer.text)
         self.context_full = not answer.has_ended and room < self.max_new_tokens
         yield answer.text

@@ -584,15 +584,15 @@ def spend(model: GPT, tokenizer: Tokenizer, machine: Machine, prompts: list[list
             part = prompts[first:first + PROMPTS_PER_BATCH]
             found += sample_candidates(model, tokenizer, part, config, max_new_tokens, sampling, generator)
             bar.update(len(part))
-    right = [[check(answer.text) > 0 for answer in candidates.answers] for candidates, check in zip(found, checks)]
-    chosen = [CHOICES[config.choose or "vote"](candidates.answers, check) for candidates, check in zip(found, checks)]
-    n_tokens = sum(len(answer.ids) for candidates in found for answer in candidates.answers)
+    right = [[check(answer.text) > 0 for answer in answers] for answers, check in zip(found, checks)]
+    chosen = [CHOICES[config.choose or "vote"](answers, check) for answers, check in zip(found, checks)]
+    n_tokens = sum(len(answer.ids) for answers in found for answer in answers)
     scores = {"exact match": proportion([row[i] for row, i in zip(right, chosen)])}
     if config.samples > 1:
         scores |= {"pass@1": Score(sum(sum(row) / len(row) for row in right) / len(right), better="higher", format=".1%"),
                    "one of the samples right": proportion([any(row) for row in right]),
                    "samples of a question": Score(sum(map(len, right)) / len(right), format=".1f")}
-    return ([candidates.answers[i] for candidates, i in zip(found, chosen)],
+    return ([answers[i] for answers, i in zip(found, chosen)],
             scores | {"tokens generated for a question": Score(n_tokens / len(prompts), format=",.1f")})
 
 

@@ -300,9 +300,7 @@ def decode(model: GPT, machine: Machine, task: Task, inputs: list[Grid],
     with machine.autocast():
         context = model.init_cache(len(views), shown.size(1), cache_dtype(model))
         model.eager_forward(shown.to(device), cache=context, logits_to_keep=1)
-        cache = model.init_cache(len(new), max_len, cache_dtype(model))
-        cache.length = context.length
-        cache.copy_rows_from(list(range(len(new))), context, [view for view in range(len(views)) for _ in inputs])
+        cache = context.fork([view for view in range(len(views)) for _ in inputs], max_len)
         while cache.length + new.size(1) <= max_len and not has_ended.all():
             n_tokens += new.numel()
             new = model.eager_forward(new, cache=cache, logits_to_keep=1).argmax(-1)

@@ -70,8 +70,8 @@ def chosen_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Gen
     it cannot be chosen so."""
     check = find_check(config.prompt) if config.choose == "verifier" else None
     generator = torch.Generator(model.embed.weight.device).manual_seed(config.seed)
-    found, = sample_candidates(model, tokenizer, [prompt], config, config.max_new_tokens, sampling, generator, config.stop)
-    yield 0, found.answers[CHOICES[config.choose or "vote"](found.answers, check)].text
+    answers, = sample_candidates(model, tokenizer, [prompt], config, config.max_new_tokens, sampling, generator, config.stop)
+    yield 0, answers[CHOICES[config.choose or "vote"](answers, check)].text
 
 
 def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):

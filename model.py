@@ -35,7 +35,7 @@ MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
-MIN_SHARING = 4  # rows of a prompt from which they share its keys and values
+MIN_SHARING = 4  # rows that go on from one, from which they share its keys and values
 MAX_LOOPS_RATIO = 4  # of a draw to --loops, which bounds memory: 1 draw in 1,000 would be larger, the mean falls by 0.1 %
 
 
@@ -132,9 +132,9 @@ class BlockCache:
         for part in (self.mixer, *self.shifts):
             part.select_rows(rows)
 
-    def share(self, groups: RowGroups, max_len: int):
-        for part in (self.mixer, *self.shifts):
-            part.share(groups, max_len)
+    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "BlockCache":
+        mixer, *shifts = (part.fork(rows, max_len, groups) for part in (self.mixer, *self.shifts))
+        return BlockCache(mixer, shifts)
 
     def rewind(self, n: int):
         for part in (self.mixer, *self.shifts):
@@ -192,13 +192,14 @@ class Cache:
             block.select_rows(rows)
         self.left_pad = None if self.left_pad is None else self.left_pad[rows]
 
-    def share(self, groups: RowGroups, max_len: int):
-        """Row i becomes what row groups.group_of_row[i] was, where all slots are filled, with `max_len` slots. The keys and
-        values of the positions so far are kept once, for all rows that continue them."""
-        for block in self.blocks:
-            block.share(groups, max_len)
-        self.left_pad = None if self.left_pad is None else self.left_pad[groups.group_of_row]
-        self.max_len = max_len
+    def fork(self, rows: list[int], max_len: int) -> "Cache":
+        """A cache whose row i goes on from row rows[i] of this one, all of whose slots are filled, with `max_len` slots.
+        Where many go on from the same row, its keys and values are kept once."""
+        number, groups = {row: i for i, row in enumerate(sorted(set(rows)))}, None
+        if max_len > self.length and len(rows) >= MIN_SHARING * len(number):
+            groups = RowGroups([number[row] for row in rows], self.tensors()[0].device)
+        return Cache([block.fork(rows, max_len, groups) for block in self.blocks], max_len, self.length,
+                     None if self.left_pad is None else self.left_pad[rows])
 
 
 class Block(nn.Module):
@@ -373,14 +374,8 @@ class GPT(nn.Module):
         if len(numbers) == len(prompts):
             return self.prefill_distinct(prompts, max_len, dtype)
         distinct = [prompts[number_of_row.index(i)] for i in range(len(numbers))]
-        longest = max(map(len, distinct))
-        if max_len > longest and len(prompts) >= MIN_SHARING * len(distinct):
-            logits, cache = self.prefill_distinct(distinct, longest, dtype)
-            cache.share(RowGroups(number_of_row, prompts[0].device), max_len)
-        else:
-            logits, cache = self.prefill_distinct(distinct, max_len, dtype)
-            cache.select_rows(number_of_row)
-        return logits[number_of_row], cache
+        logits, cache = self.prefill_distinct(distinct, max(map(len, distinct)), dtype)
+        return logits[number_of_row], cache.fork(number_of_row, max_len)
 
     def prefill_distinct(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None) -> tuple[Tensor, Cache]:
         """`prefill` without a look at which prompts are equal."""

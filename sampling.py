@@ -93,12 +93,15 @@ class Decoder:
     logits: (B, V), of the next token. seen: (B, V) bool, the tokens that the repetition penalty applies to, or None.
     """
 
-    def __init__(self, model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, sampling: SamplingConfig):
+    def __init__(self, model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, sampling: SamplingConfig,
+                 read: tuple[Tensor, Cache] | None = None):
+        """read: logits and cache after the prompts, where these have been read."""
         block_size = model.config.block_size
         self.model = model
         self.contexts = [prompt[-block_size:] for prompt in prompts]
         self.max_len = min(block_size, max(map(len, self.contexts)) + max_new_tokens - 1)
-        self.logits, self.cache = self.prefill()
+        self.logits, self.cache = self.prefill() if read is None else read
+        self.max_len = self.cache.max_len
         self.seen = token_mask(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
         self.generated: list[Tensor] = []  # since the last prefill
 
@@ -125,6 +128,21 @@ class Decoder:
         self.contexts = [torch.cat((context, row))[-keep:] for context, row in zip(self.contexts, rows)]
         self.generated = []
         self.logits, self.cache = self.prefill()
+
+
+class Reading:
+    """Prompts, (T,) int64 each, that are read once, and from which batch after batch can be decoded."""
+
+    def __init__(self, model: GPT, prompts: Sequence[Tensor]):
+        self.model, self.prompts = model, prompts
+        contexts = [prompt[-model.config.block_size:] for prompt in prompts]
+        self.logits, self.cache = model.prefill_distinct(contexts, max(map(len, contexts)), cache_dtype(model))
+
+    def decoder(self, rows: list[int], max_new_tokens: int, sampling: SamplingConfig) -> Decoder:
+        """Of texts that go on from these of the prompts."""
+        max_len = min(self.model.config.block_size, self.cache.length + max_new_tokens - 1)
+        return Decoder(self.model, [self.prompts[row] for row in rows], max_new_tokens, sampling,
+                       (self.logits[rows], self.cache.fork(rows, max_len)))
 
 
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None,

@@ -51,13 +51,18 @@ class KVCache:
                 self.prefix.select_rows(kept)
             self.groups = RowGroups([kept.index(group) for group in left], self.keys.device)
 
-    def share(self, groups: RowGroups, max_len: int):
-        """Row i becomes what row groups.group_of_row[i] was, of which all positions have been seen, with room for `max_len`
-        in all; what was seen is kept once."""
+    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "KVCache":
+        """A cache whose row i goes on from row rows[i] of this one, which is full, with room for `max_len` positions.
+        groups: of those that go on from the same row, which is kept once then."""
+        assert self.prefix is None
         _, n_head, n, head_size = self.keys.shape
-        shape = len(groups.group_of_row), n_head, max_len - n, head_size
-        self.prefix, self.groups = KVCache(self.keys, self.values), groups
-        self.keys, self.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+        room = lambda: self.keys.new_zeros(len(rows), n_head, max_len - n, head_size)
+        if groups is None:
+            return KVCache(torch.cat((self.keys[rows], room()), dim=2), torch.cat((self.values[rows], room()), dim=2))
+        prefix = KVCache(self.keys, self.values)
+        if (kept := sorted(set(rows))) != list(range(len(self.keys))):
+            prefix.select_rows(kept)
+        return KVCache(room(), room(), prefix, groups)
 
     def rewind(self, n: int):
         """Forgets the last `n` of the positions seen since the last `rewind` while `metadata.rewindable`. Keys and values

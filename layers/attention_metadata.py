@@ -23,12 +23,16 @@ class RowGroups:
 
     def __init__(self, group_of_row: list[int], device: torch.device):
         """group_of_row: of each row of the batch, from 0 on; every group has a row."""
-        rows = [[row for row, group in enumerate(group_of_row) if group == i] for i in range(max(group_of_row) + 1)]
+        rows = [[] for _ in range(max(group_of_row) + 1)]
+        order = []  # of each row, how many of its group come before it
+        for row, group in enumerate(group_of_row):
+            order.append(len(rows[group]))
+            rows[group].append(row)
         most = max(map(len, rows))
         self.group_of_row, self.n_groups = group_of_row, len(rows)
         # (G, N): the rows of each group, the first one again where it has fewer; and where each row stands in it
         slots = [own + own[:1] * (most - len(own)) for own in rows]
-        places = [most * group + rows[group].index(row) for row, group in enumerate(group_of_row)]
+        places = [most * group + place for group, place in zip(group_of_row, order)]
         self.is_ordered = [row for own in slots for row in own] == places == list(range(len(group_of_row)))
         self.slots, self.places = torch.tensor(slots, device=device), torch.tensor(places, device=device)
 

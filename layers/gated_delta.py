@@ -41,9 +41,9 @@ class DeltaCache:
         """See KVCache."""
         self.states = self.states[rows]
 
-    def share(self, groups: RowGroups, max_len: int):
+    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "DeltaCache":
         """See KVCache. Nothing is shared: this is small, and changes."""
-        self.select_rows(groups.group_of_row)
+        return DeltaCache(self.states[rows])
 
     def rewind(self, n: int):
         """See KVCache."""

@@ -21,9 +21,9 @@ class ShiftCache:
         """See KVCache."""
         self.last = self.last[rows]
 
-    def share(self, groups: RowGroups, max_len: int):
+    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "ShiftCache":
         """See KVCache. Nothing is shared: this is small, and changes."""
-        self.select_rows(groups.group_of_row)
+        return ShiftCache(self.last[rows])
 
     def rewind(self, n: int):
         """See KVCache."""

@@ -115,16 +115,31 @@ def test_a_vote_without_answers_is_not_decided():
 
 
 def test_a_unanimous_vote_stops_and_a_divided_one_goes_on(monkeypatch):
-    texts = {1: itertools.repeat("a"), 2: (str(i) for i in itertools.count())}
+    """The prompts are read once, however many rounds there are."""
+    texts, read = {1: itertools.repeat("a"), 2: (str(i) for i in itertools.count())}, []
 
-    def fake(model, tokenizer, prompts, *args):
-        return [said(next(texts[prompt[0]])) for prompt in prompts]
-    monkeypatch.setattr("candidates.sample_texts", fake)
+    def fake(decoder, rows, *args):
+        for row in rows:
+            row.text, row.stream.is_done = next(texts[row.prompt[0]]), True
+    monkeypatch.setattr("candidates.decode_answers", fake)
+    model, prefill = make_model(), GPT.prefill_distinct
+    monkeypatch.setattr(GPT, "prefill_distinct", lambda *args: read.append(len(args[1])) or prefill(*args))
     for certainty, n in ((1.0, 8), (0.95, ROUND)):
         config = CandidateConfig(16, "vote", certainty)
-        same, different = sample_candidates(None, BYTES, [[1], [2]], config, 8, T1, None)
-        assert (len(same.answers), same.n_read) == (n, n // ROUND)
-        assert (len(different.answers), different.n_read) == (16, 4)
+        same, different = sample_candidates(model, BYTES, [[1], [2]], config, 8, T1, None)
+        assert (len(same), len(different)) == (n, 16)
+    assert read == [2, 2]
+
+
+@pytest.mark.parametrize("choose", ["vote", "mbr"])
+def test_each_answer_is_what_its_prompt_alone_leads_to(choose, monkeypatch):
+    """Greedy, in batches of several prompts of different lengths, some of which are decided earlier."""
+    monkeypatch.setattr("candidates.ROWS_PER_BATCH", 12)
+    model, prompts = make_model(), [[1], [2, 3, 4], [5, 6], [2, 3, 4], [7] * 5, [8]]
+    found = sample_candidates(model, BYTES, prompts, CandidateConfig(6, choose), 9, GREEDY, None)
+    for prompt, answers in zip(prompts, found):
+        (alone,) = sample_texts(model, BYTES, [prompt], 9, GREEDY, None)
+        assert {tuple(answer.ids) for answer in answers} == {tuple(alone.ids)} and len(answers) in (4, 6)
 
 
 # -- what several answers are worth -----------------------------------------------------------------------------------
@@ -193,7 +208,7 @@ def test_log_probabilities_are_of_what_was_drawn_and_forced_tokens_have_none():
 def test_more_rows_than_a_batch(monkeypatch):
     monkeypatch.setattr("candidates.ROWS_PER_BATCH", 4)
     found, = sample_candidates(make_model(), BYTES, [[1, 2, 3]], CandidateConfig(10), 6, T1, generator())
-    assert len(found.answers) == 10 and found.n_read == 1 and len({tuple(answer.ids) for answer in found.answers}) > 5
+    assert len(found) == 10 and len({tuple(answer.ids) for answer in found}) > 5
 
 
 @pytest.mark.parametrize("flags, words", [
