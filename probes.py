@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budget import LOOPS
 from compare import parse_arm, query_device
 from dataloader import IGNORE_INDEX
 from experiments.code_hash import code_hash
@@ -146,6 +147,10 @@ def parse_probe_arm(text: str, common: CellConfig) -> dict:
     return values
 
 
+def is_looped(cell: ProbeCell) -> bool:
+    return cell.flags.get("loops", 1) > 1
+
+
 # -- training a cell --------------------------------------------------------------------------------------------------
 
 class ExampleLoader:
@@ -224,6 +229,9 @@ def run_cell(cell: ProbeCell, path: Path):
             raise SystemExit(128 + stopped)
         for scale in SCALES:
             row[f"accuracy_{scale}x"] = evaluate_task(state.model, task, setup.machine, scale, cell.flags["batch_size"])[1]
+        for loops in LOOPS if is_looped(cell) else ():
+            state.model.loops = loops
+            row[f"accuracy_{loops}_loops"] = evaluate_task(state.model, task, setup.machine, 1, cell.flags["batch_size"])[1]
     except FloatingPointError as error:
         write_cell_row(path, row | {"status": "diverged", "reason": str(error), "seconds": seconds()})
         raise
@@ -240,7 +248,7 @@ def empty_row(cell: ProbeCell) -> dict:
     """steps: at which it was found solved."""
     return {"arm": cell.arm, "task": cell.task, "seed": cell.seed, "status": "failed", "solved": False, "steps": None,
             **{f"accuracy_{scale}x": None for scale in SCALES}, "chance": TASKS[cell.task].chance, "parameters": None,
-            "seconds": None, "reason": ""}
+            "seconds": None, "reason": "", **{f"accuracy_{loops}_loops": None for loops in LOOPS}}
 
 
 def read_cell_row(path: Path, cell: ProbeCell) -> dict | None:
@@ -260,6 +268,8 @@ def is_finished_row(row: dict, cell: ProbeCell) -> bool:
     if row.keys() != expected.keys() or any(row[name] != expected[name] for name in ("arm", "task", "seed", "chance")):
         return False
     numbers = [row["seconds"], *(row[f"accuracy_{scale}x"] for scale in SCALES)]
+    if is_looped(cell):
+        numbers += [row[f"accuracy_{loops}_loops"] for loops in LOOPS]
     if row["status"] == "diverged":
         numbers = [number for number in [*numbers, row["parameters"]] if number is not None]
     else:
@@ -383,7 +393,7 @@ def main(argv=None):
     with folder_lock(probe.out_path, given):
         check_writable(probe.out_path / "probes.md", given)
         rows = run_cells(cells, probe, common, code)
-        study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, SOLVED_ACCURACY,
+        study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, LOOPS, SOLVED_ACCURACY,
                            EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line("probes.py", argv))
         print(write_probe_report(rows, study, probe.out_path))
     if failed := sum(row["status"] in ("failed", "killed") for row in rows):

@@ -8,7 +8,9 @@ are kept, so the same command continues. Writes a table of each stage into docs/
 bench/speculative.py's, search that of bench/selfplay.py.
 """
 import argparse
+import csv
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import torch  # noqa: E402
 from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
 
 from budget import (  # noqa: E402
+    LOOPS,
     Point,
     Subject,
     ask_problems,
@@ -30,20 +33,26 @@ from budget import (  # noqa: E402
     stop_early,
 )
 from candidates import sample_texts  # noqa: E402
+from compare import parse_arm  # noqa: E402
 from experiments.report import Table, markdown  # noqa: E402
 from experiments.runner import TrainingJob  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
+from runtime.config import read_flags  # noqa: E402
 from runtime.device import DeviceConfig, open_machine  # noqa: E402
 from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
+from tasks.synthetic import TASKS as PROBES  # noqa: E402
 from tasks.thinking import TASKS  # noqa: E402
 from think import byte_tokenizer  # noqa: E402
 
 SEEDS = range(1, 4)
 PROBLEMS = 256
 SAMPLES = 32
-LOOPS = 1, 2, 4, 8
+DEPTH_ARMS = {"n_layer=3": "3 layers", "n_layer=6": "6 layers", "n_layer=3,loops=4": "3 layers, the middle one 4 times",
+              "n_layer=3,loops=4,sampled_loops=1": "the same, sampled in training"}
+DEPTH_SHAPE = {"n_head": 4, "head_size": 16, "block_size": 128}
+DEPTH_FLAGS = "--max_iter=2000", "--batch_size=64"
 PROMPT_TOKENS, NEW_TOKENS = 128, 64  # of the stage samples
 T1 = SamplingConfig(temperature=1.0, top_k=0)
 BYTES = byte_tokenizer()
@@ -60,9 +69,9 @@ def load(run: TrainingJob) -> GPT:
     return GPT.from_checkpoint(load_checkpoint(run.checkpoint)).requires_grad_(False)
 
 
-def ask(model: GPT, name: str, size: int, loops: int | None = None) -> Subject:
+def ask(model: GPT, name: str, size: int) -> Subject:
     """The held-out problems of a task at this size, with each amount of thought."""
-    task, model.loops = TASKS[name], loops or model.config.loops
+    task = TASKS[name]
     return ask_problems(model, BYTES, open_machine(DeviceConfig("cpu", "fp32")), task.make(PROBLEMS, size, seed=0),
                         task.levels, size, task.has_verifier)
 
@@ -134,7 +143,7 @@ def best_of(subject: Subject, level: str) -> dict[int, Point]:
 
 def vote(folder: Path, jobs: int) -> str:
     """A vote of all samples against votes that stop once they are decided, on sums that are answered at once."""
-    runs = arm(folder, "sums", "--task=addition", "--thoughts=0", "--max_iter=700")
+    runs = arm(folder, "sums", "--task=addition", "--thoughts=0", "--max_iter=1500")
     train(jobs, runs)
     rows, pools = [], []
     for run in runs:
@@ -185,23 +194,29 @@ def speed(model: GPT, prompts: list[list[int]], n_new: int) -> float:
 
 
 def depth(folder: Path, jobs: int) -> str:
-    """Recurrent depth: permutations at once, which needs depth, with equal parameters and with equal FLOPs."""
-    base = "--task=permutations", "--size=8", "--thoughts=0"
-    arms = {"3 layers": arm(folder, "plain", *base, "--n_layer=3"),
-            "3 layers, the middle one looped 4 times": arm(folder, "looped", *base, "--n_layer=3", "--loops=4"),
-            "the same, sampled in training": arm(folder, "sampled", *base, "--n_layer=3", "--loops=4", "--sampled_loops"),
-            "6 layers": arm(folder, "deep", *base, "--n_layer=6")}
-    train(jobs, *arms.values())
+    """Recurrent depth: the product of all permutations so far, at every position, which needs depth; with equal parameters,
+    and with equal FLOPs."""
+    out = folder / "depth"
+    subprocess.run([sys.executable, REPO / "probes.py", "--arms", *DEPTH_ARMS, "--tasks=permute", f"--seeds={len(SEEDS)}",
+                    f"--jobs={jobs}", f"--out_path={out}", *DEPTH_FLAGS], check=True, stdout=subprocess.DEVNULL)
+    cells = {}
+    with open(out / "probes.csv", encoding="utf-8", newline="") as file:
+        for cell in csv.DictReader(file):
+            cells.setdefault(cell["arm"], []).append(cell)
+    task, plain = PROBES["permute"], [float(cell["accuracy_1x"]) for cell in cells[DEPTH_ARMS[0]]]
     rows = []
-    for label, runs in arms.items():
-        models = [load(run) for run in runs]
-        for loops in LOOPS if models[0].config.loops > 1 else (1,):
-            points = [measure_greedy(subject, subject.depths[-1], "", 0)
-                      for subject in (ask(model, "permutations", 8, loops) for model in models)]
-            rows.append((label, f"{models[0].n_parameters() / 1e3:,.0f} k", f"{loops}",
-                         f"{statistics.mean(point.flops for point in points) / 1e6:,.1f}", estimate(accuracies(points))))
-    return markdown(Table(("8 permutations at once", "parameters", "loops at inference", "MFLOP of a question",
-                           "right (1/6 by guessing)"), rows))
+    for arm, label in DEPTH_ARMS.items():
+        model = GPT(read_flags(GPTConfig, parse_arm(arm, "--arms") | DEPTH_SHAPE | {"vocab_size": task.vocab_size}))
+        for loops in LOOPS if model.loops > 1 else (1,):
+            model.loops = loops
+            name = f"accuracy_{loops}_loops" if model.config.loops > 1 else "accuracy_1x"
+            found = [float(cell[name]) for cell in cells[arm]]
+            rows.append((label, f"{model.n_parameters() / 1e3:,.0f} k", f"{loops}",
+                         f"{task.length * model.flops_per_token(task.length) / 3e6:,.1f}", estimate(found),
+                         estimate([a - b for a, b in zip(found, plain)], "{:+.3f}")))
+    head = (f"products of {task.length} permutations", "parameters", "loops at inference", "MFLOP of a question",
+            "right (1/6 by guessing)", "minus 3 layers")
+    return markdown(Table(head, rows))
 
 
 STAGES: dict[str, Callable[[Path, int], str]] = {

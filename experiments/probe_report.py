@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.plots import draw_accuracy_matrix
 from experiments.report import Table, csv_table, markdown
+from experiments.stats import Estimate
 from runtime.files import atomic_write
 
 
@@ -16,6 +17,7 @@ class ProbeStudy:
     """What all cells have in common."""
     lengths: dict[str, int]      # task -> tokens of an example that models are trained on
     scales: tuple[int, ...]      # evaluated lengths, as multiples of the trained one: columns accuracy_1x, …
+    loops: tuple[int, ...]       # at inference, of an arm with loops: columns accuracy_1_loops, …
     solved_accuracy: float
     eval_examples: int           # of an evaluation
     flags: dict                  # of probes.py
@@ -60,6 +62,24 @@ def chances(rows: list[dict]) -> dict[str, float]:
     return {row["task"]: row["chance"] for row in rows}
 
 
+def loops_lines(rows: list[dict], study: ProbeStudy) -> list[str]:
+    """What arms with loops reach when these are more or fewer at inference; nothing without such arms."""
+    by_entry = {}
+    for row in rows:
+        if row[f"accuracy_{study.loops[0]}_loops"] is not None:
+            by_entry.setdefault((row["task"], row["arm"]), []).append(row)
+    if not by_entry:
+        return []
+
+    def show(found: list[dict], n: int) -> str:
+        estimate = Estimate.from_values([row[f"accuracy_{n}_loops"] for row in found])
+        return f"{estimate.mean:.2f}" + (f" ± {estimate.margin:.2f}" if len(found) > 1 else "")
+    table = Table(("task", "arm", *(f"{n} loop{'s' * (n > 1)}" for n in study.loops)), [
+        (*entry, *(show(found, n) for n in study.loops)) for entry, found in by_entry.items()])
+    return [markdown(table), "", "Accuracy at the trained length with more and fewer loops at inference, with its 95 % "
+            "interval over seeds: higher is better.", ""]
+
+
 def format_report(rows: list[dict], summaries: dict, study: ProbeStudy) -> str:
     """probes.md. summaries: (arm, task) -> what summarize_cells returns."""
     arms, flags = list(dict.fromkeys(arm for arm, _ in summaries)), study.flags
@@ -69,7 +89,7 @@ def format_report(rows: list[dict], summaries: dict, study: ProbeStudy) -> str:
     sizes = [f"{arm}: {' to '.join(f'{n:,}' for n in sorted({min(found), max(found)}))} parameters" for arm in arms
              if (found := [row["parameters"] for row in rows if row["arm"] == arm and row["parameters"]])]
     return "\n".join([
-        "# Probes", "", markdown(matrix), "",
+        "# Probes", "", markdown(matrix), "", *loops_lines(rows, study),
         f"Each entry: how many seeds solved the task ({study.solved_accuracy:.0%} of the answers in {study.eval_examples} "
         f"examples correct at the trained length), the median number of steps they took (lower is better), and the mean "
         f"accuracy at {', '.join(f'{scale}x' for scale in study.scales)} the trained length (higher is better) after the "

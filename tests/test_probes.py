@@ -14,7 +14,7 @@ import pytest
 import probes
 import runtime.cli
 from conftest import REPO
-from probes import SCALES, CellConfig, ProbeConfig
+from probes import LOOPS, SCALES, CellConfig, ProbeConfig
 from tasks.synthetic import TASKS
 
 TINY = ["--n_layer=1", "--n_head=1", "--head_size=8", "--batch_size=4", "--max_iter=5", "--val_intervals=2", "--seeds=1"]
@@ -78,6 +78,10 @@ def test_every_kind_of_arm_is_trained_and_tested(tmp_path, arm):
     row, plain = (run_cell(build_cell("parity", name), tmp_path / name) for name in (arm, "mixer=attention"))
     assert row["status"] == "unsolved" and all(0 <= row[f"accuracy_{scale}x"] <= 1 for scale in SCALES)
     assert (row["parameters"] == plain["parameters"]) == ("loops" in arm)
+    by_loops = [row[f"accuracy_{n}_loops"] for n in LOOPS]
+    assert all(0 <= x <= 1 for x in by_loops) if "loops" in arm else by_loops == [None] * len(LOOPS)
+    if arm.startswith("loops=2"):
+        assert row["accuracy_2_loops"] == row["accuracy_1x"]
 
 
 @pytest.mark.integration
@@ -159,6 +163,8 @@ def fake_cells(monkeypatch):
         row = probes.empty_row(job.cell) | {
             "status": "solved", "solved": True, "steps": 100, "parameters": 1000, "seconds": 6.0, "accuracy_1x": 1.0,
             "accuracy_2x": 0.5, "accuracy_4x": 0.25}
+        if probes.is_looped(job.cell):
+            row |= {f"accuracy_{n}_loops": 0.5 + 0.01 * n + 0.02 * job.cell.seed for n in LOOPS}
         return [sys.executable, "-S", "-c", FAKE_CELL, str(job.path), json.dumps(row), modes.get(job.cell.arm, "")]
     monkeypatch.setattr(probes.CellJob, "command", command)
     return modes
@@ -184,6 +190,17 @@ def test_command_writes_its_report_and_runs_no_cell_twice(fake_cells, tmp_path, 
     assert len(fake_cells.ran) == 8 and capsys.readouterr().out == text
     probes.main([*flags, "--max_iter=4"])  # other cells
     assert len(fake_cells.ran) == 16
+
+
+def test_loops_at_inference_are_reported_for_arms_that_have_them(fake_cells, tmp_path, capsys):
+    flags = ["--tasks", "parity", f"--out_path={tmp_path}", "--arms", "mlp=gelu"]
+    probes.main([*flags, "loops=4", "--seeds=2"])
+    out = capsys.readouterr().out
+    assert "| parity | loops=4 | 0.52 ± 0.13 | 0.53 ± 0.13 | 0.55" in out and "| parity | mlp=gelu" not in out
+    probes.main([*flags, "loops=4", "--seeds=1"])
+    assert "| parity | loops=4 | 0.51 | 0.52 | 0.54 |" in capsys.readouterr().out
+    probes.main([*flags, "--seeds=1"])
+    assert "loops at inference" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode, status, reason", [
