@@ -698,7 +698,7 @@ def measure_curve(model: GPT, tokenizer: Tokenizer | Game, machine: Machine, exa
 
 
 def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine: Machine, n: int, unit: str):
-    """Prints a table for each model, and writes rows and a page. curves: checkpoint -> rows."""
+    """Prints a table for each model, and writes rows, a page and its pictures. curves: checkpoint -> rows."""
     path = config.out_path or run_folder(config.checkpoint_path[0]) / "budget.jsonl"
     for name, rows in curves.items():
         print(f"{name}\n\n{markdown(budget_table(rows))}\n")
@@ -707,11 +707,14 @@ def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine
         file.writelines(json.dumps({"checkpoint": name, "task": config.task} | row) + "\n"
                         for name, rows in curves.items() for row in rows)
     tables = [part for name, rows in curves.items() for part in (("h2", name), budget_table(rows))]
+    panels = {name: draw_budgets(rows) for name, rows in curves.items()}
+    with atomic_write(path.with_suffix(".svg"), "w") as file:
+        file.write(Figure(list(itertools.chain(*panels.values())), "budgets").svg)
     page = path.with_suffix(".html")
     write_page(page, f"What accuracy costs: {config.task}", [
         ("p", f"{n:,} {unit}, the same ones for every way, on {machine}. Accuracy and differences, which are paired, with "
               f"95 % intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it."),
-        *(part for name, rows in curves.items() for part in (("h2", name), Figure(draw_budgets(rows), "budgets"))), *tables])
+        *(part for name, own in panels.items() for part in (("h2", name), Figure(own, "budgets"))), *tables])
     say(f"saved {path} and {page}")
 
 

@@ -201,6 +201,7 @@ def test_the_command_draws_the_curve_and_writes_rows(thinker, capsys):
     rows = [json.loads(line) for line in (thinker.with_suffix("") / "budget.jsonl").read_text().splitlines()]
     assert rows[0]["way"] == "one answer, greedy" and {row["questions"] for row in rows} == {4}
     page = (thinker.with_suffix("") / "budget.html").read_text()
+    assert (thinker.with_suffix("") / "budget.svg").read_text().count("<svg") == 4  # three in one
     assert page.count("<svg") == 3 and "thinking, cut off" in page and "| way | budget |" in capsys.readouterr().out
 
 
