@@ -44,7 +44,7 @@ from tasks.thinking import Level, Problem, messages
 from tokenizer import Tokenizer
 
 N_SUBSETS = 64             # of the samples of a question, over which the accuracy of fewer is averaged
-TIMED_QUESTIONS = 16       # from which the seconds of fewer samples are measured
+TIMED_QUESTIONS = 16       # from which seconds are measured
 CERTAINTIES = 1.0, 0.95    # of votes that stop early
 PROBE = 4                  # samples of which the agreement says how difficult a question is
 LOOPS = 1, 2, 4, 8, 16
@@ -129,6 +129,23 @@ def measure_greedy(subject: Subject, depth: Depth, way: str, budget: int, think:
                  inference_flops(subject.model, mean_length(depth.prompts), n_new), seconds / len(answers))
 
 
+def measure_alone(subject: Subject, depth: Depth, way: str, budget: int, think: int | None = None) -> Point:
+    """As `measure_greedy`, but the seconds are those of questions that are asked one after the other."""
+    seconds = time_answers(subject, depth, 1, GREEDY, think)
+    return measure_greedy(subject, depth, way, budget, think)._replace(seconds=seconds)
+
+
+def time_answers(subject: Subject, depth: Depth, k: int, sampling: SamplingConfig,
+                 think: int | None = None) -> float:
+    """Seconds of a question with `k` answers, when each question is asked by itself."""
+    prompts, config = depth.prompts[:TIMED_QUESTIONS], CandidateConfig(think=think)
+    start = time.perf_counter()
+    with subject.machine.autocast():
+        for prompt in prompts:
+            sample_texts(subject.model, subject.tokenizer, [prompt] * k, subject.answer_tokens, sampling, None, config)
+    return (time.perf_counter() - start) / len(prompts)
+
+
 def grade(subject: Subject, answers: Sequence[Answer]) -> np.ndarray:
     """(questions,) float64, from one answer to each."""
     return np.array([check(answer.text) if answer.has_ended else 0.0 for check, answer in zip(subject.checks, answers)])
@@ -137,8 +154,8 @@ def grade(subject: Subject, answers: Sequence[Answer]) -> np.ndarray:
 def measure_thoughts(subject: Subject) -> list[Point]:
     """What a thought is worth: as long as the model is told that it is to be, and the longest cut off."""
     fullest = subject.depths[0]
-    told = [measure_greedy(subject, depth, "thinking, as told", depth.n_tokens) for depth in reversed(subject.depths)]
-    cut = [measure_greedy(subject, fullest, "thinking, cut off", depth.n_tokens, depth.n_tokens)
+    told = [measure_alone(subject, depth, "thinking, as told", depth.n_tokens) for depth in reversed(subject.depths)]
+    cut = [measure_alone(subject, fullest, "thinking, cut off", depth.n_tokens, depth.n_tokens)
            for depth in reversed(subject.depths[1:])]
     return told + cut
 
@@ -149,7 +166,7 @@ def measure_loops(subject: Subject) -> list[Point]:
     try:
         for n in LOOPS:
             subject.model.loops = n
-            points.append(measure_greedy(subject, subject.depths[0], "loops", n))
+            points.append(measure_alone(subject, subject.depths[0], "loops", n))
     finally:
         subject.model.loops = own
     return points
@@ -179,21 +196,11 @@ def draw_pool(subject: Subject, depth: Depth, n: int, sampling: SamplingConfig) 
     return Pool(found, right, np.array([[len(answer.ids) for answer in own] for own in found]))
 
 
-def time_samples(subject: Subject, depth: Depth, k: int, sampling: SamplingConfig) -> float:
-    """Seconds of a question with `k` samples, when each question is asked by itself."""
-    prompts = depth.prompts[:TIMED_QUESTIONS]
-    start = time.perf_counter()
-    with subject.machine.autocast():
-        for prompt in prompts:
-            sample_texts(subject.model, subject.tokenizer, [prompt] * k, subject.answer_tokens, sampling, None)
-    return (time.perf_counter() - start) / len(prompts)
-
-
 def measure_samples(subject: Subject, depth: Depth, n: int, sampling: SamplingConfig) -> list[Point]:
     """1, 2, 4 … `n` samples and each way to choose one of them; votes that stop early; samples where they help most."""
     pool, n_read = draw_pool(subject, depth, n, sampling), mean_length(depth.prompts)
     sizes = [k for k in (2 ** i for i in range(n.bit_length())) if k <= n]
-    seconds = {k: time_samples(subject, depth, k, sampling) for k in sizes}
+    seconds = {k: time_answers(subject, depth, k, sampling) for k in sizes}
     cost = lambda k: (k * pool.n_new.mean(), inference_flops(subject.model, n_read, pool.n_new.mean(), k), seconds[k])
     ways = [way for way in CHOICES if way != "verifier" or subject.has_verifier]
     points = [Point(way, k, choice_accuracy(pool, way, k), *cost(k)) for way in ways for k in sizes]
@@ -344,7 +351,7 @@ def search_moves(positions: Positions, simulations: int) -> tuple[np.ndarray, in
 
 def measure_budgets(subject: Subject, n_samples: int, sampling: SamplingConfig) -> list[Point]:
     """Every way that the model has. n_samples: the most that are drawn."""
-    steps = [lambda: [measure_greedy(subject, subject.depths[0], "one answer, greedy", 1)]]
+    steps = [lambda: [measure_alone(subject, subject.depths[0], "one answer, greedy", 1)]]
     if len(subject.depths) > 1:
         steps.append(lambda: measure_thoughts(subject))
     if n_samples > 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from budget import (
+    POSITIONS_PER_BATCH,
     Depth,
     GameSubject,
     Point,
@@ -710,10 +711,13 @@ def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine
     panels = {name: draw_budgets(rows) for name, rows in curves.items()}
     with atomic_write(path.with_suffix(".svg"), "w") as file:
         file.write(Figure(list(itertools.chain(*panels.values())), "budgets").svg)
-    page = path.with_suffix(".html")
+    page, timed = path.with_suffix(".html"), "one question at a time"
+    if config.task == GAME:
+        timed = f"batches of {POSITIONS_PER_BATCH} positions"
     write_page(page, f"What accuracy costs: {config.task}", [
         ("p", f"{n:,} {unit}, the same ones for every way, on {machine}. Accuracy and differences, which are paired, with "
-              f"95 % intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it."),
+              f"95 % intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it; seconds "
+              f"are those of {timed}."),
         *(part for name, own in panels.items() for part in (("h2", name), Figure(own, "budgets"))), *tables])
     say(f"saved {path} and {page}")
 
