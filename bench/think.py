@@ -23,6 +23,7 @@ from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa
 from budget import (  # noqa: E402
     LOOPS,
     Point,
+    Pool,
     Subject,
     ask_problems,
     choice_accuracy,
@@ -109,46 +110,42 @@ def thoughts(folder: Path, jobs: int) -> str:
 
 
 def countdown(folder: Path, jobs: int) -> str:
-    """One sample against the best of several by the verifier, and against one sample of a model of twice the size."""
-    small = arm(folder, "countdown", "--task=countdown")
-    large = arm(folder, "countdown_large", "--task=countdown", "--n_layer=8")
+    """One sample against the best of several by the verifier, and against one sample of a model of twice the size. All are
+    trained to answer at once."""
+    small = arm(folder, "countdown", "--task=countdown", "--thoughts=0")
+    large = arm(folder, "countdown_large", "--task=countdown", "--thoughts=0", "--n_layer=8")
     train(jobs, small, large)
-    rows, size = [], TASKS["countdown"].size
-    for level in ("at once", "tries 4"):
-        found = {name: [best_of(ask(load(run), "countdown", size), level) for run in runs]
-                 for name, runs in (("small", small), ("large", large))}
-        one = [samples[1].right.mean() for samples in found["small"]]
-        for name, sizes in (("small", (1, 2, 4, 8, SAMPLES)), ("large", (1,))):
-            for k in sizes:
-                points = [samples[k] for samples in found[name]]
-                label = "8 layers" if name == "large" else "4 layers"
-                gains = [point.right.mean() - first for point, first in zip(points, one)]
-                rows.append((level, label, f"best of {k}" if k > 1 else "one sample",
-                             f"{statistics.mean(point.flops for point in points) / 1e6:,.0f}",
-                             f"{statistics.mean(point.tokens for point in points):.0f}", estimate(accuracies(points)),
-                             estimate(gains, "{:+.3f}")))
-    head = ("Countdown with 4 numbers", "model", "answers", "MFLOP of a question", "tokens generated", "right",
-            "minus one sample of the small model")
-    return markdown(Table(head, rows))
+    pools = [draw_answers(run) for run in small]
+    one, rows = [float(pool.right.mean()) for _, pool in pools], []
+
+    def add(label: str, way: str, k: int, found: list[tuple[Subject, Pool]]):
+        right = [float(choice_accuracy(pool, way, k).mean()) for _, pool in found]
+        flops = [inference_flops(subject.model, mean_length(subject.depths[-1].prompts), pool.n_new.mean(), k)
+                 for subject, pool in found]
+        answers = f"best of {k} by {'the verifier' if way == 'verifier' else 'vote'}" if k > 1 else "one sample"
+        parameters, gains = found[0][0].model.n_parameters(), [a - b for a, b in zip(right, one)]
+        rows.append((label, f"{parameters / 1e3:,.0f} k", answers, f"{statistics.mean(flops) / 1e6:,.1f}", estimate(right),
+                     estimate(gains, "{:+.3f}")))
+    for k in (1, 2, 4, 8, SAMPLES):
+        add("4 layers", "verifier", k, pools)
+    add("4 layers", "vote", SAMPLES, pools)
+    add("8 layers", "verifier", 1, [draw_answers(run) for run in large])
+    return markdown(Table(("Countdown with 4 numbers", "parameters", "answers", "MFLOP of a question", "right",
+                           "minus one sample of 4 layers"), rows))
 
 
-def best_of(subject: Subject, level: str) -> dict[int, Point]:
-    """k -> the verifier's choice among k samples."""
-    depth = next(depth for depth in subject.depths if depth.name == level)
-    pool, n_read = draw_pool(subject, depth, SAMPLES, T1), mean_length(depth.prompts)
-    n_new = float(pool.n_new.mean())
-    return {k: Point("verifier", k, choice_accuracy(pool, "verifier", k), k * n_new,
-                     inference_flops(subject.model, n_read, n_new, k), 0.0) for k in (1, 2, 4, 8, SAMPLES)}
+def draw_answers(run: TrainingJob) -> tuple[Subject, Pool]:
+    """SAMPLES answers at once to each held-out problem."""
+    task = next(flag.partition("=")[2] for flag in run.flags if flag.startswith("--task="))
+    subject = ask(load(run), task, TASKS[task].size)
+    return subject, draw_pool(subject, subject.depths[-1], SAMPLES, T1)
 
 
 def vote(folder: Path, jobs: int) -> str:
     """A vote of all samples against votes that stop once they are decided, on sums that are answered at once."""
     runs = arm(folder, "sums", "--task=addition", "--thoughts=0", "--max_iter=1500")
     train(jobs, runs)
-    rows, pools = [], []
-    for run in runs:
-        subject = ask(load(run), "addition", TASKS["addition"].size)
-        pools.append(draw_pool(subject, subject.depths[-1], SAMPLES, T1))
+    rows, pools = [], [draw_answers(run)[1] for run in runs]
     whole = [float(choice_accuracy(pool, "vote", SAMPLES).mean()) for pool in pools]
     tokens = [float(SAMPLES * pool.n_new.mean()) for pool in pools]
     one = [float(pool.right.mean()) for pool in pools]
