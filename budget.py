@@ -120,19 +120,19 @@ def mean_length(prompts: Sequence[Sequence]) -> float:
 # -- one answer -------------------------------------------------------------------------------------------------------
 
 def measure_greedy(subject: Subject, depth: Depth, way: str, budget: int, think: int | None = None) -> Point:
+    """Not timed."""
     config = CandidateConfig(think=think)
-    start = time.perf_counter()
     with subject.machine.autocast():
         answers = sample_texts(subject.model, subject.tokenizer, depth.prompts, subject.answer_tokens, GREEDY, None, config)
-    seconds, n_new = time.perf_counter() - start, mean_length([answer.ids for answer in answers])
+    n_new = mean_length([answer.ids for answer in answers])
     return Point(way, budget, grade(subject, answers), n_new,
-                 inference_flops(subject.model, mean_length(depth.prompts), n_new), seconds / len(answers))
+                 inference_flops(subject.model, mean_length(depth.prompts), n_new), 0.0)
 
 
 def measure_alone(subject: Subject, depth: Depth, way: str, budget: int, think: int | None = None) -> Point:
-    """As `measure_greedy`, but the seconds are those of questions that are asked one after the other."""
-    seconds = time_answers(subject, depth, 1, GREEDY, think)
-    return measure_greedy(subject, depth, way, budget, think)._replace(seconds=seconds)
+    """With the seconds of questions that are asked one after the other."""
+    point = measure_greedy(subject, depth, way, budget, think)  # first: the clock then runs on a machine that is warm
+    return point._replace(seconds=time_answers(subject, depth, 1, GREEDY, think))
 
 
 def time_answers(subject: Subject, depth: Depth, k: int, sampling: SamplingConfig,
@@ -201,6 +201,7 @@ def measure_samples(subject: Subject, depth: Depth, n: int, sampling: SamplingCo
     pool, n_read = draw_pool(subject, depth, n, sampling), mean_length(depth.prompts)
     sizes = [k for k in (2 ** i for i in range(n.bit_length())) if k <= n]
     seconds = {k: time_answers(subject, depth, k, sampling) for k in sizes}
+    time_of = lambda k: float(np.interp(k, [0, *sizes], [0.0, *seconds.values()]))
     cost = lambda k: (k * pool.n_new.mean(), inference_flops(subject.model, n_read, pool.n_new.mean(), k), seconds[k])
     ways = [way for way in CHOICES if way != "verifier" or subject.has_verifier]
     points = [Point(way, k, choice_accuracy(pool, way, k), *cost(k)) for way in ways for k in sizes]
@@ -210,14 +211,14 @@ def measure_samples(subject: Subject, depth: Depth, n: int, sampling: SamplingCo
         right, n_used, tokens = stop_early(pool, certainty)
         flops = inference_flops(subject.model, n_read, tokens / n_used, n_used)
         points.append(Point(f"vote, certain to {certainty:.0%}", n, right, tokens, flops,
-                            float(np.interp(n_used, sizes, [seconds[k] for k in sizes]))))
+                            n_used / min(ROUND, n) * time_of(min(ROUND, n))))  # one round after the other
     way = "verifier" if subject.has_verifier else "vote"
     for k in sizes:
         if PROBE < k < n:
             right, used, tokens = spend_by_difficulty(pool, way, k)
             flops = inference_flops(subject.model, n_read, tokens / used, used)
             points.append(Point(f"{way}, by difficulty", k, right, tokens, flops,
-                                float(np.interp(used, sizes, [seconds[size] for size in sizes]))))
+                                time_of(PROBE) + time_of(used - PROBE)))
     return points
 
 
@@ -288,6 +289,7 @@ def measure_play(subject: GameSubject) -> list[Point]:
     """The move at first sight, that of looking over all moves several times, and that of a tree search; then the same of an
     untrained network, to which only the search can say anything."""
     control = replace(subject, model=untrained(subject.model))
+    measure_moves(replace(subject, exam=subject.exam[:1]), "", 0, first_sight)  # so that the machine is warm
     steps = [(who, suffix, *way) for who, suffix in ((subject, ""), (control, ", untrained")) for way in (
         ("at first sight", 0, first_sight),
         *(("all moves, so many ahead", depth, partial(look_ahead, depth=depth)) for depth in AHEAD),
@@ -300,7 +302,9 @@ def untrained(model: GPT) -> GPT:
     """One of the same config with random weights, always the same ones."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return GPT(model.config).requires_grad_(False).to(model.embed.weight.device)
+        control = GPT(model.config).requires_grad_(False).to(model.embed.weight.device)
+    control.loops = model.loops
+    return control
 
 
 @torch.no_grad()

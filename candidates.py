@@ -4,8 +4,8 @@
     answers, = sample_candidates(model, tokenizer, prompts, CandidateConfig(samples=32), 64, sampling, generator)
     print(answers[CHOICES["vote"](answers, None)].text)
 
-The answers to a prompt share the reading of it, and are decoded as one batch, which those that have ended leave. A choice
-is a line in CHOICES. Where an answer holds a thought, see tasks/thinking.py, what counts is what follows it.
+A prompt is read once for all of its answers, which are decoded in batches that those which have ended leave. A choice is a
+line in CHOICES. Where an answer holds a thought, see tasks/thinking.py, what counts is what follows it.
 """
 import math
 from collections import Counter

@@ -71,6 +71,7 @@ DEFAULT_DATASETS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", 
 GAME = "game"              # the task whose questions are positions
 N_PROBLEMS = 128           # of think.py's tasks, unless --limit is given
 BUDGET_SAMPLES = 32        # of --budget_curve, unless --samples is given
+PICTURES = ".html", ".svg"  # of --budget_curve, beside its rows
 SEARCHES = "none", "ahead", "puct"
 
 
@@ -708,7 +709,7 @@ def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine
         file.writelines(json.dumps({"checkpoint": name, "task": config.task} | row) + "\n"
                         for name, rows in curves.items() for row in rows)
     tables = [part for name, rows in curves.items() for part in (("h2", name), budget_table(rows))]
-    panels = {name: draw_budgets(rows) for name, rows in curves.items()}
+    panels = {name: draw_budgets(rows, f": {name}" if len(curves) > 1 else "") for name, rows in curves.items()}
     with atomic_write(path.with_suffix(".svg"), "w") as file:
         file.write(Figure(list(itertools.chain(*panels.values())), "budgets").svg)
     page, timed = path.with_suffix(".html"), "one question at a time"
@@ -774,8 +775,13 @@ def score_checkpoint(path: Path, machine: Machine, examples: list, config: Evalu
 def check_out_path(config: EvaluateConfig):
     if config.out_path:
         check_writable(config.out_path, f"--out_path={config.out_path}")
-        if config.out_path.exists() and not config.overwrite:
-            raise BadInput(f"--out_path={config.out_path}: exists: replace it with --overwrite, or choose another path")
+        if config.budget_curve and config.out_path.suffix in PICTURES:
+            raise BadInput(f"--out_path={config.out_path}: the picture of --budget_curve gets this name: end it in .jsonl")
+        paths = [config.out_path, *(config.out_path.with_suffix(suffix) for suffix in PICTURES if config.budget_curve)]
+        if not config.overwrite and (found := [path for path in paths if path.exists()]):
+            which = "" if found[0] == config.out_path else f"{found[0].name} "
+            raise BadInput(f"--out_path={config.out_path}: {which}exists: replace it with --overwrite, or choose another "
+                           f"path")
 
 
 def score_table(scores: dict[str, dict[str, Score]]) -> Table:

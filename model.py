@@ -18,13 +18,8 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
-from layers.attention_metadata import (
-    AttentionMetadata,
-    RowGroups,
-    cached_causal_mask,
-    doc_position_ids,
-    document_causal_mask,
-)
+from layers.attention_metadata import AttentionMetadata, cached_causal_mask, doc_position_ids, document_causal_mask
+from layers.cache import RowCache, RowGroups
 from layers.linear import linear_layers
 from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
@@ -35,7 +30,7 @@ MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
-MIN_SHARING = 4  # rows that go on from one, from which they share its keys and values
+MIN_SHARING = 4  # rows that go on from one, on average, from which its keys and values are kept once for them
 MAX_LOOPS_RATIO = 4  # of a draw to --loops, which bounds memory: 1 draw in 1,000 would be larger, the mean falls by 0.1 %
 
 
@@ -121,30 +116,11 @@ class GPTConfig:
 @dataclass
 class BlockCache:
     """The state of one block after the positions seen so far."""
-    mixer: object
+    mixer: RowCache
     shifts: list[ShiftCache]
 
-    def copy_rows_from(self, rows: list[int], other: "BlockCache", other_rows: list[int], stop: int, n: int):
-        for part, source in zip((self.mixer, *self.shifts), (other.mixer, *other.shifts)):
-            part.copy_rows_from(rows, source, other_rows, stop, n)
-
-    def select_rows(self, rows: list[int]):
-        for part in (self.mixer, *self.shifts):
-            part.select_rows(rows)
-
-    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "BlockCache":
-        mixer, *shifts = (part.fork(rows, max_len, groups) for part in (self.mixer, *self.shifts))
-        return BlockCache(mixer, shifts)
-
-    def rewind(self, n: int):
-        for part in (self.mixer, *self.shifts):
-            part.rewind(n)
-
-    def detach(self):
-        for part in (self.mixer, *self.shifts):
-            for name, value in vars(part).items():
-                if isinstance(value, Tensor):
-                    setattr(part, name, value.detach())
+    def parts(self) -> list[RowCache]:
+        return [self.mixer, *self.shifts]
 
 
 @dataclass
@@ -152,54 +128,81 @@ class Cache:
     """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
     slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. blocks: of each pass
     through a block, so that every loop has keys and values of its own. rewindable: to be set before forward passes that
-    `rewind` may undo."""
+    `rewind` may undo. groups: of rows that share the first positions."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
     left_pad: Tensor | None = None
     rewindable: bool = False
+    groups: RowGroups | None = None
 
-    def copy_rows_from(self, rows: list[int], other: "Cache", other_rows: list[int]):
-        """Copies rows `other_rows` of another cache, which has no left padding, to rows `rows` of this one, where they end
-        at slot `length`."""
-        for block, source in zip(self.blocks, other.blocks):
-            block.copy_rows_from(rows, source, other_rows, self.length, other.length)
+    def parts(self) -> list[RowCache]:
+        return [part for block in self.blocks for part in block.parts()]
 
-    def rewind(self, n: int):
-        """Forgets the last `n` positions, at most as many as came since the last `rewind`, or since `rewindable` was set.
-        That also frees what the cache kept for it."""
-        for block in self.blocks:
-            block.rewind(n)
-        self.length -= n
+    def prefixes(self) -> list[RowCache]:
+        """What rows share."""
+        return [part.prefix for part in self.parts() if getattr(part, "prefix", None) is not None]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds or has room for."""
-        parts = [part for block in self.blocks for part in (block.mixer, *block.shifts)]
-        parts += [part.prefix for part in parts if getattr(part, "prefix", None) is not None]
-        return [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+        return [tensor for part in (*self.parts(), *self.prefixes()) for tensor in part.tensors().values()]
 
     def n_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
 
-    def detach(self):
-        """Cuts what is cached off the graph of the forward pass that made it."""
-        for block in self.blocks:
-            block.detach()
+    def copy_rows_from(self, rows: list[int], other: "Cache", other_rows: list[int]):
+        """Copies rows `other_rows` of another cache, which has no left padding, to rows `rows` of this one, where they end
+        at slot `length`."""
+        for part, source in zip(self.parts(), other.parts(), strict=True):
+            part.copy_rows_from(rows, source, other_rows, self.length, other.length)
 
     def select_rows(self, rows: list[int]):
         """Row i becomes what row rows[i] was, as beam search needs it; any number of them."""
-        for block in self.blocks:
-            block.select_rows(rows)
-        self.left_pad = None if self.left_pad is None else self.left_pad[rows]
+        device = self.tensors()[0].device
+        index = torch.tensor(rows, device=device)
+        for part in self.parts():
+            part.select_rows(index)
+        self.left_pad = None if self.left_pad is None else self.left_pad[index]
+        if self.groups is not None:
+            old, number = number_rows([self.groups.group_of_row[row] for row in rows])
+            if len(old) < self.groups.n_groups:
+                for prefix in self.prefixes():
+                    prefix.select_rows(torch.tensor(old, device=device))
+            self.groups = RowGroups(number, device)
 
     def fork(self, rows: list[int], max_len: int) -> "Cache":
         """A cache whose row i goes on from row rows[i] of this one, all of whose slots are filled, with `max_len` slots.
-        Where many go on from the same row, its keys and values are kept once."""
-        number, groups = {row: i for i, row in enumerate(sorted(set(rows)))}, None
-        if max_len > self.length and len(rows) >= MIN_SHARING * len(number):
-            groups = RowGroups([number[row] for row in rows], self.tensors()[0].device)
-        return Cache([block.fork(rows, max_len, groups) for block in self.blocks], max_len, self.length,
-                     None if self.left_pad is None else self.left_pad[rows])
+        Where many go on from the same row, its keys and values are kept once: on a CPU, where attention reads them so
+        faster, and in fp32."""
+        tensors, groups, shared = self.tensors(), None, None
+        index, (old, number) = torch.tensor(rows, device=tensors[0].device), number_rows(rows)
+        if max_len > self.length and len(rows) >= MIN_SHARING * len(old) and all(
+                tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
+            groups, shared = RowGroups(number, index.device), torch.tensor(old)
+        blocks = []
+        for block in self.blocks:
+            mixer, *shifts = (part.fork(index, max_len, shared) for part in block.parts())
+            blocks.append(BlockCache(mixer, shifts))
+        return Cache(blocks, max_len, self.length, None if self.left_pad is None else self.left_pad[index], groups=groups)
+
+    def rewind(self, n: int):
+        """Forgets the last `n` positions, at most as many as came since the last `rewind`, or since `rewindable` was set.
+        That also frees what the cache kept for it."""
+        for part in self.parts():
+            part.rewind(n)
+        self.length -= n
+
+    def detach(self):
+        """Cuts what is cached off the graph of the forward pass that made it."""
+        for part in self.parts():
+            part.detach()
+
+
+def number_rows(rows: list[int]) -> tuple[list[int], list[int]]:
+    """The distinct ones in ascending order, and of each row the place there."""
+    distinct = sorted(set(rows))
+    number = {row: i for i, row in enumerate(distinct)}
+    return distinct, [number[row] for row in rows]
 
 
 class Block(nn.Module):
@@ -356,7 +359,7 @@ class GPT(nn.Module):
             mask = document_causal_mask(doc_starts) if doc_starts is not None else cached_causal_mask(
                 T, start, cache and cache.left_pad, idx.device)
         return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts,
-                                 cache is not None and cache.rewindable), positions
+                                 cache is not None and cache.rewindable, cache and cache.groups), positions
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

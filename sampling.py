@@ -99,9 +99,8 @@ class Decoder:
         block_size = model.config.block_size
         self.model = model
         self.contexts = [prompt[-block_size:] for prompt in prompts]
-        self.max_len = min(block_size, max(map(len, self.contexts)) + max_new_tokens - 1)
-        self.logits, self.cache = self.prefill() if read is None else read
-        self.max_len = self.cache.max_len
+        self.max_len = read[1].max_len if read else min(block_size, max(map(len, self.contexts)) + max_new_tokens - 1)
+        self.logits, self.cache = read or self.prefill()
         self.seen = token_mask(prompts, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
         self.generated: list[Tensor] = []  # since the last prefill
 

@@ -155,7 +155,8 @@ class ThoughtLoader:
     def __init__(self, config: ThinkConfig, tokenizer: Tokenizer, curriculum_batches: int):
         """curriculum_batches: after so many, thoughts of every level occur."""
         self.config, self.tokenizer, self.curriculum_batches = config, tokenizer, curriculum_batches
-        self.task, self.rng, self.n_batches = TASKS[config.task], np.random.default_rng([9, config.seed]), 0
+        self.task, self.n_batches = TASKS[config.task], 0
+        self.rngs = [np.random.default_rng([stream, config.seed]) for stream in (9, 10)]  # of problems, and of thoughts
 
     def levels(self) -> Sequence[Level]:
         """Those that occur by now."""
@@ -164,19 +165,20 @@ class ThoughtLoader:
         return levels[:1 + int(done * (n - 1))]
 
     def next_batch(self, model: GPT | None = None) -> tuple[Tensor, Tensor]:
-        examples = draw_examples(self.task, self.rng, self.config.batch_size, self.config.size, self.levels())
+        examples = draw_examples(self.task, *self.rngs, self.config.batch_size, self.config.size, self.levels())
         self.n_batches += 1
         return pack_rows([encode_answer(self.tokenizer, messages(problem, level), thought + THOUGHT_END + problem.answer)
                           for problem, level, thought in examples], self.tokenizer.separator_id)
 
     def state_dict(self) -> dict:
-        return {"rng": json.dumps(self.rng.bit_generator.state), "n_batches": self.n_batches}
+        return {"rngs": json.dumps([rng.bit_generator.state for rng in self.rngs]), "n_batches": self.n_batches}
 
     def load_state_dict(self, state: dict):
         """Raises ValueError or KeyError when the state is not valid."""
         if type(state["n_batches"]) is not int or state["n_batches"] < 0:
             raise ValueError(f"n_batches is {state['n_batches']!r}")
-        self.rng.bit_generator.state = json.loads(state["rng"])
+        for rng, saved in zip(self.rngs, json.loads(state["rngs"]), strict=True):
+            rng.bit_generator.state = saved
         self.n_batches = state["n_batches"]
 
     def close(self):

@@ -9,9 +9,9 @@ COSTS = {"tokens": ("tokens generated for a question", 1), "flops": ("MFLOP for 
 MARKERS = "os^Dv<>Pd*X"
 
 
-def draw_budgets(rows: list[dict]) -> list[str]:
+def draw_budgets(rows: list[dict], whose: str = "") -> list[str]:
     """Accuracy against each kind of cost that the rows have, a curve for each way to spend. rows: of one model, see
-    budget.budget_rows. Returns panels."""
+    budget.budget_rows; whose: what its titles end with. Returns panels."""
     ways, costs = {}, {name: axis for name, axis in COSTS.items() if name in rows[0]}
     for row in rows:
         ways.setdefault(row["way"], []).append(row)
@@ -25,8 +25,8 @@ def draw_budgets(rows: list[dict]) -> list[str]:
                         label=wrap_label(way))
             axis.fill_between(*zip(*((x, y - margin, y + margin) for x, y, margin in points)), color=color, alpha=0.08,
                               linewidth=0)
-        axis.set(xlabel=label, ylabel="accuracy", xscale="log", title=f"Accuracy against {name.replace('flops', 'FLOPs')}",
-                 ylim=(-0.05, 1.05))
+        axis.set(xlabel=label, ylabel="accuracy", xscale="log", ylim=(-0.05, 1.05),
+                 title=f"Accuracy against {name.replace('flops', 'FLOPs')}{whose}")
         set_log_ticks(axis.xaxis)
         add_legend(axis)
     return to_svgs(axes)

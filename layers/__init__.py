@@ -18,7 +18,7 @@ built if a mixer of the model needs it. One that does not need the mask reads `m
         v: this layer's values, (B, heads of values, T, head_size): n_kv_head for Attention, n_head for a mixer without
         grouped heads. Every later block receives those of the first block as first_layer_v (see Attention).
     init_cache(batch_size, max_len, device, dtype) -> cache
-        with `copy_rows_from(rows, other, other_rows, stop, n)` and `rewind(n)`, see KVCache
+        a RowCache of layers/cache.py
 
 MLPs and mixers both count their cost per training token, forward and backward (twice the forward pass):
 `flops_per_token(block_size)` for matrix products, `elementwise_flops_per_token(block_size)` for activations and bases.

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers.attention_metadata import AttentionMetadata, RowGroups
+from layers.attention_metadata import AttentionMetadata
+from layers.cache import RowCache, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
@@ -16,13 +17,13 @@ DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 
 @dataclass
-class KVCache:
+class KVCache(RowCache):
     """Keys and values of the positions seen so far: each (B, n_kv_head, max_len, head_size). prefix: those of the first
-    positions where rows share them, a row for each of `groups`; they are not in the former then."""
+    positions where rows share them, a row for each of `metadata.groups`; keys and values are then those of the positions
+    behind it."""
     keys: Tensor
     values: Tensor
     prefix: "KVCache | None" = None
-    groups: RowGroups | None = None
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values, each (B, n_kv_head, T, head_size), after the first `start` positions. Returns those of all
@@ -35,38 +36,21 @@ class KVCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def copy_rows_from(self, rows: list[int], other: "KVCache", other_rows: list[int], stop: int, n: int):
-        """Copies the first `n` positions of rows `other_rows` of another cache, or of this one, to rows `rows` of this one,
-        where they end before position `stop`."""
         assert self.prefix is None and other.prefix is None
         self.keys[rows, :, stop - n:stop] = other.keys[other_rows, :, :n]
         self.values[rows, :, stop - n:stop] = other.values[other_rows, :, :n]
 
-    def select_rows(self, rows: list[int]):
-        """Row i becomes what row rows[i] was; any number of them."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        if self.prefix is not None:
-            left = [self.groups.group_of_row[row] for row in rows]
-            kept = sorted(set(left))
-            if len(kept) < self.groups.n_groups:
-                self.prefix.select_rows(kept)
-            self.groups = RowGroups([kept.index(group) for group in left], self.keys.device)
-
-    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "KVCache":
-        """A cache whose row i goes on from row rows[i] of this one, which is full, with room for `max_len` positions.
-        groups: of those that go on from the same row, which is kept once then."""
+    def fork(self, rows: Tensor, max_len: int, shared: Tensor | None) -> "KVCache":
+        """shared: the rows of this cache, which is full, that are kept once as the prefix."""
         assert self.prefix is None
         _, n_head, n, head_size = self.keys.shape
         room = lambda: self.keys.new_zeros(len(rows), n_head, max_len - n, head_size)
-        if groups is None:
+        if shared is None:
             return KVCache(torch.cat((self.keys[rows], room()), dim=2), torch.cat((self.values[rows], room()), dim=2))
-        prefix = KVCache(self.keys, self.values)
-        if (kept := sorted(set(rows))) != list(range(len(self.keys))):
-            prefix.select_rows(kept)
-        return KVCache(room(), room(), prefix, groups)
+        return KVCache(room(), room(), KVCache(self.keys[shared], self.values[shared]))
 
     def rewind(self, n: int):
-        """Forgets the last `n` of the positions seen since the last `rewind` while `metadata.rewindable`. Keys and values
-        need not be undone: the positions that come next overwrite them."""
+        """Nothing has to be undone: the positions that come next overwrite them."""
 
 
 class Attention(nn.Module):
@@ -116,11 +100,14 @@ class Attention(nn.Module):
                 q, autocast = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
                 if x.device.type == "cuda":
                     backends = sdpa_kernel(DECODE_BACKENDS)
-        if cache is not None and cache.prefix is not None:
-            with autocast:
-                y = attend_with_prefix(q, k, v, cache, metadata.mask)
-        else:
-            with autocast, backends:
+        prefix = cache.prefix if cache is not None else None
+        if prefix is not None and T > 1:  # holding the scores of so many queries costs more than repeating keys
+            k, v = (torch.cat((shared[metadata.groups.index], own), dim=2)
+                    for shared, own in ((prefix.keys, k), (prefix.values, v)))
+        with autocast, backends:
+            if prefix is not None and T == 1:
+                y = attend_with_prefix(q, k, v, prefix, metadata.groups, metadata.mask)
+            else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask,
                                                    is_causal=metadata.mask is None and metadata.start == 0,
                                                    enable_gqa=self.n_kv_head < self.n_head)
@@ -135,21 +122,21 @@ class Attention(nn.Module):
         return 3 * elementwise_flops(self)
 
 
-def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-    """Attention of q, (B, n_head, T, head_size), over the prefix that rows share, which is read once for each group, and
-    over k and v, (B, n_kv_head, S, head_size), behind it. mask: (B or 1, 1, T, P + S). Source: Juravsky et al. 2024
-    (Hydragen), arXiv:2402.05099; over few keys, one softmax costs less than two and their combination."""
-    B, n_head, T, head_size = q.shape
-    n_kv_head, n_shared, groups = k.size(1), cache.prefix.keys.size(2), cache.groups
-    q = (q * head_size ** -0.5).reshape(B, n_kv_head, -1, head_size)  # all queries to the same keys, of several heads
-    n = q.size(2)
-    shared_scores = groups.ungroup(groups.group(q) @ cache.prefix.keys.transpose(-1, -2), n)
+def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: KVCache, groups: RowGroups, mask: Tensor | None) -> Tensor:
+    """Attention of a token, q: (B, n_head, 1, head_size), over the prefix that rows share, which is read once for each
+    group, and over k and v, (B, n_kv_head, S, head_size), behind it. mask: (B or 1, 1, 1, P + S). Source: Juravsky et al.
+    2024 (Hydragen), arXiv:2402.05099; over few keys, one softmax costs less than two and their combination."""
+    B, n_head, _, head_size = q.shape
+    n_kv_head, n_shared = k.size(1), prefix.keys.size(2)
+    n = n_head // n_kv_head  # heads that share keys and values
+    q = (q * head_size ** -0.5).view(B, n_kv_head, n, head_size)
+    shared_scores = groups.ungroup(groups.group(q) @ prefix.keys.transpose(-1, -2), n)
     scores = torch.cat((shared_scores, q @ k.transpose(-1, -2)), dim=-1)
     if mask is not None:
-        scores = scores.view(B, n_head, T, -1).masked_fill(~mask, -torch.inf).view(B, n_kv_head, n, -1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    y = groups.ungroup(groups.group(weights[..., :n_shared]) @ cache.prefix.values, n) + weights[..., n_shared:] @ v
-    return y.view(B, n_head, T, head_size)
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    y = groups.ungroup(groups.group(weights[..., :n_shared]) @ prefix.values, n) + weights[..., n_shared:] @ v
+    return y.view(B, n_head, 1, head_size)
 
 
 class Rotary(nn.Module):

@@ -1,8 +1,10 @@
-"""Positions, documents and rows of the tokens in one forward pass, computed once for all layers."""
+"""Positions and documents of the tokens in one forward pass, computed once for all layers."""
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from layers.cache import RowGroups
 
 
 @dataclass(frozen=True)
@@ -10,43 +12,13 @@ class AttentionMetadata:
     """start: filled slots of the cache. mask: (B or 1, 1, T, start + T) bool, True where a query may see a key; None: plain
     causal attention. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, True at the first token
     of each packed document, which sees nothing before it; None: every row is one document. rewindable: caches keep the state
-    after every token, for `rewind`."""
+    after every token, for `rewind`. groups: of rows whose cached keys and values begin with the same ones, see KVCache."""
     start: int = 0
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     doc_starts: Tensor | None = None
     rewindable: bool = False
-
-
-class RowGroups:
-    """Rows of a batch that begin alike, grouped so that what they begin with is read once for all of them."""
-
-    def __init__(self, group_of_row: list[int], device: torch.device):
-        """group_of_row: of each row of the batch, from 0 on; every group has a row."""
-        rows = [[] for _ in range(max(group_of_row) + 1)]
-        order = []  # of each row, how many of its group come before it
-        for row, group in enumerate(group_of_row):
-            order.append(len(rows[group]))
-            rows[group].append(row)
-        most = max(map(len, rows))
-        self.group_of_row, self.n_groups = group_of_row, len(rows)
-        # (G, N): the rows of each group, the first one again where it has fewer; and where each row stands in it
-        slots = [own + own[:1] * (most - len(own)) for own in rows]
-        places = [most * group + place for group, place in zip(group_of_row, order)]
-        self.is_ordered = [row for own in slots for row in own] == places == list(range(len(group_of_row)))
-        self.slots, self.places = torch.tensor(slots, device=device), torch.tensor(places, device=device)
-
-    def group(self, x: Tensor) -> Tensor:
-        """(B, n_head, T, D) -> (G, n_head, N * T, D)"""
-        B, n_head, T, D = x.shape
-        x = x.view(self.n_groups, -1, n_head, T, D) if self.is_ordered else x[self.slots]
-        return x.transpose(1, 2).reshape(self.n_groups, n_head, -1, D)
-
-    def ungroup(self, x: Tensor, T: int) -> Tensor:
-        """(G, n_head, N * T, D) -> (B, n_head, T, D)"""
-        _, n_head, _, D = x.shape
-        x = x.view(self.n_groups, n_head, -1, T, D).transpose(1, 2).reshape(-1, n_head, T, D)
-        return x if self.is_ordered else x[self.places]
+    groups: RowGroups | None = None
 
 
 def doc_ids(doc_starts: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from layers.attention_metadata import AttentionMetadata, RowGroups
+from layers.attention_metadata import AttentionMetadata
+from layers.cache import RowCache
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
 
@@ -28,25 +29,12 @@ LOG_ALPHA_RESET = -50.0
 
 
 @dataclass
-class DeltaCache:
+class DeltaCache(RowCache):
     """The matrix of each head, in fp32: (B, 1, n_head, head_size, head_size). Where it is rewindable: all that `rewind` may
     return to, along the second dimension."""
     states: Tensor
 
-    def copy_rows_from(self, rows: list[int], other: "DeltaCache", other_rows: list[int], stop: int, n: int):
-        """See KVCache."""
-        self.states[rows] = other.states[other_rows]
-
-    def select_rows(self, rows: list[int]):
-        """See KVCache."""
-        self.states = self.states[rows]
-
-    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "DeltaCache":
-        """See KVCache. Nothing is shared: this is small, and changes."""
-        return DeltaCache(self.states[rows])
-
     def rewind(self, n: int):
-        """See KVCache."""
         self.states = self.states[:, -1 - n, None]
 
 

@@ -5,28 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.attention_metadata import AttentionMetadata, RowGroups
+from layers.attention_metadata import AttentionMetadata
+from layers.cache import RowCache
 
 
 @dataclass
-class ShiftCache:
+class ShiftCache(RowCache):
     """The last position seen, (B, 1, C); zeros before the first. Where it is rewindable: all that `rewind` may return to."""
     last: Tensor
 
-    def copy_rows_from(self, rows: list[int], other: "ShiftCache", other_rows: list[int], stop: int, n: int):
-        """See KVCache."""
-        self.last[rows] = other.last[other_rows]
-
-    def select_rows(self, rows: list[int]):
-        """See KVCache."""
-        self.last = self.last[rows]
-
-    def fork(self, rows: list[int], max_len: int, groups: RowGroups | None) -> "ShiftCache":
-        """See KVCache. Nothing is shared: this is small, and changes."""
-        return ShiftCache(self.last[rows])
-
     def rewind(self, n: int):
-        """See KVCache."""
         self.last = self.last[:, -1 - n, None]
 
 

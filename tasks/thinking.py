@@ -232,14 +232,15 @@ TASKS = {"permutations": ThinkingTask(draw_permutations, step_levels(3), 32, len
                                    has_verifier=True)}
 
 
-def draw_examples(task: ThinkingTask, rng: np.random.Generator, n: int, size: int,
+def draw_examples(task: ThinkingTask, rng: np.random.Generator, thought_rng: np.random.Generator, n: int, size: int,
                   levels: Sequence[Level]) -> Iterator[tuple[Problem, Level, str]]:
-    """`n` problems to train on of random sizes, each with one of these levels and a thought of it."""
+    """`n` problems to train on of random sizes, each with one of these levels and a thought of it. The problems follow from
+    `rng` alone, whatever the levels are."""
     sizes = task.sizes(size)
     while n:
         problem = task.draw(rng, sizes[rng.integers(len(sizes))])
         if is_held_out(problem.text):
             continue
-        level = levels[rng.integers(len(levels))]
-        yield problem, level, level.think(problem, rng)
+        level = levels[thought_rng.integers(len(levels))]
+        yield problem, level, level.think(problem, thought_rng)
         n -= 1

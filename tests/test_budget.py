@@ -219,6 +219,7 @@ def test_the_command_scores_problems_with_votes_and_thoughts(thinker, capsys):
     (["--task=addition", "--search=puct"], ["--search=puct: is of --task=game"]),
     (["--task=addition", "--adapt"], ["--adapt", "is of --task=text"]),
     (["--task=addition", "--size=70"], ["--size", "context"]), (["--task=addition", "--size=99"], ["--size=99", "at most"]),
+    (["--task=addition", "--budget_curve", "--out_path=x.svg"], ["--out_path=x.svg", "end it in .jsonl"]),
     (["--task=game"], ["its tokens are not those of a game"])])
 def test_bad_flags_are_one_line(thinker, flags, words, capsys):
     with pytest.raises(SystemExit) as stop:

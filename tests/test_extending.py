@@ -42,6 +42,8 @@ def test_the_mixer_passes_the_tests_of_mixers(ema, mixer):
     test_model.test_cached_decoding_equals_the_full_forward(make_model(), idx, [5, 1, 1, 10, 7])
     test_model.test_a_batch_of_different_lengths_decodes_like_each_row_alone(make_model(), idx, [9, 3, 9])
     test_model.test_a_rewound_cache_goes_on_as_if_nothing_had_been_read(make_model(), idx, [3, 1, 4], 6)
+    test_model.test_rows_of_a_cache_are_selected_as_beam_search_needs_it(make_model(), idx)
+    test_model.test_rows_that_share_a_prompt_decode_like_each_alone(make_model(), idx, [5, 9, 5], [0, 1, 1, 2] * 3)
     test_model.test_packed_documents_do_not_leak(make_model(), idx)
     test_model.test_flops_equal_torchs_counter(make_model(), idx)
 

@@ -80,10 +80,19 @@ def test_countdown_can_be_reached_and_tries_are_worked_out_right(size):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_thought_with_its_answer_is_right_and_another_answer_is_wrong(name):
     task, rng = TASKS[name], RNG(3)
-    for problem, _, thought in draw_examples(task, rng, 60, task.size, task.levels):
+    for problem, _, thought in draw_examples(task, rng, RNG(4), 60, task.size, task.levels):
         assert problem.check(f"{thought}{THOUGHT_END}{problem.answer}") == 1 == problem.check(problem.answer)
         assert problem.check(f"{thought}{THOUGHT_END}x") == 0 == problem.check(thought + THOUGHT_END)
         assert THOUGHT_END not in thought + problem.answer + problem.text and not is_held_out(problem.text)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_problems_do_not_depend_on_the_levels(name):
+    """So that an arm that only ever answers at once learns the same ones."""
+    task = TASKS[name]
+    a, b = ([problem.text for problem, *_ in draw_examples(task, RNG(3), RNG(4), 20, task.size, levels)]
+            for levels in (task.levels, task.levels[-1:]))
+    assert a == b
 
 
 @pytest.mark.parametrize("name", ["permutations", "addition", "multiplication"])
