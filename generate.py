@@ -6,7 +6,7 @@
     python generate.py --checkpoint_path=checkpoints/gpt_finetuned.pt --chat        the same as chat.py
 """
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +64,17 @@ def require_one_text(config: GenerateConfig, speculate: SpeculationConfig):
         raise BadInput(f"{other}: --speculate={speculate.speculate} makes one sample of a prompt: drop one of the two flags")
 
 
-def chosen_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: GenerateConfig,
-                sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
-    """The continuation of `prompt`, ids, that --samples, --choose and --think lead to, as one piece. Raises BadInput where
-    it cannot be chosen so."""
+def choose_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: GenerateConfig,
+                sampling: SamplingConfig) -> str:
+    """The continuation of `prompt`, ids, that --samples, --choose and --think lead to. Raises BadInput where it cannot be
+    chosen so."""
     check = find_check(config.prompt) if config.choose == "verifier" else None
     generator = torch.Generator(model.embed.weight.device).manual_seed(config.seed)
     answers, = sample_candidates(model, tokenizer, [prompt], config, config.max_new_tokens, sampling, generator, config.stop)
-    yield 0, answers[CHOICES[config.choose or "vote"](answers, check)].text
+    return answers[CHOICES[config.choose or "vote"](answers, check)].text
 
 
-def print_samples(pieces: Iterator[tuple[int, str]], n: int, prompt: str):
+def print_samples(pieces: Iterable[tuple[int, str]], n: int, prompt: str):
     """Prints `n` samples one below the other: the first as it is generated, each other one when those before it are
     complete. pieces: see generate_texts."""
     def print_start(row: int):
@@ -108,14 +108,14 @@ def main(argv=None):
             return
         model, tokenizer = load_model(config.checkpoint_path, machine, loops=config.loops)
         prompt, options = encode_prompt(model, tokenizer, config.prompt), (sampling, config.stop, config.seed)
-        if speculate.speculate != "none":
-            speculation = open_speculation(speculate, model, tokenizer, machine)
-            pieces = speculation.generate_text(tokenizer, prompt, config.max_new_tokens, *options)
-        elif config.choose or config.think is not None:
-            pieces = chosen_text(model, tokenizer, prompt, config, sampling)
-        else:
-            pieces = generate_texts(model, tokenizer, [prompt] * config.samples, config.max_new_tokens, *options)
         with machine.autocast():
+            if speculate.speculate != "none":
+                speculation = open_speculation(speculate, model, tokenizer, machine)
+                pieces = speculation.generate_text(tokenizer, prompt, config.max_new_tokens, *options)
+            elif config.choose or config.think is not None:
+                pieces = [(0, choose_text(model, tokenizer, prompt, config, sampling))]
+            else:
+                pieces = generate_texts(model, tokenizer, [prompt] * config.samples, config.max_new_tokens, *options)
             print_samples(pieces, 1 if config.choose else config.samples, config.prompt)
         if speculate.speculate != "none" and sys.stderr.isatty():
             log_line(f"({speculation.tokens / speculation.passes:.2f} tokens per forward pass)")

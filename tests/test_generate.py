@@ -53,6 +53,21 @@ def test_samples_end_at_stop_strings(flags, capsys, monkeypatch):
     assert len(consumed) == 8
 
 
+def test_one_sample_is_chosen_and_thoughts_are_kept_short(flags, capsys):
+    main([*flags, "--prompt=hey", "--samples=3", "--choose=mbr", "--max_new_tokens=4"])
+    out = capsys.readouterr().out
+    assert out.startswith("hey") and "---" not in out
+    main([*flags, "--prompt=hey", "--think=0", "--max_new_tokens=6", "--seed=1"])
+    assert capsys.readouterr().out.startswith("hey#")
+
+
+def test_what_cannot_be_chosen_is_refused_before_anything_is_printed(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--prompt=hey", "--samples=2", "--choose=verifier"])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and not out and error.startswith("generate.py: --choose=verifier: only answers")
+
+
 def test_chat_flag_starts_a_conversation(flags, capsys, monkeypatch):
     """With --prompt as the first message, --system, --max_new_tokens and --stop."""
     answers, contexts = iter(b"one.12345"), []
