@@ -169,13 +169,16 @@ def test_peak_flops_come_from_the_data_sheet_or_are_measured(monkeypatch, name, 
     assert machine.datasheet_flops() == peak and machine.peak_flops() == (peak or 7e12)
 
 
-def test_the_fastest_of_the_timed_products_counts(monkeypatch):
-    """By hand: products that take 1, 2 … 20 s, the fastest of which has 2 * 8**3 FLOP in 1 s. It is measured once."""
-    times = iter([second for i in range(20) for second in (100.0 * i, 100.0 * i + 20 - i)])
+@pytest.mark.parametrize("seconds, best", [
+    ([(20 - i) / 1024 for i in range(20)], 1 / 1024), ([(20 - i) / 64 for i in range(20)], 17 / 64), ([2.0, 1.0], 2.0),
+    ([0.5, 0.25, 1.0, 0.125], 0.25)])
+def test_the_fastest_of_the_timed_products_counts(monkeypatch, seconds, best):
+    """By hand: of 20 products, or of those that begin within a second. It is measured once."""
+    times = iter([moment for i, one in enumerate(seconds) for moment in (128.0 * i, 128.0 * i + one)])
     monkeypatch.setattr(device_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     measure_flops.cache_clear()
-    assert measure_flops(CPU, "fp32", 8) == 2 * 8**3
-    assert measure_flops(CPU, "fp32", 8) == 2 * 8**3  # the clock has ended, so it was not read again
+    assert measure_flops(CPU, "fp32", 8) == 2 * 8**3 / best
+    assert measure_flops(CPU, "fp32", 8) == 2 * 8**3 / best  # not measured again
     measure_flops.cache_clear()
 
 
