@@ -204,8 +204,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """(B, K), each 0 to 1 -> a column of each row, (B, 1), with a probability in proportion to its weight. Raises
     FloatingPointError when the weights are not finite; a GPU, which is not waited for, then fails by itself.
 
-    On a CPU from one random number a row: torch.multinomial draws one for every weight, which took 10 % of the time of a
-    batch.
+    On a CPU from one random number a row: torch.multinomial draws one for every weight, which takes long there.
     """
     if weights.device.type != "cpu":
         return torch.multinomial(weights, 1, generator=generator)

@@ -6,7 +6,6 @@
 A stage trains its arms with `selfplay.py` from five seeds each; both sides of a comparison have the same seeds and as many
 games. Finished runs are kept, so the same command continues. Writes a table of each stage into docs/benchmarks.md.
 """
-import argparse
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
+from side_by_side import REPO, estimate, run_stages, train  # noqa: E402
 
 from budget import untrained  # noqa: E402
 from experiments.report import Table, markdown  # noqa: E402
@@ -26,7 +25,6 @@ from model import GPT, GPTConfig  # noqa: E402
 from players import Player, is_best, model_player, search_player, softmax  # noqa: E402
 from rollouts import PlayConfig, PlayLoader  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
-from runtime.files import atomic_write  # noqa: E402
 from strength import make_exam, optimal_rate  # noqa: E402
 from tasks.games import make_game  # noqa: E402
 from tasks.positions import UNKNOWN, Game  # noqa: E402
@@ -244,21 +242,7 @@ STAGES: dict[str, Callable[[Path, int], str]] = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.stages:
-        text = STAGES[name](args.out.resolve(), args.jobs)
-        print(f"{text}\n")
-        with atomic_write(args.out / f"{name}.md", "w") as file:
-            file.write(text + "\n")
-    found = [(args.out / f"{name}.md").read_text() for name in STAGES if (args.out / f"{name}.md").exists()]
-    note = (f"Five seeds each, means ± the half-width of their 95 % interval; every run has one thread; {machine()}: "
-            f"`python bench/selfplay.py --out=runs/selfplay --jobs=2`.")
-    write_into_docs("bench/selfplay.py", "\n".join([*found, note]))
+    run_stages("bench/selfplay.py", __doc__, STAGES, "Five seeds each, means ± the half-width of their 95 % interval")
 
 
 if __name__ == "__main__":

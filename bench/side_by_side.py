@@ -1,4 +1,5 @@
 """What the benches share: each measurement in a process of its own, sides that take turns, a table in docs/benchmarks.md."""
+import argparse
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ from experiments.runner import JobResult, Runner, TrainingJob  # noqa: E402
 from experiments.stats import Estimate  # noqa: E402
 from runtime.config import BadInput  # noqa: E402
 from runtime.device import describe_hardware  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
 from runtime.memory import peak_resident_bytes  # noqa: E402
 from runtime.signals import StopSignals  # noqa: E402
 
@@ -98,6 +100,26 @@ def table(rows: list[tuple]) -> str:
     return "\n".join(["| measurement | ratio | better | ours | peer |", "|---|---|---|---|---|",
                       *(f"| {what} | {ratio and f'**{ratio}**'} | {better} | {ours} | {peer} |"
                         for what, ratio, better, ours, peer in rows)])
+
+
+def run_stages(script: str, description: str, stages: dict[str, Callable[[Path, int], str]], note: str):
+    """The command of a bench of several stages, each of which trains its arms and returns a table. Runs those that are
+    asked for, and writes all tables that the folder holds by then into docs/benchmarks.md. script: such as bench/data.py;
+    note: how to read them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--stages", nargs="+", choices=tuple(stages), default=tuple(stages))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.stages:
+        text = stages[name](args.out.resolve(), args.jobs)
+        print(f"{text}\n")
+        with atomic_write(args.out / f"{name}.md", "w") as file:
+            file.write(text + "\n")
+    found = [(args.out / f"{name}.md").read_text() for name in stages if (args.out / f"{name}.md").exists()]
+    made = f"every run has one thread; {machine()}: `python {script} --out=runs/{Path(script).stem} --jobs=2`."
+    write_into_docs(script, "\n".join([*found, f"{note}; {made}"]))
 
 
 def write_into_docs(script: str, text: str):

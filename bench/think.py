@@ -7,7 +7,6 @@ A stage trains its arms with `think.py` from three seeds each, and asks all arms
 are kept, so the same command continues. Writes a table of each stage into docs/benchmarks.md. Speculative decoding is
 bench/speculative.py's, search that of bench/selfplay.py.
 """
-import argparse
 import csv
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
-from side_by_side import REPO, estimate, machine, train, write_into_docs  # noqa: E402
+from side_by_side import REPO, estimate, run_stages, train  # noqa: E402
 
 from budget import (  # noqa: E402
     LOOPS,
@@ -41,7 +40,6 @@ from model import GPT, GPTConfig  # noqa: E402
 from runtime.checkpoint import load_checkpoint  # noqa: E402
 from runtime.config import read_flags  # noqa: E402
 from runtime.device import DeviceConfig, open_machine  # noqa: E402
-from runtime.files import atomic_write  # noqa: E402
 from sampling import SamplingConfig  # noqa: E402
 from tasks.synthetic import TASKS as PROBES  # noqa: E402
 from tasks.thinking import TASKS  # noqa: E402
@@ -221,23 +219,10 @@ STAGES: dict[str, Callable[[Path, int], str]] = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for name in args.stages:
-        text = STAGES[name](args.out.resolve(), args.jobs)
-        print(f"{text}\n")
-        with atomic_write(args.out / f"{name}.md", "w") as file:
-            file.write(text + "\n")
-    found = [(args.out / f"{name}.md").read_text() for name in STAGES if (args.out / f"{name}.md").exists()]
-    note = (f"{len(SEEDS)} seeds each, {PROBLEMS} held-out problems, the same ones for all arms; means over seeds ± the "
-            f"half-width of their 95 % interval; every run has one thread; {machine()}: "
-            f"`python bench/think.py --out=runs/think --jobs=2`.")
-    write_into_docs("bench/think.py", "\n".join([*found, note]))
+    run_stages("bench/think.py", __doc__, STAGES,
+               f"{len(SEEDS)} seeds each, {PROBLEMS} held-out problems, the same ones for all arms; means over seeds ± the "
+               f"half-width of their 95 % interval")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class RowCache:
 
     def fork(self, rows: Tensor, max_len: int, shared: Tensor | None) -> "RowCache":
         """A cache whose row i goes on from row rows[i] of this one. What is kept for every position: of as many as have been
-        seen, with room for `max_len`; with `shared` only rows `shared` of it are kept, see KVCache."""
+        seen, with room for `max_len`; or with `shared` once for all that go on from a row, see KVCache."""
         fork = copy.copy(self)
         fork.select_rows(rows)
         return fork

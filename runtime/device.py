@@ -204,7 +204,7 @@ def x86_dtype(cpuinfo: Path = CPUINFO) -> str | None:
 @functools.cache
 def measure_flops(device: torch.device, dtype: str, n: int) -> float:
     """FLOP/s of an n x n matrix product, the best of 20, or of as many as begin within a second: other processes may
-    interrupt some of them. (Without instructions for fp16, a CPU takes two seconds for one of 1,024.)"""
+    interrupt some of them. (A CPU without instructions for fp16 takes seconds for one.)"""
     best, spent = 0.0, 0.0
     a = torch.ones(n, n, dtype=DTYPES[dtype], device=device)
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
