@@ -239,25 +239,26 @@ class Muon(torch.optim.Optimizer):
         """Steps parameters of one shape, all their matrices at once."""
         n, momentum = group["stacked"], group["momentum"]
         rows, columns = parameters[0].size(0) // n, parameters[0].size(1)
-        grads = torch.cat([p.grad.view(n, rows, columns) for p in parameters])  # (parameters * n, rows, columns)
+        for p in parameters:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p, dtype=self.momentum_dtype)
+        matrices = lambda tensors: [tensor.view(n, rows, columns) for tensor in tensors]
+        grads = torch.cat(matrices([p.grad for p in parameters]))  # (parameters * n, rows, columns)
+        saved = matrices([self.state[p]["momentum"] for p in parameters])
         keep = 1.0  # becomes 0 in a skipped step
         if skip is not None:
             grads.masked_fill_(skip, 0.0)  # zero times infinity would not be zero
             keep = (~skip).float()
-        for p, grad in zip(parameters, grads.split(n)):
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p, dtype=self.momentum_dtype)
-            saved = self.state[p]["momentum"].view(n, rows, columns)
-            average = torch.lerp(saved.float(), grad, (1 - momentum) * keep)
-            saved.copy_(average)
-            grad.lerp_(average, momentum)  # Nesterov momentum
-        update = newton_schulz(grads, self.ns_dtype)
+        average = torch.lerp(torch.cat(saved).float(), grads, (1 - momentum) * keep)
+        torch._foreach_copy_(saved, average.split(n))
+        update = grads.copy_(newton_schulz(grads.lerp_(average, momentum), self.ns_dtype))  # Nesterov momentum
         if skip is not None:
-            update = update * keep
-        for p, part in zip(parameters, update.split(n)):
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-            p.add_(part.reshape(p.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            update.mul_(keep)
+        # one call for all parameters of one dtype: a GPU would wait for the launches of one for each
+        parameters = matrices(parameters)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
+        torch._foreach_add_(parameters, update.split(n), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def group_by_shape(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -382,7 +382,7 @@ def end_interval(state: TrainState, setup: TrainSetup, loss: Tensor, clock: floa
             "flops": state.tokens * flops_per_token, "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": train_loss, "largest_loss": counts["largest_loss"], "grad_norm": counts["largest_norm"],
             "skipped": counts["skipped"], "tok_per_sec": round(tok_per_sec, 1),
-            "mfu": round(tok_per_sec * flops_per_token / machine.peak_flops(), 4),
+            "mfu": float(f"{tok_per_sec * flops_per_token / machine.peak_flops():.4g}"),
             "peak_memory": peak_memory(machine.device)}
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import gc
 import html
+import importlib.util
 import json
 import os
 import statistics
@@ -76,6 +77,7 @@ TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, 
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
 SMALL_TEXT = ["--vocab_size=4096", "--val_bytes=400_000"]  # for a few MB of text
 TRACE = 6000     # last characters of a traceback that a row keeps
+TEST_MEMORY = 12 * GIB  # of the GPU, for each process that runs tests
 LIMIT = 6 * GIB  # memory of the GPU that --preset=6gb is for
 
 
@@ -97,7 +99,7 @@ FORMATS = {  # the figures of a row, and how each is printed
     "outcome": "{}", "tok_per_sec": "{:,.0f} tok/s", "ms_per_step": "{:,.1f} ms a step", "mfu": "MFU {:.1%}",
     "peak": "peak {}", "peak_gib": "{:.2f} GiB", "reserved_gib": "{:.2f} GiB reserved",
     "compile_seconds": "compiled in {:.0f} s",
-    "loader_share": "{:.2%} of the time waiting for data", "decode_tok_per_sec": "decoding {:,.0f} tok/s",
+    "loader_share": "{:.2%} of the time waiting for data", "optimizer_share": "{:.1%} in the optimizer", "decode_tok_per_sec": "decoding {:,.0f} tok/s",
     "cache_mib": "cache {:,.1f} MiB", "step": "step {:,}", "val_loss": "val {:.4f} nats/token",
     "val_bpb": "{:.4f} bits/byte", "train_seconds": "{:.1f} s of training", "tokens": "{:,} tokens",
     "skipped": "skipped: {}", "error": "FAILED: {}"}
@@ -260,18 +262,11 @@ def count_bytes(path: Path) -> int:
 # -- tests ------------------------------------------------------------------------------------------------------------
 
 class Recorder:
-    """A pytest plugin: writes a row for each test, and skips tests when no time is left."""
+    """A pytest plugin that writes a row for each test. tests/conftest.py skips tests when no time is left."""
 
-    def __init__(self, bench: Bench):
-        self.bench, self.counts = bench, {"passed": 0, "failed": 0, "skipped": 0}
-        self.longest = 25.0  # seconds that a test which compiles may take
-
-    def pytest_runtest_setup(self, item):
-        import pytest
-        try:
-            self.bench.require_time(self.longest if item.get_closest_marker("compiles") else 5.0)
-        except NoTime as error:
-            pytest.skip(str(error))
+    def __init__(self, bench: Bench, in_this_process: bool):
+        self.bench, self.in_this_process = bench, in_this_process
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
@@ -283,19 +278,21 @@ class Recorder:
                 reason = {"error": " ".join(message.split())[:200], "trace": report.longreprtext[-TRACE:]}
             elif report.skipped:
                 reason = {"skipped": report.longrepr[-1]}
-            self.longest = max(self.longest, report.duration)
             self.bench.write_row(report.nodeid.split("::", 1)[-1], outcome=report.outcome, seconds=round(report.duration, 2),
                                  **reason)
-            if report.failed:
+            if report.failed and self.in_this_process:
                 self.bench.exit_if_unusable()
 
 
 def run_tests(bench: Bench) -> str:
     import pytest
-    recorder = Recorder(bench)
-    flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--tb=short", f"--rootdir={ROOT}"]
-    code = pytest.main([*flags, *["--rehearse"] * bench.task.rehearse, str(ROOT / "tests" / "test_gpu.py")],
-                       plugins=[recorder])
+    n = 1 if bench.task.rehearse or not importlib.util.find_spec("xdist") else max(
+        1, min(8, os.cpu_count() // 2, bench.memory // TEST_MEMORY))
+    recorder = Recorder(bench, n == 1)
+    os.environ |= {"GPU_TESTS_END": str(bench.task.until), "TORCHINDUCTOR_COMPILE_THREADS": str(os.cpu_count() // n)}
+    flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--tb=short", f"--rootdir={ROOT}",
+             *["-p", "xdist", f"--numprocesses={n}"] * (n > 1), *["--rehearse"] * bench.task.rehearse]
+    code = pytest.main([*flags, str(ROOT / "tests" / "test_gpu.py")], plugins=[recorder])
     bench.failed = code != 0
     passed, failed, skipped = recorder.counts.values()
     return f"{passed} tests passed, {failed} failed, {skipped} skipped"
@@ -379,6 +376,7 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
                 if bench.seconds_left() < n * times[-1]:
                     break
             loader_share = state.loader.seconds / (n * sum(times))
+            optimizer_seconds = statistics.median(time_optimizer(bench, state, lambda: step_seconds(1)) for _ in range(3))
     finally:
         loader.close()
     median = statistics.median(times)
@@ -387,10 +385,26 @@ def train_speed(bench: Bench, vocab_size: int, flags: list[str], compiled: bool 
                 "mfu": round(tok_per_sec * model.flops_per_token() / machine.peak_flops(), 4),
                 "peak": "by the data sheet" if machine.datasheet_flops() else "measured",
                 "peak_gib": round(peak_memory(machine.device) / GIB, 3),
-                "loader_share": round(loader_share, 5), "dtype": machine.dtype, "batch_size": batch_size,
+                "loader_share": round(loader_share, 5), "optimizer_share": round(optimizer_seconds / median, 4),
+                "dtype": machine.dtype, "batch_size": batch_size,
                 "step_tokens": step_tokens, "steps": n * len(times)}
     state.optimizer = None  # its memory, for `then`
     return figures | then(model, machine)
+
+
+def time_optimizer(bench: Bench, state: trainer.TrainState, step: Callable[[], None]) -> float:
+    """Seconds of the optimizer in `step()`."""
+    seconds, optimizer_step = [], state.optimizer.step
+
+    def timed_step(**options):
+        bench.synchronize()
+        start = time.perf_counter()
+        optimizer_step(**options)
+        bench.synchronize()
+        seconds.append(time.perf_counter() - start)
+    with mock.patch.object(state.optimizer, "step", timed_step):
+        step()
+    return seconds[0]
 
 
 def open_run(bench: Bench, vocab_size: int, flags: list[str]) -> trainer.Run:
@@ -565,7 +579,11 @@ def plan_curves(bench: Bench, vocab_size: int) -> CurvesPlan:
     if (bench.seconds_left() - compile_seconds) / 2 < 30:
         compiled, compile_seconds = False, 0.0
     seconds = max((bench.seconds_left() - compile_seconds) / 2 - 15.0, 10.0)
-    tok_per_sec = earlier[0].get("tok_per_sec", 0.0) or 16_384
+    tok_per_sec = earlier[0].get("tok_per_sec", 0.0)
+    if not tok_per_sec:  # the stage `speed` has not run
+        figures = bench.measure("default, for the length of the runs", partial(
+            train_speed, bench, small, [f"--batch_size={batch_size}", "--num_batch_accum=1", f"--dtype={half}"], seconds=1.0))
+        tok_per_sec = figures["tok_per_sec"] if figures else 16_384
     # enough steps for a learning-rate schedule; a step has at most the tokens of the default
     accum = int(max(1, min(65_536, tok_per_sec * seconds / 200) // (batch_size * block_size)))
     n_steps = max(8, int(tok_per_sec * seconds / (accum * batch_size * block_size)))

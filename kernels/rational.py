@@ -11,7 +11,6 @@ The readable twins of both kernels, and the oracles of tests/test_rational.py, a
 `rational_backward_torch` at the end of this file.
 """
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,18 +76,18 @@ def _(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Te
 
 @functools.cache
 def triton_kernels(device: torch.device):
-    """The module kernels/rational_triton.py, or None where Triton does not support the card or, with a warning, fails."""
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return None
+    """The module kernels/rational_triton.py, or None where it does not run. An exported model has no such module."""
     try:
+        from kernels.cards import load_kernels
+    except ImportError:
+        return None
+
+    def load():
         from kernels import rational_triton
         x, coefficients = torch.ones(1, 1, device=device), torch.ones(1, N_COEFFICIENTS, device=device)
         rational_triton.backward(x, x, coefficients)
         return rational_triton
-    except Exception as error:  # no Triton, no compiler for its launcher, another driver: each raises its own type
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"rational functions run without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
-        return None
+    return load_kernels(device, load, "rational functions run")
 
 
 # -- CPU --------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,20 @@
-"""Softcapped cross-entropy of a linear head, without materialising its logits: a chunk of rows exists at a time."""
+"""Softcapped cross-entropy of a linear head, without materialising its logits: a chunk of rows exists at a time.
+
+What is done with a chunk of logits is one kernel on an NVIDIA GPU (kernels/cross_entropy_triton.py) and plain torch
+elsewhere, `losses_and_logit_grad_torch`, which is also that kernel's readable twin.
+"""
+import functools
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
-# Bytes of one chunk's logits in fp32, of which three copies exist at a time. GPUs want large products, CPUs ones that fit
-# into their caches.
-LOGIT_CHUNK_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
+NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
+# Bytes of one chunk's logits, if they were fp32. In plain torch three such copies exist at a time, with the GPU's kernel the
+# logits and their gradient in the dtype of the products. GPUs want large products, CPUs ones that fit into their caches.
+LOGIT_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 16 * 2**20}
+TILE = 64  # GPUs are slow at products with sides that are not multiples of it
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, reduction: str) -> Tensor:
@@ -14,6 +22,8 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
     reduction="none", 0 where the target is negative. Sums and softmax are fp32; under autocast the products are not."""
     device = x.device.type
     rows = max(1, LOGIT_CHUNK_BYTES.get(device, LOGIT_CHUNK_BYTES["cuda"]) // (4 * weight.size(0)))
+    if device == "cuda" and rows > TILE:
+        rows -= rows % TILE
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "mean":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -50,12 +60,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dtype: torch.dtype, rows: int) -> Tensor:
         """x: (N, C), weight: (V, C), targets: (N,); dtype: of the products; rows: of logits in a chunk -> scalar."""
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        w = weight.to(dtype)
+        w, classes = weight.to(dtype), len(weight)
+        if x.is_cuda and classes % TILE:
+            w = F.pad(w, (0, 0, 0, -classes % TILE))
         total = torch.zeros((), device=x.device)
         x_grads, weight_grad = [], None
         for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
             is_target = target >= 0
-            losses, grad = losses_and_logit_grad((x_rows @ w.T).float(), target.clamp(min=0), softcap, needs_grad)
+            if x.is_cuda:  # by an operation, which torch.compile does not look into: it would compile every chunk again
+                losses, grad = losses_and_logit_grad(x_rows @ w.T, target.clamp(min=0), classes, softcap, needs_grad)
+            else:
+                losses, grad = losses_and_logit_grad_torch((x_rows @ w.T).float(), target.clamp(min=0), softcap, needs_grad)
             total = total + (losses * is_target).sum()
             if not needs_grad:
                 continue
@@ -70,7 +85,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             del grad  # or it would be alive while the next chunk's logits are made
         n_targets = (targets >= 0).sum().clamp(min=1)
         if needs_grad:
-            ctx.save_for_backward(torch.cat(x_grads), weight_grad, n_targets)
+            ctx.save_for_backward(torch.cat(x_grads), weight_grad[:classes], n_targets)
             ctx.x_dtype = x.dtype
         return total / n_targets
 
@@ -82,9 +97,46 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return x_grad.to(ctx.x_dtype) * scale, weight_grad.mul_(scale), None, None, None, None
 
 
-def losses_and_logit_grad(logits: Tensor, targets: Tensor, softcap: float, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """logits: (rows, V) in fp32, before the softcap, overwritten; targets: (rows,), not negative. Returns the loss of each
-    row, (rows,), and its gradient with respect to the logits, (rows, V)."""
+@library.custom_op(f"{NAMESPACE}::losses_and_logit_grad", mutates_args=())
+def losses_and_logit_grad(logits: Tensor, targets: Tensor, classes: int, softcap: float,
+                          needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """logits: (rows, V or more), before the softcap, of which the first `classes` = V columns count; targets: (rows,), not
+    negative. Returns the loss of each row, (rows,) in fp32, and its gradient with respect to the logits in their dtype, 0 in
+    further columns; without rows unless `needs_grad`."""
+    if logits.is_cuda and (kernels := triton_kernels(logits.device)):
+        return kernels.losses_and_logit_grad(logits, targets, classes, softcap, needs_grad)
+    fp32 = logits[:, :classes].to(torch.float32, copy=True)
+    losses, grad = losses_and_logit_grad_torch(fp32, targets, softcap, needs_grad)
+    if grad is None:
+        return losses, logits.new_empty(0, logits.size(1))
+    return losses, F.pad(grad.to(logits.dtype), (0, logits.size(1) - classes))
+
+
+@losses_and_logit_grad.register_fake
+def _(logits: Tensor, targets: Tensor, classes: int, softcap: float, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
+    return losses, torch.empty_like(logits) if needs_grad else logits.new_empty(0, logits.size(1))
+
+
+@functools.cache
+def triton_kernels(device: torch.device):
+    """The module kernels/cross_entropy_triton.py, or None where it does not run. An exported model has no such module."""
+    try:
+        from kernels.cards import load_kernels
+    except ImportError:
+        return None
+
+    def load():
+        from kernels import cross_entropy_triton
+        cross_entropy_triton.losses_and_logit_grad(
+            torch.ones(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device), 2, 1.0, True)
+        return cross_entropy_triton
+    return load_kernels(device, load, "the loss is computed")
+
+
+def losses_and_logit_grad_torch(logits: Tensor, targets: Tensor, softcap: float,
+                                needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """`losses_and_logit_grad` of logits (rows, V) in fp32, which are overwritten."""
     if softcap:
         # tanh(x) = 2 sigmoid(2x) - 1 costs a third of tanh on a CPU, and softmax ignores the constant
         sigmoid = logits.mul_(2 / softcap).sigmoid_()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+def pytest_runtest_setup(item):
+    """bench/gpu.py gives its tests until GPU_TESTS_END, a time.time(): those that may take longer are skipped."""
+    if end := os.environ.get("GPU_TESTS_END"):
+        left, needed = float(end) - time.time(), 30 if item.get_closest_marker("compiles") else 5
+        if left < needed and not item.config.getoption("--rehearse"):
+            pytest.skip(f"no time: {max(0.0, left):.0f} s left, {needed} needed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -130,7 +130,7 @@ def relative_errors(got: dict, want: dict) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", *HALF_DTYPES])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_losses_and_gradients_equal_the_cpus(card, architecture, dtype):
-    """In fp32 up to rounding. In half precision up to 3 times the CPU's own error in that dtype (for TF32, in bf16)."""
+    """In fp32 up to rounding. In half precision up to 4 times the CPU's own error in that dtype (for TF32, in bf16)."""
     require_units(card, dtype)
     switches = tuple(architecture.items())
     want, cpu_errors = cpu_forward_backward(switches, "fp32"), {}
@@ -140,7 +140,7 @@ def test_logits_losses_and_gradients_equal_the_cpus(card, architecture, dtype):
         torch.set_float32_matmul_precision("high")
     got = forward_backward(random_model(**architecture, **SHAPE), Machine(card, dtype if dtype in HALF_DTYPES else "fp32"))
     for name, error in relative_errors(got, want).items():
-        assert error < 3 * cpu_errors.get(name, 0.0) + 5e-4, (name, cpu_errors.get(name))
+        assert error < 4 * cpu_errors.get(name, 0.0) + 5e-4, (name, cpu_errors.get(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

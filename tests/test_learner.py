@@ -117,7 +117,7 @@ def test_a_recurrent_state_may_run_through_the_whole_text():
 def test_static_reading_computes_no_gradient(monkeypatch):
     from layers import loss
     wanted = []
-    monkeypatch.setattr(loss, "losses_and_logit_grad", lambda logits, targets, softcap, needs_grad: (
+    monkeypatch.setattr(loss, "losses_and_logit_grad_torch", lambda logits, targets, softcap, needs_grad: (
         wanted.append(needs_grad) or (logits[:, 0], logits)))
     make_learner().read(IDS, learn=False)
     assert wanted and not any(wanted)

@@ -141,7 +141,7 @@ for kernel in (kernels.forward_kernel, kernels.backward_kernel):
 """)
 
 
-@pytest.mark.parametrize("path", ["kernels/rational.py", "layers/gated_delta.py"])
+@pytest.mark.parametrize("path", ["kernels/rational.py", "layers/gated_delta.py", "layers/loss.py"])
 def test_a_copy_of_the_file_registers_operations_of_its_own(path):
     """As in an exported model: torch destroys an operation whose name is registered again, and calling it then crashes."""
     spec = importlib.util.spec_from_file_location("a-model.copied", REPO / path)
