@@ -242,13 +242,13 @@ def latest_rows(path: Path) -> list[dict]:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """The table of docs/benchmarks.md, and its caption."""
+    """The table of docs/benchmarks.md, without what was skipped, and its caption."""
     order = list(STAGES)
     rows = sorted(rows, key=lambda row: order.index(row["stage"]))
     table = ["| stage | measurement | result |", "|---|---|---|"]
     cell = lambda text: " ".join(text.replace("|", "\\|").split())
     table += [f"| {row['stage']} | {cell(row['name'])} | {cell(format_row(row))} |" for row in rows
-              if "name" in row and format_row(row) and row["stage"] != "tests"]
+              if "name" in row and format_row(row) and "skipped" not in row and row["stage"] != "tests"]
     ends = [f"{row['stage']} {row['status']}" + (f" ({row['reason'] or row['figure']})" if row["reason"] or row["figure"]
                                                  else "") for row in rows if "status" in row]
     return "\n".join(table) + f"\n\n{rows[0]['card']}: `python bench/gpu.py`. {'; '.join(ends)}."

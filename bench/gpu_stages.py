@@ -583,7 +583,7 @@ def plan_curves(bench: Bench, vocab_size: int) -> CurvesPlan:
     tok_per_sec = earlier[0].get("tok_per_sec", 0.0)
     if not tok_per_sec:  # the stage `speed` has not run
         flags = [f"--batch_size={batch_size}", "--num_batch_accum=1", f"--dtype={half}"]
-        figures = bench.measure("default, for the length of the runs", partial(train_speed, bench, small, flags, seconds=1.0))
+        figures = bench.measure("default, to plan the runs", partial(train_speed, bench, small, flags, seconds=1.0))
         tok_per_sec = figures["tok_per_sec"] if figures else 16_384
     # enough steps for a learning-rate schedule; a step has at most the tokens of the default
     accum = int(max(1, min(65_536, tok_per_sec * seconds / 200) // (batch_size * block_size)))

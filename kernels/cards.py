@@ -1,19 +1,24 @@
-"""Which cards Triton's kernels run on."""
+"""Triton's kernels, where they run."""
+import functools
 import warnings
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
+SLOWER = {"cross_entropy_triton": "the loss is computed", "rational_triton": "rational functions run"}
 
-def load_kernels(device: torch.device, load: Callable[[], ModuleType], what: str) -> ModuleType | None:
-    """The module that `load()` imports and tries out; None where Triton does not support the card or, with a warning about
-    `what`, fails."""
+
+@functools.cache
+def triton_kernels(name: str, device: torch.device) -> ModuleType | None:
+    """The module kernels/{name}.py, or None where Triton does not support the card or, with a warning, fails."""
     if torch.cuda.get_device_capability(device) < (7, 0):
         return None
     try:
-        return load()
+        from kernels import cross_entropy_triton, rational_triton
+        module = {"cross_entropy_triton": cross_entropy_triton, "rational_triton": rational_triton}[name]
+        module.try_out(device)
+        return module
     except Exception as error:  # no Triton, no compiler for its launcher, another driver: each raises its own type
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"{what} without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
+        warnings.warn(f"{SLOWER[name]} without Triton, slower and with more memory ({reason[:120]})", stacklevel=2)
         return None

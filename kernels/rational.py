@@ -13,6 +13,7 @@ The readable twins of both kernels, and the oracles of tests/test_rational.py, a
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numba
 import numpy as np
@@ -74,20 +75,13 @@ def _(grad: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Te
 
 # -- GPU --------------------------------------------------------------------------------------------------------------
 
-@functools.cache
-def triton_kernels(device: torch.device):
-    """The module kernels/rational_triton.py, or None where it does not run. An exported model has no such module."""
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module kernels/rational_triton.py; None where it does not run, and in an exported model."""
     try:
-        from kernels.cards import load_kernels
+        from kernels import cards
     except ImportError:
         return None
-
-    def load():
-        from kernels import rational_triton
-        x, coefficients = torch.ones(1, 1, device=device), torch.ones(1, N_COEFFICIENTS, device=device)
-        rational_triton.backward(x, x, coefficients)
-        return rational_triton
-    return load_kernels(device, load, "rational functions run")
+    return cards.triton_kernels("rational_triton", device)
 
 
 # -- CPU --------------------------------------------------------------------------------------------------------------

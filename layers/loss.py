@@ -3,7 +3,7 @@
 What is done with a chunk of logits is one kernel on an NVIDIA GPU (kernels/cross_entropy_triton.py) and plain torch
 elsewhere, `losses_and_logit_grad_torch`, which is also that kernel's readable twin.
 """
-import functools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
     """x: (B, T, C), weight: (V, C), targets: (B, T). Returns the loss in nats/token: a scalar, or (B, T) with
     reduction="none", 0 where the target is negative. Sums and softmax are fp32; under autocast the products are not."""
     device = x.device.type
-    rows = max(1, LOGIT_CHUNK_BYTES.get(device, LOGIT_CHUNK_BYTES["cuda"]) // (4 * weight.size(0)))
-    if device == "cuda" and rows > TILE:
+    chunk_bytes = LOGIT_CHUNK_BYTES["cpu" if device == "cpu" else "cuda"]
+    rows = max(1, chunk_bytes // (4 * weight.size(0)))
+    if is_on_gpu(x) and rows > TILE:
         rows -= rows % TILE
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "mean":
@@ -40,6 +41,11 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
         else:
             losses.append(row_losses(x_rows, target))
     return torch.cat(losses).view_as(targets)
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """A function, so that bench/memory.py can trace on a CPU what a GPU would do."""
+    return x.is_cuda
 
 
 def softcap_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -61,13 +67,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """x: (N, C), weight: (V, C), targets: (N,); dtype: of the products; rows: of logits in a chunk -> scalar."""
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w, classes = weight.to(dtype), len(weight)
-        if x.is_cuda and classes % TILE:
+        if is_on_gpu(x) and classes % TILE:
             w = F.pad(w, (0, 0, 0, -classes % TILE))
         total = torch.zeros((), device=x.device)
         x_grads, weight_grad = [], None
         for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
             is_target = target >= 0
-            if x.is_cuda:  # by an operation, which torch.compile does not look into: it would compile every chunk again
+            if is_on_gpu(x):  # by an operation, which torch.compile does not look into: it would compile every chunk again
                 losses, grad = losses_and_logit_grad(x_rows @ w.T, target.clamp(min=0), classes, softcap, needs_grad)
             else:
                 losses, grad = losses_and_logit_grad_torch((x_rows @ w.T).float(), target.clamp(min=0), softcap, needs_grad)
@@ -118,20 +124,13 @@ def _(logits: Tensor, targets: Tensor, classes: int, softcap: float, needs_grad:
     return losses, torch.empty_like(logits) if needs_grad else logits.new_empty(0, logits.size(1))
 
 
-@functools.cache
-def triton_kernels(device: torch.device):
-    """The module kernels/cross_entropy_triton.py, or None where it does not run. An exported model has no such module."""
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module kernels/cross_entropy_triton.py; None where it does not run, and in an exported model."""
     try:
-        from kernels.cards import load_kernels
+        from kernels import cards
     except ImportError:
         return None
-
-    def load():
-        from kernels import cross_entropy_triton
-        cross_entropy_triton.losses_and_logit_grad(
-            torch.ones(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device), 2, 1.0, True)
-        return cross_entropy_triton
-    return load_kernels(device, load, "the loss is computed")
+    return cards.triton_kernels("cross_entropy_triton", device)
 
 
 def losses_and_logit_grad_torch(logits: Tensor, targets: Tensor, softcap: float,

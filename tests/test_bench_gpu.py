@@ -145,7 +145,7 @@ def test_time_limits_leave_later_stages_their_minimum():
     for i, name in enumerate(gpu.STAGES):
         seconds[name] = gpu.time_limit(name, left, list(gpu.STAGES)[i + 1:])
         left -= seconds[name]
-    assert seconds == {"tests": 90, "speed": 120, "6gb": 60, "architectures": 65, "curves": 120, "decode": 25}
+    assert seconds == {"tests": 90, "speed": 120, "6gb": 40, "architectures": 85, "curves": 120, "decode": 25}
     assert gpu.time_limit("curves", 400, ["decode"]) == 375
     assert gpu.time_limit("decode", 10, []) == 10
     assert gpu.time_limit("tests", 1000, ["curves"], minutes=16) == 180
@@ -174,7 +174,8 @@ def test_the_table_has_the_latest_row_of_each_measurement(tmp_path, monkeypatch)
             {"stage": "6gb", "name": "other", "tok_per_sec": 9.0, "card": "Another"},
             {"began": "on Tuesday", "rehearsal": False}, speed,
             {"stage": "tests", "name": "a_test", "outcome": "passed", **card},
-            {"stage": "speed", "name": "gpt2", "skipped": "no | time", **card},
+            {"stage": "speed", "name": "gpt2", "error": "no | idea", **card},
+            {"stage": "speed", "name": "nanoGPT", "skipped": "no time", **card},
             {"stage": "speed", "name": "summary", "figure": "fast", **card},
             {"stage": "tests", "status": "failed", "reason": "killed", "figure": "", **card},
             {"stage": "speed", "status": "passed", "reason": "", "figure": "fast", **card},
@@ -182,7 +183,7 @@ def test_the_table_has_the_latest_row_of_each_measurement(tmp_path, monkeypatch)
             {"began": "on Wednesday", "rehearsal": True}, {**speed, "tok_per_sec": 2.0, "card": "A CPU"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut o')
     table = ["| stage | measurement | result |", "|---|---|---|", "| speed | old | 1,234 tok/s, MFU 43.2% |",
-             "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | skipped: no \\| time |", "",
+             "| speed | default | 1,234 tok/s, MFU 43.2% |", "| speed | gpt2 | FAILED: no \\| idea |", "",
              "A Card (sm_90, 80 GiB): `python bench/gpu.py`. tests failed (killed); speed passed (fast)."]
     assert gpu.markdown_table(gpu.latest_rows(path)).splitlines() == table
     with pytest.raises(BadInput, match="no rows of a run"):

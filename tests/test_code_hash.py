@@ -49,7 +49,7 @@ def test_all_that_numbers_come_from_is_found(script):
     found = {path.relative_to(REPO).as_posix() for path in imported_files(REPO / script)}
     assert {script, "model.py", "trainer.py", "optimizer.py", "dataloader.py", "tokenizer.py", "runtime/metrics.py",
             "runtime/device.py", "layers/loss.py", "layers/__init__.py", "kernels/rational.py",
-            "kernels/rational_triton.py"} <= found
+            "kernels/rational_triton.py", "kernels/cross_entropy_triton.py"} <= found
     assert not any(path.startswith(("tests/", "bench/", "convert/", "experiments/")) for path in found)
 
 

@@ -197,7 +197,7 @@ def test_an_exported_folder_carries_only_the_code_of_its_model(switches, package
                 assert (folder / f"{node.module}.py").exists(), f"{path.name} imports {node.module}"
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    optional = {"kernels"}  # rational_triton, which kernels/rational.py does without
+    optional = {"kernels"}  # kernels.cards, which layers/loss.py and kernels/rational.py do without
     assert imported - sys.stdlib_module_names - optional == packages
     assert "argparse" not in imported
 

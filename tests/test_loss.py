@@ -2,10 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_rational import NEEDS_TRITON, run_python
+from torch import library
 
 from dataloader import IGNORE_INDEX
 from layers import loss
-from layers.loss import cross_entropy, softcap_logits
+from layers.loss import cross_entropy, losses_and_logit_grad, softcap_logits
 
 B, T, C, V = 3, 10, 12, 37
 
@@ -37,8 +39,11 @@ def full_logits_loss(x, weight, targets, softcap, reduction="mean"):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("factor", [1.0, 65_536.0])
-def test_loss_and_gradients_equal_the_oracle(rows, softcap, factor):
-    """factor: the loss is multiplied by it afterwards, as by 1/num_batch_accum or a loss scale."""
+@pytest.mark.parametrize("is_on_gpu", [False, True], ids=["cpu", "as_on_gpu"])
+def test_loss_and_gradients_equal_the_oracle(rows, softcap, factor, is_on_gpu, monkeypatch):
+    """factor: the loss is multiplied by it afterwards, as by 1/num_batch_accum or a loss scale. As on a GPU: with a padded
+    matrix and by an operation."""
+    monkeypatch.setattr(loss, "is_on_gpu", lambda x: is_on_gpu)
     x, weight, targets = example()
     expected = full_logits_loss(x, weight, targets, softcap)
     expected_grads = torch.autograd.grad(factor * expected, (x, weight))
@@ -141,3 +146,58 @@ def test_softcap_logits_by_hand():
     assert torch.allclose(softcap_logits(x, weight, 15.0), expected)
     assert torch.equal(softcap_logits(x, weight, 0.0), torch.tensor([[0.0, 15.0, 1e6, -1e6]]))
     assert softcap_logits(x.bfloat16(), weight.bfloat16(), 15.0).dtype == torch.float32
+
+
+# -- the GPU's kernel -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_operation_passes_torchs_checks(needs_grad):
+    """Fake tensors get the shapes of real ones, and no input is modified."""
+    for dtype in (torch.float32, torch.bfloat16):
+        library.opcheck(losses_and_logit_grad, (torch.randn(3, 64).to(dtype), torch.tensor([0, 5, 36]), V, 5.0, needs_grad))
+
+
+@pytest.mark.integration
+@NEEDS_TRITON
+def test_the_kernel_in_tritons_interpreter():
+    """Classes fewer than the columns that are read at once, more, and as many; the last columns only pad."""
+    pytest.importorskip("triton", minversion="3.7")  # before, the interpreter does not understand newer versions of numpy
+    run_python("""
+import torch
+from kernels import cross_entropy_triton as kernels
+from layers.loss import losses_and_logit_grad_torch
+torch.manual_seed(0)
+for classes, columns in ((37, 64), (5000, 5000), (kernels.COLUMNS, kernels.COLUMNS + 64)):
+    for softcap in (0.0, 5.0):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            logits = (3 * torch.randn(6, columns)).to(dtype)
+            targets = torch.tensor([0, classes - 1, 5, 5, 7, 30])
+            fp32 = logits[:, :classes].to(torch.float32, copy=True)
+            want_losses, want_grad = losses_and_logit_grad_torch(fp32, targets, softcap, True)
+            losses, grad = kernels.losses_and_logit_grad(logits, targets, classes, softcap, True)
+            assert torch.allclose(losses, want_losses, rtol=1e-5)
+            assert grad.dtype == dtype and grad.shape == logits.shape and (grad[:, classes:] == 0).all()
+            assert (grad[:, :classes].float() - want_grad).norm() <= tolerance * want_grad.norm()
+            alone, none = kernels.losses_and_logit_grad(logits, targets, classes, softcap, False)
+            assert torch.equal(alone, losses) and none.shape == (0, columns)
+""", TRITON_INTERPRET="1")
+
+
+@pytest.mark.integration
+@NEEDS_TRITON
+def test_the_kernel_compiles_for_several_generations_of_cards():
+    pytest.importorskip("triton", minversion="3.3")  # ASTSource has other arguments before
+    run_python("""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import cross_entropy_triton as kernels
+for dtype in ("*fp32", "*bf16", "*fp16"):
+    types = {"logits_ptr": dtype, "targets_ptr": "*i64", "losses_ptr": "*fp32", "grad_ptr": dtype, "stride": "i32",
+             "classes": "i32", "softcap": "fp32", "CAPPED": "constexpr", "NEEDS_GRAD": "constexpr", "COLUMNS": "constexpr"}
+    for flags in ({"CAPPED": True, "NEEDS_GRAD": True}, {"CAPPED": False, "NEEDS_GRAD": True},
+                  {"CAPPED": True, "NEEDS_GRAD": False}):
+        source = ASTSource(fn=kernels.cross_entropy_kernel, signature=types, constexprs=flags | {"COLUMNS": kernels.COLUMNS})
+        for capability in (75, 90) if dtype == "*fp16" else (80,):
+            assert "sm_" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+""")
