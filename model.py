@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from layers import LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
-from layers.attention_metadata import AttentionMetadata, cached_causal_mask, doc_position_ids, document_causal_mask
+from layers.attention_metadata import (
+    AttentionMetadata,
+    cached_causal_mask,
+    doc_position_ids,
+    document_causal_mask,
+    sliding_window_mask,
+)
 from layers.cache import RowCache, RowGroups
 from layers.linear import linear_layers
 from layers.loss import cross_entropy, softcap_logits
@@ -48,8 +54,10 @@ class GPTConfig:
                     choices=("auto", *MLPS))
     n_hidden: int = flag(None, "hidden width of the feed-forward layer (default: for about 8 * width² parameters)",
                          at_least=1, at_most=10_000_000)
-    mixer: str = flag("attention", "layer that mixes positions: attention, gated_delta, or a pattern of their letters A and "
-                                   "D, one letter per layer, repeated: DDDA")
+    mixer: str = flag("attention", "layer that mixes positions: attention, sliding, gated_delta, or a pattern of their "
+                                   "letters A, S and D, one letter per layer, repeated: DDDA")
+    window: int = flag(None, "positions before a token that it sees in layers of sliding attention (default: a quarter of "
+                             "--block_size)", at_least=1, at_most=10_000_000)
     loops: int = flag(1, "how often the middle blocks run, one after the other, with the same weights: all blocks but the "
                          "first and the last, or all of fewer than three", at_least=1, at_most=1000)
     sampled_loops: bool = flag(False, "draw the number of loops of each training batch at random, --loops on average, so "
@@ -86,8 +94,8 @@ class GPTConfig:
             raise BadInput("--sampled_loops: draws around --loops: give 2 or more")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
-        if self.n_kv_head not in (None, self.n_head) and any(
-                self.mixer_class(layer) is not MIXERS["attention"] for layer in range(self.n_layer)):
+        if self.n_kv_head not in (None, self.n_head) and not all(
+                issubclass(self.mixer_class(layer), MIXERS["attention"]) for layer in range(self.n_layer)):
             raise BadInput(f"--n_kv_head={self.n_kv_head}: needs attention in every layer, not --mixer={self.mixer}")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
@@ -98,6 +106,10 @@ class GPTConfig:
     @property
     def n_embd(self) -> int:
         return self.n_head * self.head_size
+
+    @property
+    def window_size(self) -> int:
+        return self.window or max(1, self.block_size // 4)
 
     @property
     def max_loops(self) -> int:
@@ -354,12 +366,14 @@ class GPT(nn.Module):
             positions = doc_position_ids(doc_starts)
         elif cache is not None and cache.left_pad is not None:
             positions = torch.arange(start, start + T, device=idx.device) - cache.left_pad[:, None]
-        mask = None
+        mask = window_mask = None
         if any(block.mixer.needs_mask for block in self.blocks):
             mask = document_causal_mask(doc_starts) if doc_starts is not None else cached_causal_mask(
                 T, start, cache and cache.left_pad, idx.device)
+        if any(isinstance(block.mixer, MIXERS["sliding"]) for block in self.blocks):
+            window_mask = sliding_window_mask(mask, self.config.window_size, T, start, idx.device)
         return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts,
-                                 cache is not None and cache.rewindable, cache and cache.groups), positions
+                                 cache is not None and cache.rewindable, cache and cache.groups, window_mask), positions
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

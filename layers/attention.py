@@ -100,26 +100,48 @@ class Attention(nn.Module):
                 q, autocast = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
                 if x.device.type == "cuda":
                     backends = sdpa_kernel(DECODE_BACKENDS)
-        prefix = cache.prefix if cache is not None else None
+        prefix, mask = cache.prefix if cache is not None else None, self.choose_mask(metadata)
         if prefix is not None and T > 1:  # holding the scores of so many queries costs more than repeating keys
             k, v = (torch.cat((shared[metadata.groups.index], own), dim=2)
                     for shared, own in ((prefix.keys, k), (prefix.values, v)))
         with autocast, backends:
             if prefix is not None and T == 1:
-                y = attend_with_prefix(q, k, v, prefix, metadata.groups, metadata.mask)
+                y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
             else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask,
-                                                   is_causal=metadata.mask is None and metadata.start == 0,
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and metadata.start == 0,
                                                    enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), new_v
 
+    def choose_mask(self, metadata: AttentionMetadata) -> Tensor | None:
+        return metadata.mask
+
+    def n_visible(self, block_size: int) -> int:
+        """The most positions that a token sees."""
+        return block_size
+
     def flops_per_token(self, block_size: int) -> int:
-        """Projections, scores and weighted sums over the whole block: the masked upper triangle counts too, as is customary
-        (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
-        return 3 * (matrix_flops(self) + 2 * 2 * block_size * self.n_head * self.head_size)
+        """Projections, scores and weighted sums over the whole block, or the window. The masked upper triangle counts too, as
+        is customary (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
+        return 3 * (matrix_flops(self) + 2 * 2 * self.n_visible(block_size) * self.n_head * self.head_size)
 
     def elementwise_flops_per_token(self, block_size: int) -> int:
         return 3 * elementwise_flops(self)
+
+
+class SlidingAttention(Attention):
+    """Attention to the token itself and the --window positions before it. Source: Beltagy et al. 2020 (Longformer),
+    section 3.1, arXiv:2004.05150. The cache keeps all positions."""
+    letter = "S"
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        self.window = config.window_size
+
+    def choose_mask(self, metadata: AttentionMetadata) -> Tensor | None:
+        return metadata.window_mask
+
+    def n_visible(self, block_size: int) -> int:
+        return min(block_size, self.window + 1)
 
 
 def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: KVCache, groups: RowGroups, mask: Tensor | None) -> Tensor:

@@ -12,13 +12,15 @@ class AttentionMetadata:
     """start: filled slots of the cache. mask: (B or 1, 1, T, start + T) bool, True where a query may see a key; None: plain
     causal attention. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, True at the first token
     of each packed document, which sees nothing before it; None: every row is one document. rewindable: caches keep the state
-    after every token, for `rewind`. groups: of rows whose cached keys and values begin with the same ones, see KVCache."""
+    after every token, for `rewind`. groups: of rows whose cached keys and values begin with the same ones, see KVCache.
+    window_mask: `mask` for layers of a sliding window."""
     start: int = 0
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     doc_starts: Tensor | None = None
     rewindable: bool = False
     groups: RowGroups | None = None
+    window_mask: Tensor | None = None
 
 
 def doc_ids(doc_starts: Tensor) -> Tensor:
@@ -49,3 +51,14 @@ def cached_causal_mask(n_new: int, start: int, left_pad: Tensor | None, device: 
         return causal[None, None]
     is_filled = torch.arange(start + n_new, device=device) >= left_pad[:, None]
     return causal & is_filled[:, None, None, :]
+
+
+def sliding_window_mask(mask: Tensor | None, window: int, n_new: int, start: int, device: torch.device) -> Tensor | None:
+    """`mask`, None or as `document_causal_mask` and `cached_causal_mask` return it for `n_new` tokens after `start` others,
+    for queries that see the `window` slots before their own. None where that hides nothing more."""
+    if start + n_new <= window + 1:
+        return mask
+    near = torch.ones(n_new, start + n_new, dtype=torch.bool, device=device).triu(diagonal=start - window)
+    if mask is not None:
+        return mask & near
+    return near.tril(diagonal=start)[None, None]

@@ -94,10 +94,30 @@ def test_logits_ignore_the_future(model, idx):
 
 @torch.no_grad()
 def test_every_position_sees_the_whole_past(model, idx):
+    if model.config.mixer == "sliding":
+        pytest.skip("it sees the past of its window: see test_windows_by_hand")
     changed = idx.clone()
     changed[:, 0] = (changed[:, 0] + 1) % V
     difference = (model(changed) - model(idx)).abs().amax(dim=(0, 2))
     assert (difference > 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_layer, mixer, reach", [(1, "sliding", 5), (2, "sliding", 10), (2, "SA", T), (1, "attention", T)])
+def test_windows_by_hand(idx, n_layer, mixer, reach):
+    """A change of the first token reaches the window of 5 positions behind it, in each layer once; in a cache too."""
+    model = random_model(n_layer=n_layer, mixer=mixer, window=5, token_shift=False)
+    changed = idx.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    difference = (model(changed) - model(idx)).abs().amax(dim=(0, 2))
+    assert (difference > 1e-6).tolist() == [t <= reach for t in range(T)]
+    whole = random_model(n_layer=n_layer, mixer="attention", token_shift=False)
+    wide = random_model(n_layer=n_layer, mixer="sliding", window=T - 1, token_shift=False)
+    assert torch.equal(wide(idx), whole(idx))
+    doc_starts = torch.zeros(B, T, dtype=torch.bool)
+    doc_starts[:, 3] = True  # the first document reaches no further than its end
+    packed = (model(changed, doc_starts=doc_starts) - model(idx, doc_starts=doc_starts)).abs().amax(dim=(0, 2))
+    assert (packed > 1e-6).tolist() == [t < 3 for t in range(T)]
 
 
 @torch.no_grad()
@@ -320,11 +340,13 @@ def test_flops_equal_torchs_counter(model, idx):
                       custom_mapping={getattr(torch.ops, gated_delta.NAMESPACE).linear_recurrence: recurrence})
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
-    assert counted.get_total_flops() == model.flops_per_token() * B * T
+    hidden = [T - getattr(block.mixer, "n_visible", lambda n: n)(T) for block in model.unrolled_blocks()]
+    expected = (model.flops_per_token() + 3 * 4 * model.config.n_embd * sum(hidden)) * B * T  # torch computes what it masks
+    assert counted.get_total_flops() == expected
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         model(idx, idx).backward()
     # the loss recomputes nothing; the counter misses its in-place addmm_ for the head's gradient
-    assert 0.9 * model.flops_per_token() * B * T < counted.get_total_flops() <= model.flops_per_token() * B * T
+    assert 0.9 * expected < counted.get_total_flops() <= expected
 
 
 def test_gradient_checkpointing_changes_no_number_and_saves_less(model, idx):
@@ -446,7 +468,7 @@ def test_with_zero_init_hidden_linear_layers_preserve_the_variance(linear, mixer
                           mixer=mixer, bias=True))
     block = model.blocks[0]
     layers = [layer for layer in linear_layers(block) if layer not in (block.mixer.proj, block.mlp.proj)]
-    assert len(layers) == {"attention": 1, "gated_delta": 3}[mixer] + 2
+    assert len(layers) == {"attention": 1, "sliding": 1, "gated_delta": 3}[mixer] + 2
     for layer in layers:
         assert (layer.bias == 0).all()
         assert layer(torch.randn(1000, 256)).var().item() == pytest.approx(1, rel=0.15)
