@@ -26,10 +26,10 @@ from layers.attention_metadata import (
     sliding_window_mask,
 )
 from layers.cache import RowCache, RowGroups
-from layers.linear import linear_layers
+from layers.linear import linear_layers, matrix_flops
 from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
-from layers.shift import ShiftCache, TokenShift
+from layers.shift import ShiftCache, Smear, TokenShift
 from runtime.config import BadInput, check_flags, flag
 
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
@@ -72,15 +72,21 @@ class GPTConfig:
     rotary_base: float = flag(10_000.0, "base of the rotary angles; the slowest one completes a turn in about 6 times as "
                                         "many tokens", above=1, at_most=1e12)
     qk_norm: bool = flag(True, "normalise queries and keys")
+    qk_scale: float = flag(1.0, "factor of queries and keys, after they are normalised", above=0, at_most=1000)
     value_residual: bool = flag(True, "mix the first layer's values into those of later layers")
+    value_embeddings: bool = flag(False, "add an embedding of each token to the values of every second layer of attention, "
+                                         "the last one included, by a gate per head")
     x0_residual: bool = flag(True, "mix the embedding into the input of each block")
     token_shift: bool = flag(True, "add a learned per-channel multiple of the previous token to the input of mixers and "
                                    "feed-forward layers")
+    smear: bool = flag(False, "add a gated multiple of the previous token's embedding to each embedding")
+    backout: bool = flag(False, "subtract a learned multiple of the residual stream in the middle from that at the end")
     softcap: float = flag(15.0, "caps logits at softcap * tanh(logits / softcap); 0: no cap", at_least=0, at_most=1e6)
     tied: bool = flag(True, "share one matrix between embedding and head")
     bias: bool = flag(False, "biases in linear layers and LayerNorm")
     init: str = flag("zero", "initialisation; zero: the matrices that write into the residual stream start at zero; gpt2: "
-                             "GPT-2's for all weights", choices=("zero", "gpt2"))
+                             "GPT-2's for all weights; nanochat: nanochat's, which also scales the stream in the first "
+                             "block", choices=("zero", "gpt2", "nanochat"))
 
     def __post_init__(self):
         check_flags(self)
@@ -97,6 +103,9 @@ class GPTConfig:
         if self.n_kv_head not in (None, self.n_head) and not all(
                 issubclass(self.mixer_class(layer), MIXERS["attention"]) for layer in range(self.n_layer)):
             raise BadInput(f"--n_kv_head={self.n_kv_head}: needs attention in every layer, not --mixer={self.mixer}")
+        if self.value_embeddings and not any(self.has_value_embedding(layer) for layer in range(self.n_layer)):
+            raise BadInput(f"--value_embeddings: with --mixer={self.mixer}, none of the layers that would have one is "
+                           f"attention: give another --mixer")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
                            f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")
@@ -115,6 +124,10 @@ class GPTConfig:
     def max_loops(self) -> int:
         """The most loops that a training batch can take."""
         return MAX_LOOPS_RATIO * self.loops if self.sampled_loops else self.loops
+
+    def has_value_embedding(self, layer: int) -> bool:
+        return (self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
+                and issubclass(self.mixer_class(layer), MIXERS["attention"]))
 
     def mixer_class(self, layer: int) -> type:
         return MIXERS.get(self.mixer) or MIXERS_BY_LETTER[self.mixer[layer % len(self.mixer)]]
@@ -140,16 +153,17 @@ class Cache:
     """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
     slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. blocks: of each pass
     through a block, so that every loop has keys and values of its own. rewindable: to be set before forward passes that
-    `rewind` may undo. groups: of rows that share the first positions."""
+    `rewind` may undo. groups: of rows that share the first positions. smear: what Smear remembers."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
     left_pad: Tensor | None = None
     rewindable: bool = False
     groups: RowGroups | None = None
+    smear: ShiftCache | None = None
 
     def parts(self) -> list[RowCache]:
-        return [part for block in self.blocks for part in block.parts()]
+        return [part for block in self.blocks for part in block.parts()] + [self.smear] * (self.smear is not None)
 
     def prefixes(self) -> list[RowCache]:
         """What rows share."""
@@ -195,7 +209,8 @@ class Cache:
         for block in self.blocks:
             mixer, *shifts = (part.fork(index, max_len, shared) for part in block.parts())
             blocks.append(BlockCache(mixer, shifts))
-        return Cache(blocks, max_len, self.length, None if self.left_pad is None else self.left_pad[index], groups=groups)
+        return Cache(blocks, max_len, self.length, None if self.left_pad is None else self.left_pad[index], groups=groups,
+                     smear=self.smear and self.smear.fork(index, max_len, shared))
 
     def rewind(self, n: int):
         """Forgets the last `n` positions, at most as many as came since the last `rewind`, or since `rewindable` was set.
@@ -223,7 +238,11 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_residual and layer > 0 else None
+        mix, depth = [1.0, 0.0], layer / max(1, config.n_layer - 1)
+        if config.init == "nanochat":
+            mix = [1.15 - 0.10 * depth, 0.20 - 0.15 * depth]
+        has_mix = config.x0_residual and (layer > 0 or config.init == "nanochat")
+        self.x0_mix = nn.Parameter(torch.tensor(mix)) if has_mix else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
         self.mixer = config.mixer_class(layer)(config, layer)
@@ -264,7 +283,9 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         is_rotary = config.positions == "rotary"
         self.rotary = Rotary(config.head_size, config.block_size, config.rotary_base) if is_rotary else None
+        self.smear = Smear(config) if config.smear else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.backout_coeff = nn.Parameter(torch.tensor(0.2)) if config.backout else None
         self.norm = NORMS[config.norm](config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -275,22 +296,31 @@ class GPT(nn.Module):
     def init_weights(self):
         """zero: matrices preserve the variance (std 1/√fan_in if linear), but those that write into the residual stream, and
         an untied head, start at zero: at first every block is the identity, and the prediction is uniform (nearly, if tied).
-        gpt2: section 2.3 of Radford et al. 2019, as in nanoGPT; each pass through a block counts as a layer."""
-        gpt2, n_layer = self.config.init == "gpt2", len(self.unrolled_blocks())
+        gpt2: section 2.3 of Radford et al. 2019, as in nanoGPT; each pass through a block counts as a layer. nanochat: as
+        zero, but uniform, with a smaller first matrix of the MLP; gates start a bit above their middle."""
+        gpt2, nanochat, n_layer = self.config.init == "gpt2", self.config.init == "nanochat", len(self.unrolled_blocks())
         unit_std = {f"{name}.weight": layer.unit_std for name, layer in self.named_modules() if hasattr(layer, "unit_std")}
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or not name.endswith("weight"):
                 continue  # biases, norms and coefficients: their layers have set them
+            if name.endswith(("value_gate.weight", "smear.gate.weight")):
+                nn.init.uniform_(weight, 0.0, 0.02) if nanochat else nn.init.zeros_(weight)
+                continue
             if name == "embed.weight" and self.config.norm == "rms" and not self.config.tied:
-                std = 1.0  # its norm removes the scale, so the scale only sets how fast its direction changes
+                # its norm removes the scale, so the scale only sets how fast its direction changes
+                std = 0.8 if nanochat else 1.0
             elif weight is self.embed.weight:
                 std = 0.02 if gpt2 else INITIAL_LOGIT_STD / self.config.n_embd ** 0.5
             elif name.endswith("proj.weight"):
                 std = 0.02 / (2 * n_layer) ** 0.5 if gpt2 else 0.0
             elif name == "head.weight":
-                std = 0.02 if gpt2 else 0.0
+                std = 0.02 if gpt2 else 0.001 if nanochat else 0.0
             else:
                 std = 0.02 if gpt2 else unit_std.get(name, weight.size(1) ** -0.5)
+                if nanochat:
+                    bound = 3 ** 0.5 * std * (0.4 if name.endswith("fc.weight") else 1.0)
+                    nn.init.uniform_(weight, -bound, bound)
+                    continue
             nn.init.normal_(weight, std=std)
         for name, bias in self.blocks.named_parameters():
             if name.endswith("bias"):
@@ -320,13 +350,18 @@ class GPT(nn.Module):
             x = x + self.positions.weight[positions]
         if self.config.norm == "rms":
             x = rms_norm(x)
-        x0, first_layer_v = x, None
+        if self.smear is not None:
+            x = self.smear(x, metadata, cache and cache.smear)
+        x0, first_layer_v, middle = x, None, None
         for i, block in enumerate(blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, v = run_checkpointed(block, x, x0, first_layer_v, metadata, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, v = block(x, x0, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
             first_layer_v = v if first_layer_v is None else first_layer_v
+            middle = x if i == len(blocks) // 2 else middle
+        if self.backout_coeff is not None:
+            x = x - self.backout_coeff * middle
         if cache is not None:
             cache.length += idx.size(1)
         x = self.norm(x if logits_to_keep is None else x[:, -logits_to_keep:])
@@ -373,15 +408,16 @@ class GPT(nn.Module):
         if any(isinstance(block.mixer, MIXERS["sliding"]) for block in self.blocks):
             window_mask = sliding_window_mask(mask, self.config.window_size, T, start, idx.device)
         return AttentionMetadata(start, mask, self.rotary and self.rotary(positions), doc_starts,
-                                 cache is not None and cache.rewindable, cache and cache.groups, window_mask), positions
+                                 cache is not None and cache.rewindable, cache and cache.groups, window_mask,
+                                 idx), positions
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
         """An empty cache with room for `max_len` positions per row; `forward` fills it in place."""
-        weight = self.embed.weight
-        return Cache([block.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
-                      for block in self.unrolled_blocks()], max_len)
+        device, dtype = self.embed.weight.device, dtype or self.embed.weight.dtype
+        return Cache([block.init_cache(batch_size, max_len, device, dtype) for block in self.unrolled_blocks()], max_len,
+                     smear=self.smear and self.smear.init_cache(batch_size, device, dtype))
 
     def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of
@@ -426,7 +462,7 @@ class GPT(nn.Module):
         """FLOPs of the matrix products for one training token: the forward pass, and twice that for the backward pass. What
         is recomputed to save memory does not count. Every loop counts; with sampled_loops it is the mean over batches.
         context: positions that it attends to, by default those of a whole block."""
-        return 3 * 2 * self.head.weight.numel() + sum(
+        return 3 * 2 * self.head.weight.numel() + 3 * (matrix_flops(self.smear) if self.smear else 0) + sum(
             layer.flops_per_token(context or self.config.block_size)
             for block in self.unrolled_blocks() for layer in (block.mixer, block.mlp))
 

@@ -107,7 +107,7 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
     equal matrices that are stacked along the rows of each parameter."""
     shape, by_kind, groups = model.config, {}, {}
     settings = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd)
-    settings = {"matrix": settings["matrix"], "qkv": settings["matrix"]} | settings
+    settings = {"matrix": settings["matrix"], "qkv": settings["matrix"], "value_embedding": settings["embedding"]} | settings
     # one matrix each for keys and values, and as many of their shape for the queries as there are heads that share them
     qkv_matrices = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
     for name, parameter in model.named_parameters():
@@ -123,10 +123,13 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
-    """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; embedding: also learned positions and a
-    tied head; head: an untied one; scalar: everything else, including the coefficients of rational functions."""
-    if parameter.dim() != 2 or not name.endswith("weight"):
+    """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; value_embedding: a table inside them;
+    embedding: also learned positions and a tied head; head: an untied one; scalar: everything else, including the
+    coefficients of rational functions."""
+    if parameter.dim() != 2 or not name.endswith("weight") or name == "smear.gate.weight":
         return "scalar"
+    if name.endswith("value_embedding.embed.weight"):
+        return "value_embedding"
     if name.startswith("blocks."):
         return "qkv" if name.endswith("qkv.weight") else "matrix"
     return "head" if name == "head.weight" else "embedding"

@@ -11,6 +11,7 @@ from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
+from layers.value_embedding import ValueEmbedding
 
 # All but cuDNN's, which newer torch prefers on Hopper: it builds a plan for every new length, so at every decoded token.
 DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -58,19 +59,22 @@ class Attention(nn.Module):
 
     qk_norm: queries and keys are normalised, which bounds their products however large the weights grow (Henry et al. 2020,
     arXiv:2010.04245). value_residual: values are a learned mix of the layer's own and the first layer's, which keeps the
-    identity of the token available (Zhou et al. 2024, arXiv:2410.17897).
+    identity of the token available (Zhou et al. 2024, arXiv:2410.17897). value_embeddings: see ValueEmbedding, in every
+    second layer, the last one included.
     """
     letter = "A"
     needs_mask = True
 
     def __init__(self, config, layer: int):
         super().__init__()
-        self.n_head, self.head_size, self.qk_norm = config.n_head, config.head_size, config.qk_norm
+        self.n_head, self.head_size = config.n_head, config.head_size
+        self.qk_norm, self.qk_scale = config.qk_norm, config.qk_scale
         self.n_kv_head = config.n_kv_head or config.n_head
         linear = LINEARS[config.linear]
         self.qkv = linear(config.n_embd, (config.n_head + 2 * self.n_kv_head) * config.head_size, config.bias)
         self.proj = linear(config.n_head * config.head_size, config.n_embd, config.bias)
         self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
+        self.value_embedding = ValueEmbedding(config) if config.has_value_embedding(layer) else None
 
     def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `max_len` positions: 2 * B * n_kv_head * max_len * head_size numbers."""
@@ -87,8 +91,12 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             v = torch.lerp(v, first_layer_v, self.value_mix.to(v.dtype))
         new_v = v
+        if self.value_embedding is not None:
+            v = v + self.value_embedding(x, metadata.idx).to(v.dtype)
         if self.qk_norm:
             q, k = rms_norm(q, save_input=True), rms_norm(k, save_input=True)  # views of a tensor that v keeps alive
+        if self.qk_scale != 1:
+            q, k = q * self.qk_scale, k * self.qk_scale
         if metadata.rotation is not None:
             q, k = rotate(q, metadata.rotation), rotate(k, metadata.rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -120,8 +128,8 @@ class Attention(nn.Module):
         return block_size
 
     def flops_per_token(self, block_size: int) -> int:
-        """Projections, scores and weighted sums over the whole block, or the window. The masked upper triangle counts too, as
-        is customary (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
+        """Projections, scores and weighted sums over the whole block, or the window. The masked upper triangle counts, as is
+        customary (Chowdhery et al. 2022, appendix B, arXiv:2204.02311)."""
         return 3 * (matrix_flops(self) + 2 * 2 * self.n_visible(block_size) * self.n_head * self.head_size)
 
     def elementwise_flops_per_token(self, block_size: int) -> int:

@@ -13,7 +13,7 @@ class AttentionMetadata:
     causal attention. rotation: cosines and sines, see layers/attention.py. doc_starts: (B, T) bool, True at the first token
     of each packed document, which sees nothing before it; None: every row is one document. rewindable: caches keep the state
     after every token, for `rewind`. groups: of rows whose cached keys and values begin with the same ones, see KVCache.
-    window_mask: `mask` for layers of a sliding window."""
+    window_mask: `mask` for layers of a sliding window. idx: the tokens, (B, T) int64."""
     start: int = 0
     mask: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
@@ -21,6 +21,7 @@ class AttentionMetadata:
     rewindable: bool = False
     groups: RowGroups | None = None
     window_mask: Tensor | None = None
+    idx: Tensor | None = None
 
 
 def doc_ids(doc_starts: Tensor) -> Tensor:

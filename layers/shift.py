@@ -1,4 +1,4 @@
-"""Token shift: adds a learned per-channel multiple of the previous token."""
+"""Layers that add something of the previous token: a learned multiple per channel, or of the whole embedding by a gate."""
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache
+from layers.linear import Linear
+
+GATE_CHANNELS = 24  # of the embedding that the gate of Smear reads
 
 
 @dataclass
@@ -32,14 +35,38 @@ class TokenShift(nn.Module):
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: ShiftCache | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). cache: holds the position before x, and takes in the last of x."""
         coeff = self.shift_coeff.to(x.dtype)
-        if metadata.doc_starts is not None:
-            previous = F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(metadata.doc_starts.unsqueeze(-1), 0.0)
-            return torch.addcmul(x, coeff, previous)
-        if cache is None:
+        if metadata.doc_starts is None and cache is None:
             return TokenShiftFunction.apply(x, coeff)
-        previous, last = cache.last[:, -1:].to(x.dtype), x[:, -1:].to(cache.last.dtype)
-        cache.last = torch.cat((cache.last, x.to(last.dtype)), dim=1) if metadata.rewindable else last
-        return torch.addcmul(x, coeff, torch.cat((previous, x[:, :-1]), dim=1))
+        return torch.addcmul(x, coeff, previous_positions(x, metadata, cache))
+
+
+class Smear(nn.Module):
+    """x_t + coeff * gate(x_t) * x_{t-1} for embeddings x, with a gate of each token between 0 and 1. Source: nanochat,
+    https://github.com/karpathy/nanochat."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_embd = config.n_embd
+        self.gate = Linear(min(GATE_CHANNELS, config.n_embd), 1, bias=False)
+        self.smear_coeff = nn.Parameter(torch.tensor(0.0))
+
+    def init_cache(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> ShiftCache:
+        return ShiftCache(torch.zeros(batch_size, 1, self.n_embd, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: ShiftCache | None = None) -> Tensor:
+        """As TokenShift."""
+        gate = self.smear_coeff * torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
+        return x + gate.to(x.dtype) * previous_positions(x, metadata, cache)
+
+
+def previous_positions(x: Tensor, metadata: AttentionMetadata, cache: ShiftCache | None) -> Tensor:
+    """(B, T, C): at each position the one before it, 0 at the first of a document. The cache takes in the last of x."""
+    if cache is None:
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return previous if metadata.doc_starts is None else previous.masked_fill(metadata.doc_starts.unsqueeze(-1), 0.0)
+    previous, last = cache.last[:, -1:].to(x.dtype), x[:, -1:].to(cache.last.dtype)
+    cache.last = torch.cat((cache.last, x.to(last.dtype)), dim=1) if metadata.rewindable else last
+    return torch.cat((previous, x[:, :-1]), dim=1)
 
 
 class TokenShiftFunction(torch.autograd.Function):
