@@ -238,11 +238,13 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        mix, depth = [1.0, 0.0], layer / max(1, config.n_layer - 1)
-        if config.init == "nanochat":
-            mix = [1.15 - 0.10 * depth, 0.20 - 0.15 * depth]
-        has_mix = config.x0_residual and (layer > 0 or config.init == "nanochat")
-        self.x0_mix = nn.Parameter(torch.tensor(mix)) if has_mix else None
+        self.x0_mix = self.residual_scale = self.x0_scale = None
+        if config.x0_residual and config.init == "nanochat":  # which updates both at rates of their own
+            depth = layer / max(1, config.n_layer - 1)
+            self.residual_scale = nn.Parameter(torch.tensor(1.15 - 0.10 * depth))
+            self.x0_scale = nn.Parameter(torch.tensor(0.20 - 0.15 * depth))
+        elif config.x0_residual and layer > 0:
+            self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
         self.mixer = config.mixer_class(layer)(config, layer)
@@ -257,6 +259,8 @@ class Block(nn.Module):
         """x, x0: (B, T, C). Returns the new x, (B, T, C), and the mixer's values."""
         if self.x0_mix is not None:
             x = self.x0_mix[0] * x + self.x0_mix[1] * x0
+        elif self.x0_scale is not None:
+            x = self.residual_scale * x + self.x0_scale * x0
         mixer_input = self.sublayer_input(0, self.mixer_norm, x, metadata, cache)
         y, v = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
         x = x + y

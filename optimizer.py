@@ -8,8 +8,9 @@ learning rate, which `--learning_rate` scales. The choices of `--optimizer` are 
     optimizer.step()
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -32,37 +33,77 @@ SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
 
 
+class Update(NamedTuple):
+    """How a kind of parameter is updated: the class, its peak learning rate, its weight decay (a number or "auto"), and
+    further options of its group."""
+    optimizer_class: type
+    lr: float
+    weight_decay: float | str = 0.0
+    options: Mapping = MappingProxyType({})
+
+
 class OptimizerSpec(NamedTuple):
-    """A choice of --optimizer. groups(lr, weight_decay, n_embd) returns, for each kind of parameter (see `parameter_kind`),
-    the class that updates it, its peak learning rate and its weight decay (a number or "auto").
+    """A choice of --optimizer. groups(lr, weight_decay, n_embd, step_tokens) returns the Update of each kind of parameter
+    (see `parameter_kind`); kinds that it leaves out are updated as KINDS says.
 
     Such a class is constructed as `Class(groups, config, ns_dtype)`, with the groups of `parameter_groups`; where the bool
     tensor `skip` is true, its `step(skip=None)` changes neither parameters nor state, without a host sync.
     """
-    groups: Callable[[float, float | str, int], dict[str, tuple[type, float, float | str]]]
-    auto_lr_ratio: float = 1.0  # --learning_rate=auto, relative to that of Muon
+    groups: Callable[[float, float | str, int, int], dict[str, Update]]
+    auto_lr: Callable[[int], float]  # tokens per step -> --learning_rate=auto
 
 
-def muon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict:
+# kind of parameter -> the one that it is updated like, unless an optimizer says otherwise
+KINDS = {"matrix": None, "qkv": "matrix", "value_embedding": "embedding", "embedding": None, "head": None, "scalar": None,
+         "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
+
+
+def base_lr(step_tokens: int) -> float:
+    return BASE_LR * min(1.0, step_tokens / CRITICAL_BATCH_TOKENS) ** 0.5
+
+
+def muon_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
     """Muon for the matrices in the blocks, AdamW for the rest."""
     by_width = (REFERENCE_WIDTH / n_embd) ** 0.5  # a step moves logits by the width times the learning rate
-    return {"matrix": (Muon, lr, weight_decay), "embedding": (AdamW, EMBED_RATIO * lr * by_width, 0.0),
-            "head": (AdamW, HEAD_RATIO * lr * by_width, 0.0), "scalar": (AdamW, SCALAR_RATIO * lr, 0.0)}
+    return {"matrix": Update(Muon, lr, weight_decay), "embedding": Update(AdamW, EMBED_RATIO * lr * by_width),
+            "head": Update(AdamW, HEAD_RATIO * lr * by_width), "scalar": Update(AdamW, SCALAR_RATIO * lr)}
 
 
-def adamw_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict:
+def adamw_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
     """AdamW for everything, otherwise the same groups."""
-    return muon_groups(lr, weight_decay, n_embd) | {"matrix": (AdamW, ADAM_RATIO * lr, weight_decay)}
+    return muon_groups(lr, weight_decay, n_embd, step_tokens) | {"matrix": Update(AdamW, ADAM_RATIO * lr, weight_decay)}
 
 
-def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict:
+def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
     """AdamW with one learning rate, and weight decay for everything 2-D, as in nanoGPT."""
-    decayed = (AdamW, lr, weight_decay)
-    return {"matrix": decayed, "embedding": decayed, "head": decayed, "scalar": (AdamW, lr, 0.0)}
+    decayed = Update(AdamW, lr, weight_decay)
+    return {"matrix": decayed, "embedding": decayed, "head": decayed, "scalar": Update(AdamW, lr)}
 
 
-OPTIMIZERS = {"muon": OptimizerSpec(muon_groups), "adamw": OptimizerSpec(adamw_groups),
-              "gpt2": OptimizerSpec(gpt2_groups, auto_lr_ratio=ADAM_RATIO)}
+# nanochat's rates are for steps of so many tokens, and those of embedding and head for a width
+NANOCHAT_TOKENS, NANOCHAT_WIDTH, NANOCHAT_LR = 2**19, 768, 0.02
+
+
+def nanochat_lr(step_tokens: int) -> float:
+    return NANOCHAT_LR * (step_tokens / NANOCHAT_TOKENS) ** 0.5
+
+
+def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+    """nanochat's, where `lr` is that of the matrices. An automatic weight decay is none: nanochat's own rule is for runs of
+    billions of tokens."""
+    by_width = (NANOCHAT_WIDTH / n_embd) ** 0.5
+    adam = lambda lr, decay, *betas: Update(AdamW, lr, decay, {"betas": betas, "eps": 1e-10})
+    return {"matrix": Update(NorMuon, lr, 0.0 if weight_decay == "auto" else weight_decay, {"decay_schedule": "cosine"}),
+            "embedding": adam(15 * lr * by_width, 0.001, 0.8, 0.995),
+            "value_embedding": adam(7.5 * lr * by_width, 0.01, 0.8, 0.995),
+            "head": adam(0.4 * lr * by_width, 0.01, 0.8, 0.96), "residual_scale": adam(0.25 * lr, 0.05, 0.8, 0.95),
+            "x0_scale": adam(25 * lr, 0.0, 0.96, 0.95), "scalar": adam(25 * lr, 0.0, 0.8, 0.95),
+            "smear": adam(0.2 * lr / nanochat_lr(step_tokens), 0.0, 0.8, 0.95)}
+
+
+OPTIMIZERS = {"muon": OptimizerSpec(muon_groups, base_lr), "adamw": OptimizerSpec(adamw_groups, base_lr),
+              "gpt2": OptimizerSpec(gpt2_groups, lambda step_tokens: ADAM_RATIO * base_lr(step_tokens)),
+              "nanochat": OptimizerSpec(nanochat_groups, nanochat_lr)}
 
 
 @dataclass(frozen=True)
@@ -70,10 +111,12 @@ class OptimizerConfig:
     """The optimizer."""
     optimizer: str = flag("muon", "update rule; muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW "
                                   "for everything, with the same groups; gpt2: AdamW with one learning rate, and weight "
-                                  "decay for every matrix", choices=tuple(OPTIMIZERS))
+                                  "decay for every matrix; nanochat: its Muon and its rates", choices=tuple(OPTIMIZERS))
     learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
                                         f"{BASE_LR}, less for steps of fewer than {CRITICAL_BATCH_TOKENS:,} tokens, and a "
-                                        "tenth of it with --optimizer=gpt2", above=0, auto=True, on_resume="warn")
+                                        "tenth of it with --optimizer=gpt2; with nanochat "
+                                        f"{NANOCHAT_LR} times the root of the tokens over {NANOCHAT_TOKENS:,}", above=0,
+                                auto=True, on_resume="warn")
     momentum_dtype: str = flag("bf16", "dtype of Muon's state; bf16 takes half the memory", choices=("bf16", "fp32"),
                                on_resume="warn")
     weight_decay: float = flag("auto", "weight decay of the matrices; each step multiplies it by the learning rate; auto: "
@@ -84,13 +127,15 @@ class OptimizerConfig:
     warmup_iter: int = flag(10, "steps of linear warmup", at_least=0, on_resume="warn")
     cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly to zero",
                                 at_least=0, at_most=1, on_resume="warn")
+    final_lr_frac: float = flag(0.0, "learning rate at the end of that cooldown, as a fraction of the peak", at_least=0,
+                                at_most=1, on_resume="warn")
     __post_init__ = check_flags
 
     def peak_lr(self, step_tokens: int) -> float:
         """The peak learning rate of a run with `step_tokens` tokens per step."""
         if self.learning_rate != "auto":
             return self.learning_rate
-        return BASE_LR * min(1.0, step_tokens / CRITICAL_BATCH_TOKENS) ** 0.5 * OPTIMIZERS[self.optimizer].auto_lr_ratio
+        return OPTIMIZERS[self.optimizer].auto_lr(step_tokens)
 
 
 # -- parameter groups -------------------------------------------------------------------------------------------------
@@ -103,31 +148,35 @@ MAX_STEP_DECAY = 0.05  # per step, for runs of a few steps
 
 def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> dict[type, list[dict]]:
     """Optimizer class -> its groups; every parameter that is trained is in one group. Besides `lr` and `weight_decay`, a
-    group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from) and `stacked`, the number of
-    equal matrices that are stacked along the rows of each parameter."""
+    group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from), `peak_decay` and `stacked`,
+    the number of equal matrices that are stacked along the rows of each parameter."""
     shape, by_kind, groups = model.config, {}, {}
-    settings = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd)
-    settings = {"matrix": settings["matrix"], "qkv": settings["matrix"], "value_embedding": settings["embedding"]} | settings
+    given = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd, step_tokens)
+    settings = {kind: given.get(kind) or given[like] for kind, like in KINDS.items()}
     # one matrix each for keys and values, and as many of their shape for the queries as there are heads that share them
     qkv_matrices = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             by_kind.setdefault(parameter_kind(name, parameter), []).append(parameter)
-    for kind, (optimizer_class, lr, decay) in settings.items():
+    for kind, (optimizer_class, lr, decay, options) in settings.items():
         if kind in by_kind:
             is_auto = decay == "auto"
             groups.setdefault(optimizer_class, []).append({
                 "params": by_kind[kind], "lr": lr, "peak_lr": lr, "stacked": qkv_matrices if kind == "qkv" else 1,
-                "weight_decay": 0.0 if is_auto else decay, "total_decay": TOTAL_DECAY if is_auto else None})
+                "weight_decay": 0.0 if is_auto else decay, "peak_decay": 0.0 if is_auto else decay,
+                "total_decay": TOTAL_DECAY if is_auto else None, **options})
     return groups
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
     """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; value_embedding: a table inside them;
-    embedding: also learned positions and a tied head; head: an untied one; scalar: everything else, including the
-    coefficients of rational functions."""
-    if parameter.dim() != 2 or not name.endswith("weight") or name == "smear.gate.weight":
-        return "scalar"
+    embedding: also learned positions and a tied head; head: an untied one; residual_scale, x0_scale: of that name; smear:
+    the parameters of Smear, and backout_coeff; scalar: everything else, including the coefficients of rational functions."""
+    if name.startswith("smear.") or name == "backout_coeff":
+        return "smear"
+    if parameter.dim() != 2 or not name.endswith("weight"):
+        last = name.rpartition(".")[2]
+        return last if last in ("residual_scale", "x0_scale") else "scalar"
     if name.endswith("value_embedding.embed.weight"):
         return "value_embedding"
     if name.startswith("blocks."):
@@ -179,7 +228,7 @@ class CombinedOptimizer:
                 raise ValueError(f"averages for {len(part.state)} of {len(parameters)} parameters")
             for p, averages in part.state.items():
                 if averages.keys() != part.STATE or any(  # fused kernels do not check
-                        value.shape != (() if name == "step" else p.shape) or not value.is_floating_point()
+                        value.shape != part.state_shape(name, p) or not value.is_floating_point()
                         or not value.is_contiguous() for name, value in averages.items()):
                     raise ValueError("averages of another shape or kind than the parameter")
 
@@ -207,6 +256,9 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict], config: OptimizerConfig, ns_dtype: torch.dtype):
         super().__init__(groups, betas=BETAS, fused=True)
 
+    def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
+        return () if name == "step" else tuple(p.shape)
+
     def step(self, skip: Tensor | None = None):
         self.found_inf = None if skip is None else skip.float()
         super().step()
@@ -226,6 +278,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"momentum": MOMENTUM})
         self.ns_dtype = ns_dtype
         self.momentum_dtype = torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32
+
+    def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
+        return tuple(p.shape)
+
+    @staticmethod
+    def momentum_at(step: int, progress: float, config: OptimizerConfig) -> float:
+        return MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None):
@@ -254,14 +313,76 @@ class Muon(torch.optim.Optimizer):
             keep = (~skip).float()
         average = torch.lerp(torch.cat(saved).float(), grads, (1 - momentum) * keep)
         torch._foreach_copy_(saved, average.split(n))
-        update = grads.copy_(newton_schulz(grads.lerp_(average, momentum), self.ns_dtype))  # Nesterov momentum
+        update = self.update_of(grads.lerp_(average, momentum), parameters, keep)  # Nesterov momentum
         if skip is not None:
             update.mul_(keep)
         # one call for all parameters of one dtype: a GPU would wait for the launches of one for each
-        parameters = matrices(parameters)
+        views, updates = matrices(parameters), update.split(n)
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
-        torch._foreach_add_(parameters, update.split(n), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            self.decay(views, updates, group["lr"] * group["weight_decay"] * keep)
+        torch._foreach_add_(views, updates, alpha=-group["lr"] * self.factor(rows, columns))
+
+    def update_of(self, average: Tensor, parameters: list[Tensor], keep: float | Tensor) -> Tensor:
+        """average: (matrices, rows, columns) of all parameters, may be overwritten. Returns what is subtracted, the same
+        shape. keep: 0 in a skipped step."""
+        return average.copy_(newton_schulz(average, self.ns_dtype))
+
+    @staticmethod
+    def factor(rows: int, columns: int) -> float:
+        return max(1.0, rows / columns) ** 0.5
+
+    @staticmethod
+    def decay(parameters: list[Tensor], updates: Sequence[Tensor], rate: float | Tensor):
+        torch._foreach_mul_(parameters, 1 - rate)
+
+
+class NorMuon(Muon):
+    """nanochat's Muon (https://github.com/karpathy/nanochat): rows of equal norm go into the iteration, Polar Express is the
+    iteration, and its result is scaled to the norm of an orthogonal matrix and divided by the root mean square over time of
+    each row (or column), without changing its norm; weights only decay where the update makes them smaller.
+
+    Sources: Amsel et al. 2025 (Polar Express), arXiv:2505.16932; Li et al. 2025 (NorMuon), arXiv:2510.05491; Chen et al.
+    2025 (cautious weight decay), arXiv:2510.12402.
+    """
+    STATE = {"momentum", "second_moment"}
+    BETA2 = 0.9
+
+    def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
+        n = next(group["stacked"] for group in self.param_groups if any(p is other for other in group["params"]))
+        by_row = (p.size(0), 1) if p.size(0) // n >= p.size(1) else (n, p.size(1))
+        return by_row if name == "second_moment" else tuple(p.shape)
+
+    @staticmethod
+    def momentum_at(step: int, progress: float, config: OptimizerConfig) -> float:
+        """0.85 to 0.97 in 400 steps, down to 0.90 in the cooldown."""
+        if step < 400:
+            return 0.85 + 0.12 * step / 400
+        return 0.97 - 0.07 * max(0.0, 1 - (1 - progress) / config.cooldown_frac) if config.cooldown_frac else 0.97
+
+    def update_of(self, average: Tensor, parameters: list[Tensor], keep: float | Tensor) -> Tensor:
+        rows, columns = average.shape[1:]
+        update = average.copy_(polar_express(equal_rows(average.to(self.ns_dtype))))
+        update *= min(rows, columns) ** 0.5 / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+        for p in parameters:
+            if "second_moment" not in self.state[p]:
+                self.state[p]["second_moment"] = p.new_zeros(self.state_shape("second_moment", p))
+        saved = [self.state[p]["second_moment"] for p in parameters]
+        dim = 2 if rows >= columns else 1
+        square = update.square().mean(dim=dim, keepdim=True)  # (matrices, rows, 1) or (matrices, 1, columns)
+        second = torch.cat(saved).view_as(square).lerp(square, (1 - self.BETA2) * keep)
+        torch._foreach_copy_(saved, second.view(-1, saved[0].size(1)).split(saved[0].size(0)))
+        scale = second.clamp(min=1e-10).rsqrt()
+        norm, scaled_norm = square.sum(dim=(1, 2), keepdim=True), (square * scale.square()).sum(dim=(1, 2), keepdim=True)
+        return update.mul_(scale * (norm / scaled_norm.clamp(min=1e-20)).sqrt())
+
+    @staticmethod
+    def factor(rows: int, columns: int) -> float:
+        return 1.0
+
+    @staticmethod
+    def decay(parameters: list[Tensor], updates: Sequence[Tensor], rate: float | Tensor):
+        for p, update in zip(parameters, updates):
+            p.sub_(p * (update * p >= 0) * rate)
 
 
 def group_by_shape(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -289,18 +410,48 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if is_tall else x
 
 
+def equal_rows(x: Tensor) -> Tensor:
+    """x: (n, rows, columns), each row scaled to the mean norm of the rows. Source: arXiv:2603.28254."""
+    norms = x.float().norm(dim=2, keepdim=True)
+    mean = norms.square().mean(dim=1, keepdim=True).sqrt()
+    return x * (mean / norms.clamp(min=1e-6)).to(x.dtype)
+
+
+# Amsel et al. 2025, for five steps: the polynomials of each
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """As `newton_schulz`, in the dtype of x, with the polynomials that are best for each step."""
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
+    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
 # -- schedule ---------------------------------------------------------------------------------------------------------
 
 def lr_scale(step: int, progress: float, config: OptimizerConfig) -> float:
     """Fraction of the peak learning rate. step: counts from 0; progress: fraction of the run done before it, below 1.
 
     linear: warmup, constant, linear cooldown towards zero (Zhai et al. 2022, section 3.5, arXiv:2106.04560; Hägele et al.
-    2024, arXiv:2405.18392). cosine: warmup, then half a cosine down to a tenth, as in nanoGPT.
+    2024, arXiv:2405.18392), or to `final_lr_frac`. cosine: warmup, then half a cosine down to a tenth, as in nanoGPT.
     """
     assert 0 <= progress < 1, progress
     warmup = min(1.0, (step + 1) / (config.warmup_iter + 1))
     if config.schedule == "linear":
-        return min(warmup, (1 - progress) / config.cooldown_frac) if config.cooldown_frac else warmup
+        if not config.cooldown_frac:
+            return warmup
+        left = min(1.0, (1 - progress) / config.cooldown_frac)
+        return min(warmup, left + (1 - left) * config.final_lr_frac)
     if step < config.warmup_iter or step == 0:
         return warmup
     done = (step - config.warmup_iter) / max(step / progress - config.warmup_iter, 1)
@@ -311,9 +462,13 @@ def set_rates(optimizer: CombinedOptimizer, step: int, progress: float, config: 
     """Sets every group's learning rate and weight decay, and Muon's momentum, which warms up. Call before each step. step,
     progress: as in `lr_scale`; together they imply the number of steps in the run."""
     scale = lr_scale(step, progress, config)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scale
-        if group["total_decay"] is not None:
-            group["weight_decay"] = min(group["total_decay"] * progress / max(step, 1), MAX_STEP_DECAY) / group["peak_lr"]
-        if "momentum" in group:
-            group["momentum"] = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)
+    for part in optimizer.parts.values():
+        for group in part.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+            if group["total_decay"] is not None:
+                step_decay = min(group["total_decay"] * progress / max(step, 1), MAX_STEP_DECAY)
+                group["weight_decay"] = step_decay / group["peak_lr"]
+            if group.get("decay_schedule") == "cosine":
+                group["weight_decay"] = group["peak_decay"] * 0.5 * (1 + math.cos(math.pi * progress))
+            if "momentum" in group:
+                group["momentum"] = part.momentum_at(step, progress, config)

@@ -58,6 +58,14 @@ PRESETS = {
              "token_shift": False, "softcap": 0.0, "tied": True, "bias": True, "init": "gpt2", "optimizer": "gpt2",
              "learning_rate": 6e-4, "weight_decay": 0.1, "schedule": "cosine", "warmup_iter": 2000, "grad_clip": 1.0,
              "max_iter": 600_000, "batch_size": 12, "num_batch_accum": 40, "val_intervals": 1000},
+    # nanochat's model of 12 layers and its recipe: https://github.com/karpathy/nanochat, nanochat/gpt.py, nanochat/optim.py
+    # and scripts/base_train.py; its shorter windows are a quarter of the context
+    "nanochat": {"n_layer": 12, "n_head": 6, "head_size": 128, "block_size": 2048, "mlp": "relu2", "mixer": "SSSA",
+                 "norm": "rms", "positions": "rotary", "rotary_base": 100_000.0, "qk_norm": True, "qk_scale": 1.2,
+                 "value_residual": False, "value_embeddings": True, "x0_residual": True, "token_shift": False,
+                 "smear": True, "backout": True, "softcap": 15.0, "tied": False, "bias": False, "init": "nanochat",
+                 "optimizer": "nanochat", "momentum_dtype": "fp32", "weight_decay": 0.28, "warmup_iter": 39,
+                 "cooldown_frac": 0.65, "final_lr_frac": 0.05, "max_iter": 2520, "batch_size": 32, "num_batch_accum": 8},
     # Llama's model with our recipe: its exports run in stock engines
     "llama": {"mlp": "swiglu", "norm": "scaled_rms", "qk_norm": False, "value_residual": False, "x0_residual": False,
               "token_shift": False, "softcap": 0.0},

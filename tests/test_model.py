@@ -23,10 +23,9 @@ from train import PRESETS
 GPT2, LLAMA = ({name: value for name, value in PRESETS[preset].items()
                 if name in vars(GPTConfig()) and name not in ("n_layer", "n_head", "head_size", "block_size")}
                for preset in ("gpt2", "llama"))
-# nanochat's model; its windows depend on the depth
-NANOCHAT = {"norm": "rms", "mlp": "relu2", "rotary_base": 100_000.0, "qk_norm": True, "qk_scale": 1.2,
-            "value_residual": False, "value_embeddings": True, "x0_residual": True, "token_shift": False, "smear": True,
-            "backout": True, "softcap": 15.0, "tied": False, "init": "nanochat"}
+# without its windows, which depend on the depth
+NANOCHAT = {name: value for name, value in PRESETS["nanochat"].items() if name in vars(GPTConfig())
+            and name not in ("n_layer", "n_head", "head_size", "block_size", "mixer")}
 # every layer, and every switch away from its default
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
             {"loops": 3}, {"loops": 2, "mixer": "DA", "sampled_loops": True},
@@ -108,7 +107,7 @@ def test_nanochats_ingredients_equal_an_independent_forward(idx, n_layer, mixer)
         for layer in range(n_layer):
             w = {name.removeprefix(f"blocks.{layer}."): value for name, value in weights.items()
                  if name.startswith(f"blocks.{layer}.")}
-            x = w["x0_mix"][0] * x + w["x0_mix"][1] * x0
+            x = w["residual_scale"] * x + w["x0_scale"] * x0
             h = norm(x)
             q, k, v = (h @ part.T for part in w["mixer.qkv.weight"].split((2 * D, D, D)))
             if (n_layer - 1 - layer) % 2 == 0:

@@ -9,13 +9,17 @@ from model import GPT, GPTConfig
 from optimizer import (
     MOMENTUM,
     OPTIMIZERS,
+    POLAR_EXPRESS,
     TOTAL_DECAY,
     CombinedOptimizer,
     Muon,
+    NorMuon,
     OptimizerConfig,
+    equal_rows,
     lr_scale,
     make_optimizer,
     newton_schulz,
+    polar_express,
     set_rates,
 )
 from runtime.config import BadInput, read_flags
@@ -23,6 +27,7 @@ from train import PRESETS
 
 ARCHITECTURES = {"default": {}, "untied": {"tied": False}, "gpt2": PRESETS["gpt2"], "gpt2 untied":
                  PRESETS["gpt2"] | {"tied": False}, "swiglu": {"mlp": "swiglu", "bias": True, "positions": "learned"},
+                 "nanochat": PRESETS["nanochat"] | {"mixer": "SA"},
                  "grkan": {"linear": "grkan", "mixer": "DA"}, "chebkan": {"linear": "chebkan"}, "loops": {"loops": 3}}
 
 
@@ -57,6 +62,11 @@ def test_linear_schedule_at_its_edges():
     assert schedule(3, warmup_iter=0, cooldown_frac=0) == [1, 1, 1]
     assert schedule(4, warmup_iter=99, cooldown_frac=1) == [0.01, 0.02, 0.03, 0.04]  # a warmup longer than the run
     assert min(schedule(7, warmup_iter=3, cooldown_frac=1)) > 0
+
+
+def test_a_cooldown_to_a_fraction_by_hand():
+    assert schedule(4, warmup_iter=0, cooldown_frac=1, final_lr_frac=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
+    assert schedule(8, warmup_iter=3, cooldown_frac=0.5, final_lr_frac=0.0) == schedule(8, warmup_iter=3, cooldown_frac=0.5)
 
 
 def test_the_schedule_follows_progress_and_not_steps():
@@ -130,7 +140,7 @@ def test_a_given_weight_decay_is_constant(model):
 def roles_of(model: GPT) -> dict[str, list[torch.Tensor]]:
     """The parameters by what they are in the network, not by their names."""
     roles = {"matrix": [layer.weight for layer in linear_layers(model.blocks)],
-             "embedding": [model.embed.weight, *([model.positions.weight] if model.positions else [])],
+             "embedding": [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)],
              "head": [] if model.config.tied else [model.head.weight]}
     known = {id(parameter) for parameters in roles.values() for parameter in parameters}
     return roles | {"scalar": [parameter for parameter in model.parameters() if id(parameter) not in known]}
@@ -209,6 +219,36 @@ def test_muon_orthogonalises_queries_keys_and_values_separately(n_kv_head, n_mat
         assert singular_values.max() < 1.25 and singular_values.median() > 0.65
 
 
+def test_nanochats_preset_has_its_rates():
+    """For its own batch of 2**19 tokens at its own width, and for a quarter of both; the rates as its scripts print them."""
+    by_hand = {"embed": (0.3, 0.001), "value_embedding.embed": (0.15, 0.01), "head": (0.008, 0.01), "qkv": (0.02, 0.28),
+               "mlp.fc": (0.02, 0.28), "value_gate": (0.02, 0.28), "residual_scale": (0.005, 0.05), "x0_scale": (0.5, 0.0),
+               "smear_coeff": (0.2, 0.0), "smear.gate": (0.2, 0.0), "backout_coeff": (0.2, 0.0)}
+    for width, tokens, rate, wide in ((768, 2**19, 1.0, 1.0), (192, 2**17, 0.5, 2.0)):
+        values = PRESETS["nanochat"] | {"n_layer": 2, "n_head": 2, "head_size": width // 2, "mixer": "SA", "block_size": 8,
+                                        "vocab_size": 11}
+        model = GPT(read_flags(GPTConfig, values))
+        config = read_flags(OptimizerConfig, values)
+        optimizer = make_optimizer(model, config, tokens)
+        set_rates(optimizer, 100, 0.0, config)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            if matching := [end for end in by_hand if name.removesuffix(".weight").endswith(end)]:
+                lr, decay = by_hand[max(matching, key=len)]
+                scale = (1.0 if lr == 0.2 else rate) * (wide if decay in (0.001, 0.01) else 1.0)
+                group = groups[id(parameter)]
+                assert (group["lr"], group["weight_decay"]) == (pytest.approx(scale * lr), decay), name
+                if "betas" in group:
+                    first = 0.96 if "x0_scale" in name else 0.8
+                    second = 0.995 if decay in (0.001, 0.01) and "head" not in name else 0.96 if "head" in name else 0.95
+                    assert (group["betas"], group["eps"]) == ((first, second), 1e-10), name
+    for step, progress, momentum in ((0, 0.0, 0.85), (200, 0.1, 0.91), (400, 0.2, 0.97), (900, 0.675, 0.935)):
+        set_rates(optimizer, step, progress, config)
+        assert optimizer.parts["normuon"].param_groups[0]["momentum"] == pytest.approx(momentum)
+    set_rates(optimizer, 500, 0.5, config)
+    assert optimizer.parts["normuon"].param_groups[0]["weight_decay"] == pytest.approx(0.14)  # half of the cosine
+
+
 def test_auto_learning_rate_grows_with_the_root_of_the_tokens_per_step(model):
     """Up to 8,192. A rate that is given is used as it is."""
     def peaks(step_tokens, **config):
@@ -264,6 +304,51 @@ def test_muon_equals_torchs(shape, weight_decay, momentum_dtype):
         assert torch.allclose(a, b, atol=4e-3)  # bf16; without Nesterov it would be 1.5e-2
         assert (a - before).abs().max() > 0.05
         assert optimizer.state[a]["momentum"].dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[momentum_dtype]
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_normuon_equals_a_step_by_hand(shape, momentum):
+    """Three steps of two matrices, one after the other and in fp64."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(*shape)) for _ in range(2)]
+    group = {"params": ours, "lr": 0.05, "weight_decay": 0.3, "stacked": 1}
+    optimizer = NorMuon([group], OptimizerConfig(momentum_dtype="fp32"), torch.float32)
+    optimizer.param_groups[0]["momentum"] = momentum
+    expected = [p.detach().double() for p in ours]
+    averages, seconds = [torch.zeros(shape).double() for _ in ours], [0.0, 0.0]
+    for _ in range(3):
+        for i, p in enumerate(ours):
+            p.grad = torch.randn_like(p)
+            averages[i] = momentum * averages[i] + (1 - momentum) * p.grad
+            x = momentum * averages[i] + (1 - momentum) * p.grad
+            x = x / x.norm(dim=1, keepdim=True)  # equal rows; a common factor is divided out below
+            x = x / (1.01 * x.norm())
+            for a, b, c in POLAR_EXPRESS:
+                if shape[0] > shape[1]:
+                    x = a * x + x @ (b * x.T @ x + c * x.T @ x @ x.T @ x)
+                else:
+                    x = a * x + (b * x @ x.T + c * x @ x.T @ x @ x.T) @ x
+            x = x * min(shape) ** 0.5 / x.norm()
+            dim = 1 if shape[0] >= shape[1] else 0
+            seconds[i] = 0.9 * seconds[i] + 0.1 * x.square().mean(dim, keepdim=True)
+            scaled = x / seconds[i].sqrt()
+            x = scaled * x.norm() / scaled.norm()
+            decayed = torch.where(x * expected[i] >= 0, expected[i], 0.0)
+            expected[i] = expected[i] - 0.05 * x - 0.05 * 0.3 * decayed
+        optimizer.step()
+    for p, wanted in zip(ours, expected):
+        assert torch.allclose(p, wanted.float(), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_polar_express_moves_singular_values_to_about_one(shape, dtype):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(polar_express(torch.randn(4, *shape).to(dtype)).float())
+    assert values.min() > 0.85 and values.max() < 1.15
+    assert torch.allclose(equal_rows(torch.randn(1, 3, 500) * torch.tensor([[[1.0], [9.0], [0.1]]])).norm(dim=2),
+                          torch.tensor(9.06 * 500 ** 0.5 / 3 ** 0.5), rtol=0.1)
 
 
 def test_stacked_matrices_are_orthogonalised_separately():
@@ -354,13 +439,15 @@ def test_a_skipped_first_step_changes_nothing(model, optimizer, step):
 
 # -- state ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("optimizer", ["muon", "nanochat"])
 @pytest.mark.parametrize("momentum_dtype", ["bf16", "fp32"])
-def test_loading_restores_averages_and_keeps_the_new_rates(model, momentum_dtype):
-    old = make_optimizer(model, OptimizerConfig(learning_rate=1e-3, momentum_dtype=momentum_dtype))
+def test_loading_restores_averages_and_keeps_the_new_rates(model, momentum_dtype, optimizer):
+    given = {"optimizer": optimizer, "momentum_dtype": momentum_dtype}
+    old = make_optimizer(model, OptimizerConfig(learning_rate=1e-3, **given))
     backward(model)
     set_rates(old, 0, 0.0, OptimizerConfig())
     old.step()
-    new = make_optimizer(model, OptimizerConfig(learning_rate=5e-3, weight_decay=0.125, momentum_dtype=momentum_dtype))
+    new = make_optimizer(model, OptimizerConfig(learning_rate=5e-3, weight_decay=0.125, **given))
     new.load_state_dict(old.state_dict())
     assert new.param_groups[0]["peak_lr"] == 5e-3 and new.param_groups[0]["weight_decay"] == 0.125
     for name, part in new.parts.items():
@@ -407,7 +494,8 @@ def test_a_state_of_another_shape_is_refused(model):
     ({"learning_rate": -1e-3}, "--learning_rate=-0.001: must be above 0"), ({"learning_rate": 0.0}, "--learning_rate"),
     ({"learning_rate": float("nan")}, "--learning_rate=nan"), ({"weight_decay": -1.0}, "--weight_decay=-1.0"),
     ({"warmup_iter": -1}, "--warmup_iter=-1"), ({"cooldown_frac": 1.5}, "--cooldown_frac=1.5: must be at most 1"),
-    ({"optimizer": "sgd"}, "--optimizer=sgd: choose one of muon, adamw, gpt2"), ({"schedule": "step"}, "--schedule=step")])
+    ({"optimizer": "sgd"}, "--optimizer=sgd: choose one of muon, adamw, gpt2, nanochat"),
+    ({"schedule": "step"}, "--schedule=step"), ({"final_lr_frac": 2.0}, "--final_lr_frac=2.0: must be at most 1")])
 def test_impossible_flags_are_refused(values, message):
     with pytest.raises(BadInput, match=message):
         OptimizerConfig(**values)
