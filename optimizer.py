@@ -74,6 +74,11 @@ def adamw_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens:
     return muon_groups(lr, weight_decay, n_embd, step_tokens) | {"matrix": Update(AdamW, ADAM_RATIO * lr, weight_decay)}
 
 
+def normuon_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+    """NorMuon for the matrices in the blocks, otherwise the same groups."""
+    return muon_groups(lr, weight_decay, n_embd, step_tokens) | {"matrix": Update(NorMuon, lr, weight_decay)}
+
+
 def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
     """AdamW with one learning rate, and weight decay for everything 2-D, as in nanoGPT."""
     decayed = Update(AdamW, lr, weight_decay)
@@ -101,7 +106,8 @@ def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int, step_toke
             "smear": adam(0.2 * lr / nanochat_lr(step_tokens), 0.0, 0.8, 0.95)}
 
 
-OPTIMIZERS = {"muon": OptimizerSpec(muon_groups, base_lr), "adamw": OptimizerSpec(adamw_groups, base_lr),
+OPTIMIZERS = {"muon": OptimizerSpec(muon_groups, base_lr), "normuon": OptimizerSpec(normuon_groups, base_lr),
+              "adamw": OptimizerSpec(adamw_groups, base_lr),
               "gpt2": OptimizerSpec(gpt2_groups, lambda step_tokens: ADAM_RATIO * base_lr(step_tokens)),
               "nanochat": OptimizerSpec(nanochat_groups, nanochat_lr)}
 
@@ -109,9 +115,10 @@ OPTIMIZERS = {"muon": OptimizerSpec(muon_groups, base_lr), "adamw": OptimizerSpe
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer."""
-    optimizer: str = flag("muon", "update rule; muon: Muon for the matrices in the blocks, AdamW for the rest; adamw: AdamW "
-                                  "for everything, with the same groups; gpt2: AdamW with one learning rate, and weight "
-                                  "decay for every matrix; nanochat: its Muon and its rates", choices=tuple(OPTIMIZERS))
+    optimizer: str = flag("muon", "update rule; muon: Muon for the matrices in the blocks, AdamW for the rest; normuon: "
+                                  "NorMuon in its place; adamw: AdamW for everything, with the same groups; gpt2: AdamW "
+                                  "with one learning rate, and weight decay for every matrix; nanochat: NorMuon and "
+                                  "nanochat's rates", choices=tuple(OPTIMIZERS))
     learning_rate: float = flag("auto", "peak learning rate of the matrices; the other groups keep their ratio to it; auto: "
                                         f"{BASE_LR}, less for steps of fewer than {CRITICAL_BATCH_TOKENS:,} tokens, and a "
                                         "tenth of it with --optimizer=gpt2; with nanochat "

@@ -494,7 +494,7 @@ def test_a_state_of_another_shape_is_refused(model):
     ({"learning_rate": -1e-3}, "--learning_rate=-0.001: must be above 0"), ({"learning_rate": 0.0}, "--learning_rate"),
     ({"learning_rate": float("nan")}, "--learning_rate=nan"), ({"weight_decay": -1.0}, "--weight_decay=-1.0"),
     ({"warmup_iter": -1}, "--warmup_iter=-1"), ({"cooldown_frac": 1.5}, "--cooldown_frac=1.5: must be at most 1"),
-    ({"optimizer": "sgd"}, "--optimizer=sgd: choose one of muon, adamw, gpt2, nanochat"),
+    ({"optimizer": "sgd"}, "--optimizer=sgd: choose one of muon, normuon, adamw, gpt2, nanochat"),
     ({"schedule": "step"}, "--schedule=step"), ({"final_lr_frac": 2.0}, "--final_lr_frac=2.0: must be at most 1")])
 def test_impossible_flags_are_refused(values, message):
     with pytest.raises(BadInput, match=message):
