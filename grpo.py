@@ -113,6 +113,8 @@ class SelfPlayOptimizer(OptimizerConfig):
     def for_answers(self, n_embd: int) -> "SelfPlayOptimizer":
         """With what is not given resolved, for answers of a model of this width."""
         name = "gpt2" if self.optimizer == "auto" else self.optimizer
+        if self.learning_rate == "auto" and name not in ANSWER_LR:
+            raise BadInput(f"--learning_rate=auto: is not known for answers with --optimizer={name}: give a number")
         scale = 1.0 if name == "muon" else ANSWER_WIDTH / n_embd
         rate = ANSWER_LR[name] * scale if self.learning_rate == "auto" else self.learning_rate
         cooldown = ANSWER_COOLDOWN if self.cooldown_frac is None else self.cooldown_frac

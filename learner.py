@@ -80,8 +80,8 @@ class LowRankUpdate(nn.Module):
 def add_low_rank_updates(model: GPT, rank: int) -> list[nn.Parameter]:
     """Adds an update to every linear layer in the blocks. Returns the parameters that are trained."""
     generator = torch.Generator().manual_seed(0)
-    updates = [LowRankUpdate(layer.weight, rank, generator) for layer in linear_layers(model)]
-    for layer, update in zip(linear_layers(model), updates):
+    updates = [LowRankUpdate(layer.weight, rank, generator) for layer in linear_layers(model.blocks)]
+    for layer, update in zip(linear_layers(model.blocks), updates):
         parametrize.register_parametrization(layer, "weight", update)
     return [update.up for update in updates]
 
@@ -224,7 +224,7 @@ class Learner:
             raise BadInput(f"--adapt_scope={config.adapt_scope}: this model has no parameters there: choose another")
         by_ratio = {}
         for name, p in chosen.items():
-            ratio = EMBED_RATIO if parameter_kind(name, p) in ("embedding", "head") else 1.0
+            ratio = EMBED_RATIO if parameter_kind(name, p) in ("embedding", "value_embedding", "head") else 1.0
             by_ratio.setdefault(ratio, []).append(p.requires_grad_(True))
         groups = [{"params": params, "initial": [p.detach().clone() for p in params], "lr": config.rate * ratio}
                   for ratio, params in by_ratio.items()]

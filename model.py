@@ -74,8 +74,8 @@ class GPTConfig:
     qk_norm: bool = flag(True, "normalise queries and keys")
     qk_scale: float = flag(1.0, "factor of queries and keys, after they are normalised", above=0, at_most=1000)
     value_residual: bool = flag(True, "mix the first layer's values into those of later layers")
-    value_embeddings: bool = flag(False, "add an embedding of each token to the values of every second layer of attention, "
-                                         "the last one included, by a gate per head")
+    value_embeddings: bool = flag(False, "add an embedding of each token to the values, by a gate per head, in every second "
+                                         "layer, counted from the last, where that is attention")
     x0_residual: bool = flag(True, "mix the embedding into the input of each block")
     token_shift: bool = flag(True, "add a learned per-channel multiple of the previous token to the input of mixers and "
                                    "feed-forward layers")
@@ -106,6 +106,9 @@ class GPTConfig:
         if self.value_embeddings and not any(self.has_value_embedding(layer) for layer in range(self.n_layer)):
             raise BadInput(f"--value_embeddings: with --mixer={self.mixer}, none of the layers that would have one is "
                            f"attention: give another --mixer")
+        if self.window and not any(self.mixer_class(layer) is MIXERS["sliding"] for layer in range(self.n_layer)):
+            raise BadInput(f"--window={self.window}: --mixer={self.mixer} has no layer of sliding attention: leave it out, or "
+                           f"give --mixer=sliding or a pattern with S")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
                            f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")
@@ -317,11 +320,14 @@ class GPT(nn.Module):
                 std = 0.02 if gpt2 else INITIAL_LOGIT_STD / self.config.n_embd ** 0.5
             elif name.endswith("proj.weight"):
                 std = 0.02 / (2 * n_layer) ** 0.5 if gpt2 else 0.0
+            elif name.endswith("value_embedding.embed.weight") and not (gpt2 or nanochat):
+                std = self.config.n_embd ** -0.5  # that of values
             elif name == "head.weight":
                 std = 0.02 if gpt2 else 0.001 if nanochat else 0.0
             else:
                 std = 0.02 if gpt2 else unit_std.get(name, weight.size(1) ** -0.5)
                 if nanochat:
+                    std = self.config.n_embd ** -0.5 if name.endswith("embed.weight") else std  # as for values
                     bound = 3 ** 0.5 * std * (0.4 if name.endswith("fc.weight") else 1.0)
                     nn.init.uniform_(weight, -bound, bound)
                     continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from runtime.config import check_flags, flag
+from runtime.config import BadInput, check_flags, flag
 
 # -- choices of --optimizer -------------------------------------------------------------------------------------------
 
@@ -33,6 +33,10 @@ SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
 
 
+def base_lr(step_tokens: int) -> float:
+    return BASE_LR * min(1.0, step_tokens / CRITICAL_BATCH_TOKENS) ** 0.5
+
+
 class Update(NamedTuple):
     """How a kind of parameter is updated: the class, its peak learning rate, its weight decay (a number or "auto"), and
     further options of its group."""
@@ -43,14 +47,16 @@ class Update(NamedTuple):
 
 
 class OptimizerSpec(NamedTuple):
-    """A choice of --optimizer. groups(lr, weight_decay, n_embd, step_tokens) returns the Update of each kind of parameter
+    """A choice of --optimizer. groups(lr, weight_decay, n_embd) returns the Update of each kind of parameter
     (see `parameter_kind`); kinds that it leaves out are updated as KINDS says.
 
     Such a class is constructed as `Class(groups, config, ns_dtype)`, with the groups of `parameter_groups`; where the bool
-    tensor `skip` is true, its `step(skip=None)` changes neither parameters nor state, without a host sync.
+    tensor `skip` is true, its `step(skip=None)` changes neither parameters nor state, without a host sync. STATE names what
+    it keeps for each parameter, in the parameter's shape, unless `state_shape(name, p)` says otherwise. If it has
+    `momentum_at(step, progress, config)`, that is the "momentum" of its groups.
     """
-    groups: Callable[[float, float | str, int, int], dict[str, Update]]
-    auto_lr: Callable[[int], float]  # tokens per step -> --learning_rate=auto
+    groups: Callable[[float, float | str, int], dict[str, Update]]
+    auto_lr: Callable[[int], float] = base_lr  # tokens per step -> --learning_rate=auto
 
 
 # kind of parameter -> the one that it is updated like, unless an optimizer says otherwise
@@ -58,28 +64,24 @@ KINDS = {"matrix": None, "qkv": "matrix", "value_embedding": "embedding", "embed
          "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
 
 
-def base_lr(step_tokens: int) -> float:
-    return BASE_LR * min(1.0, step_tokens / CRITICAL_BATCH_TOKENS) ** 0.5
-
-
-def muon_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+def muon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """Muon for the matrices in the blocks, AdamW for the rest."""
     by_width = (REFERENCE_WIDTH / n_embd) ** 0.5  # a step moves logits by the width times the learning rate
     return {"matrix": Update(Muon, lr, weight_decay), "embedding": Update(AdamW, EMBED_RATIO * lr * by_width),
             "head": Update(AdamW, HEAD_RATIO * lr * by_width), "scalar": Update(AdamW, SCALAR_RATIO * lr)}
 
 
-def adamw_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+def adamw_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """AdamW for everything, otherwise the same groups."""
-    return muon_groups(lr, weight_decay, n_embd, step_tokens) | {"matrix": Update(AdamW, ADAM_RATIO * lr, weight_decay)}
+    return muon_groups(lr, weight_decay, n_embd) | {"matrix": Update(AdamW, ADAM_RATIO * lr, weight_decay)}
 
 
-def normuon_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+def normuon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """NorMuon for the matrices in the blocks, otherwise the same groups."""
-    return muon_groups(lr, weight_decay, n_embd, step_tokens) | {"matrix": Update(NorMuon, lr, weight_decay)}
+    return muon_groups(lr, weight_decay, n_embd) | {"matrix": Update(NorMuon, lr, weight_decay)}
 
 
-def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
+def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """AdamW with one learning rate, and weight decay for everything 2-D, as in nanoGPT."""
     decayed = Update(AdamW, lr, weight_decay)
     return {"matrix": decayed, "embedding": decayed, "head": decayed, "scalar": Update(AdamW, lr)}
@@ -93,9 +95,10 @@ def nanochat_lr(step_tokens: int) -> float:
     return NANOCHAT_LR * (step_tokens / NANOCHAT_TOKENS) ** 0.5
 
 
-def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int, step_tokens: int) -> dict[str, Update]:
-    """nanochat's, where `lr` is that of the matrices. An automatic weight decay is none: nanochat's own rule is for runs of
-    billions of tokens."""
+def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
+    """nanochat's, where `lr` is that of the matrices, in the ratios of its own batch of NANOCHAT_TOKENS: that of smear,
+    which nanochat leaves as it is in smaller ones, scales too. An automatic weight decay is none: nanochat's own rule is
+    for runs of billions of tokens."""
     by_width = (NANOCHAT_WIDTH / n_embd) ** 0.5
     adam = lambda lr, decay, *betas: Update(AdamW, lr, decay, {"betas": betas, "eps": 1e-10})
     return {"matrix": Update(NorMuon, lr, 0.0 if weight_decay == "auto" else weight_decay, {"decay_schedule": "cosine"}),
@@ -103,11 +106,11 @@ def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int, step_toke
             "value_embedding": adam(7.5 * lr * by_width, 0.01, 0.8, 0.995),
             "head": adam(0.4 * lr * by_width, 0.01, 0.8, 0.96), "residual_scale": adam(0.25 * lr, 0.05, 0.8, 0.95),
             "x0_scale": adam(25 * lr, 0.0, 0.96, 0.95), "scalar": adam(25 * lr, 0.0, 0.8, 0.95),
-            "smear": adam(0.2 * lr / nanochat_lr(step_tokens), 0.0, 0.8, 0.95)}
+            "smear": adam(10 * lr, 0.0, 0.8, 0.95)}
 
 
-OPTIMIZERS = {"muon": OptimizerSpec(muon_groups, base_lr), "normuon": OptimizerSpec(normuon_groups, base_lr),
-              "adamw": OptimizerSpec(adamw_groups, base_lr),
+OPTIMIZERS = {"muon": OptimizerSpec(muon_groups), "normuon": OptimizerSpec(normuon_groups),
+              "adamw": OptimizerSpec(adamw_groups),
               "gpt2": OptimizerSpec(gpt2_groups, lambda step_tokens: ADAM_RATIO * base_lr(step_tokens)),
               "nanochat": OptimizerSpec(nanochat_groups, nanochat_lr)}
 
@@ -129,14 +132,19 @@ class OptimizerConfig:
     weight_decay: float = flag("auto", "weight decay of the matrices; each step multiplies it by the learning rate; auto: "
                                        "fitted to the length of the run, like the learning-rate schedule",
                                at_least=0, auto=True, on_resume="warn")
-    schedule: str = flag("linear", "learning rate after warmup; linear: constant, then linearly to zero; cosine: down to a "
+    schedule: str = flag("linear", "learning rate after warmup; linear: constant, then linearly down; cosine: down to a "
                                    "tenth", choices=("linear", "cosine"), on_resume="warn")
     warmup_iter: int = flag(10, "steps of linear warmup", at_least=0, on_resume="warn")
     cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly to zero",
                                 at_least=0, at_most=1, on_resume="warn")
     final_lr_frac: float = flag(0.0, "learning rate at the end of that cooldown, as a fraction of the peak", at_least=0,
                                 at_most=1, on_resume="warn")
-    __post_init__ = check_flags
+
+    def __post_init__(self):
+        check_flags(self)
+        if self.final_lr_frac and (self.schedule != "linear" or self.cooldown_frac == 0):
+            without = f"--schedule={self.schedule}" if self.schedule != "linear" else "--cooldown_frac=0"
+            raise BadInput(f"--final_lr_frac={self.final_lr_frac}: {without} has no linear cooldown: leave one of them out")
 
     def peak_lr(self, step_tokens: int) -> float:
         """The peak learning rate of a run with `step_tokens` tokens per step."""
@@ -158,7 +166,7 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
     group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from), `peak_decay` and `stacked`,
     the number of equal matrices that are stacked along the rows of each parameter."""
     shape, by_kind, groups = model.config, {}, {}
-    given = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd, step_tokens)
+    given = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd)
     settings = {kind: given.get(kind) or given[like] for kind, like in KINDS.items()}
     # one matrix each for keys and values, and as many of their shape for the queries as there are heads that share them
     qkv_matrices = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
@@ -235,8 +243,8 @@ class CombinedOptimizer:
                 raise ValueError(f"averages for {len(part.state)} of {len(parameters)} parameters")
             for p, averages in part.state.items():
                 if averages.keys() != part.STATE or any(  # fused kernels do not check
-                        value.shape != part.state_shape(name, p) or not value.is_floating_point()
-                        or not value.is_contiguous() for name, value in averages.items()):
+                        value.shape != (part.state_shape(name, p) if hasattr(part, "state_shape") else p.shape)
+                        or not value.is_floating_point() or not value.is_contiguous() for name, value in averages.items()):
                     raise ValueError("averages of another shape or kind than the parameter")
 
 
@@ -286,9 +294,6 @@ class Muon(torch.optim.Optimizer):
         self.ns_dtype = ns_dtype
         self.momentum_dtype = torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32
 
-    def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
-        return tuple(p.shape)
-
     @staticmethod
     def momentum_at(step: int, progress: float, config: OptimizerConfig) -> float:
         return MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1.0, step / MOMENTUM_WARMUP)
@@ -324,23 +329,19 @@ class Muon(torch.optim.Optimizer):
         if skip is not None:
             update.mul_(keep)
         # one call for all parameters of one dtype: a GPU would wait for the launches of one for each
-        views, updates = matrices(parameters), update.split(n)
+        views, updates, lr = matrices(parameters), update.split(n), group["lr"] * max(1.0, rows / columns) ** 0.5
         if group["weight_decay"]:
-            self.decay(views, updates, group["lr"] * group["weight_decay"] * keep)
-        torch._foreach_add_(views, updates, alpha=-group["lr"] * self.factor(rows, columns))
+            self.decay(views, updates, group, lr, keep)
+        torch._foreach_add_(views, updates, alpha=-lr)
 
     def update_of(self, average: Tensor, parameters: list[Tensor], keep: float | Tensor) -> Tensor:
         """average: (matrices, rows, columns) of all parameters, may be overwritten. Returns what is subtracted, the same
         shape. keep: 0 in a skipped step."""
         return average.copy_(newton_schulz(average, self.ns_dtype))
 
-    @staticmethod
-    def factor(rows: int, columns: int) -> float:
-        return max(1.0, rows / columns) ** 0.5
-
-    @staticmethod
-    def decay(parameters: list[Tensor], updates: Sequence[Tensor], rate: float | Tensor):
-        torch._foreach_mul_(parameters, 1 - rate)
+    def decay(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict, lr: float, keep: float | Tensor):
+        """lr: of the step, which the shape of the matrices scales."""
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
 
 
 class NorMuon(Muon):
@@ -349,7 +350,8 @@ class NorMuon(Muon):
     each row (or column), without changing its norm; weights only decay where the update makes them smaller.
 
     Sources: Amsel et al. 2025 (Polar Express), arXiv:2505.16932; Li et al. 2025 (NorMuon), arXiv:2510.05491; Chen et al.
-    2025 (cautious weight decay), arXiv:2510.12402.
+    2025 (cautious weight decay), arXiv:2510.12402; for the norms of the rows and of the result those that nanochat names,
+    arXiv:2603.28254 and arXiv:2602.21545.
     """
     STATE = {"momentum", "second_moment"}
     BETA2 = 0.9
@@ -382,14 +384,9 @@ class NorMuon(Muon):
         norm, scaled_norm = square.sum(dim=(1, 2), keepdim=True), (square * scale.square()).sum(dim=(1, 2), keepdim=True)
         return update.mul_(scale * (norm / scaled_norm.clamp(min=1e-20)).sqrt())
 
-    @staticmethod
-    def factor(rows: int, columns: int) -> float:
-        return 1.0
-
-    @staticmethod
-    def decay(parameters: list[Tensor], updates: Sequence[Tensor], rate: float | Tensor):
+    def decay(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict, lr: float, keep: float | Tensor):
         for p, update in zip(parameters, updates):
-            p.sub_(p * (update * p >= 0) * rate)
+            p.sub_(p * (update * p >= 0) * (lr * group["weight_decay"] * keep))
 
 
 def group_by_shape(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -418,10 +415,10 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def equal_rows(x: Tensor) -> Tensor:
-    """x: (n, rows, columns), each row scaled to the mean norm of the rows. Source: arXiv:2603.28254."""
+    """x: (n, rows, columns), each row scaled to the root mean square of their norms."""
     norms = x.float().norm(dim=2, keepdim=True)
-    mean = norms.square().mean(dim=1, keepdim=True).sqrt()
-    return x * (mean / norms.clamp(min=1e-6)).to(x.dtype)
+    wanted = norms.square().mean(dim=1, keepdim=True).sqrt()
+    return x * (wanted / norms.clamp(min=1e-6)).to(x.dtype)
 
 
 # Amsel et al. 2025, for five steps: the polynomials of each
@@ -477,5 +474,5 @@ def set_rates(optimizer: CombinedOptimizer, step: int, progress: float, config: 
                 group["weight_decay"] = step_decay / group["peak_lr"]
             if group.get("decay_schedule") == "cosine":
                 group["weight_decay"] = group["peak_decay"] * 0.5 * (1 + math.cos(math.pi * progress))
-            if "momentum" in group:
+            if hasattr(part, "momentum_at"):
                 group["momentum"] = part.momentum_at(step, progress, config)

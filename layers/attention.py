@@ -60,7 +60,7 @@ class Attention(nn.Module):
     qk_norm: queries and keys are normalised, which bounds their products however large the weights grow (Henry et al. 2020,
     arXiv:2010.04245). value_residual: values are a learned mix of the layer's own and the first layer's, which keeps the
     identity of the token available (Zhou et al. 2024, arXiv:2410.17897). value_embeddings: see ValueEmbedding, in every
-    second layer, the last one included.
+    second layer, counted from the last.
     """
     letter = "A"
     needs_mask = True
@@ -112,12 +112,14 @@ class Attention(nn.Module):
         if prefix is not None and T > 1:  # holding the scores of so many queries costs more than repeating keys
             k, v = (torch.cat((shared[metadata.groups.index], own), dim=2)
                     for shared, own in ((prefix.keys, k), (prefix.values, v)))
+        if mask is not None and x.is_cuda and self.n_kv_head < self.n_head:  # no fused kernel takes both
+            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))
         with autocast, backends:
             if prefix is not None and T == 1:
                 y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and metadata.start == 0,
-                                                   enable_gqa=self.n_kv_head < self.n_head)
+                                                   enable_gqa=k.size(1) < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), new_v
 
     def choose_mask(self, metadata: AttentionMetadata) -> Tensor | None:

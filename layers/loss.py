@@ -11,8 +11,9 @@ from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
-# Bytes of one chunk's logits, if they were fp32. In plain torch three such copies exist at a time, with the GPU's kernel the
-# logits and their gradient in the dtype of the products. GPUs want large products, CPUs ones that fit into their caches.
+# Bytes of one chunk's logits, if they were fp32. With the GPU's kernel, these and their gradient exist at a time, in the
+# dtype of the products; in plain torch three copies in fp32, and the logits. GPUs want large products, CPUs ones that fit
+# into their caches.
 LOGIT_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 16 * 2**20}
 TILE = 64  # GPUs are slow at products with sides that are not multiples of it
 

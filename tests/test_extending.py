@@ -70,6 +70,10 @@ def test_the_optimizer_trains_and_skips(monkeypatch):
         lion.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+    resumed = make_optimizer(model, config)
+    resumed.load_state_dict(lion.state_dict())
+    for parameter, state in lion.parts["lion"].state.items():
+        assert torch.equal(resumed.parts["lion"].state[parameter]["momentum"], state["momentum"])
 
 
 def test_the_source_resumes_from_the_state_of_a_chunk():
