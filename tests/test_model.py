@@ -684,6 +684,9 @@ def test_the_names_of_format_2_by_hand():
     ({"mixer": "rnn"}, "--mixer=rnn: choose one of attention"), ({"mixer": "DA", "n_layer": 1}, "at most --n_layer=1"),
     ({"block_size": 10_000_000}, "--block_size=10000000: with --head_size=64, rotary embeddings support at most 2,097,152"),
     ({"n_head": 4, "n_kv_head": 3}, "--n_kv_head=3: must divide --n_head=4"),
+    ({"window": 4}, "--window=4: --mixer=attention has no layer of sliding attention"), ({"window": 0}, "--window=0"),
+    ({"value_embeddings": True, "mixer": "gated_delta"}, "--value_embeddings: with --mixer=gated_delta, none"),
+    ({"qk_scale": 0.0}, "--qk_scale=0.0: must be above 0"),
     ({"mixer": "DA", "n_kv_head": 1}, "--n_kv_head=1: needs attention in every layer")])
 def test_impossible_configs_are_refused(values, message):
     with pytest.raises(BadInput, match=re.escape(message)):
