@@ -91,7 +91,7 @@ def idx():
 @pytest.mark.parametrize("n_layer, mixer", [(4, "SSSA"), (3, "SA"), (1, "attention")])
 def test_nanochats_ingredients_equal_an_independent_forward(idx, n_layer, mixer):
     """Written down from nanochat's description, token by token and head by head."""
-    model = random_model(**NANOCHAT, n_layer=n_layer, mixer=mixer, window=5, n_kv_head=1)
+    model = random_model(**NANOCHAT, n_layer=n_layer, mixer=mixer, window=5 if "S" in mixer else None, n_kv_head=1)
     weights, C, D = model.state_dict(), 16, 8
     norm = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     angles = torch.arange(T)[:, None] * NANOCHAT["rotary_base"] ** (-torch.arange(D // 2) / (D // 2))
@@ -150,7 +150,7 @@ def test_every_position_sees_the_whole_past(model, idx):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_layer, mixer, reach", [(1, "sliding", 5), (2, "sliding", 10), (2, "SA", T), (1, "attention", T)])
+@pytest.mark.parametrize("n_layer, mixer, reach", [(1, "sliding", 5), (2, "sliding", 10), (2, "SA", T)])
 def test_windows_by_hand(idx, n_layer, mixer, reach):
     """A change of the first token reaches the window of 5 positions behind it, in each layer once; in a cache too."""
     model = random_model(n_layer=n_layer, mixer=mixer, window=5, token_shift=False)
