@@ -107,8 +107,8 @@ class GPTConfig:
             raise BadInput(f"--value_embeddings: with --mixer={self.mixer}, none of the layers that would have one is "
                            f"attention: give another --mixer")
         if self.window and not any(self.mixer_class(layer) is MIXERS["sliding"] for layer in range(self.n_layer)):
-            raise BadInput(f"--window={self.window}: --mixer={self.mixer} has no layer of sliding attention: leave it out, or "
-                           f"give --mixer=sliding or a pattern with S")
+            raise BadInput(f"--window={self.window}: --mixer={self.mixer} has no layer of sliding attention: leave it out, "
+                           f"or give --mixer=sliding or a pattern with S")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
                            f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")
