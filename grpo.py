@@ -107,7 +107,7 @@ class SelfPlayOptimizer(OptimizerConfig):
     weight_decay: float = flag(None, "weight decay of the matrices; each step multiplies it by the learning rate (default: "
                                      "0.1 for games without hidden cards, else 0)", at_least=0, on_resume="warn")
     cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", None, help="last fraction of the run, in which the "
-                                     "learning rate falls linearly to zero (default: that of --algorithm for games, "
+                                     "learning rate falls linearly (default: that of --algorithm for games, "
                                      f"{ANSWER_COOLDOWN} for answers)")
 
     def for_answers(self, n_embd: int) -> "SelfPlayOptimizer":

@@ -320,14 +320,13 @@ class GPT(nn.Module):
                 std = 0.02 if gpt2 else INITIAL_LOGIT_STD / self.config.n_embd ** 0.5
             elif name.endswith("proj.weight"):
                 std = 0.02 / (2 * n_layer) ** 0.5 if gpt2 else 0.0
-            elif name.endswith("value_embedding.embed.weight") and not (gpt2 or nanochat):
-                std = self.config.n_embd ** -0.5  # that of values
             elif name == "head.weight":
                 std = 0.02 if gpt2 else 0.001 if nanochat else 0.0
             else:
-                std = 0.02 if gpt2 else unit_std.get(name, weight.size(1) ** -0.5)
+                # a table of value embeddings has the scale of the values that it is added to
+                n_in = self.config.n_embd if name.endswith("value_embedding.embed.weight") else weight.size(1)
+                std = 0.02 if gpt2 else unit_std.get(name, n_in ** -0.5)
                 if nanochat:
-                    std = self.config.n_embd ** -0.5 if name.endswith("embed.weight") else std  # as for values
                     bound = 3 ** 0.5 * std * (0.4 if name.endswith("fc.weight") else 1.0)
                     nn.init.uniform_(weight, -bound, bound)
                     continue

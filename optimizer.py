@@ -135,7 +135,8 @@ class OptimizerConfig:
     schedule: str = flag("linear", "learning rate after warmup; linear: constant, then linearly down; cosine: down to a "
                                    "tenth", choices=("linear", "cosine"), on_resume="warn")
     warmup_iter: int = flag(10, "steps of linear warmup", at_least=0, on_resume="warn")
-    cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly to zero",
+    cooldown_frac: float = flag(0.6, "last fraction of the run, in which the learning rate falls linearly, to zero unless "
+                                     "--final_lr_frac is given",
                                 at_least=0, at_most=1, on_resume="warn")
     final_lr_frac: float = flag(0.0, "learning rate at the end of that cooldown, as a fraction of the peak", at_least=0,
                                 at_most=1, on_resume="warn")
@@ -259,8 +260,14 @@ def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = CRITI
 
 BETAS = 0.9, 0.95
 MOMENTUM_START, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 200  # Muon's momentum, and the steps over which it grows
-# Newton-Schulz iteration: coefficients that move all singular values into [0.7, 1.2] in five steps
-NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5
+# Polynomials a s + b s³ + c s⁵, one after the other, that move singular values s towards 1: those of Newton and Schulz into
+# [0.7, 1.2]; those of Amsel et al. 2025, section 3, for five steps
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 NS_MAX_NUMEL = 2**25  # numbers in the matrices stacked for one iteration: 64 MiB in bf16
 
 
@@ -402,13 +409,22 @@ def group_by_shape(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x: (n, rows, columns) -> about U Vᵀ of the singular value decomposition of each matrix, in `dtype`."""
-    a, b, c = NS_COEFFICIENTS
-    x = x.to(dtype)
+    return orthogonalize(x.to(dtype), NEWTON_SCHULZ)
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """As `newton_schulz`, in the dtype of x, with a polynomial of its own for each step."""
+    return orthogonalize(x, POLAR_EXPRESS, margin=1.01)
+
+
+def orthogonalize(x: Tensor, polynomials: Sequence[tuple[float, float, float]], margin: float = 1.0) -> Tensor:
+    """x: (n, rows, columns). Applies a s + b s³ + c s⁵ to all singular values s of each matrix for each (a, b, c), after a
+    division that leaves them at most 1 / margin."""
     is_tall = x.size(1) > x.size(2)
     if is_tall:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # largest singular value at most 1
-    for _ in range(NS_STEPS):
+    x = x / (margin * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
@@ -419,26 +435,6 @@ def equal_rows(x: Tensor) -> Tensor:
     norms = x.float().norm(dim=2, keepdim=True)
     wanted = norms.square().mean(dim=1, keepdim=True).sqrt()
     return x * (wanted / norms.clamp(min=1e-6)).to(x.dtype)
-
-
-# Amsel et al. 2025, for five steps: the polynomials of each
-POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
-                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
-
-def polar_express(x: Tensor) -> Tensor:
-    """As `newton_schulz`, in the dtype of x, with the polynomials that are best for each step."""
-    is_tall = x.size(1) > x.size(2)
-    if is_tall:
-        x = x.mT
-    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

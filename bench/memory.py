@@ -68,11 +68,11 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, dtype: torch.dtype | None = None,
                  all_logits: bool = False, two_hidden: bool = False, gradient_checkpointing: bool = False,
-                 device: str = "cpu", for_gpu: bool = False, n_batches: int = 1) -> int:
+                 device: str = "cpu", for_gpu: bool = False, has_triton: bool = True, n_batches: int = 1) -> int:
     """Peak bytes of a training step of `n_batches`, traced on a CPU, measured on a GPU.
 
     dtype: of autocast; None without. all_logits: computes (B, T, V) at once. two_hidden: saves input and output of GELU.
-    for_gpu: the trace is of what a GPU does, with its own kernel for the loss.
+    for_gpu: the trace is of what a GPU does. has_triton: it has a kernel for the loss, which otherwise is plain torch.
     """
     def two_steps(reset_peak: Callable):
         """The peak is reset before each step; the second one has the optimizer's states."""
@@ -97,7 +97,10 @@ def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, 
             return torch.cuda.max_memory_allocated()
         as_on_gpu = mock.patch.multiple(loss, is_on_gpu=lambda x: True, LOGIT_CHUNK_BYTES={
             "cpu": loss.LOGIT_CHUNK_BYTES["cuda"]}) if for_gpu else nullcontext()
-        with as_on_gpu, FakeTensorMode(), LiveBytes() as live_bytes:
+        # what the operation does there, in place of what fake tensors know of it
+        plain = nullcontext() if has_triton else mock.patch.object(
+            loss, "losses_and_logit_grad", loss.losses_and_logit_grad._init_fn)
+        with as_on_gpu, plain, FakeTensorMode(), LiveBytes() as live_bytes:
             two_steps(live_bytes.reset_peak)
         return live_bytes.peak
 
@@ -129,6 +132,8 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=50_257)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--without_triton", action="store_true", help="trace cards that Triton does not support, and only "
+                                                                      "print the table")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "block_size", "vocab_size")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +145,7 @@ def main():
         for arm in ARMS:
             peaks = [peak_of_step(*preset_configs(arm.preset, **shape), batch_size,
                                   None if dtype == "fp32" else DTYPES[dtype], **arm.options, device=device, for_gpu=True,
-                                  n_batches=2) / 2**30
+                                  has_triton=not args.without_triton, n_batches=2) / 2**30
                      for batch_size in args.batch_sizes]
             nanogpt = nanogpt or peaks[-1]
             rows.append(f"| {arm.name} | {dtype} | **{peaks[-1] / nanogpt:.2f}** | lower | "
@@ -151,7 +156,8 @@ def main():
     text = (f"Peak GiB at each batch size, the ratio at the last one. {args.n_layer} layers x {config.n_embd}, block "
             f"{args.block_size:,}, vocabulary {args.vocab_size:,}, {how}: `python bench/memory.py`. Add about 0.5 GiB for "
             f"CUDA itself.")
-    write_into_docs("bench/memory.py", "\n".join(rows) + "\n\n" + text)
+    if not args.without_triton:
+        write_into_docs("bench/memory.py", "\n".join(rows) + "\n\n" + text)
 
 
 if __name__ == "__main__":

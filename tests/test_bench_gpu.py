@@ -1,4 +1,5 @@
 """bench/gpu.py: the rehearsal of every stage, and stages that fail, crash or hang without affecting the others."""
+import contextlib
 import json
 import os
 import signal
@@ -6,12 +7,14 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import gpu
 import pytest
 import side_by_side
 from gpu_stages import FORBIDDEN, Stage, draw_curves_svg, format_row
 
+import conftest
 from conftest import REPO
 from runtime.config import BadInput
 
@@ -38,8 +41,8 @@ def test_the_rehearsal(tmp_path):
         assert not any("error" in row for row in stage_rows)
         (summary,) = (line for line in lines[-8:] if line.startswith(f"{stage} "))
         assert "passed" in summary and len(summary) < 80
-    assert all(row["tok_per_sec"] > 0 and row["mfu"] > 0 for row in rows if row.get("stage") == "speed" and "name" in row
-               and "figure" not in row)
+    speeds = [row for row in rows if row.get("stage") == "speed" and "name" in row and "figure" not in row]
+    assert speeds and all(row[name] > 0 for row in speeds for name in ("tok_per_sec", "mfu", "optimizer_share"))
     assert "TensorBoard is not installed" in logs["curves.txt"]  # it is: stages cannot import it
     assert ET.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "curves.svg", *(f"{name}.txt" for name in ROWS)}
@@ -137,6 +140,16 @@ def test_an_interrupted_run_prints_its_results(stages, tmp_path, monkeypatch, ca
     ends = {row["stage"]: (row["status"], row["reason"]) for row in read_results(tmp_path / "out") if "status" in row}
     assert ends == {"hangs": ("failed", "interrupted"), "prints": ("skipped", "interrupted")}
     assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left, compiles, words", [(60, True, None), (20, True, "20 s left, 30 needed"), (20, False, None),
+                                                   (-1, False, "0 s left, 5 needed")])
+def test_tests_that_would_not_end_in_time_are_skipped(monkeypatch, left, compiles, words):
+    monkeypatch.setenv("GPU_TESTS_END", str(time.time() + left + 0.4))
+    item = SimpleNamespace(get_closest_marker=lambda name: compiles or None,
+                           config=SimpleNamespace(getoption=lambda name: False))
+    with pytest.raises(pytest.skip.Exception, match=words) if words else contextlib.nullcontext():
+        conftest.pytest_runtest_setup(item)
 
 
 def test_time_limits_leave_later_stages_their_minimum():
