@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers import blocked_attention
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
@@ -114,11 +115,14 @@ class Attention(nn.Module):
                     for shared, own in ((prefix.keys, k), (prefix.values, v)))
         if mask is not None and x.is_cuda and self.n_kv_head < self.n_head:  # no fused kernel takes both
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))
+        is_causal = mask is None and metadata.start == 0
         with autocast, backends:
             if prefix is not None and T == 1:
                 y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
+            elif is_causal and blocked_attention.is_faster(q, k):
+                y = blocked_attention.BlockedCausalAttention.apply(q, k, v)
             else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and metadata.start == 0,
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                                    enable_gqa=k.size(1) < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), new_v
 

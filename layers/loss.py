@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
 # Bytes of one chunk's logits, if they were fp32. With the GPU's kernel, these and their gradient exist at a time, in the
-# dtype of the products; in plain torch three copies in fp32, and the logits. GPUs want large products, CPUs ones that fit
-# into their caches.
+# dtype of the products, and so they do in plain torch, which works on SLICE_BYTES of them in fp32 at a time. GPUs want large
+# products, CPUs ones that fit into their caches.
 LOGIT_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 16 * 2**20}
+MAX_SMALL_SOFTCAP = 30.0  # up to which every probability is far from what fp32 rounds to 0
+SLICE_BYTES = {"cuda": 32 * 2**20, "cpu": 2 * 2**20}
 TILE = 64  # GPUs are slow at products with sides that are not multiples of it
 
 
@@ -22,8 +24,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
     """x: (B, T, C), weight: (V, C), targets: (B, T). Returns the loss in nats/token: a scalar, or (B, T) with
     reduction="none", 0 where the target is negative. Sums and softmax are fp32; under autocast the products are not."""
     device = x.device.type
-    chunk_bytes = LOGIT_CHUNK_BYTES["cpu" if device == "cpu" else "cuda"]
-    rows = max(1, chunk_bytes // (4 * weight.size(0)))
+    rows = rows_within(LOGIT_CHUNK_BYTES, x, len(weight))
     if is_on_gpu(x) and rows > TILE:
         rows -= rows % TILE
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
@@ -47,6 +48,11 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, re
 def is_on_gpu(x: Tensor) -> bool:
     """A function, so that bench/memory.py can trace on a CPU what a GPU would do."""
     return x.is_cuda
+
+
+def rows_within(n_bytes: dict[str, int], x: Tensor, classes: int) -> int:
+    """Rows of `classes` logits in fp32 that fit into as many bytes as x's device is given; at least one."""
+    return max(1, n_bytes["cpu" if x.device.type == "cpu" and not is_on_gpu(x) else "cuda"] // (4 * classes))
 
 
 def softcap_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -77,11 +83,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if is_on_gpu(x):  # by an operation, which torch.compile does not look into: it would compile every chunk again
                 losses, grad = losses_and_logit_grad(x_rows @ w.T, target.clamp(min=0), classes, softcap, needs_grad)
             else:
-                losses, grad = losses_and_logit_grad_torch((x_rows @ w.T).float(), target.clamp(min=0), softcap, needs_grad)
+                losses, grad = losses_and_logit_grad_torch(x_rows @ w.T, target.clamp(min=0), softcap, needs_grad)
             total = total + (losses * is_target).sum()
             if not needs_grad:
                 continue
-            grad, x_rows = grad.to(dtype), x_rows * is_target[:, None]
+            x_rows = x_rows * is_target[:, None]
             x_grads.append((grad @ w).mul_(is_target[:, None]))
             if weight_grad is None:
                 weight_grad = (grad.T @ x_rows).to(weight.dtype)
@@ -112,11 +118,10 @@ def losses_and_logit_grad(logits: Tensor, targets: Tensor, classes: int, softcap
     further columns; without rows unless `needs_grad`."""
     if logits.is_cuda and (kernels := triton_kernels(logits.device)):
         return kernels.losses_and_logit_grad(logits, targets, classes, softcap, needs_grad)
-    fp32 = logits[:, :classes].to(torch.float32, copy=True)
-    losses, grad = losses_and_logit_grad_torch(fp32, targets, softcap, needs_grad)
+    losses, grad = losses_and_logit_grad_torch(logits[:, :classes].clone(), targets, softcap, needs_grad)
     if grad is None:
         return losses, logits.new_empty(0, logits.size(1))
-    return losses, F.pad(grad.to(logits.dtype), (0, logits.size(1) - classes))
+    return losses, F.pad(grad, (0, logits.size(1) - classes))
 
 
 @losses_and_logit_grad.register_fake
@@ -136,20 +141,30 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
 
 def losses_and_logit_grad_torch(logits: Tensor, targets: Tensor, softcap: float,
                                 needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """`losses_and_logit_grad` of logits (rows, V) in fp32, which are overwritten."""
+    """`losses_and_logit_grad` of logits (rows, V), which the gradient overwrites."""
+    rows = rows_within(SLICE_BYTES, logits, logits.size(1))
+    losses = torch.cat([softmax_losses(part, target, softcap, needs_grad)
+                        for part, target in zip(logits.split(rows), targets.split(rows))])
+    return losses, logits if needs_grad else None
+
+
+def softmax_losses(logits: Tensor, targets: Tensor, softcap: float, needs_grad: bool) -> Tensor:
+    """The losses of these rows, (rows,) in fp32. Their gradient overwrites the logits if `needs_grad`."""
+    x, targets = logits.to(torch.float32, copy=True), targets[:, None]
     if softcap:
         # tanh(x) = 2 sigmoid(2x) - 1 costs a third of tanh on a CPU, and softmax ignores the constant
-        sigmoid = logits.mul_(2 / softcap).sigmoid_()
-        logits = sigmoid * (2 * softcap)
-    logprobs = logits.log_softmax(dim=-1)
-    del logits
-    targets = targets[:, None]
-    losses = -logprobs.gather(1, targets)[:, 0]
-    if not needs_grad:
-        return losses, None
-    grad = logprobs.exp_()  # d loss / d logits = probability, minus 1 at the target
-    del logprobs
-    grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
-    if softcap:
-        grad = torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(4)  # the slope of the cap is 4 sigmoid (1 - sigmoid)
-    return losses, grad
+        sigmoid = x.mul_(2 / softcap).sigmoid_()
+        x = sigmoid * (2 * softcap)
+    if 0 < softcap <= MAX_SMALL_SOFTCAP:
+        grad = x.softmax(dim=-1)
+        losses = -grad.gather(1, targets)[:, 0].log()
+    else:
+        logprobs = x.log_softmax(dim=-1)
+        losses = -logprobs.gather(1, targets)[:, 0]
+        grad = logprobs.exp_() if needs_grad else None
+    if needs_grad:  # d loss / d logits = probability, minus 1 at the target
+        grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
+        if softcap:  # the slope of the cap is 4 sigmoid (1 - sigmoid)
+            grad = torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(4)
+        logits.copy_(grad)
+    return losses

@@ -14,8 +14,10 @@ B, T, C, V = 3, 10, 12, 37
 
 @pytest.fixture(params=[1, 7, 1000])
 def rows(request, monkeypatch) -> int:
-    """Rows of logits in a chunk."""
+    """Rows of logits in a chunk. Plain torch works on two at a time."""
     monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, "cpu", 4 * V * request.param)
+    for device in loss.SLICE_BYTES:
+        monkeypatch.setitem(loss.SLICE_BYTES, device, 4 * V * 2)
     return request.param
 
 
@@ -37,7 +39,7 @@ def full_logits_loss(x, weight, targets, softcap, reduction="mean"):
     return losses if reduction == "mean" else losses.view(targets.shape)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("softcap", [0.0, 5.0, 2 * loss.MAX_SMALL_SOFTCAP])
 @pytest.mark.parametrize("factor", [1.0, 65_536.0])
 @pytest.mark.parametrize("is_on_gpu", [False, True], ids=["cpu", "as_on_gpu"])
 def test_loss_and_gradients_equal_the_oracle(rows, softcap, factor, is_on_gpu, monkeypatch):
@@ -172,7 +174,7 @@ for classes, columns in ((37, 64), (5000, 5000), (kernels.COLUMNS, kernels.COLUM
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             logits = (3 * torch.randn(6, columns)).to(dtype)
             targets = torch.tensor([0, classes - 1, 5, 5, 7, 30])
-            fp32 = logits[:, :classes].to(torch.float32, copy=True)
+            fp32 = logits[:, :classes].to(torch.float32, copy=True)  # the gradient will overwrite it
             want_losses, want_grad = losses_and_logit_grad_torch(fp32, targets, softcap, True)
             losses, grad = kernels.losses_and_logit_grad(logits, targets, classes, softcap, True)
             assert torch.allclose(losses, want_losses, rtol=1e-5)
