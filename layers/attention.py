@@ -120,7 +120,7 @@ class Attention(nn.Module):
             if prefix is not None and T == 1:
                 y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
             elif is_causal and blocked_attention.is_faster(q, k):
-                y = blocked_attention.BlockedCausalAttention.apply(q, k, v)
+                y = blocked_attention.blocked_causal_attention(q, k, v)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                                    enable_gqa=k.size(1) < self.n_head)

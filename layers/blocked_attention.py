@@ -4,59 +4,68 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-BLOCKS = {torch.float32: 64, torch.bfloat16: 256}  # queries in a block: fewer skip more, products of more are faster
-FP32_LENGTHS = range(256, 2049)  # where torch's fused kernel is the slower one in fp32; in bf16 it is at any length
+NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
+BLOCK = 256  # queries at a time: fewer skip more, products of more are faster
 CHUNK_NUMEL = 2**18  # scores at a time, which stay in a core's cache with what is computed from them
 
 
 def is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether BlockedCausalAttention can take the place of torch's kernel, and is faster. torch.compile would unroll it."""
-    if q.device.type != "cpu" or q.shape != k.shape or torch.compiler.is_compiling():
-        return False
-    return q.dtype == torch.bfloat16 or q.dtype == torch.float32 and q.size(2) in FP32_LENGTHS
+    """Whether `blocked_causal_attention` can take the place of torch's kernel, and is faster."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape
 
 
-class BlockedCausalAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √head_size + causal mask) v. Saves q, k and v alone: the weights are recomputed in the backward pass
-    (Dao et al. 2022, arXiv:2205.14135). In bf16, scores and weights are rounded to bf16, as in attention without a fused
-    kernel."""
+@library.custom_op(f"{NAMESPACE}::causal_attention", mutates_args=())  # torch.compile would unroll its loop
+def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √head_size + causal mask) v, all (B, n_head, T, head_size) of one dtype; the output is a view of
+    (B, T, n_head, head_size). The backward pass computes the weights again (Dao et al. 2022, arXiv:2205.14135). In bf16,
+    scores and weights are rounded to bf16, as in attention without a fused kernel."""
+    y = empty_output(q, k, v)
+    for texts, start, stop in chunks(q):
+        q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
+        y[texts, :, start:stop] = torch.bmm(attention_weights(q_part, k_part), v_part).unflatten(0, (-1, q.size(1)))
+    return y
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: (B, n_head, T, head_size), of one dtype. Returns the same shape, a view of (B, T, n_head, head_size)."""
-        ctx.save_for_backward(q, k, v)
-        y = q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
-        for texts, start, stop in chunks(q):
-            q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
-            weights = attention_weights(q_part, k_part)
-            y[texts, :, start:stop] = torch.bmm(weights, v_part).unflatten(0, (-1, q.size(1)))
-        return y
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        q_grad, k_grad, v_grad = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
-        for texts, start, stop in chunks(q):
-            q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
-            y_grad, scale = part(grad, texts, start, stop), q.size(-1) ** -0.5
-            weights = attention_weights(q_part, k_part)
-            score_grad = torch._softmax_backward_data(torch.bmm(y_grad, v_part.transpose(1, 2)), weights, -1, q.dtype)
-            q_grad[texts, :, start:stop] = torch.bmm(score_grad, k_part).mul_(scale).unflatten(0, (-1, q.size(1)))
-            for total, new in ((k_grad, torch.bmm(score_grad.transpose(1, 2), q_part).mul_(scale)),
-                               (v_grad, torch.bmm(weights.transpose(1, 2), y_grad))):
-                new = new.unflatten(0, (-1, q.size(1)))
-                total[texts, :, :start] += new[:, :, :start]
-                total[texts, :, start:stop] = new[:, :, start:]
-        return q_grad, k_grad, v_grad
+@blocked_causal_attention.register_fake
+def empty_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+@library.custom_op(f"{NAMESPACE}::causal_attention_backward", mutates_args=())
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: of the output. Returns those of q, k and v."""
+    q_grad, k_grad, v_grad = empty_grads(grad, q, k, v)
+    scale, n_head = q.size(-1) ** -0.5, q.size(1)
+    for texts, start, stop in chunks(q):
+        q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
+        y_grad, weights = part(grad, texts, start, stop), attention_weights(q_part, k_part)
+        score_grad = torch._softmax_backward_data(torch.bmm(y_grad, v_part.transpose(1, 2)), weights, -1, q.dtype)
+        q_grad[texts, :, start:stop] = torch.bmm(score_grad, k_part).mul_(scale).unflatten(0, (-1, n_head))
+        for total, new in ((k_grad, torch.bmm(score_grad.transpose(1, 2), q_part).mul_(scale)),
+                           (v_grad, torch.bmm(weights.transpose(1, 2), y_grad))):
+            new = new.unflatten(0, (-1, n_head))
+            total[texts, :, :start] += new[:, :, :start]
+            total[texts, :, start:stop] = new[:, :, start:]
+    return q_grad, k_grad, v_grad
+
+
+@attention_backward.register_fake
+def empty_grads(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_grad, k_grad, v_grad = (x.new_empty(x.shape) for x in (q, k, v))
+    return q_grad, k_grad, v_grad
+
+
+blocked_causal_attention.register_autograd(
+    lambda ctx, grad: attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def chunks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Texts and the first and last of their queries, (start, stop): each query once, in ascending order in each text."""
     B, n_head, T, _ = q.shape
-    block = min(T, BLOCKS[q.dtype])
+    block = min(T, BLOCK)
     n_texts = max(1, CHUNK_NUMEL // (n_head * block * T))
     for first in range(0, B, n_texts):
         for start in range(0, T, block):

@@ -80,7 +80,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         x_grads, weight_grad = [], None
         for x_rows, target in zip(x.to(dtype).split(rows), targets.split(rows)):
             is_target = target >= 0
-            if is_on_gpu(x):  # by an operation, which torch.compile does not look into: it would compile every chunk again
+            if is_on_gpu(x) or torch.compiler.is_compiling():  # which would compile every chunk again, but not operations
                 losses, grad = losses_and_logit_grad(x_rows @ w.T, target.clamp(min=0), classes, softcap, needs_grad)
             else:
                 losses, grad = losses_and_logit_grad_torch(x_rows @ w.T, target.clamp(min=0), softcap, needs_grad)
