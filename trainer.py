@@ -42,6 +42,7 @@ from runtime.device import (
     can_compile,
     compile_in_place,
     fastest_threads,
+    keep_faster,
     open_machine,
     rng_state,
     set_rng_state,
@@ -66,6 +67,7 @@ STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
 SMALL_BATCH_FLOPS = 5e11    # of a batch, below which threads may wait longer than they work: a second or so of one core
 SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
+MIN_SECONDS_TO_COMPILE = 1200.0  # of a run on a CPU, where compiling takes up to a minute and may save a tenth
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -422,7 +424,8 @@ class RunFlags:
                                   bare="1", on_resume="unsaved", scope="run")
     overwrite: bool = flag(False, "let a new run replace the checkpoint and metrics of an earlier one", on_resume="unsaved",
                            scope="run")
-    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports",
+    compile_model: bool = flag("auto", "torch.compile: a slow start, then faster steps; auto: on GPUs that Triton supports, "
+                                       "and on a CPU for runs of 20 minutes or more, if a trial shows that it pays",
                                auto=True, on_resume="warn")
     threads: int = flag("auto", "threads of a CPU; auto: the fastest number in a few timed passes where the model is small, "
                                 "which a resumed run keeps; 0, and auto for other models or where OMP_NUM_THREADS is set: "
@@ -520,10 +523,30 @@ def check_compile(compile_model: bool | str, model: GPT):
 
 
 def compile_where_asked(run: Run):
-    compile_model, model = run.configs.run.compile_model, run.state.model
-    is_auto = can_compile(run.setup.machine.device) and not model.config.sampled_loops
-    if is_auto if compile_model == "auto" else compile_model:
+    compile_model, model, device = run.configs.run.compile_model, run.state.model, run.setup.machine.device
+    is_auto = compile_model == "auto"
+    if is_auto:
+        compile_model = can_compile(device) and not model.config.sampled_loops
+    if compile_model and is_auto and device.type == "cpu":
+        compile_where_faster(run)
+    elif compile_model:
         compile_in_place(model, run.dry_run)
+
+
+def compile_where_faster(run: Run):
+    """On a CPU: compiles a long run, and stays with that where it is faster. The settings keep the choice, on which the
+    run's last bits depend."""
+    start = time.perf_counter()
+    run.dry_run()
+    step_seconds = run.configs.loop.num_batch_accum * (time.perf_counter() - start)
+    n_steps = run.configs.loop.remaining_steps(run.state, run.setup.step_tokens, step_seconds)
+    if n_steps * step_seconds < MIN_SECONDS_TO_COMPILE or not compile_in_place(run.state.model, run.dry_run):
+        return
+    ratio = keep_faster(run.state.model, run.dry_run)
+    is_compiled = run.setup.settings["compile_model"] = run.state.model._compiled_call_impl is not None
+    if run.configs.loop.verbose:
+        log_line(f"compiled steps take {ratio:.2f} times as long as eager ones: training "
+                 f"{'compiled' if is_compiled else 'eager'}")
 
 
 def choose_threads(run: Run):

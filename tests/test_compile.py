@@ -6,7 +6,7 @@ from test_model import random_model
 import trainer
 from conftest import assert_same, run_rows, saved_training
 from runtime.checkpoint import load_checkpoint
-from runtime.device import compile_in_place
+from runtime.device import compile_in_place, keep_faster
 
 
 def test_training_continues_where_compiling_fails(run_train, monkeypatch):
@@ -72,5 +72,43 @@ def test_when_the_model_is_compiled(run_train, monkeypatch, given, capability, c
     if capability:
         monkeypatch.setattr("runtime.device.torch.cuda.get_device_capability", lambda device: capability)
         monkeypatch.setattr(trainer, "can_compile", lambda device, real=trainer.can_compile: real(torch.device("cuda")))
+        monkeypatch.setattr(trainer, "compile_where_faster", called.append)  # as the run itself is on a CPU
     run_train(f"--compile_model={given}", "--max_iter=1")
     assert len(called) == compiles
+
+
+@pytest.mark.parametrize("compiled_seconds, is_kept", [(0.9, True), (0.99, False), (1.5, False)])
+def test_the_faster_way_is_kept(monkeypatch, compiled_seconds, is_kept):
+    model, clock = torch.nn.Linear(1, 1), [0.0]
+    model._compiled_call_impl = compiled = model._call_impl
+
+    def step():
+        clock[0] += compiled_seconds if model._compiled_call_impl else 1.0
+    monkeypatch.setattr("runtime.device.time.perf_counter", lambda: clock[0])
+    assert keep_faster(model, step) == pytest.approx(compiled_seconds)
+    assert model._compiled_call_impl == (compiled if is_kept else None)
+
+
+@pytest.mark.parametrize("is_faster", [False, True])
+def test_a_long_run_on_a_cpu_chooses_and_resumes_as_it_chose(run_train, monkeypatch, is_faster, capsys):
+    tried = []
+
+    def compile_in_place(model, dry_run):
+        tried.append(dry_run)
+        model._compiled_call_impl = model._call_impl
+        return True
+
+    def keep_faster(model, dry_run):
+        model._compiled_call_impl = model._compiled_call_impl if is_faster else None
+        return 0.5 if is_faster else 1.0
+    monkeypatch.setattr(trainer, "compile_in_place", compile_in_place)
+    monkeypatch.setattr(trainer, "keep_faster", keep_faster)
+    monkeypatch.setattr(trainer, "can_compile", lambda device: True)
+    run_train("--max_iter=1", checkpoint="short/gpt.pt")
+    assert not tried
+    monkeypatch.setattr(trainer, "MIN_SECONDS_TO_COMPILE", 0.0)
+    path = run_train("--max_iter=1", "--verbose=1")
+    assert len(tried) == 1 and load_checkpoint(path)["training"]["settings"]["compile_model"] is is_faster
+    assert f"training {'compiled' if is_faster else 'eager'}" in capsys.readouterr().err
+    run_train("--max_iter=2", "--resume_checkpoint")
+    assert len(tried) == 1 + is_faster and load_checkpoint(path)["training"]["settings"]["compile_model"] is is_faster
