@@ -41,24 +41,28 @@ COMMON = [*(f"--{name}={value}" for name, value in SHAPE.items()), f"--batch_siz
 # nanoGPT's warmup for small models, see its config/train_shakespeare_char.py: with fewer steps it ends at a higher loss
 SIDES = {"gpt2": ["--preset=gpt2", "--warmup_iter=100"], "ours": []}
 VAL_ITER = 49  # batches: 200,704 tokens
+VAL_BYTES = 1_000_000  # of the validation split
 
 
 # -- step times: each arm runs in a process of its own ----------------------------------------------------------------
 
 @dataclass(frozen=True)
-class TimingArm:
-    """How a side's steps are timed. as_nanogpt: with those of nanoGPT's habits that are not flags. fp32_muon: Muon's own
-    matrix products in fp32 too."""
-    side: str
+class TimedFlags:
+    """How steps are timed: flags of train.py. as_nanogpt: with those of nanoGPT's habits that are not flags. fp32_muon:
+    Muon's own matrix products in fp32 too."""
+    flags: list[str]
     as_nanogpt: bool = False
-    dtype: str = "fp32"
-    is_compiled: bool = False
     fp32_muon: bool = False
 
 
-TIMING_ARMS = {"gpt2": TimingArm("gpt2", as_nanogpt=True), "ours": TimingArm("ours"),
-               "ours_auto": TimingArm("ours", dtype="auto"), "ours_compiled": TimingArm("ours", is_compiled=True),
-               "ours_fp32_muon": TimingArm("ours", fp32_muon=True), "gpt2_in_our_loop": TimingArm("gpt2")}
+def timed_side(side: str, dtype: str = "fp32", is_compiled: bool = False, **options) -> TimedFlags:
+    return TimedFlags([*SIDES[side], *COMMON, f"--dtype={dtype}", f"--compile_model={int(is_compiled)}"], **options)
+
+
+TIMING_ARMS = {"gpt2": timed_side("gpt2", as_nanogpt=True), "ours": timed_side("ours"),
+               "gpt2_bf16": timed_side("gpt2", "bf16", as_nanogpt=True), "ours_bf16": timed_side("ours", "bf16"),
+               "ours_auto": timed_side("ours", dtype="auto"), "ours_compiled": timed_side("ours", is_compiled=True),
+               "ours_fp32_muon": timed_side("ours", fp32_muon=True), "gpt2_in_our_loop": timed_side("gpt2")}
 
 
 def full_logits_loss(model, batch):
@@ -67,7 +71,7 @@ def full_logits_loss(model, batch):
     return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
 
 
-def time_steps(arm: TimingArm, data: str, steps: int = 14, warmup: int = 4) -> dict:
+def time_steps(arm: TimedFlags, data: str, steps: int = 14, warmup: int = 4) -> dict:
     """Trains for `steps` steps. Returns the median seconds of those after the warmup, the loader's fraction of their time,
     MB that the process gained, and seconds to compile.
 
@@ -98,8 +102,7 @@ def time_steps(arm: TimingArm, data: str, steps: int = 14, warmup: int = 4) -> d
     train.validate = lambda *args: {"val_loss": 1.0, "val_bpb": 1.0}
     before = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
-        train.main([f"--data_path={data}", f"--checkpoint_path={folder}/gpt.pt", *SIDES[arm.side], *COMMON,
-                    f"--max_iter={steps}", f"--dtype={arm.dtype}", f"--compile_model={int(arm.is_compiled)}",
+        train.main([f"--data_path={data}", f"--checkpoint_path={folder}/gpt.pt", f"--max_iter={steps}", *arm.flags,
                     "--dataloader_num_workers=1", "--sample_tokens=0", "--verbose=0"])
     assert len(step_seconds) == steps
     warm = step_seconds[warmup:]
@@ -108,6 +111,13 @@ def time_steps(arm: TimingArm, data: str, steps: int = 14, warmup: int = 4) -> d
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
+
+def prepare_data(text: str | None, folder: Path, val_bytes: int = VAL_BYTES):
+    """Shards of the documents in the parquet file `text`, once."""
+    if not (folder / "manifest.json").exists():
+        download_data.main([f"--dataset={text}", f"--data_path={folder}", f"--vocab_size={VOCAB_SIZE}",
+                            f"--val_bytes={val_bytes}"])
+
 
 @dataclass(frozen=True)
 class LossRun:
@@ -212,6 +222,7 @@ def comparison_rows(losses: Losses, timings: dict[str, list[dict]], own_dtype: s
         step_time("the same, Muon's products in fp32 too", "ours_fp32_muon"),
         step_time("both in fp32 and eager", "ours", "gpt2_in_our_loop", "the preset `gpt2` in our loop"),
         step_time("both in fp32, ours compiled", "ours_compiled"),
+        step_time("both in bf16 and eager", "ours_bf16", "gpt2_bf16", "nanoGPT under autocast"),
         step_time(f"each with its own dtype (ours {own_dtype})", "ours_auto"),
         ("loader's fraction of a step", f"{loader['ours'] / loader['gpt2']:.2f}", "lower", f"{loader['ours']:.2%}",
          f"{loader['gpt2']:.2%}"),
@@ -271,7 +282,7 @@ def main():
     parser.add_argument("--rates", type=float, nargs="+", default=[0.015, 0.03, 0.06], help="the default's learning rates")
     parser.add_argument("--gpt2_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="nanoGPT's learning rates")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each timing")
-    parser.add_argument("--val_bytes", type=int, default=1_000_000, help="bytes of the validation split")
+    parser.add_argument("--val_bytes", type=int, default=VAL_BYTES, help="bytes of the validation split")
     for name in ("data", "arm"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # of one timing, printed as JSON
     args = parser.parse_args()
@@ -279,9 +290,7 @@ def main():
     if args.arm:
         print(json.dumps(time_steps(TIMING_ARMS[args.arm], data)))
         return
-    if not (args.out / "data" / "manifest.json").exists():
-        download_data.main([f"--dataset={args.text}", f"--data_path={data}", f"--vocab_size={VOCAB_SIZE}",
-                            f"--val_bytes={args.val_bytes}"])
+    prepare_data(args.text, Path(data), args.val_bytes)
     own_dtype = choose_dtype(torch.device("cpu"))
     losses, timings = train_all(args, data, own_dtype), {arm: [] for arm in TIMING_ARMS}
 
