@@ -15,8 +15,8 @@ B, T, C, V = 3, 10, 12, 37
 @pytest.fixture(params=[1, 7, 1000])
 def rows(request, monkeypatch) -> int:
     """Rows of logits in a chunk. Plain torch works on two at a time."""
-    monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, "cpu", 4 * V * request.param)
-    for device in loss.SLICE_BYTES:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(loss.LOGIT_CHUNK_BYTES, device, 4 * V * request.param)
         monkeypatch.setitem(loss.SLICE_BYTES, device, 4 * V * 2)
     return request.param
 
