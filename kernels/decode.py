@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Of a product that the kernels here take. With more, torch's are as fast, as they keep what they have read of the matrix.
 MAX_ROWS = {torch.float32: 8, torch.bfloat16: 4}
@@ -42,16 +43,20 @@ def choose_kernel(x: Tensor, weight: Tensor):
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     n_in = x.size(-1)
     if (dtype != weight.dtype or not 0 < x.numel() <= MAX_ROWS.get(dtype, 0) * n_in or n_in != weight.size(-1)
-            or type(x) is not Tensor or torch.compiler.is_compiling() or not (x.is_contiguous() and weight.is_contiguous())):
+            or not x.is_contiguous() or not weight.is_contiguous() or is_observed(x)):
         return None
     return KERNELS.get((x.dtype, dtype)) if can_run() else None
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether torch has to see the operations on x: to compile them, to count FLOPs, to trace shapes."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 def can_attend(q: Tensor, keys: Tensor) -> bool:
     """Whether `attend` takes queries (B, n_head, T, head_size) and cached keys (B, n_kv_head, max_len, head_size)."""
     return (q.size(2) == 1 and q.is_cpu and not torch.is_grad_enabled() and keys.dtype == torch.float32
-            and q.dtype in MAX_ROWS and type(q) is Tensor and keys.is_contiguous() and not torch.compiler.is_compiling()
-            and can_run() and bool(KERNELS))
+            and q.dtype in MAX_ROWS and keys.is_contiguous() and not is_observed(q) and can_run() and bool(KERNELS))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,

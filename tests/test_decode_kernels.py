@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import REPO
 from kernels import decode
@@ -98,6 +99,15 @@ def test_torch_computes_what_the_kernels_do_not():
     weight.requires_grad_()
     decode.linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(40, -1))
+
+
+@torch.inference_mode()
+def test_flops_are_counted():
+    x, weight = random_product(1, 40, 64, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        decode.linear(x, weight)
+        assert not decode.can_attend(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 9, 8))
+    assert counter.get_total_flops() == 2 * 40 * 64 and decode.choose_kernel(x, weight)
 
 
 def test_other_processors_use_torch(monkeypatch):
