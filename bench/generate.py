@@ -61,8 +61,8 @@ def cached_speed(batch_size: int, new_tokens: int) -> float:
 
 
 def greedy_speed(dtype: str, new_tokens: int, kernels: bool = True) -> float:
-    """Tokens per second of one text as generate.py makes it with --dtype, temperature 0. kernels: whether products are those
-    of kernels/decode.py, or torch's."""
+    """Tokens per second of one text as generate.py makes it with --dtype, temperature 0. kernels: whether operations are
+    those of kernels/decode.py, or torch's."""
     if not kernels:
         decode.MAX_ROWS.clear()
     model, prompts = make_model(), list(random_prompts(1, PROMPT_TOKENS))
@@ -218,8 +218,8 @@ def main():
     compare = lambda what, own, peer: (f"greedy, {args.new_tokens} new tokens: {what}", f"{speeds[own] / speeds[peer]:.2f}",
                                        "higher", speed(speeds[own]), speed(speeds[peer]))
     rows += [compare("`--dtype=bf16` / `--dtype=fp32`", "bf16", "fp32"),
-             compare("fp32, kernels/decode.py / torch's products", "fp32", "torch_fp32"),
-             compare("bf16, kernels/decode.py / torch's products", "bf16", "torch_bf16")]
+             compare("fp32, kernels/decode.py / torch's operations", "fp32", "torch_fp32"),
+             compare("bf16, kernels/decode.py / torch's operations", "bf16", "torch_bf16")]
     rows += [compare(f"ours in bf16 / llama.cpp on the exported model in {dtype}", "bf16", f"llama_cpp_{dtype}")
              for dtype in peers]
     rows += [(f"memory of a cache of {BATCH_SIZE} texts, {name}: resident / formula", f"{gained / formula:.3f}", "1",
@@ -228,7 +228,8 @@ def main():
     text = table(rows) + (
         f"\n\n{SHAPE['n_layer']} layers x {model.config.n_embd}, vocabulary {SHAPE['vocab_size']:,}, "
         f"{model.n_parameters() / 1e6:.0f} M parameters, `--preset=llama`, prompts of {PROMPT_TOKENS}, sampling with top-k "
-        f"50, fp32, {machine()}; medians of {args.rounds} processes that took turns: `python bench/generate.py`.")
+        f"50, fp32; greedy rows: one text, --dtype as they say; {machine()}; "
+        f"medians of {args.rounds} processes that took turns: `python bench/generate.py`.")
     print(text)
     write_into_docs("bench/generate.py", text)
 
