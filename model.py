@@ -26,7 +26,7 @@ from layers.attention_metadata import (
     sliding_window_mask,
 )
 from layers.cache import RowCache, RowGroups
-from layers.linear import linear_layers, matrix_flops
+from layers.linear import cast_weights, linear_layers, matrix_flops
 from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
 from layers.shift import ShiftCache, Smear, TokenShift
@@ -461,9 +461,7 @@ class GPT(nn.Module):
     def cast_matrices(self, dtype: torch.dtype):
         """For inference under autocast to `dtype`, which would otherwise convert every matrix again for every token. All
         other parameters stay in fp32."""
-        for layer in (self.embed, self.head, *linear_layers(self)):
-            layer.weight.requires_grad_(False)
-            layer.weight.data = layer.weight.data.to(dtype)
+        cast_weights((layer.weight for layer in (self.embed, self.head, *linear_layers(self))), dtype)
 
     # -- cost ---------------------------------------------------------------------------------------------------------
 

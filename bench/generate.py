@@ -1,12 +1,15 @@
-"""Decoding: speed against nanoGPT's loop without a cache and against transformers on the exported model; size of the cache.
+"""Decoding: speed against nanoGPT's loop without a cache, and against transformers and llama.cpp on the exported model; size
+of the cache.
 
     python bench/generate.py
 
 A model of GPT-2's size with Llama's architecture (--preset=llama, so that transformers runs its own code on it), random
-weights, fp32, all cores. Each measurement is a process of its own; the sides take turns. Writes its table into
-docs/benchmarks.md. About ten minutes on two cores.
+weights, all cores, fp32 unless a row says otherwise. Each measurement is a process of its own; the sides take turns. Writes
+its table into docs/benchmarks.md. About twenty minutes on two cores. llama.cpp is left out where llama-cpp-python is not
+installed.
 """
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -20,9 +23,12 @@ import torch
 from side_by_side import REPO, install_peers, machine, run, table, take_turns, write_into_docs
 
 sys.path.insert(0, str(REPO))
+from kernels import decode  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.config import read_flags  # noqa: E402
+from runtime.device import DTYPES, Machine  # noqa: E402
 from sampling import GREEDY, SamplingConfig, generate, sample  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 SHAPE = {"n_layer": 12, "n_head": 12, "head_size": 64, "block_size": 1024, "vocab_size": 32_768}
@@ -52,6 +58,38 @@ def cached_speed(batch_size: int, new_tokens: int) -> float:
     start = time.perf_counter()
     n_tokens = sum(len(new) for new in generate(model, prompts, new_tokens, SamplingConfig()))
     return n_tokens / (time.perf_counter() - start)
+
+
+def greedy_speed(dtype: str, new_tokens: int, kernels: bool = True) -> float:
+    """Tokens per second of one text as generate.py makes it with --dtype, temperature 0. kernels: whether operations are
+    those of kernels/decode.py, or torch's."""
+    if not kernels:
+        decode.MAX_ROWS.clear()
+    model, prompts = make_model(), list(random_prompts(1, PROMPT_TOKENS))
+    model.cast_matrices(DTYPES[dtype])
+    with Machine(torch.device("cpu"), dtype).autocast():
+        return decoding_speed(lambda n: list(generate(model, prompts, n, GREEDY)), new_tokens)
+
+
+def llama_cpp_speed(path: Path, new_tokens: int) -> float:
+    """Tokens per second of llama.cpp on the exported model, the likeliest token each time."""
+    from llama_cpp import Llama
+    n_threads, prompt = torch.get_num_threads(), random_prompts(1, PROMPT_TOKENS)[0].tolist()
+    model = Llama(str(path), n_ctx=SHAPE["block_size"], n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
+
+    def decode(n: int):
+        model.reset()
+        generated = model.generate(prompt, temp=0.0)
+        for _ in range(n):
+            next(generated)
+    return decoding_speed(decode, new_tokens)
+
+
+def decoding_speed(decode: Callable[[int], object], new_tokens: int) -> float:
+    decode(4)
+    start = time.perf_counter()
+    decode(new_tokens)
+    return new_tokens / (time.perf_counter() - start)
 
 
 @torch.inference_mode()
@@ -118,13 +156,26 @@ def cache_bytes(preset: dict) -> tuple[int, int]:
 
 def export_for_transformers(folder: Path):
     from convert.hf_out import export_model
-    from tokenizer import Tokenizer
     export_model(make_model(), Tokenizer.train(["text"], 261), folder)  # the ids of its vocabulary are never used
+
+
+def export_for_llama_cpp(folder: Path) -> list[str]:
+    """Writes fp16.gguf and bf16.gguf, and returns these two names of dtypes; [] with a line where llama.cpp is missing."""
+    from convert.gguf import write_gguf
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is left out: `pip install llama-cpp-python` builds it", file=sys.stderr)
+        return []
+    ranks = Tokenizer.train(["text"], 258 + len(SPECIAL_TOKENS)).ranks  # it wants a vocabulary of the model's size
+    n_unused = SHAPE["vocab_size"] - len(SPECIAL_TOKENS)
+    tokenizer = Tokenizer.from_ranks(ranks, "gpt4", {name: n_unused + i for i, name in enumerate(SPECIAL_TOKENS)})
+    for dtype in ("fp16", "bf16"):
+        write_gguf(make_model(), tokenizer, folder / f"{dtype}.gguf", dtype)
+    return ["fp16", "bf16"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
     parser.add_argument("--new_tokens", type=int, default=512)
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # the exported model
     parser.add_argument("--arm", help=argparse.SUPPRESS)     # one measurement, printed as JSON
@@ -132,6 +183,11 @@ def main():
     arms = {"cached": lambda: cached_speed(1, args.new_tokens), "batch": lambda: cached_speed(BATCH_SIZE, args.new_tokens),
             "uncached": lambda: uncached_speed(args.new_tokens),
             "transformers": lambda: transformers_speed(args.folder, args.new_tokens),
+            "fp32": lambda: greedy_speed("fp32", args.new_tokens), "bf16": lambda: greedy_speed("bf16", args.new_tokens),
+            "torch_fp32": lambda: greedy_speed("fp32", args.new_tokens, kernels=False),
+            "torch_bf16": lambda: greedy_speed("bf16", args.new_tokens, kernels=False),
+            "llama_cpp_fp16": lambda: llama_cpp_speed(Path(args.folder) / "fp16.gguf", args.new_tokens),
+            "llama_cpp_bf16": lambda: llama_cpp_speed(Path(args.folder) / "bf16.gguf", args.new_tokens),
             "first_token": lambda: first_token_seconds(args.new_tokens),
             "cache_llama": lambda: cache_bytes(PRESETS["llama"]), "cache_default": lambda: cache_bytes({})}
     if args.arm:
@@ -142,6 +198,9 @@ def main():
         export_for_transformers(Path(folder))
         flags = [f"--folder={folder}", f"--new_tokens={args.new_tokens}"]
         measure = lambda arm: run(__file__, arm, flags)
+        ours, peers = ["fp32", "bf16", "torch_fp32", "torch_bf16"], export_for_llama_cpp(Path(folder))
+        greedy = [*ours, *(f"llama_cpp_{dtype}" for dtype in peers)]
+        speeds = dict(zip(greedy, take_turns(measure, greedy, args.rounds)))
         cached, batch, uncached, transformers = take_turns(measure, ["cached", "batch", "uncached", "transformers"],
                                                            args.rounds)
         first_token, forward = measure("first_token")
@@ -156,13 +215,21 @@ def main():
              speed(cached)),
             (f"time to the first token after a prompt of {LONG_PROMPT_TOKENS} / one forward pass over it",
              f"{first_token / forward:.2f}", "lower", f"{1e3 * first_token:,.0f} ms", f"{1e3 * forward:,.0f} ms")]
+    compare = lambda what, own, peer: (f"greedy, {args.new_tokens} new tokens: {what}", f"{speeds[own] / speeds[peer]:.2f}",
+                                       "higher", speed(speeds[own]), speed(speeds[peer]))
+    rows += [compare("`--dtype=bf16` / `--dtype=fp32`", "bf16", "fp32"),
+             compare("fp32, kernels/decode.py / torch's operations", "fp32", "torch_fp32"),
+             compare("bf16, kernels/decode.py / torch's operations", "bf16", "torch_bf16")]
+    rows += [compare(f"ours in bf16 / llama.cpp on the exported model in {dtype}", "bf16", f"llama_cpp_{dtype}")
+             for dtype in peers]
     rows += [(f"memory of a cache of {BATCH_SIZE} texts, {name}: resident / formula", f"{gained / formula:.3f}", "1",
               mib(gained), mib(formula)) for name, (gained, formula) in caches.items()]
     model = make_model()
     text = table(rows) + (
         f"\n\n{SHAPE['n_layer']} layers x {model.config.n_embd}, vocabulary {SHAPE['vocab_size']:,}, "
         f"{model.n_parameters() / 1e6:.0f} M parameters, `--preset=llama`, prompts of {PROMPT_TOKENS}, sampling with top-k "
-        f"50, fp32, {machine()}; medians of {args.rounds} processes that took turns: `python bench/generate.py`.")
+        f"50, fp32; greedy rows: one text, --dtype as they say; {machine()}; "
+        f"medians of {args.rounds} processes that took turns: `python bench/generate.py`.")
     print(text)
     write_into_docs("bench/generate.py", text)
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from layers import blocked_attention, loss  # noqa: E402
+from layers import attention, loss  # noqa: E402
 from layers.mlp import GELU, MLP  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
@@ -96,7 +96,7 @@ def peak_of_step(config: GPTConfig, schedule: OptimizerConfig, batch_size: int, 
             two_steps(torch.cuda.reset_peak_memory_stats)
             return torch.cuda.max_memory_allocated()
         as_on_gpu = mock.patch.object(loss, "is_on_gpu", lambda x: True) if for_gpu else nullcontext()
-        its_attention = mock.patch.object(blocked_attention, "is_faster", lambda q, k: False) if for_gpu else nullcontext()
+        its_attention = mock.patch.object(attention, "is_blocked", lambda q, k: False) if for_gpu else nullcontext()
         # what the operation does there, in place of what fake tensors know of it
         plain = nullcontext() if has_triton else mock.patch.object(
             loss, "losses_and_logit_grad", loss.losses_and_logit_grad._init_fn)

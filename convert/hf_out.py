@@ -19,6 +19,14 @@ REPO = Path(__file__).parent.parent
 NO_KAN = '''"""This model has no KAN layers."""
 BSplineKAN = ChebyshevKAN = RationalKAN = None
 '''
+# In place of kernels/decode.py
+NO_KERNELS = '''"""Decoding by torch alone, which needs no numba."""
+from torch.nn.functional import linear
+
+__all__ = ["attend", "can_attend", "copy_together", "linear"]
+attend, can_attend = None, lambda q, keys: False
+copy_together = lambda tensors, dtype: [tensor.to(dtype) for tensor in tensors]
+'''
 
 
 def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32", card: str = ""):
@@ -122,6 +130,7 @@ def bundle_code(config: GPTConfig) -> dict[str, str]:
     for path in (*REPO.glob("layers/*.py"), REPO / "runtime" / "config.py", REPO / "kernels" / "rational.py"):
         paths[f"{path.parent.name}_{path.name}".replace("__init__", "init")] = path
     files = {name: flatten_imports(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    files["kernels_decode.py"] = NO_KERNELS
     if not has_kan:
         files["layers_kan.py"] = NO_KAN
         del files["kernels_rational.py"]

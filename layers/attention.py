@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import blocked_attention
+from kernels.decode import attend, can_attend
 from layers.attention_metadata import AttentionMetadata
+from layers.blocked_attention import blocked_causal_attention, is_blocked
 from layers.cache import RowCache, RowGroups
 from layers.linear import LINEARS, elementwise_flops, matrix_flops
 from layers.norm import rms_norm
@@ -98,8 +99,11 @@ class Attention(nn.Module):
             q, k = rms_norm(q, save_input=True), rms_norm(k, save_input=True)  # views of a tensor that v keeps alive
         if self.qk_scale != 1:
             q, k = q * self.qk_scale, k * self.qk_scale
-        if metadata.rotation is not None:
-            q, k = rotate(q, metadata.rotation), rotate(k, metadata.rotation)
+        rotation, mask = metadata.rotation, self.choose_mask(metadata)
+        if cache is not None and mask is None and cache.prefix is None and can_attend(q, cache.keys):
+            return self.proj(attend(q, k, v, rotation, cache.keys, cache.values, metadata.start)), new_v
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
         autocast = backends = nullcontext()
         if cache is not None:
@@ -109,7 +113,7 @@ class Attention(nn.Module):
                 q, autocast = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
                 if x.device.type == "cuda":
                     backends = sdpa_kernel(DECODE_BACKENDS)
-        prefix, mask = cache.prefix if cache is not None else None, self.choose_mask(metadata)
+        prefix = cache.prefix if cache is not None else None
         if prefix is not None and T > 1:  # holding the scores of so many queries costs more than repeating keys
             k, v = (torch.cat((shared[metadata.groups.index], own), dim=2)
                     for shared, own in ((prefix.keys, k), (prefix.values, v)))
@@ -119,8 +123,8 @@ class Attention(nn.Module):
         with autocast, backends:
             if prefix is not None and T == 1:
                 y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
-            elif is_causal and blocked_attention.is_faster(q, k):
-                y = blocked_attention.blocked_causal_attention(q, k, v)
+            elif is_causal and is_blocked(q, k):
+                y = blocked_causal_attention(q, k, v)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                                    enable_gqa=k.size(1) < self.n_head)

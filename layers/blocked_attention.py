@@ -11,7 +11,7 @@ BLOCK = 256  # queries at a time: fewer skip more, products of more are faster
 CHUNK_NUMEL = 2**18  # scores at a time, which stay in a core's cache with what is computed from them
 
 
-def is_faster(q: Tensor, k: Tensor) -> bool:
+def is_blocked(q: Tensor, k: Tensor) -> bool:
     """Whether `blocked_causal_attention` can take the place of torch's kernel, and is faster."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape
 

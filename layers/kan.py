@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.decode import linear
 from kernels.rational import group_size, rational, rational_backward
 from layers.activated_linear import ActivatedLinear
 from layers.norm import rms_norm
@@ -64,7 +65,7 @@ class RationalLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, coefficients: Tensor, weight: Tensor) -> Tensor:
         """x: (..., in), coefficients: (groups, 10), weight: (out, in) -> (..., out)."""
         ctx.save_for_backward(x, coefficients, weight)
-        return F.linear(rational(x.flatten(0, -2), coefficients).view_as(x), weight)
+        return linear(rational(x.flatten(0, -2), coefficients).view_as(x), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,8 +8,12 @@ MLP that applies no activation of its own. It has
     unit_std             the standard deviation of `weight` that maps normal inputs of variance 1 to outputs of variance 1
     elementwise_flops    the operations of one position besides the product with `weight`
 """
-from torch import nn
+from collections.abc import Iterable
 
+import torch
+from torch import Tensor, nn
+
+from kernels.decode import copy_together, linear
 from layers.kan import BSplineKAN, ChebyshevKAN, RationalKAN
 
 
@@ -21,8 +25,19 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias)
         self.unit_std = n_in ** -0.5
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 LINEARS = {"linear": Linear, "grkan": RationalKAN, "chebkan": ChebyshevKAN, "bspline": BSplineKAN}
+
+
+def cast_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype):
+    """In place, for inference."""
+    weights = list(dict.fromkeys(weights))  # embedding and head may share one
+    for weight, copy in zip(weights, copy_together([weight.data for weight in weights], dtype)):
+        weight.requires_grad_(False)
+        weight.data = copy
 
 
 def linear_layers(module: nn.Module) -> list[nn.Module]:

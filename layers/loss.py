@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
+from kernels.decode import linear
+
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
 # Bytes of one chunk's logits, if they were fp32. With the GPU's kernel, these and their gradient exist at a time, in the
 # dtype of the products, and so they do in plain torch, which works on SLICE_BYTES of them in fp32 at a time. GPUs want large
@@ -58,7 +60,7 @@ def rows_within(n_bytes: dict[str, int], x: Tensor, classes: int) -> int:
 def softcap_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
     """x: (..., C), weight: (V, C) -> logits (..., V) in fp32: softcap * tanh(logits / softcap); 0 means no cap. Source:
     Gemma Team 2024, section 2, arXiv:2408.00118."""
-    logits = F.linear(x, weight).float()
+    logits = linear(x, weight).float()
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 

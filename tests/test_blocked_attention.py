@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from layers import blocked_attention
+from layers import attention, blocked_attention
 from layers.attention import Attention
 from layers.attention_metadata import AttentionMetadata
 from layers.blocked_attention import attention_backward, blocked_causal_attention, causal_mask
@@ -60,7 +60,7 @@ def test_a_later_token_changes_nothing_before_it():
     (2, torch.bfloat16, True), (1, torch.bfloat16, False), (2, torch.float32, False)])
 def test_attention_takes_it_where_it_is_faster(n_kv_head, dtype, is_used, monkeypatch):
     calls = []
-    monkeypatch.setattr(blocked_attention, "blocked_causal_attention",
+    monkeypatch.setattr(attention, "blocked_causal_attention",
                         lambda *args: calls.append(1) or blocked_causal_attention(*args))
     config = GPTConfig(n_layer=1, n_head=2, n_kv_head=n_kv_head, head_size=8, block_size=16, vocab_size=5)
     mixer = Attention(config, 0).to(dtype)

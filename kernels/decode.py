@@ -1,0 +1,300 @@
+"""What a decoded token costs on a CPU: products of a few rows with a matrix, and attention of one query over a cache.
+
+The time of these products is that of reading the matrix, which torch does at a third of the speed of the memory (measured on
+an AMD EPYC with two cores: docs/benchmarks.md). The sums are fp32, and matrices in bf16 are widened as they are read, so no
+instructions for bf16 are needed. Attention takes one call here in place of about twenty.
+
+The readable twins, and the oracles of tests/test_decode_kernels.py, are F.linear, and `rotate`, `KVCache.append` and
+F.scaled_dot_product_attention in layers/attention.py.
+"""
+import functools
+import os
+import platform
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# Of a product that the kernels here take. With more, torch's are as fast, as they keep what they have read of the matrix.
+MAX_ROWS = {torch.float32: 8, torch.bfloat16: 4}
+CACHE_LINE = 64  # bytes
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x, (..., in), weight, (out, in), bias, (out,) -> (..., out); in autocast's dtype where that is on."""
+    kernel = None if torch.is_grad_enabled() or not x.is_cpu else choose_kernel(x, weight)
+    if kernel is None:
+        return F.linear(x, weight, bias)
+    n_out, n_in = weight.shape
+    y = torch.empty((*x.shape[:-1], n_out), dtype=weight.dtype)
+    set_threads()
+    kernel(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // n_in, n_in, n_out)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def choose_kernel(x: Tensor, weight: Tensor):
+    """The kernel for this product without a gradient; None where torch's own is to be used."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    n_in = x.size(-1)
+    if (dtype != weight.dtype or not 0 < x.numel() <= MAX_ROWS.get(dtype, 0) * n_in or n_in != weight.size(-1)
+            or not x.is_contiguous() or not weight.is_contiguous() or is_observed(x)):
+        return None
+    return KERNELS.get((x.dtype, dtype)) if can_run() else None
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether torch has to see the operations on x: to compile them, to count FLOPs, to trace shapes."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
+
+
+def can_attend(q: Tensor, keys: Tensor) -> bool:
+    """Whether `attend` takes queries (B, n_head, T, head_size) and cached keys (B, n_kv_head, max_len, head_size)."""
+    return (q.size(2) == 1 and q.is_cpu and not torch.is_grad_enabled() and keys.dtype == torch.float32
+            and q.dtype in MAX_ROWS and keys.is_contiguous() and not is_observed(q) and can_run() and bool(KERNELS))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
+           start: int) -> Tensor:
+    """Attention of one token, without a mask. q: (B, n_head, 1, head_size); k and v: (B, n_kv_head, 1, head_size), in fp32
+    or bf16; q and k are turned by `rotation`, and rounded to v's dtype. rotation: cosines and sines, each (1, head_size)
+    fp32, see layers/attention.py. keys, values: the cache, (B, n_kv_head, max_len, head_size) fp32, which takes k and v in
+    after the first `start` positions. Returns (B, 1, n_head * head_size) in fp32."""
+    (B, n_head, _, head_size), (_, n_kv_head, max_len, _) = q.shape, keys.shape
+    assert start < max_len and keys.shape == values.shape and q.dtype == k.dtype, (start, keys.shape)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and v.dtype in MAX_ROWS, v.dtype
+    cos, sin = rotation or no_rotation(head_size)
+    y = torch.empty(B, 1, n_head * head_size)
+    set_threads()
+    attend_kernel(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1),
+                  v.stride(1), q.dtype == torch.float32, v.dtype == torch.float32, cos.data_ptr(), sin.data_ptr(),
+                  keys.data_ptr(), values.data_ptr(), y.data_ptr(), B, n_head, n_kv_head, head_size, max_len, start)
+    return y
+
+
+@functools.cache
+def no_rotation(head_size: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(head_size), torch.zeros(head_size)
+
+
+def copy_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in `dtype`. On a CPU in one block of memory, for which numpy asks the operating system for pages of 2 MB: with
+    pages of 4 KB, reading all of it, as every decoded token does, takes a tenth longer."""
+    if not all(tensor.is_cpu for tensor in tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+    sizes = [-(-tensor.numel() * dtype.itemsize // CACHE_LINE) * CACHE_LINE for tensor in tensors]
+    block = torch.from_numpy(np.empty(sum(sizes) + CACHE_LINE, np.uint8))
+    parts = block[-block.data_ptr() % CACHE_LINE:][:sum(sizes)].split(sizes)
+    return [part[:tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape).copy_(tensor)
+            for part, tensor in zip(parts, tensors)]
+
+
+def set_threads():
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+def can_run() -> bool:
+    """Whether the kernels run here: on processors of the kind on which they have been measured to be faster, and on
+    OpenMP's threads, which several callers may use at a time, and which torch's operations use too."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        numba.config.THREADING_LAYER = "omp"
+        start_threads(np.zeros(1))
+    except Exception:  # no OpenMP, a threading layer that is running already, no folder for machine code …
+        return False
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=KERNELS.clear)  # OpenMP's threads do not survive a fork, and numba would exit
+    return True
+
+
+# -- numba ------------------------------------------------------------------------------------------------------------
+
+FASTMATH = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order, which vectorises them
+F0, SIXTEEN, ONE, HALF = np.float32(0), np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)  # of the bits of an fp32 number
+
+
+def compiled(parallel: bool = False):
+    """Decorator: compiled at the first call, once per machine where there is a folder to cache the machine code in."""
+    def decorate(function):
+        options = {"nogil": True, "parallel": parallel, "fastmath": FASTMATH, "error_model": "numpy"}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:
+            return numba.njit(**options)(function)
+    return decorate
+
+
+@intrinsic
+def bits_to_float(typing_context, bits):
+    return types.float32(types.uint32), lambda context, builder, _, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def float_to_bits(typing_context, value):
+    return types.uint32(types.float32), lambda context, builder, _, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def fp32_pointer(typing_context, address):
+    to = types.CPointer(types.float32)
+    return to(types.int64), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(to))
+
+
+@intrinsic
+def bf16_pointer(typing_context, address):
+    to = types.CPointer(types.uint16)
+    return to(types.int64), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(to))
+
+
+@numba.njit(inline="always")
+def widen(bits):
+    """bf16, as uint16 -> fp32"""
+    return bits_to_float(np.uint32(bits) << SIXTEEN)
+
+
+@numba.njit(inline="always")
+def narrow(value):
+    """fp32 -> bf16, as uint16; the nearest, of two the even one"""
+    bits = float_to_bits(value)
+    if bits & MAGNITUDE > INFINITY:  # NaN, which rounding could turn into another number
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + HALF + ((bits >> SIXTEEN) & ONE)) >> SIXTEEN)
+
+
+@compiled(parallel=True)
+def start_threads(x):
+    for i in numba.prange(len(x)):
+        x[i] = 0.0
+
+
+@compiled(parallel=True)
+def gemv_fp32(x_address, weight_address, y_address, rows, n_in, n_out):
+    x = numba.carray(fp32_pointer(x_address), (rows, n_in))
+    weight = numba.carray(fp32_pointer(weight_address), (n_out, n_in))
+    y = numba.carray(fp32_pointer(y_address), (rows, n_out))
+    for o in numba.prange(n_out):
+        for row in range(rows):
+            total = F0
+            for i in range(n_in):
+                total += weight[o, i] * x[row, i]
+            y[row, o] = total
+
+
+@compiled(parallel=True)
+def gemv_bf16(x, weight_address, y_address, n_out):
+    """x: (rows, in) fp32"""
+    rows, n_in = x.shape
+    weight = numba.carray(bf16_pointer(weight_address), (n_out, n_in))
+    y = numba.carray(bf16_pointer(y_address), (rows, n_out))
+    for o in numba.prange(n_out):
+        for row in range(rows):
+            total = F0
+            for i in range(n_in):
+                total += widen(weight[o, i]) * x[row, i]
+            y[row, o] = narrow(total)
+
+
+@compiled()
+def gemv_bf16_of_bf16(x_address, weight_address, y_address, rows, n_in, n_out):
+    bits, x = numba.carray(bf16_pointer(x_address), (rows, n_in)), np.empty((rows, n_in), np.float32)
+    for row in range(rows):
+        for i in range(n_in):
+            x[row, i] = widen(bits[row, i])
+    gemv_bf16(x, weight_address, y_address, n_out)
+
+
+@compiled()
+def gemv_bf16_of_fp32(x_address, weight_address, y_address, rows, n_in, n_out):
+    """Rounds x to bf16 first, as autocast does: a token's result is then the same in a batch too large for these kernels."""
+    values, x = numba.carray(fp32_pointer(x_address), (rows, n_in)), np.empty((rows, n_in), np.float32)
+    for row in range(rows):
+        for i in range(n_in):
+            x[row, i] = widen(narrow(values[row, i]))
+    gemv_bf16(x, weight_address, y_address, n_out)
+
+
+@numba.njit(inline="always")
+def exp(x):
+    """For x <= 0, to about 1e-7 of the result; loops over it are vectorised. 2^n e^r with |r| <= ln(2) / 2, and Taylor's
+    series for e^r."""
+    x = max(x, np.float32(-87))
+    n = np.rint(x * np.float32(1.4426950408889634))
+    r = x - n * np.float32(0.693145751953125) - n * np.float32(1.428606765330187e-06)  # ln 2 in two parts
+    p = np.float32(1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = p * r + np.float32(c)
+    return p * bits_to_float(np.uint32(np.int32(n) + 127) << np.uint32(23))
+
+
+@compiled()
+def copy_head(address, offset, is_fp32, to):
+    """The numbers of a head, in fp32 or bf16 from `offset` on."""
+    if is_fp32:
+        to[:] = numba.carray(fp32_pointer(address), offset + len(to))[offset:]
+    else:
+        bits = numba.carray(bf16_pointer(address), offset + len(to))
+        for i in range(len(to)):
+            to[i] = widen(bits[offset + i])
+
+
+@compiled()
+def rotate_head(x, cos, sin, is_bf16):
+    """In place. is_bf16: rounds the results."""
+    half = len(x) // 2
+    for i in range(half):
+        a, b = x[i], x[half + i]
+        x[i], x[half + i] = a * cos[i] + b * sin[i], b * cos[half + i] + a * sin[half + i]
+    if is_bf16:
+        for i in range(len(x)):
+            x[i] = widen(narrow(x[i]))
+
+
+@compiled(parallel=True)
+def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, k_head, v_head, qk_fp32, v_fp32, cos_address,
+                  sin_address, keys_address, values_address, y_address, B, n_head, n_kv_head, head_size, max_len, start):
+    cos = numba.carray(fp32_pointer(cos_address), (head_size,))
+    sin = numba.carray(fp32_pointer(sin_address), (head_size,))
+    keys = numba.carray(fp32_pointer(keys_address), (B, n_kv_head, max_len, head_size))
+    values = numba.carray(fp32_pointer(values_address), (B, n_kv_head, max_len, head_size))
+    y = numba.carray(fp32_pointer(y_address), (B, n_head, head_size))
+    for b in range(B):
+        for head in range(n_kv_head):
+            copy_head(k_address, b * k_row + head * k_head, qk_fp32, keys[b, head, start])
+            rotate_head(keys[b, head, start], cos, sin, not v_fp32)
+            copy_head(v_address, b * v_row + head * v_head, v_fp32, values[b, head, start])
+    n, scale = start + 1, np.float32(1 / np.sqrt(head_size))
+    for item in numba.prange(B * n_head):
+        b, head = item // n_head, item % n_head
+        kv_head = head // (n_head // n_kv_head)
+        q, weights, out = np.empty(head_size, np.float32), np.empty(n, np.float32), y[b, head]
+        copy_head(q_address, b * q_row + head * q_head, qk_fp32, q)
+        rotate_head(q, cos, sin, not v_fp32)
+        most = -np.float32(np.inf)
+        for t in range(n):
+            score = F0
+            for i in range(head_size):
+                score += q[i] * keys[b, kv_head, t, i]
+            weights[t] = score * scale
+            most = max(most, weights[t])
+        total = F0
+        for t in range(n):
+            weights[t] = exp(weights[t] - most)
+            total += weights[t]
+        out[:] = F0
+        for t in range(n):
+            weight = weights[t] / total
+            for i in range(head_size):
+                out[i] += weight * values[b, kv_head, t, i]
+
+
+# dtype of x and of the product -> kernel(address of x, of weight, of y, rows, in, out)
+KERNELS = {(torch.float32, torch.float32): gemv_fp32, (torch.bfloat16, torch.bfloat16): gemv_bf16_of_bf16,
+           (torch.float32, torch.bfloat16): gemv_bf16_of_fp32}

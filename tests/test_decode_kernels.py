@@ -1,0 +1,231 @@
+"""kernels/decode.py against what torch computes."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import REPO
+from kernels import decode
+from layers.attention import KVCache, Rotary, rotate
+from layers.linear import cast_weights
+from model import GPT, GPTConfig
+from runtime.config import read_flags
+from runtime.device import DTYPES, Machine
+from sampling import GREEDY, generate
+from train import PRESETS
+
+SHAPES = [(1, 1), (3, 5), (40, 64), (129, 33)]  # (out, in)
+
+
+@pytest.fixture(autouse=True)
+def require_kernels():
+    if not decode.can_run():
+        pytest.skip("the kernels do not run on this machine")
+
+
+def random_product(rows: int, n_out: int, n_in: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows + n_out)
+    return (torch.randn(rows, n_in, generator=generator).to(dtype),
+            torch.randn(n_out, n_in, generator=generator).to(dtype))
+
+
+@torch.inference_mode()
+def test_by_hand():
+    x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, -1.0], [0.5, 0.25]])
+    assert decode.choose_kernel(x, weight) is decode.gemv_fp32
+    assert decode.linear(x, weight, torch.tensor([0.0, 10.0, 0.0])).tolist() == [[11.0, 8.0, 1.0]]
+    assert decode.linear(x.bfloat16(), weight.bfloat16()).tolist() == [[11.0, -2.0, 1.0]]
+
+
+@pytest.mark.parametrize("n_out, n_in", SHAPES)
+@pytest.mark.parametrize("dtype", decode.MAX_ROWS)
+@torch.inference_mode()
+def test_every_number_of_rows_equals_torchs(n_out, n_in, dtype):
+    for rows in range(1, decode.MAX_ROWS[dtype] + 1):
+        x, weight = random_product(rows, n_out, n_in, dtype)
+        assert decode.choose_kernel(x, weight)
+        y, exact = decode.linear(x, weight), F.linear(x.double(), weight.double())
+        assert y.dtype == dtype and y.shape == (rows, n_out)
+        torch.testing.assert_close(y.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rounding_is_torchs():
+    """Halves, the largest numbers, infinities, NaN."""
+    infinity, nan = float("inf"), float("nan")
+    values = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.39e38, infinity, -infinity, nan, 1e-40])
+    for value in values[:, None]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = decode.linear(value, torch.ones(1, 1, dtype=torch.bfloat16))
+        torch.testing.assert_close(y, value.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@torch.inference_mode()
+def test_autocast_has_the_dtypes_and_values_of_torchs():
+    x, weight = random_product(2, 40, 64, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decode.choose_kernel(x, weight) is None  # torch converts the matrix
+        for rows in (x, x.bfloat16()):
+            for bias in (None, torch.ones(40)):
+                assert decode.choose_kernel(rows, weight.bfloat16())
+                y, peer = decode.linear(rows, weight.bfloat16(), bias), F.linear(rows, weight.bfloat16(), bias)
+                assert y.dtype == peer.dtype == torch.bfloat16
+                torch.testing.assert_close(y, peer, rtol=2**-7, atol=2**-7)
+
+
+@torch.inference_mode()
+def test_rows_do_not_depend_on_each_other():
+    for dtype, rows in decode.MAX_ROWS.items():
+        x, weight = random_product(rows, 40, 64, dtype)
+        alone = torch.cat([decode.linear(x[row:row + 1], weight) for row in range(rows)])
+        assert torch.equal(decode.linear(x, weight), alone)
+
+
+def test_torch_computes_what_the_kernels_do_not():
+    x, weight = random_product(2, 40, 64, torch.float32)
+    with torch.inference_mode():
+        assert decode.choose_kernel(x, weight)
+        many = x[:1].expand(decode.MAX_ROWS[torch.float32] + 1, -1).contiguous()
+        for other, matrix in ((many, weight), (x[:, ::2], weight[:, ::2]), (x, weight.T.contiguous().T), (x[:0], weight),
+                              (x.half(), weight.half()), (x.double(), weight.double())):
+            assert decode.choose_kernel(other, matrix) is None
+            torch.testing.assert_close(decode.linear(other, matrix), F.linear(other, matrix))
+        with pytest.raises(RuntimeError):
+            decode.linear(x[:, :5].contiguous(), weight)
+    weight.requires_grad_()
+    decode.linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(40, -1))
+
+
+@torch.inference_mode()
+def test_flops_are_counted():
+    x, weight = random_product(1, 40, 64, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        decode.linear(x, weight)
+        assert not decode.can_attend(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 9, 8))
+    assert counter.get_total_flops() == 2 * 40 * 64 and decode.choose_kernel(x, weight)
+
+
+def test_other_processors_use_torch(monkeypatch):
+    decode.can_run.cache_clear()
+    monkeypatch.setattr(decode.platform, "machine", lambda: "aarch64")
+    x, weight = random_product(1, 3, 5, torch.float32)
+    try:
+        with torch.inference_mode():
+            assert not decode.can_run() and decode.choose_kernel(x, weight) is None
+            assert torch.equal(decode.linear(x, weight), F.linear(x, weight))
+    finally:
+        decode.can_run.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_computes_the_same():
+    program = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from kernels import decode
+from layers.attention import KVCache, Rotary, rotate
+torch.set_num_threads(1)
+with torch.inference_mode():
+    x, weight = torch.ones(1, 64), torch.ones(3, 64)
+    assert decode.choose_kernel(x, weight) and decode.linear(x, weight).tolist() == [[64.0] * 3]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if decode.choose_kernel(x, weight) is None and decode.linear(x, weight).tolist() == [[64.0] * 3] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert decode.choose_kernel(x, weight)
+"""
+    subprocess.run([sys.executable, "-c", program, str(REPO)], check=True)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", decode.MAX_ROWS)
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@torch.inference_mode()
+def test_attention_equals_torchs(dtype, n_kv_head):
+    """After 0 to 40 positions, with what it adds to the cache."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator)
+    B, n_head, head_size, max_len, rotary = 2, 4, 16, 41, Rotary(16, 64)
+    cache = KVCache(random(B, n_kv_head, max_len, head_size), random(B, n_kv_head, max_len, head_size))
+    for start in (0, 1, 5, 16, 40):
+        q, k, v = random(B, 1, n_head + 2 * n_kv_head, head_size).to(dtype).transpose(1, 2).split(
+            (n_head, n_kv_head, n_kv_head), dim=1)
+        peer = KVCache(cache.keys.clone(), cache.values.clone())
+        for rotation in (None, rotary(slice(start, start + 1))):
+            assert decode.can_attend(q, cache.keys)
+            y = decode.attend(q, k, v, rotation, cache.keys, cache.values, start)
+            rotated = [q, k] if rotation is None else [rotate(x, rotation).to(dtype) for x in (q, k)]
+            keys, values = peer.append(start, rotated[1], v)
+            expected = F.scaled_dot_product_attention(rotated[0].float(), keys, values, enable_gqa=True)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # where rotation rounds another way
+            torch.testing.assert_close(y, expected.transpose(1, 2).reshape(B, 1, -1), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(cache.values, peer.values, rtol=0, atol=0)
+            torch.testing.assert_close(cache.keys, peer.keys, rtol=tolerance, atol=tolerance)
+
+
+@torch.inference_mode()
+def test_attention_takes_normalised_queries_and_large_scores():
+    """Queries and keys in fp32 and values in bf16, as --qk_norm makes them; scores up to 1000, whose exp overflows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (scale * torch.randn(1, 2, 1, 8, generator=generator) for scale in (200, 10, 1))
+    cache = KVCache(*(torch.randn(1, 2, 9, 8, generator=generator) for _ in range(2)))
+    peer = KVCache(cache.keys.clone(), cache.values.clone())
+    y = decode.attend(q, k, v.bfloat16(), None, cache.keys, cache.values, 8)
+    keys, values = peer.append(8, k.bfloat16(), v.bfloat16())
+    expected = F.scaled_dot_product_attention(q.bfloat16().float(), keys, values)
+    torch.testing.assert_close(y, expected.transpose(1, 2).reshape(1, 1, 16), rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_torch_attends_otherwise():
+    q, keys = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 9, 8)
+    assert decode.can_attend(q, keys)
+    assert not decode.can_attend(torch.zeros(1, 2, 2, 8), keys)
+    assert not decode.can_attend(q, keys.bfloat16()) and not decode.can_attend(q.half(), keys)
+    with torch.inference_mode(False):
+        assert not decode.can_attend(q, keys)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+def test_weights_are_cast_together():
+    """Values, shapes and alignment; a matrix that embedding and head share stays one."""
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (1, 1), (40, 64))]
+    before = [weight.detach().clone() for weight in weights]
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        cast_weights([*weights, weights[0]], dtype)
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        for weight, old in zip(weights, before):
+            assert weight.dtype == dtype and weight.is_contiguous() and not weight.requires_grad
+            assert weight.data_ptr() % decode.CACHE_LINE == 0
+            torch.testing.assert_close(weight, old.to(torch.bfloat16).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", [{}, PRESETS["llama"]], ids=["default", "llama"])
+def test_greedy_tokens_are_those_of_torch(preset, dtype, monkeypatch):
+    """Of texts by themselves, and of as many at once as the kernels take, and more."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "head_size": 8, "block_size": 32, "vocab_size": 50}
+    model = GPT(read_flags(GPTConfig, preset | shape)).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith("proj.weight"):  # zero at first
+            torch.nn.init.normal_(weight, std=0.2)
+    model.embed.weight.mul_(20)
+    model.cast_matrices(DTYPES[dtype])
+    prompts = [torch.arange(i, i + 7) for i in range(10)]
+
+    def tokens(*rows: int) -> list[list[int]]:
+        with Machine(torch.device("cpu"), dtype).autocast():
+            return torch.stack(list(generate(model, [prompts[row] for row in rows], 20, GREEDY)), dim=1).tolist()
+    alone = [tokens(row)[0] for row in range(10)]
+    assert len(set(map(tuple, alone))) > 5
+    assert tokens(0, 1, 2) == alone[:3] and tokens(*range(10)) == alone
+    monkeypatch.setattr(decode, "MAX_ROWS", {})
+    assert [tokens(row)[0] for row in range(10)] == alone
