@@ -14,7 +14,9 @@ twin of each loop stands in tests/test_bpe.py.
 from collections import namedtuple
 
 import numpy as np
-from numba import int64, njit, uint8, uint32, uint64
+from llvmlite import ir
+from numba import int64, njit, types, uint8, uint32, uint64
+from numba.extending import intrinsic
 
 compiled = njit(nogil=True)
 
@@ -27,8 +29,9 @@ def kernel(function):
         return compiled(function)
 
 
-PADDING = 16
-BLOCK = 256  # words scanned at a time, so that the memory accesses of their look-ups overlap
+WINDOW = 64       # bytes that the scanner looks at together: the bits of a number
+PADDING = WINDOW
+BLOCK = 256       # words scanned at a time, so that the memory accesses of their look-ups overlap
 
 
 def pad_text(parts: list[bytes | np.ndarray]) -> np.ndarray:
@@ -84,6 +87,52 @@ def same_bytes(a, at_a, b, at_b, n):
     return load(a, at_a, n) == load(b, at_b, n)
 
 
+# -- sets of bits -----------------------------------------------------------------------------------------------------
+
+ONE = uint64(1)
+
+
+@intrinsic(prefer_literal=True)
+def bytes_between(context, text, at, low, high):
+    """A bit for each of the bytes text[at:at + WINDOW], the first one lowest: whether it lies in low..high, which are
+    constants. A few instructions on processors with vectors of bytes."""
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(8), WINDOW)
+        low, high = (ir.Constant(vector, [argument.literal_value + shift] * WINDOW)
+                     for argument, shift in ((signature.args[2], 0), (signature.args[3], -signature.args[2].literal_value)))
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        found = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("<=", builder.sub(found, low), high), ir.IntType(WINDOW))
+    return types.uint64(text, types.int64, low, high), generate
+
+
+@intrinsic
+def lowest_bit(context, bits):
+    """The index of the lowest bit that is set, 64 if none is."""
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def leading_zeros(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+    return types.int64(types.uint64), generate
+
+
+@compiled
+def highest_bit(bits):
+    """The index of the highest bit that is set, -1 if none is."""
+    return 63 - leading_zeros(bits)
+
+
+@compiled
+def lowest_bits(n):
+    """The lowest n bits, 0 to 64."""
+    return ~uint64(0) >> uint64(64 - n) if n else uint64(0)
+
+
 # -- scanning: where words end ----------------------------------------------------------------------------------------
 
 # Classes of characters; a table (0x110000,) uint8 maps every code point to its class.
@@ -96,9 +145,10 @@ AT_APOSTROPHE, AT_SPACES = 10, 11  # the end of the word depends on more than th
 N_STATES = 12
 ENDS = 0x80  # set in a transition if the current word ends before this character
 
-# How text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes: as above; any_case: whether
-# contractions may be upper case; newline_splits: whether whitespace splits after a line break.
-Splitter = namedtuple("Splitter", "transitions classes any_case newline_splits")
+# How text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes: as above; max_digits: of GPT-4's
+# pattern, how many digits a word has at most; 0 for GPT-2's, which has no such limit, no contractions in upper case, and
+# treats line breaks as any whitespace.
+Splitter = namedtuple("Splitter", "transitions classes max_digits")
 
 
 def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
@@ -118,7 +168,7 @@ def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
     continue_word(table, ONE_SPACE, spaces | {LETTER: LETTERS})
     for n in range(1, max_digits):
         continue_word(table, DIGITS + n - 1, {NUMBER: DIGITS + n})
-    return Splitter(table.reshape(-1), classes, True, True)
+    return Splitter(table.reshape(-1), classes, max_digits)
 
 
 def gpt2_splitter(classes: np.ndarray) -> Splitter:
@@ -132,7 +182,7 @@ def gpt2_splitter(classes: np.ndarray) -> Splitter:
     continue_word(table, ONE_OTHER, {OTHER: OTHERS, APOSTROPHE: OTHERS})
     continue_word(table, ONE_BLANK, spaces | {LETTER: LETTERS, NUMBER: DIGITS, OTHER: OTHERS, APOSTROPHE: OTHERS})
     continue_word(table, ONE_SPACE, spaces)
-    return Splitter(table.reshape(-1), classes, False, False)
+    return Splitter(table.reshape(-1), classes, 0)
 
 
 def word_start_table(states: dict[int, int]) -> np.ndarray:
@@ -166,35 +216,146 @@ def character(text, at, classes):
 
 @kernel
 def scan(text, stop, splitter, ends):
-    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number, at most
-    len(ends) - 1.
+    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number; `ends` has room for
+    WINDOW more than it stops at.
 
-    One step per character, and no branch depends on where words end: in ordinary text the processor predicts them all.
+    Looks at WINDOW bytes from the start of a word, as sets of bits, and finds all words that start there at once. The last of
+    them may go on: the next window starts with it. `word_end` finds the end of a word that is longer, or that holds
+    a character which a set of bits for whole characters does not fit: whitespace and numbers beyond ASCII.
     """
-    transitions, classes, any_case, newline_splits = splitter
-    state, n, at, full = START, 0, ends[0], len(ends) - 1
+    _, classes, max_digits = splitter
+    n, at, full = 0, ends[0], len(ends) - 1 - WINDOW
     while at < stop and n < full:
-        kind, after = character(text, at, classes)
-        transition = transitions[state * N_CLASSES + kind]
-        ends[n + 1] = at
-        n += transition >> 7
-        state = transition & 0x7F
-        if state >= AT_APOSTROPHE and n < full:
-            start = ends[n]
-            if state == AT_SPACES:
-                after, state = spaces_end(text, start, stop, classes, newline_splits), START
-            else:
-                after, state = contraction_end(text, start, stop, any_case), START
-                if after == start:
-                    after, state = start + 1, ONE_OTHER
-            if state == START:
-                n += 1
-                ends[n] = after
-        at = after
-    if n < full and ends[n] < stop:
-        n += 1
-        ends[n] = stop
+        edge = min(stop - at, WINDOW)
+        letters = bytes_between(text, at, 0x41, 0x5A) | bytes_between(text, at, 0x61, 0x7A)
+        numbers = bytes_between(text, at, 0x30, 0x39)
+        spaces, blanks = bytes_between(text, at, 0x09, 0x0D), bytes_between(text, at, 0x20, 0x20)
+        newlines = bytes_between(text, at, 0x0A, 0x0A) | bytes_between(text, at, 0x0D, 0x0D)
+        apostrophes = bytes_between(text, at, 0x27, 0x27)
+        leads = bytes_between(text, at, 0xC2, 0xF4) & lowest_bits(edge)  # first bytes of characters beyond ASCII
+        while leads:
+            i = lowest_bit(leads)
+            leads &= leads - ONE
+            kind, after = character(text, at + i, classes)
+            if kind >= NUMBER:
+                edge = i
+                break
+            if kind == LETTER:
+                letters |= lowest_bits(after - at - i) << uint64(i)
+        inside = lowest_bits(edge)
+        letters, numbers, blanks, newlines = letters & inside, numbers & inside, blanks & inside, newlines & inside
+        spaces = spaces & inside | blanks
+        others = inside & ~(letters | numbers | spaces)
+        if max_digits:
+            inner = bytes_between(text, at, 0x80, 0xBF)  # bytes of a character but its first
+            starts, gaps = gpt4_starts(letters, numbers, others, spaces, blanks, newlines, inner, max_digits)
+        else:
+            starts, gaps = gpt2_starts(letters, numbers, others, spaces, blanks), spaces
+        starts = mark_contractions(text, at, stop, starts, starts & apostrophes & inside, max_digits > 0) & inside
+        if at + edge < stop:  # where whitespace at the edge goes on, only its start is certain
+            starts &= lowest_bits(min(highest_bit(inside & ~gaps) + 2, WINDOW))
+        starts &= ~ONE
+        while starts:
+            n += 1
+            ends[n] = at + lowest_bit(starts)
+            starts &= starts - ONE
+        if at + edge == stop:
+            n += 1
+            ends[n] = stop
+        elif ends[n] == at:
+            n += 1
+            ends[n] = word_end(text, at, stop, splitter)
+        at = ends[n]
     return n
+
+
+# Sets of bits: in the arguments, the bytes of characters of these classes, where `others` are all that are no letters,
+# numbers or spaces, and `spaces` are all whitespace; in the result, where words start. The first byte starts a word.
+# x & x << 1 are the bytes of x that follow another one.
+
+
+@compiled
+def gpt2_starts(letters, numbers, others, spaces, blanks):
+    continued = (letters & letters << ONE) | (numbers & numbers << ONE) | (others & others << ONE)
+    words = letters | numbers | others
+    return words & ~continued & ~(blanks << ONE) | space_starts(spaces, words)
+
+
+@compiled
+def space_starts(spaces, words):
+    """Whitespace starts a word at its first character, and at its last one if a word follows."""
+    return spaces & (~(spaces << ONE) | words >> ONE)
+
+
+@compiled
+def gpt4_starts(letters, numbers, others, spaces, blanks, newlines, inner, max_digits):
+    """Also returns the whitespace without the line breaks that belong to `others` before them."""
+    words = letters | numbers | others
+    gaps = spaces & ~from_start(newlines, newlines & others << ONE)
+    no_breaks = gaps & ~newlines
+    other_starts = others & ~((others | blanks) << ONE)
+    prefixes = no_breaks | other_starts  # characters that belong to letters after them
+    for _ in range(3):
+        prefixes |= prefixes << ONE & inner
+    letter_starts = letters & ~((letters | prefixes) << ONE)
+    number_starts = numbers & ~(numbers << ONE)
+    full = numbers  # where this and the max_digits - 1 characters before are digits
+    for _ in range(1, max_digits):
+        full &= full << ONE
+    more = number_starts << uint64(max_digits) & full
+    while more:
+        number_starts |= more
+        more = more << uint64(max_digits) & full
+    # whitespace splits after its last line break
+    after_newline = no_breaks & (gaps & newlines) << ONE
+    before_newline = (no_breaks + after_newline) & newlines  # the sum carries from the start of a run to what follows it
+    while before_newline:
+        i = lowest_bit(before_newline)
+        after_newline ^= ONE << uint64(highest_bit(after_newline & lowest_bits(i)))
+        before_newline &= before_newline - ONE
+    gap_starts = gaps & ~(gaps << ONE) | no_breaks & words >> ONE | after_newline
+    return letter_starts | number_starts | other_starts | gap_starts, gaps
+
+
+@compiled
+def from_start(runs, starts):
+    """The runs of bits of which `starts` holds the first."""
+    return runs & ~(runs + starts)
+
+
+@compiled
+def mark_contractions(text, at, stop, starts, apostrophes, any_case):
+    """`starts` with the words that contractions make. apostrophes: those that start a word."""
+    while apostrophes:
+        i = lowest_bit(apostrophes)
+        after = contraction_end(text, at + i, stop, any_case) - at
+        if after > i:
+            starts &= ~(ONE << uint64(i + 1))
+            if after < WINDOW:
+                starts |= ONE << uint64(after)
+        apostrophes &= apostrophes - ONE
+    return starts
+
+
+@compiled
+def word_end(text, start, stop, splitter):
+    """The end of the word that starts at `start`: one step of a finite automaton per character."""
+    transitions, classes, max_digits = splitter
+    state, at = START, start
+    while at < stop:
+        kind, after = character(text, at, classes)
+        state = transitions[state * N_CLASSES + kind]
+        if state & ENDS:
+            return at
+        if state == AT_SPACES:
+            return spaces_end(text, start, stop, classes, max_digits > 0)
+        if state == AT_APOSTROPHE:
+            end = contraction_end(text, start, stop, max_digits > 0)
+            if end > start:
+                return end
+            state = ONE_OTHER
+        at = after
+    return stop
 
 
 @compiled
@@ -347,7 +508,7 @@ def add_words(words, text, ends):
 @kernel
 def add_documents(words, text, offsets, splitter):
     """Counts the words of the documents text[offsets[i]:offsets[i + 1]]. Returns the words, as `add_words`."""
-    ends = np.empty(BLOCK + 1, np.int64)
+    ends = np.empty(BLOCK + WINDOW + 1, np.int64)
     for i in range(len(offsets) - 1):
         n, ends[0] = 0, offsets[i]
         while ends[n] < offsets[i + 1]:
@@ -941,7 +1102,7 @@ def append(ids, n, parts, m):
 def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, id_offsets):
     """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is NONE, into
     ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
-    ends = np.empty(BLOCK + 1, np.int64)
+    ends = np.empty(BLOCK + WINDOW + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
         at = id_offsets[i]

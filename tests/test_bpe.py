@@ -30,10 +30,10 @@ def scan_all(text: str, pattern: str, block: int = 400) -> list[str]:
     buffer, offsets = bpe.pad_text([packed.utf8]), packed.offsets
     words, at = [], 0
     while at < offsets[1]:
-        ends = np.full(block + 1, -1)
+        ends = np.full(bpe.WINDOW + block + 1, -1)
         ends[0] = at
         n = bpe.scan(buffer, offsets[1], find_splitter(PATTERNS[pattern]), ends)
-        assert 0 < n <= block
+        assert 0 < n < block + bpe.WINDOW
         words += [buffer[start:stop].tobytes().decode() for start, stop in zip(ends[:n], ends[1:n + 1])]
         at = ends[n]
     return words
