@@ -87,9 +87,12 @@ def same_bytes(a, at_a, b, at_b, n):
     return load(a, at_a, n) == load(b, at_b, n)
 
 
-# -- sets of bits -----------------------------------------------------------------------------------------------------
+# -- vectors and sets of bits -----------------------------------------------------------------------------------------
 
 ONE = uint64(1)
+ID_BITS = 21  # of an id: two ids and a third fit into 64 bits
+BUCKET = 8    # rows of `Vocabulary.pairs` that are compared at once: a cache line
+LANES = 16    # numbers of 32 bits of which the smallest is found at once
 
 
 @intrinsic(prefer_literal=True)
@@ -104,6 +107,52 @@ def bytes_between(context, text, at, low, high):
         found = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
         return builder.bitcast(builder.icmp_unsigned("<=", builder.sub(found, low), high), ir.IntType(WINDOW))
     return types.uint64(text, types.int64, low, high), generate
+
+
+@intrinsic
+def matching_id(context, rows, at, key):
+    """Of the BUCKET numbers rows[at:at + BUCKET], the lowest ID_BITS of the one whose other bits are `key`; 0 if none is."""
+    def generate(context, builder, signature, arguments):
+        number = ir.IntType(64)
+        vector = ir.VectorType(number, BUCKET)
+        splat = lambda value: ir.Constant(vector, [value] * BUCKET)
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        found = builder.load(builder.bitcast(address, vector.as_pointer()), align=8)
+        keys = builder.insert_element(splat(0), arguments[2], ir.IntType(32)(0))
+        keys = builder.shuffle_vector(keys, splat(0), ir.Constant(ir.VectorType(ir.IntType(32), BUCKET), [0] * BUCKET))
+        is_key = builder.icmp_unsigned("==", builder.lshr(found, splat(ID_BITS)), keys)
+        ids = builder.select(is_key, builder.and_(found, splat((1 << ID_BITS) - 1)), splat(0))
+        reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.or.v{BUCKET}i64", (), ir.FunctionType(number, [vector]))
+        return builder.call(reduce, [ids])
+    return types.uint64(rows, types.int64, types.uint64), generate
+
+
+@intrinsic
+def smallest(context, array, at):
+    """The smallest of the LANES numbers from array[at] on, uint32."""
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(32), LANES)
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=4)
+        reduce = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.umin.v{LANES}i32", (), ir.FunctionType(ir.IntType(32), [vector]))
+        return builder.call(reduce, [numbers])
+    return types.uint32(array, types.int64), generate
+
+
+@intrinsic
+def prefetch(context, rows, at):
+    """Starts to load rows[at], of an array of two dimensions, into the cache of the processor."""
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        number, address = ir.IntType(32), builder.ptrtoint(array.data, ir.IntType(64))
+        stride = builder.extract_value(array.strides, 0)
+        address = builder.inttoptr(builder.add(address, builder.mul(stride, arguments[1])), ir.IntType(8).as_pointer())
+        call = builder.module.declare_intrinsic("llvm.prefetch", [address.type], ir.FunctionType(
+            ir.VoidType(), [address.type, number, number, number]))
+        builder.call(call, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+    return types.void(rows, types.int64), generate
 
 
 @intrinsic
@@ -416,10 +465,12 @@ def empty_words() -> Words:
 
 @compiled
 def short_key(text, at, n):
-    """The key of a word of up to SHORT bytes: its bytes and its length."""
-    if n <= 8:
-        return load(text, at, n), uint64(n) << uint64(56)
-    return load8(text, at), load(text, at + 8, n - 8) | uint64(n) << uint64(56)
+    """The key of a word of up to SHORT bytes: its bytes and its length. Without a branch on the length."""
+    n_low = uint64(min(n, 8))
+    n_high = uint64(n) - n_low
+    low = load8(text, at) & ~uint64(0) >> uint64(64) - (n_low << uint64(3))
+    high = load8(text, at + 8) & (ONE << (n_high << uint64(3))) - ONE
+    return low, high | uint64(n) << uint64(56)
 
 
 @compiled
@@ -508,7 +559,7 @@ def add_words(words, text, ends):
 @kernel
 def add_documents(words, text, offsets, splitter):
     """Counts the words of the documents text[offsets[i]:offsets[i + 1]]. Returns the words, as `add_words`."""
-    ends = np.empty(BLOCK + WINDOW + 1, np.int64)
+    ends = np.empty(BLOCK + 1, np.int64)
     for i in range(len(offsets) - 1):
         n, ends[0] = 0, offsets[i]
         while ends[n] < offsets[i + 1]:
@@ -850,26 +901,33 @@ def add_pairs_with(corpus, pairs, start, n, new, before, after):
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
-NONE = 0xFFFFFFFF  # no id; above all ids
-END = 1 << 32      # follows the last part of a word that is being merged
+NONE = (1 << ID_BITS) - 1  # no id; above all ids
 
-# A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the bytes
-# of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: a hash table by the bytes
-# of id + 1, 0 where free; pairs (power of 2, 2) uint64: left << 32 | right, and 1 + the id of the merged token. known (power
-# of 2, 4) uint64: a row, as in a cache, for each short word that is a single token.
+# A vocabulary. byte_ids (256,) uint32: the id of a byte, or NONE; byte_pairs (65536,) uint32: the id of two bytes, or NONE;
+# token_bytes uint8: the bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32:
+# a hash table by the bytes of id + 1, 0 where free; pairs (power of 2,) uint64: buckets of BUCKET rows, each of left, right
+# and 1 + the id of the merged token, of ID_BITS. known (power of 2, 4) uint64: a row, as in a cache, for each short word
+# that is a single token.
 Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
 
-# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, its first two ids, its third id and how many
-# it has. room (1,) int64: how many more words fit. Every thread has a cache of its own.
-Cache = namedtuple("Cache", "rows room")
-CACHED_IDS = 3
+# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, then its ids, 32 bits each, of which the topmost
+# byte says how many there are; more than CACHED_IDS lie in `spilled`, uint32, from the index on that the row holds instead.
+# room (2,) int64: how many more words fit, and how much of `spilled` is in use. Every thread has a cache of its own.
+Cache = namedtuple("Cache", "rows spilled room")
+CACHED_IDS = 4
 CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
-MAX_SCANNED_BYTES = 64  # longest word that is merged without a heap
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def zero_lines(n: int) -> np.ndarray:
+    """n zeros, (n,) uint64, that start with a cache line."""
+    zeros = np.zeros(n + 8, np.uint64)
+    first = -zeros.ctypes.data // 8 % 8
+    return zeros[first:first + n]
 
 
 def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
@@ -878,25 +936,28 @@ def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
     np.cumsum([len(token) for token in tokens], out=starts[1:])
     n_tokens = sum(map(bool, tokens))
     vocabulary = Vocabulary(
-        np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), pad_text(tokens), starts,
-        np.zeros(power_of_two(2 * n_tokens), np.uint32), np.zeros((1, 2), np.uint64),
-        np.zeros((power_of_two((n_tokens + CACHED_WORDS) * 4 // 3), 4), np.uint64))
+        np.full(256, NONE, np.uint32), np.full(1 << 16, NONE, np.uint32), pad_text(tokens), starts,
+        np.zeros(power_of_two(2 * n_tokens), np.uint32), zero_lines(BUCKET),
+        zero_lines(4 * power_of_two((n_tokens + CACHED_WORDS) * 4 // 3)).reshape(-1, 4))
     add_tokens(vocabulary)
-    n_pairs, room = n_tokens * 9 // 4, 0  # an English vocabulary has about as many
+    n_pairs, room = n_tokens, 0  # a token is the merger of one pair; of several if training would not produce it
     while n_pairs > room:
         room = n_pairs
-        vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(room * 5 // 3), 2), np.uint64))
+        vocabulary = vocabulary._replace(pairs=zero_lines(power_of_two(max(BUCKET, room * 3 // 2))))
         n_pairs = add_pairs(vocabulary, room)
     return vocabulary
 
 
 def make_cache(vocabulary: Vocabulary) -> Cache:
-    return Cache(vocabulary.known.copy(), np.full(1, CACHED_WORDS))
+    rows = zero_lines(vocabulary.known.size).reshape(-1, 4)
+    cache = Cache(rows, np.zeros(CACHED_WORDS * CACHED_IDS, np.uint32), np.zeros(2, np.int64))
+    reset_cache(cache, vocabulary)
+    return cache
 
 
 def reset_cache(cache: Cache, vocabulary: Vocabulary):
     """Removes all words but the single tokens."""
-    cache.rows[:], cache.room[:] = vocabulary.known, CACHED_WORDS
+    cache.rows[:], cache.room[:] = vocabulary.known, (CACHED_WORDS, 0)
 
 
 @compiled
@@ -933,26 +994,39 @@ def add_tokens(vocabulary):
             byte_pairs[first << 8 | int64(token_bytes[start + 1])] = token
         if n <= SHORT:
             low, high = short_key(token_bytes, start, n)
-            slot = word_slot(known, low, high)
-            known[slot, 0], known[slot, 1], known[slot, 2], known[slot, 3] = low, high, uint64(token), uint64(1 << 32)
+            row = cached_row(known, low, high, home_row(known, low, high))
+            known[row, 0], known[row, 1], known[row, 2], known[row, 3] = low, high, uint64(token), ONE << uint64(56)
 
 
 @kernel
 def add_pairs(vocabulary, room):
-    """Fills `pairs` with up to `room` ways to join two tokens into a third; returns how many there are.
+    """Fills `pairs` with up to `room` pairs of tokens that merge into a third; returns how many there are.
 
-    Not only the merges that training chose: as in tiktoken, any two parts merge whose bytes together are a token.
+    As in tiktoken, any two parts merge whose bytes together are a token. But what happens between the ends of a part does not
+    depend on what lies around it: two parts meet only if they are the last two that merge when the token is encoded by itself.
+    Where the tokens of lower ids, which merge first, do not lead to two parts, all ways to cut the token in two are added.
     """
-    _, _, token_bytes, starts, tokens, pairs, _ = vocabulary
+    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     longest = 0
     for token in range(len(starts) - 1):
         longest = max(longest, starts[token + 1] - starts[token])
     occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, so as not to search one of a million bytes
     for token in range(len(starts) - 1):
         occurs[starts[token + 1] - starts[token]] = 1
+    parts, ranks, merging = np.empty(WINDOW, np.uint32), np.empty(WINDOW, np.uint32), np.empty((1, 4), np.int64)
     n = 0
     for token in range(len(starts) - 1):
         start, stop = starts[token], starts[token + 1]
+        if stop - start <= 2:
+            continue  # `byte_pairs` has them
+        if stop - start < WINDOW:
+            merging[0, 0], merging[0, 1] = start, stop - start
+            merge_words(token_bytes, merging, 1, WINDOW, byte_ids, byte_pairs, pairs, parts, ranks)
+            if merging[0, 2] == 2 and parts[0] != NONE and parts[1] != NONE:
+                n += 1
+                if n <= room:
+                    add_pair_of_tokens(pairs, parts[0], parts[1], token)
+                continue
         for middle in range(start + 1, stop):
             if not (occurs[middle - start] and occurs[stop - middle]):
                 continue
@@ -963,55 +1037,107 @@ def add_pairs(vocabulary, room):
             if right != NONE:
                 n += 1
                 if n <= room:
-                    pair = pack_pair(left, right)
-                    slot = pair_slot(pairs, pair)
-                    pairs[slot, 0], pairs[slot, 1] = pair, uint64(token + 1)
+                    add_pair_of_tokens(pairs, left, right, token)
     return n
+
+
+@compiled
+def bucket_of(pairs, left, right):
+    """The key of a pair, and the first row of its bucket."""
+    key = uint64(left) << uint64(ID_BITS) | uint64(right)
+    return key, int64(key * uint64(0x9E3779B97F4A7C15) >> uint64(32)) & (len(pairs) - BUCKET)
+
+
+@compiled
+def add_pair_of_tokens(pairs, left, right, token):
+    key, row = bucket_of(pairs, left, right)
+    while pairs[row]:
+        row = (row + 1) & (len(pairs) - 1)
+    pairs[row] = key << uint64(ID_BITS) | uint64(token + 1)
 
 
 @compiled
 def find_pair(pairs, left, right):
     """The id of the merged pair, or NONE."""
-    found = int64(pairs[pair_slot(pairs, pack_pair(left, right)), 1])
-    return found - 1 if found else NONE
+    key, row = bucket_of(pairs, left, right)
+    found = matching_id(pairs, row, key)
+    while not found and pairs[row + BUCKET - 1]:  # a full bucket goes on in the next one
+        row = (row + BUCKET) & (len(pairs) - 1)
+        found = matching_id(pairs, row, key)
+    return int64(found - ONE) & NONE
 
 
 @compiled
-def merge_word(text, at, n, byte_ids, byte_pairs, pairs, parts, ranks):
-    """Writes the ids of the word text[at:at + n] into `parts`; returns their number. Both arrays have room for n + 1.
+def merge_words(text, merging, n_words, width, byte_ids, byte_pairs, pairs, parts, ranks):
+    """Merges words: in each the adjacent pair of lowest rank, the leftmost of equals, until none is left.
 
-    Merges the adjacent pair of lowest rank, the leftmost of equals, until none is left; scans all pairs each time. Loops
-    end at END rather than after n steps, which LLVM would vectorize: slower for so few.
+    merging (n_words, 4) int64: where in `text` a word starts, its length, less than `width`, and here, at the end, how many
+    ids it has; these stand in `parts` from i * width on for word i. width: a multiple of LANES, up to WINDOW.
+
+    In a round, each unfinished word merges one pair: the words do not depend on each other, so the processor works on
+    several at once. The parts of a word stand at the index of their first byte; the set of these is in column 3. ranks: for
+    each part the rank of its merger with the next one, and below it the part's index, so that the smallest tells both.
     """
-    for i in range(n):
-        parts[i] = byte_ids[text[at + i]]
-        ranks[i] = byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
-    ranks[n - 1] = END
-    while True:
-        best, i = 0, 1
-        lowest = ranks[0]
-        while ranks[i - 1] != END:
-            if ranks[i] < lowest:
-                best, lowest = i, ranks[i]
-            i += 1
-        if lowest >= NONE:
-            return i
-        parts[best] = lowest
-        i = best + 1
-        last = ranks[i] == END
-        while ranks[i] != END:
-            parts[i], ranks[i] = parts[i + 1], ranks[i + 1]
-            i += 1
-        ranks[best] = END if last else find_pair(pairs, parts[best], parts[best + 1])
-        if best > 0:
-            ranks[best - 1] = find_pair(pairs, parts[best - 1], parts[best])
+    unfinished = 0
+    for i in range(n_words):
+        at, n, first = merging[i, 0], merging[i, 1], i * width
+        for j in range(first, first + width):
+            ranks[j] = NO_RANK
+        for j in range(n):
+            parts[first + j] = byte_ids[text[at + j]]
+            ranks[first + j] = byte_pairs[int64(text[at + j]) << 8 | int64(text[at + j + 1])] << uint32(6) | uint32(j)
+        ranks[first + n - 1] = NO_RANK
+        parts[first + n] = parts[first + width - 1] = NONE  # the neighbours of the last and of the first part
+        merging[i, 3] = int64(lowest_bits(n + 1))
+        merging[unfinished, 2] = i
+        unfinished += smallest_rank(ranks, first, width) < NO_RANK
+    while unfinished:
+        still = 0
+        for k in range(unfinished):
+            i = merging[k, 2]
+            first, starts = i * width, uint64(merging[i, 3])
+            lowest = smallest_rank(ranks, first, width)
+            left, token = int64(lowest & uint32(63)), lowest >> uint32(6)
+            later = starts & ~uint64(1) << uint64(left)
+            right = lowest_bit(later)
+            after = lowest_bit(later & (later - ONE))
+            starts ^= ONE << uint64(right)
+            before = highest_bit(starts & ((ONE << uint64(left)) - ONE)) & (width - 1)
+            merging[i, 3] = int64(starts)
+            parts[first + left] = token
+            ranks[first + right] = NO_RANK
+            ranks[first + left] = find_pair(pairs, token, parts[first + after]) << 6 | left
+            ranks[first + before] = find_pair(pairs, parts[first + before], token) << 6 | before
+            merging[still, 2] = i
+            still += smallest_rank(ranks, first, width) < NO_RANK
+        unfinished = still
+    for i in range(n_words):
+        first, starts, n = i * width, uint64(merging[i, 3]), 0
+        starts &= ~(ONE << uint64(merging[i, 1]))
+        while starts:
+            parts[first + n] = parts[first + lowest_bit(starts)]
+            starts &= starts - ONE
+            n += 1
+        merging[i, 2] = n
+
+
+NO_RANK = uint32(NONE << 6)
+
+
+@compiled
+def smallest_rank(ranks, first, width):
+    lowest = smallest(ranks, first)
+    for i in range(first + LANES, first + width, LANES):
+        lowest = min(lowest, smallest(ranks, i))
+    return lowest
 
 
 @compiled
 def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ranks):
-    """As `merge_word`, in O(n log n) with a heap: a "word" may have 300,000 letters. Both arrays have room for n.
+    """Writes the ids of the word text[at:at + n] into `parts`; returns their number. Both arrays have room for n.
 
-    As in `Corpus`, a part's id is stored at its first and its last byte. Takes 64 bytes of memory per byte of the word.
+    In O(n log n) with a heap: a "word" may have 300,000 letters. As in `Corpus`, a part's id is stored at its first and its
+    last byte. Takes 64 bytes of memory per byte of the word.
     """
     heap, size = np.empty((3 * n, 2), np.uint64), 0
     for i in range(n):
@@ -1049,60 +1175,141 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
     return m
 
 
+@compiled
+def home_row(rows, low, high):
+    """Where the search for a word's row starts: the first of two that share a cache line."""
+    hashed = (low ^ high * uint64(0x9E3779B97F4A7C15)) * uint64(0xD6E8FEB86659FD93)
+    return int64(hashed >> uint64(32)) & (len(rows) - 2)
+
+
+@compiled
+def cached_row(rows, low, high, home):
+    """The row of the word with this key, or the free row where it belongs."""
+    row = home + int64(rows[home + 1, 0] == low and rows[home + 1, 1] == high)
+    while rows[row, 1] and (rows[row, 0] != low or rows[row, 1] != high):
+        row = (row + 1) & (len(rows) - 1)
+    return row
+
+
+# What `encode_block` needs for a block of words. found (BLOCK,) int64: a word's row in the cache; MERGED for one that is not
+# there; FIRST_TOKEN - id for a long one that is a token. keys (BLOCK, 2) uint64. The rest are arguments of `merge_words`, for
+# short words and for those of less than WINDOW bytes.
+Scratch = namedtuple("Scratch", "found keys merging merging_long parts ranks parts_long ranks_long")
+MERGED, FIRST_TOKEN = -1, -2
+
+
+@compiled
+def new_scratch():
+    return Scratch(np.empty(BLOCK, np.int64), np.empty((BLOCK, 2), np.uint64), np.empty((BLOCK, 4), np.int64),
+                   np.empty((BLOCK, 4), np.int64), np.empty(BLOCK * LANES, np.uint32), np.empty(BLOCK * LANES, np.uint32),
+                   np.empty(BLOCK * WINDOW, np.uint32), np.empty(BLOCK * WINDOW, np.uint32))
+
+
 @kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns the index after them."""
-    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
-    rows, room = cache
-    parts, ranks = np.empty(MAX_SCANNED_BYTES + 1, np.int64), np.empty(MAX_SCANNED_BYTES + 1, np.int64)
-    for i in range(n_words):
-        at = ends[i]
-        length = ends[i + 1] - at
-        if length <= SHORT:
-            low, high = short_key(text, at, length)
-            slot = word_slot(rows, low, high)
-            if not rows[slot, 1]:
-                m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
-                if m > CACHED_IDS or room[0] == 0:
-                    n = append(ids, n, parts, m)
-                    continue
-                room[0] -= 1
-                rows[slot, 0], rows[slot, 1] = low, high
-                # entries beyond m are left-overs; the third must not overflow into the number of ids
-                rows[slot, 2] = uint64(parts[0]) | uint64(parts[1]) << uint64(32)
-                rows[slot, 3] = uint64(uint32(parts[2])) | uint64(m) << uint64(32)
-            two, third = rows[slot, 2], rows[slot, 3]
-            # writing all three is faster than a branch on how many there are
-            ids[n], ids[n + 1], ids[n + 2] = uint32(two), uint32(two >> uint64(32)), uint32(third)
-            n += int64(third >> uint64(32))
-            continue
-        token = find_token(tokens, starts, token_bytes, text, at, length)
-        if token != NONE:  # as in tiktoken, even where merges would not lead there
-            ids[n] = token
-            n += 1
-        elif length <= MAX_SCANNED_BYTES:
-            m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
-            n = append(ids, n, parts, m)
-        else:
-            longer, longer_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
-            m = merge_long_word(text, at, length, byte_ids, byte_pairs, pairs, starts, longer, longer_ranks)
-            n = append(ids, n, longer, m)
+    scratch = new_scratch()
+    for first in range(0, n_words, BLOCK):
+        n = encode_block(text, ends[first:], min(BLOCK, n_words - first), vocabulary, cache, scratch, ids, n)
     return n
 
 
 @compiled
-def append(ids, n, parts, m):
-    """Writes the first m of `parts` from ids[n] on; returns the index after them."""
+def encode_block(text, ends, n_words, vocabulary, cache, scratch, ids, n):
+    """As `encode_words`, for up to BLOCK words.
+
+    In passes, so that the processor can run ahead of the accesses to memory: where each word may lie in the cache; whether it
+    is there; the merges of all that are not; the ids.
+    """
+    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
+    rows, spilled, room = cache
+    found, keys, merging, merging_long, parts, ranks, parts_long, ranks_long = scratch
+    for i in range(n_words):
+        low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
+        keys[i, 0], keys[i, 1] = low, high
+        found[i] = home_row(rows, low, high)
+        prefetch(rows, found[i])
+    n_short = n_long = 0
+    for i in range(n_words):
+        at, length = ends[i], ends[i + 1] - ends[i]
+        if length <= SHORT:
+            row = cached_row(rows, keys[i, 0], keys[i, 1], found[i])
+            is_cached = rows[row, 1] != 0
+            found[i] = row if is_cached else MERGED
+            merging[n_short, 0], merging[n_short, 1] = at, length
+            n_short += not is_cached
+        else:
+            token = find_token(tokens, starts, token_bytes, text, at, length)
+            # as in tiktoken, even where merges would not lead there
+            found[i] = FIRST_TOKEN - token if token != NONE else MERGED
+            if token == NONE and length < WINDOW:
+                merging_long[n_long, 0], merging_long[n_long, 1] = at, length
+                n_long += 1
+    if n_short:
+        merge_words(text, merging, n_short, LANES, byte_ids, byte_pairs, pairs, parts, ranks)
+    if n_long:
+        merge_words(text, merging_long, n_long, WINDOW, byte_ids, byte_pairs, pairs, parts_long, ranks_long)
+    n_short = n_long = 0
+    for i in range(n_words):
+        row = found[i]
+        if row >= 0:
+            first, last = rows[row, 2], rows[row, 3]
+            m = int64(last >> uint64(56))
+            # writing all is faster than a branch on how many there are
+            ids[n], ids[n + 1], ids[n + 2] = uint32(first), uint32(first >> uint64(32)), uint32(last)
+            ids[n + 3] = uint32(last >> uint64(32)) & uint32(NONE)
+            n = append(ids, n, spilled, int64(first), m) if m > CACHED_IDS else n + m
+            continue
+        length = ends[i + 1] - ends[i]
+        if row <= FIRST_TOKEN:
+            ids[n] = FIRST_TOKEN - row
+            n += 1
+        elif length <= SHORT:
+            remember(rows, spilled, room, keys[i, 0], keys[i, 1], parts, n_short * LANES, merging[n_short, 2])
+            n = append(ids, n, parts, n_short * LANES, merging[n_short, 2])
+            n_short += 1
+        elif length < WINDOW:
+            n = append(ids, n, parts_long, n_long * WINDOW, merging_long[n_long, 2])
+            n_long += 1
+        else:
+            longer, longer_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
+            m = merge_long_word(text, ends[i], length, byte_ids, byte_pairs, pairs, starts, longer, longer_ranks)
+            n = append(ids, n, longer, 0, m)
+    return n
+
+
+@compiled
+def append(ids, n, parts, first, m):
+    """Writes m of `parts`, from `first` on, to ids[n]; returns the index after them."""
     for i in range(m):
-        ids[n + i] = parts[i]
+        ids[n + i] = parts[first + i]
     return n + m
+
+
+@compiled
+def remember(rows, spilled, room, low, high, parts, first, m):
+    """Adds a word to the cache, whose ids are m of `parts`, from `first` on, unless it is there or the cache is full."""
+    row = cached_row(rows, low, high, home_row(rows, low, high))
+    if rows[row, 1] or room[0] == 0:
+        return
+    if m > CACHED_IDS:
+        if room[1] + m > len(spilled):
+            room[0] = 0
+            return
+        rows[row, 2] = uint64(room[1])
+        room[1] = append(spilled, room[1], parts, first, m)
+    else:  # entries beyond m are left-overs
+        rows[row, 2] = uint64(parts[first]) | uint64(parts[first + 1]) << uint64(32)
+    rows[row, 3] = uint64(parts[first + 2]) | uint64(parts[first + 3] & uint32(NONE)) << uint64(32) | uint64(m) << uint64(56)
+    rows[row, 0], rows[row, 1] = low, high
+    room[0] -= 1
 
 
 @kernel
 def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, id_offsets):
     """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is NONE, into
     ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
-    ends = np.empty(BLOCK + WINDOW + 1, np.int64)
+    ends, scratch = np.empty(BLOCK + 1, np.int64), new_scratch()
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
         at = id_offsets[i]
@@ -1113,5 +1320,5 @@ def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, 
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]
             n = scan(text, offsets[i + 1], splitter, ends)
-            at = encode_words(text, ends, n, vocabulary, cache, ids, at)
+            at = encode_block(text, ends, n, vocabulary, cache, scratch, ids, at)
         id_offsets[i + 1] = at
