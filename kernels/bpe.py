@@ -31,7 +31,7 @@ def kernel(function):
 
 WINDOW = 64       # bytes that the scanner looks at together: the bits of a number
 PADDING = WINDOW
-BLOCK = 256       # words scanned at a time, so that the memory accesses of their look-ups overlap
+BLOCK = 1024      # words scanned at a time, so that the memory accesses of their look-ups overlap
 
 
 def pad_text(parts: list[bytes | np.ndarray]) -> np.ndarray:
@@ -124,7 +124,7 @@ def matching_id(context, rows, at, key):
         ids = builder.select(is_key, builder.and_(found, splat((1 << ID_BITS) - 1)), splat(0))
         reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.or.v{BUCKET}i64", (), ir.FunctionType(number, [vector]))
         return builder.call(reduce, [ids])
-    return types.uint64(rows, types.int64, types.uint64), generate
+    return types.uint64(rows, types.uint64, types.uint64), generate
 
 
 @intrinsic
@@ -137,7 +137,7 @@ def smallest(context, array, at):
         reduce = builder.module.declare_intrinsic(
             f"llvm.vector.reduce.umin.v{LANES}i32", (), ir.FunctionType(ir.IntType(32), [vector]))
         return builder.call(reduce, [numbers])
-    return types.uint32(array, types.int64), generate
+    return types.uint32(array, types.uint64), generate
 
 
 @intrinsic
@@ -152,7 +152,7 @@ def prefetch(context, rows, at):
             ir.VoidType(), [address.type, number, number, number]))
         builder.call(call, [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
-    return types.void(rows, types.int64), generate
+    return types.void(rows, types.uint64), generate
 
 
 @intrinsic
@@ -910,12 +910,19 @@ NONE = (1 << ID_BITS) - 1  # no id; above all ids
 # that is a single token.
 Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
 
-# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, then its ids, 32 bits each, of which the topmost
-# byte says how many there are; more than CACHED_IDS lie in `spilled`, uint32, from the index on that the row holds instead.
-# room (2,) int64: how many more words fit, and how much of `spilled` is in use. Every thread has a cache of its own.
-Cache = namedtuple("Cache", "rows spilled room")
+# What a thread needs to encode. rows (power of 2, 4) uint64, a hash table of words and their ids: the key of a short word,
+# then its ids, 32 bits each, of which the topmost byte says how many there are; more than CACHED_IDS lie in `spilled`, uint32,
+# from the index on that the row holds instead. room (2,) int64: how many more words fit, and how much of `spilled` is in use.
+Cache = namedtuple("Cache", "rows spilled room scratch")
 CACHED_IDS = 4
 CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
+
+# The words of a block. found (BLOCK,) int64: the row of a word; or MERGED, LONG_WORD, FIRST_TOKEN - id. keys (BLOCK, 2)
+# uint64. The rest are arguments of `merge_words`.
+Scratch = namedtuple("Scratch", "found keys merging unfinished lowest parts ranks nexts befores")
+MERGED, LONG_WORD, FIRST_TOKEN = -1, -2, -3
+MERGED_BYTES = 512     # longest word that is merged without a heap
+MERGED_PARTS = 1 << 16  # of all words that are merged together
 
 
 def power_of_two(n: int) -> int:
@@ -944,15 +951,20 @@ def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
     while n_pairs > room:
         room = n_pairs
         vocabulary = vocabulary._replace(pairs=zero_lines(power_of_two(max(BUCKET, room * 3 // 2))))
-        n_pairs = add_pairs(vocabulary, room)
+        n_pairs = add_pairs(vocabulary, make_scratch(2 * MERGED_BYTES), room)
     return vocabulary
 
 
 def make_cache(vocabulary: Vocabulary) -> Cache:
     rows = zero_lines(vocabulary.known.size).reshape(-1, 4)
-    cache = Cache(rows, np.zeros(CACHED_WORDS * CACHED_IDS, np.uint32), np.zeros(2, np.int64))
+    cache = Cache(rows, np.zeros(CACHED_WORDS * CACHED_IDS, np.uint32), np.zeros(2, np.int64), make_scratch(MERGED_PARTS))
     reset_cache(cache, vocabulary)
     return cache
+
+
+def make_scratch(n_parts: int) -> Scratch:
+    return Scratch(np.empty(BLOCK, np.int64), np.empty((BLOCK, 2), np.uint64), np.empty((BLOCK, 4), np.int64),
+                   np.empty(BLOCK, np.int64), np.empty(BLOCK, np.uint32), *np.empty((4, n_parts), np.uint32))
 
 
 def reset_cache(cache: Cache, vocabulary: Vocabulary):
@@ -999,7 +1011,7 @@ def add_tokens(vocabulary):
 
 
 @kernel
-def add_pairs(vocabulary, room):
+def add_pairs(vocabulary, scratch, room):
     """Fills `pairs` with up to `room` pairs of tokens that merge into a third; returns how many there are.
 
     As in tiktoken, any two parts merge whose bytes together are a token. But what happens between the ends of a part does not
@@ -1013,16 +1025,16 @@ def add_pairs(vocabulary, room):
     occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, so as not to search one of a million bytes
     for token in range(len(starts) - 1):
         occurs[starts[token + 1] - starts[token]] = 1
-    parts, ranks, merging = np.empty(WINDOW, np.uint32), np.empty(WINDOW, np.uint32), np.empty((1, 4), np.int64)
+    merging, parts = scratch.merging, scratch.parts
     n = 0
     for token in range(len(starts) - 1):
         start, stop = starts[token], starts[token + 1]
         if stop - start <= 2:
             continue  # `byte_pairs` has them
-        if stop - start < WINDOW:
-            merging[0, 0], merging[0, 1] = start, stop - start
-            merge_words(token_bytes, merging, 1, WINDOW, byte_ids, byte_pairs, pairs, parts, ranks)
-            if merging[0, 2] == 2 and parts[0] != NONE and parts[1] != NONE:
+        if stop - start <= MERGED_BYTES:
+            merging[0, 0], merging[0, 1], merging[0, 2] = start, stop - start, 0
+            merge_words(token_bytes, 1, byte_ids, byte_pairs, pairs, scratch)
+            if merging[0, 3] == 2 and parts[0] != NONE and parts[1] != NONE:
                 n += 1
                 if n <= room:
                     add_pair_of_tokens(pairs, parts[0], parts[1], token)
@@ -1045,90 +1057,98 @@ def add_pairs(vocabulary, room):
 def bucket_of(pairs, left, right):
     """The key of a pair, and the first row of its bucket."""
     key = uint64(left) << uint64(ID_BITS) | uint64(right)
-    return key, int64(key * uint64(0x9E3779B97F4A7C15) >> uint64(32)) & (len(pairs) - BUCKET)
+    return key, key * uint64(0x9E3779B97F4A7C15) >> uint64(32) & uint64(len(pairs) - BUCKET)
 
 
 @compiled
 def add_pair_of_tokens(pairs, left, right, token):
     key, row = bucket_of(pairs, left, right)
     while pairs[row]:
-        row = (row + 1) & (len(pairs) - 1)
+        row = row + ONE & uint64(len(pairs) - 1)
     pairs[row] = key << uint64(ID_BITS) | uint64(token + 1)
 
 
 @compiled
 def find_pair(pairs, left, right):
-    """The id of the merged pair, or NONE."""
+    """The id of the merged pair, or NONE; uint64."""
     key, row = bucket_of(pairs, left, right)
     found = matching_id(pairs, row, key)
-    while not found and pairs[row + BUCKET - 1]:  # a full bucket goes on in the next one
-        row = (row + BUCKET) & (len(pairs) - 1)
+    while (found == 0) & (pairs[row + uint64(BUCKET - 1)] != 0):  # a full bucket goes on in the next one
+        row = row + uint64(BUCKET) & uint64(len(pairs) - 1)
         found = matching_id(pairs, row, key)
-    return int64(found - ONE) & NONE
+    return found - ONE & uint64(NONE)
 
 
 @compiled
-def merge_words(text, merging, n_words, width, byte_ids, byte_pairs, pairs, parts, ranks):
+def merged_width(n):
+    """How many entries of the arrays a word of n bytes takes that is merged: one more, and a multiple of LANES."""
+    return n + LANES & -LANES
+
+
+@compiled
+def merge_words(text, n_words, byte_ids, byte_pairs, pairs, scratch):
     """Merges words: in each the adjacent pair of lowest rank, the leftmost of equals, until none is left.
 
-    merging (n_words, 4) int64: where in `text` a word starts, its length, less than `width`, and here, at the end, how many
-    ids it has; these stand in `parts` from i * width on for word i. width: a multiple of LANES, up to WINDOW.
+    scratch.merging[i]: where in `text` word i starts, its length, where its entries in the other arrays start, and here, at
+    the end, how many ids it has. The ids are written to `parts`.
 
     In a round, each unfinished word merges one pair: the words do not depend on each other, so the processor works on
-    several at once. The parts of a word stand at the index of their first byte; the set of these is in column 3. ranks: for
-    each part the rank of its merger with the next one, and below it the part's index, so that the smallest tells both.
+    several at once. A part stands at the index of its first byte; next, before: where its neighbours stand; ranks: the rank
+    of its merger with the next one, and below it the index in the word, so that the smallest tells both. The last entry of a
+    word is the neighbour of its first and of its last part.
     """
-    unfinished = 0
+    _, _, merging, unfinished, lowest, parts, ranks, nexts, befores = scratch
+    n_unfinished = 0
     for i in range(n_words):
-        at, n, first = merging[i, 0], merging[i, 1], i * width
-        for j in range(first, first + width):
-            ranks[j] = NO_RANK
+        at, n, first = merging[i, 0], merging[i, 1], uint64(merging[i, 2])
+        width = merged_width(n)
+        for j in range(width):
+            ranks[first + uint64(j)] = NO_RANK
         for j in range(n):
-            parts[first + j] = byte_ids[text[at + j]]
-            ranks[first + j] = byte_pairs[int64(text[at + j]) << 8 | int64(text[at + j + 1])] << uint32(6) | uint32(j)
-        ranks[first + n - 1] = NO_RANK
-        parts[first + n] = parts[first + width - 1] = NONE  # the neighbours of the last and of the first part
-        merging[i, 3] = int64(lowest_bits(n + 1))
-        merging[unfinished, 2] = i
-        unfinished += smallest_rank(ranks, first, width) < NO_RANK
-    while unfinished:
-        still = 0
-        for k in range(unfinished):
-            i = merging[k, 2]
-            first, starts = i * width, uint64(merging[i, 3])
-            lowest = smallest_rank(ranks, first, width)
-            left, token = int64(lowest & uint32(63)), lowest >> uint32(6)
-            later = starts & ~uint64(1) << uint64(left)
-            right = lowest_bit(later)
-            after = lowest_bit(later & (later - ONE))
-            starts ^= ONE << uint64(right)
-            before = highest_bit(starts & ((ONE << uint64(left)) - ONE)) & (width - 1)
-            merging[i, 3] = int64(starts)
-            parts[first + left] = token
-            ranks[first + right] = NO_RANK
-            ranks[first + left] = find_pair(pairs, token, parts[first + after]) << 6 | left
-            ranks[first + before] = find_pair(pairs, parts[first + before], token) << 6 | before
-            merging[still, 2] = i
-            still += smallest_rank(ranks, first, width) < NO_RANK
-        unfinished = still
+            part, byte = first + uint64(j), uint64(at + j)
+            parts[part] = byte_ids[text[byte]]
+            ranks[part] = byte_pairs[uint64(text[byte]) << uint64(8) | uint64(text[byte + ONE])] << uint32(INDEX_BITS) | uint32(j)
+            nexts[part], befores[part] = part + ONE, part - ONE
+        last, end = first + uint64(n - 1), first + uint64(width - 1)
+        nexts[last] = befores[first] = end
+        parts[end], ranks[last] = NONE, NO_RANK
+        lowest[i] = smallest_rank(ranks, first, width)
+        unfinished[n_unfinished] = i
+        n_unfinished += lowest[i] < NO_RANK
+    while n_unfinished:
+        n = 0
+        for k in range(n_unfinished):
+            i = uint64(unfinished[k])
+            first, best = uint64(merging[i, 2]), uint64(lowest[i])
+            token, left = best >> uint64(INDEX_BITS), first + (best & uint64((1 << INDEX_BITS) - 1))
+            right = nexts[left]
+            after, before = uint64(nexts[right]), uint64(befores[left])
+            parts[left], nexts[left], befores[after], ranks[right] = token, after, left, NO_RANK
+            ranks[left] = find_pair(pairs, token, parts[after]) << uint64(INDEX_BITS) | left - first
+            ranks[before] = find_pair(pairs, parts[before], token) << uint64(INDEX_BITS) | before - first
+            lowest[i] = smallest_rank(ranks, first, merged_width(merging[i, 1]))
+            unfinished[n] = i
+            n += lowest[i] < NO_RANK
+        n_unfinished = n
     for i in range(n_words):
-        first, starts, n = i * width, uint64(merging[i, 3]), 0
-        starts &= ~(ONE << uint64(merging[i, 1]))
-        while starts:
-            parts[first + n] = parts[first + lowest_bit(starts)]
-            starts &= starts - ONE
-            n += 1
-        merging[i, 2] = n
+        first = uint64(merging[i, 2])
+        n, part, end = uint64(0), first, first + uint64(merged_width(merging[i, 1]) - 1)
+        while part != end:
+            parts[first + n] = parts[part]
+            n += ONE
+            part = uint64(nexts[part])
+        merging[i, 3] = n
 
 
-NO_RANK = uint32(NONE << 6)
+INDEX_BITS = 32 - ID_BITS
+NO_RANK = uint32(NONE << INDEX_BITS)
 
 
 @compiled
 def smallest_rank(ranks, first, width):
     lowest = smallest(ranks, first)
-    for i in range(first + LANES, first + width, LANES):
-        lowest = min(lowest, smallest(ranks, i))
+    for i in range(LANES, width, LANES):
+        lowest = min(lowest, smallest(ranks, first + uint64(i)))
     return lowest
 
 
@@ -1157,7 +1177,7 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
         before = left - (starts[parts[left - 1] + 1] - starts[parts[left - 1]]) if left else -1
         parts[left] = parts[end - 1] = rank
         ranks[right] = NONE
-        ranks[left] = find_pair(pairs, parts[left], parts[end]) if end < n else NONE
+        ranks[left] = int64(find_pair(pairs, parts[left], parts[end])) if end < n else NONE
         if ranks[left] != NONE:
             heap_push(heap, size, uint64(ranks[left]), uint64(left))
             size += 1
@@ -1179,102 +1199,89 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
 def home_row(rows, low, high):
     """Where the search for a word's row starts: the first of two that share a cache line."""
     hashed = (low ^ high * uint64(0x9E3779B97F4A7C15)) * uint64(0xD6E8FEB86659FD93)
-    return int64(hashed >> uint64(32)) & (len(rows) - 2)
+    return hashed >> uint64(32) & uint64(len(rows) - 2)
 
 
 @compiled
 def cached_row(rows, low, high, home):
     """The row of the word with this key, or the free row where it belongs."""
-    row = home + int64(rows[home + 1, 0] == low and rows[home + 1, 1] == high)
+    row = home + uint64((rows[home + ONE, 0] == low) & (rows[home + ONE, 1] == high))
     while rows[row, 1] and (rows[row, 0] != low or rows[row, 1] != high):
-        row = (row + 1) & (len(rows) - 1)
+        row = row + ONE & uint64(len(rows) - 1)
     return row
-
-
-# What `encode_block` needs for a block of words. found (BLOCK,) int64: a word's row in the cache; MERGED for one that is not
-# there; FIRST_TOKEN - id for a long one that is a token. keys (BLOCK, 2) uint64. The rest are arguments of `merge_words`, for
-# short words and for those of less than WINDOW bytes.
-Scratch = namedtuple("Scratch", "found keys merging merging_long parts ranks parts_long ranks_long")
-MERGED, FIRST_TOKEN = -1, -2
-
-
-@compiled
-def new_scratch():
-    return Scratch(np.empty(BLOCK, np.int64), np.empty((BLOCK, 2), np.uint64), np.empty((BLOCK, 4), np.int64),
-                   np.empty((BLOCK, 4), np.int64), np.empty(BLOCK * LANES, np.uint32), np.empty(BLOCK * LANES, np.uint32),
-                   np.empty(BLOCK * WINDOW, np.uint32), np.empty(BLOCK * WINDOW, np.uint32))
 
 
 @kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns the index after them."""
-    scratch = new_scratch()
     for first in range(0, n_words, BLOCK):
-        n = encode_block(text, ends[first:], min(BLOCK, n_words - first), vocabulary, cache, scratch, ids, n)
+        n = encode_block(text, ends[first:], min(BLOCK, n_words - first), vocabulary, cache, ids, n)
     return n
 
 
 @compiled
-def encode_block(text, ends, n_words, vocabulary, cache, scratch, ids, n):
+def encode_block(text, ends, n_words, vocabulary, cache, ids, n):
     """As `encode_words`, for up to BLOCK words.
 
     In passes, so that the processor can run ahead of the accesses to memory: where each word may lie in the cache; whether it
     is there; the merges of all that are not; the ids.
     """
     byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
-    rows, spilled, room = cache
-    found, keys, merging, merging_long, parts, ranks, parts_long, ranks_long = scratch
+    rows, spilled, room, scratch = cache
+    found, keys, merging, _, _, parts, _, _, _ = scratch
     for i in range(n_words):
         low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
-        keys[i, 0], keys[i, 1] = low, high
-        found[i] = home_row(rows, low, high)
-        prefetch(rows, found[i])
-    n_short = n_long = 0
+        home = home_row(rows, low, high)
+        keys[i, 0], keys[i, 1], found[i] = low, high, home
+        prefetch(rows, home)
+    n_merged = n_parts = 0
     for i in range(n_words):
         at, length = ends[i], ends[i + 1] - ends[i]
+        merging[n_merged, 0], merging[n_merged, 1], merging[n_merged, 2] = at, length, n_parts
         if length <= SHORT:
-            row = cached_row(rows, keys[i, 0], keys[i, 1], found[i])
+            row = cached_row(rows, keys[i, 0], keys[i, 1], uint64(found[i]))
             is_cached = rows[row, 1] != 0
-            found[i] = row if is_cached else MERGED
-            merging[n_short, 0], merging[n_short, 1] = at, length
-            n_short += not is_cached
+            found[i] = int64(row) if is_cached else MERGED
+            n_merged += not is_cached
+            n_parts += 0 if is_cached else LANES
+            continue
+        token = find_token(tokens, starts, token_bytes, text, at, length)
+        if token != NONE:  # as in tiktoken, even where merges would not lead there
+            found[i] = FIRST_TOKEN - token
+        elif length > MERGED_BYTES or n_parts + merged_width(length) > len(parts) - BLOCK * LANES:
+            found[i] = LONG_WORD
         else:
-            token = find_token(tokens, starts, token_bytes, text, at, length)
-            # as in tiktoken, even where merges would not lead there
-            found[i] = FIRST_TOKEN - token if token != NONE else MERGED
-            if token == NONE and length < WINDOW:
-                merging_long[n_long, 0], merging_long[n_long, 1] = at, length
-                n_long += 1
-    if n_short:
-        merge_words(text, merging, n_short, LANES, byte_ids, byte_pairs, pairs, parts, ranks)
-    if n_long:
-        merge_words(text, merging_long, n_long, WINDOW, byte_ids, byte_pairs, pairs, parts_long, ranks_long)
-    n_short = n_long = 0
+            found[i] = MERGED
+            n_merged += 1
+            n_parts += merged_width(length)
+    if n_merged:
+        merge_words(text, n_merged, byte_ids, byte_pairs, pairs, scratch)
+    n_merged = 0
     for i in range(n_words):
         row = found[i]
         if row >= 0:
-            first, last = rows[row, 2], rows[row, 3]
-            m = int64(last >> uint64(56))
+            first, last = rows[uint64(row), 2], rows[uint64(row), 3]
+            m, at = int64(last >> uint64(56)), uint64(n)
             # writing all is faster than a branch on how many there are
-            ids[n], ids[n + 1], ids[n + 2] = uint32(first), uint32(first >> uint64(32)), uint32(last)
-            ids[n + 3] = uint32(last >> uint64(32)) & uint32(NONE)
-            n = append(ids, n, spilled, int64(first), m) if m > CACHED_IDS else n + m
-            continue
-        length = ends[i + 1] - ends[i]
-        if row <= FIRST_TOKEN:
+            ids[at], ids[at + ONE] = uint32(first), uint32(first >> uint64(32))
+            ids[at + uint64(2)], ids[at + uint64(3)] = uint32(last), uint32(last >> uint64(32)) & uint32(NONE)
+            if m > CACHED_IDS:
+                append(ids, n, spilled, int64(first), m)
+            n += m
+        elif row == MERGED:
+            first, m = merging[n_merged, 2], merging[n_merged, 3]
+            if merging[n_merged, 1] <= SHORT:
+                remember(rows, spilled, room, keys[i, 0], keys[i, 1], parts, first, m)
+            n = append(ids, n, parts, first, m)
+            n_merged += 1
+        elif row == LONG_WORD:
+            length = ends[i + 1] - ends[i]
+            long_parts, long_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
+            m = merge_long_word(text, ends[i], length, byte_ids, byte_pairs, pairs, starts, long_parts, long_ranks)
+            n = append(ids, n, long_parts, 0, m)
+        else:
             ids[n] = FIRST_TOKEN - row
             n += 1
-        elif length <= SHORT:
-            remember(rows, spilled, room, keys[i, 0], keys[i, 1], parts, n_short * LANES, merging[n_short, 2])
-            n = append(ids, n, parts, n_short * LANES, merging[n_short, 2])
-            n_short += 1
-        elif length < WINDOW:
-            n = append(ids, n, parts_long, n_long * WINDOW, merging_long[n_long, 2])
-            n_long += 1
-        else:
-            longer, longer_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
-            m = merge_long_word(text, ends[i], length, byte_ids, byte_pairs, pairs, starts, longer, longer_ranks)
-            n = append(ids, n, longer, 0, m)
     return n
 
 
@@ -1309,7 +1316,7 @@ def remember(rows, spilled, room, low, high, parts, first, m):
 def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, id_offsets):
     """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is NONE, into
     ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
-    ends, scratch = np.empty(BLOCK + 1, np.int64), new_scratch()
+    ends = np.empty(BLOCK + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
         at = id_offsets[i]
@@ -1320,5 +1327,5 @@ def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, 
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]
             n = scan(text, offsets[i + 1], splitter, ends)
-            at = encode_block(text, ends, n, vocabulary, cache, scratch, ids, at)
+            at = encode_block(text, ends, n, vocabulary, cache, ids, at)
         id_offsets[i + 1] = at
