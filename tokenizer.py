@@ -69,7 +69,7 @@ PATTERNS = {
 TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 10_000_000
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
-BATCH_CHARACTERS = 1 << 20    # characters of text encoded or counted in one call
+BATCH_CHARACTERS = 1 << 18    # characters of text encoded or counted in one call
 # Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound
 # ones split ten million a second.
 SPLIT_SECONDS = 10, 30

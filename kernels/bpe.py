@@ -1203,9 +1203,14 @@ def home_row(rows, low, high):
 
 
 @compiled
+def is_row(rows, row, low, high):
+    return (rows[row, 0] == low) & (rows[row, 1] == high)
+
+
+@compiled
 def cached_row(rows, low, high, home):
     """The row of the word with this key, or the free row where it belongs."""
-    row = home + uint64((rows[home + ONE, 0] == low) & (rows[home + ONE, 1] == high))
+    row = home
     while rows[row, 1] and (rows[row, 0] != low or rows[row, 1] != high):
         row = row + ONE & uint64(len(rows) - 1)
     return row
@@ -1237,23 +1242,27 @@ def encode_block(text, ends, n_words, vocabulary, cache, ids, n):
     n_merged = n_parts = 0
     for i in range(n_words):
         at, length = ends[i], ends[i + 1] - ends[i]
-        merging[n_merged, 0], merging[n_merged, 1], merging[n_merged, 2] = at, length, n_parts
         if length <= SHORT:
-            row = cached_row(rows, keys[i, 0], keys[i, 1], uint64(found[i]))
-            is_cached = rows[row, 1] != 0
-            found[i] = int64(row) if is_cached else MERGED
-            n_merged += not is_cached
-            n_parts += 0 if is_cached else LANES
-            continue
-        token = find_token(tokens, starts, token_bytes, text, at, length)
-        if token != NONE:  # as in tiktoken, even where merges would not lead there
-            found[i] = FIRST_TOKEN - token
-        elif length > MERGED_BYTES or n_parts + merged_width(length) > len(parts) - BLOCK * LANES:
-            found[i] = LONG_WORD
+            low, high, row = keys[i, 0], keys[i, 1], uint64(found[i])
+            is_first, is_second = is_row(rows, row, low, high), is_row(rows, row + ONE, low, high)
+            if is_first | is_second:  # one branch, which is nearly always taken
+                found[i] += is_second
+                continue
+            row = cached_row(rows, low, high, row)
+            if rows[row, 1]:
+                found[i] = row
+                continue
         else:
-            found[i] = MERGED
-            n_merged += 1
-            n_parts += merged_width(length)
+            token = find_token(tokens, starts, token_bytes, text, at, length)
+            if token != NONE:  # as in tiktoken, even where merges would not lead there
+                found[i] = FIRST_TOKEN - token
+                continue
+            if length > MERGED_BYTES or n_parts + merged_width(length) > len(parts) - BLOCK * LANES:
+                found[i] = LONG_WORD
+                continue
+        merging[n_merged, 0], merging[n_merged, 1], merging[n_merged, 2], found[i] = at, length, n_parts, MERGED
+        n_merged += 1
+        n_parts += merged_width(length)
     if n_merged:
         merge_words(text, n_merged, byte_ids, byte_pairs, pairs, scratch)
     n_merged = 0
