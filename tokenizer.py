@@ -28,8 +28,6 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from experiments import token_report
-from experiments.report import align_columns, split_columns
 from kernels import bpe
 from runtime.cli import Parser, add_flags, command, log_line, parse_flags, say, terminal_width
 from runtime.config import BadInput, check_flags, flag
@@ -622,6 +620,7 @@ def report_path(config: TokenizerConfig, tokenizer_path: Path, name: str) -> Pat
 
 def show_tokens(config: TokenizerConfig):
     """Prints the tokens of --show, and writes a page of them."""
+    from experiments import token_report  # imports torch: a start without it takes a third of the time
     tokenizer, path = load_any(config.tokenizer_path), report_path(config, config.tokenizer_path, "tokens.html")
     text, title = config.show.encode(), "Tokens"
     if os.path.lexists(config.show) and not os.path.isdir(config.show):
@@ -649,6 +648,8 @@ def show_tokens(config: TokenizerConfig):
 
 def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | None):
     """Prints what --compare asks for, and writes a page of it. source_config: of the --dataset, if it is given."""
+    from experiments import token_report
+    from experiments.report import align_columns, split_columns
     paths, page = config.compare, report_path(config, config.compare[0], "tokenizers.html")
     several = [path.stem for path in paths], [path.absolute().parent.name for path in paths], [*map(str, paths)]
     names = next((names for names in several if len(set(names)) == len(paths)), several[-1])
