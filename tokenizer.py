@@ -65,7 +65,7 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
 }
 TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
-MAX_VOCAB_SIZE = 10_000_000
+MAX_VOCAB_SIZE = 2_000_000    # ids have at most bpe.ID_BITS
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
 BATCH_CHARACTERS = 1 << 18    # characters of text encoded or counted in one call
 # Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound

@@ -122,7 +122,8 @@ def matching_id(context, rows, at, key):
         keys = builder.shuffle_vector(keys, splat(0), ir.Constant(ir.VectorType(ir.IntType(32), BUCKET), [0] * BUCKET))
         is_key = builder.icmp_unsigned("==", builder.lshr(found, splat(ID_BITS)), keys)
         ids = builder.select(is_key, builder.and_(found, splat((1 << ID_BITS) - 1)), splat(0))
-        reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.or.v{BUCKET}i64", (), ir.FunctionType(number, [vector]))
+        reduce = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.or.v{BUCKET}i64", (), ir.FunctionType(number, [vector]))
         return builder.call(reduce, [ids])
     return types.uint64(rows, types.uint64, types.uint64), generate
 
@@ -265,12 +266,12 @@ def character(text, at, classes):
 
 @kernel
 def scan(text, stop, splitter, ends):
-    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number; `ends` has room for
-    WINDOW more than it stops at.
+    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number, less than len(ends);
+    it stops when there is not room for WINDOW more.
 
-    Looks at WINDOW bytes from the start of a word, as sets of bits, and finds all words that start there at once. The last of
-    them may go on: the next window starts with it. `word_end` finds the end of a word that is longer, or that holds
-    a character which a set of bits for whole characters does not fit: whitespace and numbers beyond ASCII.
+    Looks at WINDOW bytes from the start of a word, as sets of bits, and finds all words that start there at once. The last
+    of them may go on: the next window starts with it. `word_end` finds the end of a word that is longer, or that comes
+    before whitespace or a number beyond ASCII, whose rules hold for characters and not for bytes.
     """
     _, classes, max_digits = splitter
     n, at, full = 0, ends[0], len(ends) - 1 - WINDOW
@@ -904,22 +905,23 @@ def add_pairs_with(corpus, pairs, start, n, new, before, after):
 NONE = (1 << ID_BITS) - 1  # no id; above all ids
 
 # A vocabulary. byte_ids (256,) uint32: the id of a byte, or NONE; byte_pairs (65536,) uint32: the id of two bytes, or NONE;
-# token_bytes uint8: the bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32:
-# a hash table by the bytes of id + 1, 0 where free; pairs (power of 2,) uint64: buckets of BUCKET rows, each of left, right
-# and 1 + the id of the merged token, of ID_BITS. known (power of 2, 4) uint64: a row, as in a cache, for each short word
-# that is a single token.
+# token_bytes uint8: the bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,)
+# uint32: a hash table by the bytes of id + 1, 0 where free; pairs (power of 2,) uint64: buckets of BUCKET rows, each of
+# left, right and 1 + the id of the merged token, of ID_BITS. known (power of 2, 4) uint64: a row, as in a cache, for each
+# short word that is a single token.
 Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
 
 # What a thread needs to encode. rows (power of 2, 4) uint64, a hash table of words and their ids: the key of a short word,
-# then its ids, 32 bits each, of which the topmost byte says how many there are; more than CACHED_IDS lie in `spilled`, uint32,
-# from the index on that the row holds instead. room (2,) int64: how many more words fit, and how much of `spilled` is in use.
+# then its ids, 32 bits each, of which the topmost byte says how many there are; more than CACHED_IDS lie in `spilled`,
+# uint32, from the index on that the row holds instead. room (2,) int64: how many more words fit, and how much of `spilled`
+# is in use. scratch: for the words of a block.
 Cache = namedtuple("Cache", "rows spilled room scratch")
 CACHED_IDS = 4
 CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
 
 # The words of a block. found (BLOCK,) int64: the row of a word; or MERGED, LONG_WORD, FIRST_TOKEN - id. keys (BLOCK, 2)
 # uint64. The rest are arguments of `merge_words`.
-Scratch = namedtuple("Scratch", "found keys merging unfinished lowest parts ranks nexts befores")
+Scratch = namedtuple("Scratch", "found keys merging unfinished parts ranks nexts befores")
 MERGED, LONG_WORD, FIRST_TOKEN = -1, -2, -3
 MERGED_BYTES = 512     # longest word that is merged without a heap
 MERGED_PARTS = 1 << 16  # of all words that are merged together
@@ -964,7 +966,7 @@ def make_cache(vocabulary: Vocabulary) -> Cache:
 
 def make_scratch(n_parts: int) -> Scratch:
     return Scratch(np.empty(BLOCK, np.int64), np.empty((BLOCK, 2), np.uint64), np.empty((BLOCK, 4), np.int64),
-                   np.empty(BLOCK, np.int64), np.empty(BLOCK, np.uint32), *np.empty((4, n_parts), np.uint32))
+                   np.empty(BLOCK, np.int64), *np.empty((4, n_parts), np.uint32))
 
 
 def reset_cache(cache: Cache, vocabulary: Vocabulary):
@@ -1014,9 +1016,9 @@ def add_tokens(vocabulary):
 def add_pairs(vocabulary, scratch, room):
     """Fills `pairs` with up to `room` pairs of tokens that merge into a third; returns how many there are.
 
-    As in tiktoken, any two parts merge whose bytes together are a token. But what happens between the ends of a part does not
-    depend on what lies around it: two parts meet only if they are the last two that merge when the token is encoded by itself.
-    Where the tokens of lower ids, which merge first, do not lead to two parts, all ways to cut the token in two are added.
+    As in tiktoken, any two parts merge whose bytes together are a token. But what happens between the ends of a part does
+    not depend on what lies around it: two parts merge into a token only if they are the last two when it is encoded by
+    itself. Where tokens of lower ids, which merge first, do not lead to two parts, all ways to cut it in two are added.
     """
     byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     longest = 0
@@ -1097,8 +1099,7 @@ def merge_words(text, n_words, byte_ids, byte_pairs, pairs, scratch):
     of its merger with the next one, and below it the index in the word, so that the smallest tells both. The last entry of a
     word is the neighbour of its first and of its last part.
     """
-    _, _, merging, unfinished, lowest, parts, ranks, nexts, befores = scratch
-    n_unfinished = 0
+    _, _, merging, unfinished, parts, ranks, nexts, befores = scratch
     for i in range(n_words):
         at, n, first = merging[i, 0], merging[i, 1], uint64(merging[i, 2])
         width = merged_width(n)
@@ -1106,29 +1107,31 @@ def merge_words(text, n_words, byte_ids, byte_pairs, pairs, scratch):
             ranks[first + uint64(j)] = NO_RANK
         for j in range(n):
             part, byte = first + uint64(j), uint64(at + j)
-            parts[part] = byte_ids[text[byte]]
-            ranks[part] = byte_pairs[uint64(text[byte]) << uint64(8) | uint64(text[byte + ONE])] << uint32(INDEX_BITS) | uint32(j)
+            pair = uint64(text[byte]) << uint64(8) | uint64(text[byte + ONE])
+            parts[part], ranks[part] = byte_ids[text[byte]], byte_pairs[pair] << uint32(INDEX_BITS) | uint32(j)
             nexts[part], befores[part] = part + ONE, part - ONE
         last, end = first + uint64(n - 1), first + uint64(width - 1)
         nexts[last] = befores[first] = end
         parts[end], ranks[last] = NONE, NO_RANK
-        lowest[i] = smallest_rank(ranks, first, width)
-        unfinished[n_unfinished] = i
-        n_unfinished += lowest[i] < NO_RANK
+        unfinished[i] = i
+    n_unfinished = n_words
     while n_unfinished:
         n = 0
         for k in range(n_unfinished):
-            i = uint64(unfinished[k])
-            first, best = uint64(merging[i, 2]), uint64(lowest[i])
-            token, left = best >> uint64(INDEX_BITS), first + (best & uint64((1 << INDEX_BITS) - 1))
+            i = unfinished[k]
+            first = uint64(merging[i, 2])
+            # here, not after the merge: the processor waits when it loads a vector of which a number has just been stored
+            lowest = uint64(smallest_rank(ranks, first, merged_width(merging[i, 1])))
+            if lowest >= NO_RANK:
+                continue
+            unfinished[n] = i
+            n += 1
+            token, left = lowest >> uint64(INDEX_BITS), first + (lowest & uint64((1 << INDEX_BITS) - 1))
             right = nexts[left]
             after, before = uint64(nexts[right]), uint64(befores[left])
             parts[left], nexts[left], befores[after], ranks[right] = token, after, left, NO_RANK
             ranks[left] = find_pair(pairs, token, parts[after]) << uint64(INDEX_BITS) | left - first
             ranks[before] = find_pair(pairs, parts[before], token) << uint64(INDEX_BITS) | before - first
-            lowest[i] = smallest_rank(ranks, first, merged_width(merging[i, 1]))
-            unfinished[n] = i
-            n += lowest[i] < NO_RANK
         n_unfinished = n
     for i in range(n_words):
         first = uint64(merging[i, 2])
@@ -1141,7 +1144,7 @@ def merge_words(text, n_words, byte_ids, byte_pairs, pairs, scratch):
 
 
 INDEX_BITS = 32 - ID_BITS
-NO_RANK = uint32(NONE << INDEX_BITS)
+NO_RANK = uint64(NONE << INDEX_BITS)
 
 
 @compiled
@@ -1228,12 +1231,12 @@ def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
 def encode_block(text, ends, n_words, vocabulary, cache, ids, n):
     """As `encode_words`, for up to BLOCK words.
 
-    In passes, so that the processor can run ahead of the accesses to memory: where each word may lie in the cache; whether it
-    is there; the merges of all that are not; the ids.
+    In passes, so that the processor can run ahead of the accesses to memory: where each word may lie in the cache; whether
+    it is there; the merges of all that are not; the ids.
     """
     byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     rows, spilled, room, scratch = cache
-    found, keys, merging, _, _, parts, _, _, _ = scratch
+    found, keys, merging, _, parts, _, _, _ = scratch
     for i in range(n_words):
         low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
         home = home_row(rows, low, high)
