@@ -541,14 +541,18 @@ def add_words(words, text, ends):
     """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have been replaced by larger ones."""
     while 2 * (words.used[0] + len(ends)) > len(words.slots):
         words = Words(grow_slots(words.slots), words.long_bytes, words.long_ends, words.used)
-    slots = words.slots
+    slots, keys = words.slots, np.empty((len(ends), 2), np.uint64)
+    for i in range(len(ends) - 1):
+        low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
+        keys[i, 0], keys[i, 1] = low, high
+        prefetch(slots, mix(low, high) & uint64(len(slots) - 1))
     for i in range(len(ends) - 1):
         at = ends[i]
         n = ends[i + 1] - at
         if n > SHORT:
             words = add_long_word(words, text, at, n)
             continue
-        low, high = short_key(text, at, n)
+        low, high = keys[i, 0], keys[i, 1]
         slot = word_slot(slots, low, high)
         if not slots[slot, 2]:
             slots[slot, 0], slots[slot, 1] = low, high
