@@ -232,7 +232,8 @@ def check_equal(args) -> tuple[int, int]:
 ARMS = {arm.__name__: arm for arm in (
     train_seconds_ours, train_seconds_ours_gpt2, train_seconds_rustbpe, train_seconds_gigabpe, train_seconds_gigatoken,
     train_memory_ours, train_memory_rustbpe, encode_seconds_ours_default, encode_seconds_tiktoken_default,
-    encode_seconds_ours, encode_seconds_tiktoken, encode_seconds_gigatoken, encode_seconds_fastokens, threads_seconds, check_equal)}
+    encode_seconds_ours, encode_seconds_tiktoken, encode_seconds_gigatoken, encode_seconds_fastokens, threads_seconds,
+    check_equal)}
 
 
 # -- running and comparing --------------------------------------------------------------------------------------------
@@ -325,7 +326,8 @@ def describe(comparisons: list[Comparison], n_equal: tuple[int, int], args) -> s
     return (f"{table(rows)}\n\nMedians of {args.rounds} rounds in which the sides took turns; in brackets the quartiles "
             f"of the rounds' ratios. CPU seconds of one thread unless stated otherwise; vocabulary {args.vocab_size:,}. "
             f"Encoding is of unseen documents, first pass, with GPT-2's pattern unless stated otherwise; tiktoken and "
-            f"fastokens return lists. {machine()}: `{command}`. In the same run, all {n_equal[0]:,} merges were equal to rustbpe's, and all "
+            f"fastokens return lists. {machine()}: `{command}`. "
+            f"In the same run, all {n_equal[0]:,} merges were equal to rustbpe's, and all "
             f"{n_equal[1]:,} ids, by document and as one text, to tiktoken's and with GPT-2's pattern to gigatoken's.")
 
 
