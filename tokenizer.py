@@ -287,9 +287,15 @@ class Tokenizer:
             raise ValueError(f"threads={threads}: must be at least 1")
         _ = self.vocabulary  # built here, or else by every thread
         encode = lambda batch: self.encode_documents(PackedDocuments.from_strings(batch))
-        encoded = list(map_in_threads(encode, batch_texts(texts), threads or available_cores()))
-        ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
-        return ids, np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)], dtype=np.int64).cumsum()
+        ids, lengths, n = np.empty(0, self.dtype), [[0]], 0
+        for part, offsets in map_in_threads(encode, batch_texts(texts), threads or available_cores()):
+            if n + len(part) > len(ids):  # in place: to touch twice as much new memory takes some % of the time
+                ids.resize(max(n + len(part), len(ids) * 9 // 8), refcheck=False)
+            ids[n:n + len(part)] = part
+            n += len(part)
+            lengths.append(np.diff(offsets))
+        ids.resize(n, refcheck=False)
+        return ids, np.concatenate(lengths, dtype=np.int64).cumsum()
 
     def encode_documents(self, documents: PackedDocuments, add_separators: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `documents` end to end, (n,) uint16 or uint32, and offsets, (documents + 1,) int64. Runs in the calling

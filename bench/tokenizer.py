@@ -274,7 +274,7 @@ class Comparison:
         if len(self.ratios) < 2:
             return f"{self.ratio:.2f}"
         low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return f"{self.ratio:.2f}** ({low:.2f}–{high:.2f}) **"
+        return f"{self.ratio:.2f} ({low:.2f}–{high:.2f})"
 
 
 def compare(what: str, ours: list[float], peer: list[float], show: Callable[[float], str]) -> Comparison:
