@@ -28,8 +28,6 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from experiments import token_report
-from experiments.report import align_columns, split_columns
 from kernels import bpe
 from runtime.cli import Parser, add_flags, command, log_line, parse_flags, say, terminal_width
 from runtime.config import BadInput, check_flags, flag
@@ -67,9 +65,9 @@ PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
 }
 TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
-MAX_VOCAB_SIZE = 10_000_000
+MAX_VOCAB_SIZE = 2_000_000    # ids have at most bpe.ID_BITS
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
-BATCH_CHARACTERS = 1 << 20    # characters of text encoded or counted in one call
+BATCH_CHARACTERS = 1 << 18    # characters of text encoded or counted in one call
 # Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound
 # ones split ten million a second.
 SPLIT_SECONDS = 10, 30
@@ -289,9 +287,15 @@ class Tokenizer:
             raise ValueError(f"threads={threads}: must be at least 1")
         _ = self.vocabulary  # built here, or else by every thread
         encode = lambda batch: self.encode_documents(PackedDocuments.from_strings(batch))
-        encoded = list(map_in_threads(encode, batch_texts(texts), threads or available_cores()))
-        ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, self.dtype)
-        return ids, np.concatenate([[0], *(np.diff(offsets) for _, offsets in encoded)], dtype=np.int64).cumsum()
+        ids, lengths, n = np.empty(0, self.dtype), [[0]], 0
+        for part, offsets in map_in_threads(encode, batch_texts(texts), threads or available_cores()):
+            if n + len(part) > len(ids):  # in place: to touch twice as much new memory takes some % of the time
+                ids.resize(max(n + len(part), len(ids) * 9 // 8), refcheck=False)
+            ids[n:n + len(part)] = part
+            n += len(part)
+            lengths.append(np.diff(offsets))
+        ids.resize(n, refcheck=False)
+        return ids, np.concatenate(lengths, dtype=np.int64).cumsum()
 
     def encode_documents(self, documents: PackedDocuments, add_separators: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `documents` end to end, (n,) uint16 or uint32, and offsets, (documents + 1,) int64. Runs in the calling
@@ -622,6 +626,7 @@ def report_path(config: TokenizerConfig, tokenizer_path: Path, name: str) -> Pat
 
 def show_tokens(config: TokenizerConfig):
     """Prints the tokens of --show, and writes a page of them."""
+    from experiments import token_report  # imports torch: a start without it takes a third of the time
     tokenizer, path = load_any(config.tokenizer_path), report_path(config, config.tokenizer_path, "tokens.html")
     text, title = config.show.encode(), "Tokens"
     if os.path.lexists(config.show) and not os.path.isdir(config.show):
@@ -649,6 +654,8 @@ def show_tokens(config: TokenizerConfig):
 
 def compare_tokenizers(config: TokenizerConfig, source_config: SourceConfig | None):
     """Prints what --compare asks for, and writes a page of it. source_config: of the --dataset, if it is given."""
+    from experiments import token_report
+    from experiments.report import align_columns, split_columns
     paths, page = config.compare, report_path(config, config.compare[0], "tokenizers.html")
     several = [path.stem for path in paths], [path.absolute().parent.name for path in paths], [*map(str, paths)]
     names = next((names for names in several if len(set(names)) == len(paths)), several[-1])

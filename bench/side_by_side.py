@@ -37,12 +37,18 @@ def run(script: str, arm: str, flags: list[str], **environment: str):
 
 def take_turns(measure: Callable[[str], float], arms: list[str], rounds: int) -> list[float]:
     """The median of each arm's measurements."""
+    return [statistics.median(seen) for seen in measure_in_turns(measure, arms, rounds).values()]
+
+
+def measure_in_turns(measure: Callable[[str], object], arms: list[str], rounds: int) -> dict[str, list]:
+    """Each arm's measurements, one of every round."""
     figures = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm, seen in figures.items():
             seen.append(measure(arm))
-            print(f"  {arm}: {seen[-1]:.3f}", file=sys.stderr, flush=True)
-    return [statistics.median(seen) for seen in figures.values()]
+            shown = f"{seen[-1]:.3f}" if isinstance(seen[-1], float) else seen[-1]
+            print(f"  {arm}: {shown}", file=sys.stderr, flush=True)
+    return figures
 
 
 def train_runs(runs: dict[str, list[str]], folder: Path, max_iter: dict[str, int], jobs: int = 2) -> dict[str, list[dict]]:

@@ -14,7 +14,9 @@ twin of each loop stands in tests/test_bpe.py.
 from collections import namedtuple
 
 import numpy as np
-from numba import int64, njit, uint8, uint32, uint64
+from llvmlite import ir
+from numba import int64, njit, types, uint8, uint32, uint64
+from numba.extending import intrinsic
 
 compiled = njit(nogil=True)
 
@@ -27,8 +29,9 @@ def kernel(function):
         return compiled(function)
 
 
-PADDING = 16
-BLOCK = 256  # words scanned at a time, so that the memory accesses of their look-ups overlap
+WINDOW = 64       # bytes that the scanner looks at together: the bits of a number
+PADDING = WINDOW
+BLOCK = 1024      # words scanned at a time, so that the memory accesses of their look-ups overlap
 
 
 def pad_text(parts: list[bytes | np.ndarray]) -> np.ndarray:
@@ -84,6 +87,102 @@ def same_bytes(a, at_a, b, at_b, n):
     return load(a, at_a, n) == load(b, at_b, n)
 
 
+# -- vectors and sets of bits -----------------------------------------------------------------------------------------
+
+ONE = uint64(1)
+ID_BITS = 21  # of an id: two ids and a third fit into 64 bits
+BUCKET = 8    # rows of `Vocabulary.pairs` that are compared at once: a cache line
+LANES = 16    # numbers of 32 bits of which the smallest is found at once
+
+
+@intrinsic(prefer_literal=True)
+def bytes_between(context, text, at, low, high):
+    """A bit for each of the bytes text[at:at + WINDOW], the first one lowest: whether it lies in low..high, which are
+    constants. A few instructions on processors with vectors of bytes."""
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(8), WINDOW)
+        low, high = (ir.Constant(vector, [argument.literal_value + shift] * WINDOW)
+                     for argument, shift in ((signature.args[2], 0), (signature.args[3], -signature.args[2].literal_value)))
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        found = builder.load(builder.bitcast(address, vector.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("<=", builder.sub(found, low), high), ir.IntType(WINDOW))
+    return types.uint64(text, types.int64, low, high), generate
+
+
+@intrinsic
+def matching_id(context, rows, at, key):
+    """Of the BUCKET numbers rows[at:at + BUCKET], the lowest ID_BITS of the one whose other bits are `key`; 0 if none is."""
+    def generate(context, builder, signature, arguments):
+        number = ir.IntType(64)
+        vector = ir.VectorType(number, BUCKET)
+        splat = lambda value: ir.Constant(vector, [value] * BUCKET)
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        found = builder.load(builder.bitcast(address, vector.as_pointer()), align=8)
+        keys = builder.insert_element(splat(0), arguments[2], ir.IntType(32)(0))
+        keys = builder.shuffle_vector(keys, splat(0), ir.Constant(ir.VectorType(ir.IntType(32), BUCKET), [0] * BUCKET))
+        is_key = builder.icmp_unsigned("==", builder.lshr(found, splat(ID_BITS)), keys)
+        ids = builder.select(is_key, builder.and_(found, splat((1 << ID_BITS) - 1)), splat(0))
+        reduce = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.or.v{BUCKET}i64", (), ir.FunctionType(number, [vector]))
+        return builder.call(reduce, [ids])
+    return types.uint64(rows, types.uint64, types.uint64), generate
+
+
+@intrinsic
+def smallest(context, array, at):
+    """The smallest of the LANES numbers from array[at] on, uint32."""
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(32), LANES)
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=4)
+        reduce = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.umin.v{LANES}i32", (), ir.FunctionType(ir.IntType(32), [vector]))
+        return builder.call(reduce, [numbers])
+    return types.uint32(array, types.uint64), generate
+
+
+@intrinsic
+def prefetch(context, rows, at):
+    """Starts to load rows[at], of an array of two dimensions, into the cache of the processor."""
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        number, address = ir.IntType(32), builder.ptrtoint(array.data, ir.IntType(64))
+        stride = builder.extract_value(array.strides, 0)
+        address = builder.inttoptr(builder.add(address, builder.mul(stride, arguments[1])), ir.IntType(8).as_pointer())
+        call = builder.module.declare_intrinsic("llvm.prefetch", [address.type], ir.FunctionType(
+            ir.VoidType(), [address.type, number, number, number]))
+        builder.call(call, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+    return types.void(rows, types.uint64), generate
+
+
+@intrinsic
+def lowest_bit(context, bits):
+    """The index of the lowest bit that is set, 64 if none is."""
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def leading_zeros(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+    return types.int64(types.uint64), generate
+
+
+@compiled
+def highest_bit(bits):
+    """The index of the highest bit that is set, -1 if none is."""
+    return 63 - leading_zeros(bits)
+
+
+@compiled
+def lowest_bits(n):
+    """The lowest n bits, 0 to 64."""
+    return ~uint64(0) >> uint64(64 - n) if n else uint64(0)
+
+
 # -- scanning: where words end ----------------------------------------------------------------------------------------
 
 # Classes of characters; a table (0x110000,) uint8 maps every code point to its class.
@@ -96,9 +195,10 @@ AT_APOSTROPHE, AT_SPACES = 10, 11  # the end of the word depends on more than th
 N_STATES = 12
 ENDS = 0x80  # set in a transition if the current word ends before this character
 
-# How text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes: as above; any_case: whether
-# contractions may be upper case; newline_splits: whether whitespace splits after a line break.
-Splitter = namedtuple("Splitter", "transitions classes any_case newline_splits")
+# How text is split. transitions (N_STATES * N_CLASSES,) uint8: the next state; classes: as above; max_digits: of GPT-4's
+# pattern, how many digits a word has at most; 0 for GPT-2's, which has no such limit, no contractions in upper case, and
+# treats line breaks as any whitespace.
+Splitter = namedtuple("Splitter", "transitions classes max_digits")
 
 
 def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
@@ -118,7 +218,7 @@ def gpt4_splitter(classes: np.ndarray, max_digits: int) -> Splitter:
     continue_word(table, ONE_SPACE, spaces | {LETTER: LETTERS})
     for n in range(1, max_digits):
         continue_word(table, DIGITS + n - 1, {NUMBER: DIGITS + n})
-    return Splitter(table.reshape(-1), classes, True, True)
+    return Splitter(table.reshape(-1), classes, max_digits)
 
 
 def gpt2_splitter(classes: np.ndarray) -> Splitter:
@@ -132,7 +232,7 @@ def gpt2_splitter(classes: np.ndarray) -> Splitter:
     continue_word(table, ONE_OTHER, {OTHER: OTHERS, APOSTROPHE: OTHERS})
     continue_word(table, ONE_BLANK, spaces | {LETTER: LETTERS, NUMBER: DIGITS, OTHER: OTHERS, APOSTROPHE: OTHERS})
     continue_word(table, ONE_SPACE, spaces)
-    return Splitter(table.reshape(-1), classes, False, False)
+    return Splitter(table.reshape(-1), classes, 0)
 
 
 def word_start_table(states: dict[int, int]) -> np.ndarray:
@@ -166,35 +266,146 @@ def character(text, at, classes):
 
 @kernel
 def scan(text, stop, splitter, ends):
-    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number, at most
-    len(ends) - 1.
+    """Splits text[ends[0]:stop] into words: word i is text[ends[i]:ends[i + 1]]. Returns their number, less than len(ends);
+    it stops when there is not room for WINDOW more.
 
-    One step per character, and no branch depends on where words end: in ordinary text the processor predicts them all.
+    Looks at WINDOW bytes from the start of a word, as sets of bits, and finds all words that start there at once. The last
+    of them may go on: the next window starts with it. `word_end` finds the end of a word that is longer, or that comes
+    before whitespace or a number beyond ASCII, whose rules hold for characters and not for bytes.
     """
-    transitions, classes, any_case, newline_splits = splitter
-    state, n, at, full = START, 0, ends[0], len(ends) - 1
+    _, classes, max_digits = splitter
+    n, at, full = 0, ends[0], len(ends) - 1 - WINDOW
     while at < stop and n < full:
-        kind, after = character(text, at, classes)
-        transition = transitions[state * N_CLASSES + kind]
-        ends[n + 1] = at
-        n += transition >> 7
-        state = transition & 0x7F
-        if state >= AT_APOSTROPHE and n < full:
-            start = ends[n]
-            if state == AT_SPACES:
-                after, state = spaces_end(text, start, stop, classes, newline_splits), START
-            else:
-                after, state = contraction_end(text, start, stop, any_case), START
-                if after == start:
-                    after, state = start + 1, ONE_OTHER
-            if state == START:
-                n += 1
-                ends[n] = after
-        at = after
-    if n < full and ends[n] < stop:
-        n += 1
-        ends[n] = stop
+        edge = min(stop - at, WINDOW)
+        letters = bytes_between(text, at, 0x41, 0x5A) | bytes_between(text, at, 0x61, 0x7A)
+        numbers = bytes_between(text, at, 0x30, 0x39)
+        spaces, blanks = bytes_between(text, at, 0x09, 0x0D), bytes_between(text, at, 0x20, 0x20)
+        newlines = bytes_between(text, at, 0x0A, 0x0A) | bytes_between(text, at, 0x0D, 0x0D)
+        apostrophes = bytes_between(text, at, 0x27, 0x27)
+        leads = bytes_between(text, at, 0xC2, 0xF4) & lowest_bits(edge)  # first bytes of characters beyond ASCII
+        while leads:
+            i = lowest_bit(leads)
+            leads &= leads - ONE
+            kind, after = character(text, at + i, classes)
+            if kind >= NUMBER:
+                edge = i
+                break
+            if kind == LETTER:
+                letters |= lowest_bits(after - at - i) << uint64(i)
+        inside = lowest_bits(edge)
+        letters, numbers, blanks, newlines = letters & inside, numbers & inside, blanks & inside, newlines & inside
+        spaces = spaces & inside | blanks
+        others = inside & ~(letters | numbers | spaces)
+        if max_digits:
+            inner = bytes_between(text, at, 0x80, 0xBF)  # bytes of a character but its first
+            starts, gaps = gpt4_starts(letters, numbers, others, spaces, blanks, newlines, inner, max_digits)
+        else:
+            starts, gaps = gpt2_starts(letters, numbers, others, spaces, blanks), spaces
+        starts = mark_contractions(text, at, stop, starts, starts & apostrophes & inside, max_digits > 0) & inside
+        if at + edge < stop:  # where whitespace at the edge goes on, only its start is certain
+            starts &= lowest_bits(min(highest_bit(inside & ~gaps) + 2, WINDOW))
+        starts &= ~ONE
+        while starts:
+            n += 1
+            ends[n] = at + lowest_bit(starts)
+            starts &= starts - ONE
+        if at + edge == stop:
+            n += 1
+            ends[n] = stop
+        elif ends[n] == at:
+            n += 1
+            ends[n] = word_end(text, at, stop, splitter)
+        at = ends[n]
     return n
+
+
+# Sets of bits: in the arguments, the bytes of characters of these classes, where `others` are all that are no letters,
+# numbers or spaces, and `spaces` are all whitespace; in the result, where words start. The first byte starts a word.
+# x & x << 1 are the bytes of x that follow another one.
+
+
+@compiled
+def gpt2_starts(letters, numbers, others, spaces, blanks):
+    continued = (letters & letters << ONE) | (numbers & numbers << ONE) | (others & others << ONE)
+    words = letters | numbers | others
+    return words & ~continued & ~(blanks << ONE) | space_starts(spaces, words)
+
+
+@compiled
+def space_starts(spaces, words):
+    """Whitespace starts a word at its first character, and at its last one if a word follows."""
+    return spaces & (~(spaces << ONE) | words >> ONE)
+
+
+@compiled
+def gpt4_starts(letters, numbers, others, spaces, blanks, newlines, inner, max_digits):
+    """Also returns the whitespace without the line breaks that belong to `others` before them."""
+    words = letters | numbers | others
+    gaps = spaces & ~from_start(newlines, newlines & others << ONE)
+    no_breaks = gaps & ~newlines
+    other_starts = others & ~((others | blanks) << ONE)
+    prefixes = no_breaks | other_starts  # characters that belong to letters after them
+    for _ in range(3):
+        prefixes |= prefixes << ONE & inner
+    letter_starts = letters & ~((letters | prefixes) << ONE)
+    number_starts = numbers & ~(numbers << ONE)
+    full = numbers  # where this and the max_digits - 1 characters before are digits
+    for _ in range(1, max_digits):
+        full &= full << ONE
+    more = number_starts << uint64(max_digits) & full
+    while more:
+        number_starts |= more
+        more = more << uint64(max_digits) & full
+    # whitespace splits after its last line break
+    after_newline = no_breaks & (gaps & newlines) << ONE
+    before_newline = (no_breaks + after_newline) & newlines  # the sum carries from the start of a run to what follows it
+    while before_newline:
+        i = lowest_bit(before_newline)
+        after_newline ^= ONE << uint64(highest_bit(after_newline & lowest_bits(i)))
+        before_newline &= before_newline - ONE
+    gap_starts = gaps & ~(gaps << ONE) | no_breaks & words >> ONE | after_newline
+    return letter_starts | number_starts | other_starts | gap_starts, gaps
+
+
+@compiled
+def from_start(runs, starts):
+    """The runs of bits of which `starts` holds the first."""
+    return runs & ~(runs + starts)
+
+
+@compiled
+def mark_contractions(text, at, stop, starts, apostrophes, any_case):
+    """`starts` with the words that contractions make. apostrophes: those that start a word."""
+    while apostrophes:
+        i = lowest_bit(apostrophes)
+        after = contraction_end(text, at + i, stop, any_case) - at
+        if after > i:
+            starts &= ~(ONE << uint64(i + 1))
+            if after < WINDOW:
+                starts |= ONE << uint64(after)
+        apostrophes &= apostrophes - ONE
+    return starts
+
+
+@compiled
+def word_end(text, start, stop, splitter):
+    """The end of the word that starts at `start`: one step of a finite automaton per character."""
+    transitions, classes, max_digits = splitter
+    state, at = START, start
+    while at < stop:
+        kind, after = character(text, at, classes)
+        state = transitions[state * N_CLASSES + kind]
+        if state & ENDS:
+            return at
+        if state == AT_SPACES:
+            return spaces_end(text, start, stop, classes, max_digits > 0)
+        if state == AT_APOSTROPHE:
+            end = contraction_end(text, start, stop, max_digits > 0)
+            if end > start:
+                return end
+            state = ONE_OTHER
+        at = after
+    return stop
 
 
 @compiled
@@ -255,10 +466,12 @@ def empty_words() -> Words:
 
 @compiled
 def short_key(text, at, n):
-    """The key of a word of up to SHORT bytes: its bytes and its length."""
-    if n <= 8:
-        return load(text, at, n), uint64(n) << uint64(56)
-    return load8(text, at), load(text, at + 8, n - 8) | uint64(n) << uint64(56)
+    """The key of a word of up to SHORT bytes: its bytes and its length. Without a branch on the length."""
+    n_low = uint64(min(n, 8))
+    n_high = uint64(n) - n_low
+    low = load8(text, at) & ~uint64(0) >> uint64(64) - (n_low << uint64(3))
+    high = load8(text, at + 8) & (ONE << (n_high << uint64(3))) - ONE
+    return low, high | uint64(n) << uint64(56)
 
 
 @compiled
@@ -328,14 +541,18 @@ def add_words(words, text, ends):
     """Counts the words text[ends[i]:ends[i + 1]]. Returns the words, whose arrays may have been replaced by larger ones."""
     while 2 * (words.used[0] + len(ends)) > len(words.slots):
         words = Words(grow_slots(words.slots), words.long_bytes, words.long_ends, words.used)
-    slots = words.slots
+    slots, keys = words.slots, np.empty((len(ends), 2), np.uint64)
+    for i in range(len(ends) - 1):
+        low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
+        keys[i, 0], keys[i, 1] = low, high
+        prefetch(slots, mix(low, high) & uint64(len(slots) - 1))
     for i in range(len(ends) - 1):
         at = ends[i]
         n = ends[i + 1] - at
         if n > SHORT:
             words = add_long_word(words, text, at, n)
             continue
-        low, high = short_key(text, at, n)
+        low, high = keys[i, 0], keys[i, 1]
         slot = word_slot(slots, low, high)
         if not slots[slot, 2]:
             slots[slot, 0], slots[slot, 1] = low, high
@@ -689,26 +906,41 @@ def add_pairs_with(corpus, pairs, start, n, new, before, after):
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
 
-NONE = 0xFFFFFFFF  # no id; above all ids
-END = 1 << 32      # follows the last part of a word that is being merged
+NONE = (1 << ID_BITS) - 1  # no id; above all ids
 
-# A vocabulary. byte_ids (256,) int64; byte_pairs (65536,) uint32: the id of two bytes, or NONE; token_bytes uint8: the bytes
-# of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,) uint32: a hash table by the bytes
-# of id + 1, 0 where free; pairs (power of 2, 2) uint64: left << 32 | right, and 1 + the id of the merged token. known (power
-# of 2, 4) uint64: a row, as in a cache, for each short word that is a single token.
+# A vocabulary. byte_ids (256,) uint32: the id of a byte, or NONE; byte_pairs (65536,) uint32: the id of two bytes, or NONE;
+# token_bytes uint8: the bytes of all tokens end to end, token i from starts[i] to starts[i + 1]; tokens (power of 2,)
+# uint32: a hash table by the bytes of id + 1, 0 where free; pairs (power of 2,) uint64: buckets of BUCKET rows, each of
+# left, right and 1 + the id of the merged token, of ID_BITS. known (power of 2, 4) uint64: a row, as in a cache, for each
+# short word that is a single token.
 Vocabulary = namedtuple("Vocabulary", "byte_ids byte_pairs token_bytes starts tokens pairs known")
 
-# Words and their ids. rows (power of 2, 4) uint64: the key of a short word, its first two ids, its third id and how many
-# it has. room (1,) int64: how many more words fit. Every thread has a cache of its own.
-Cache = namedtuple("Cache", "rows room")
-CACHED_IDS = 3
+# What a thread needs to encode. rows (power of 2, 4) uint64, a hash table of words and their ids: the key of a short word,
+# then its ids, 32 bits each, of which the topmost byte says how many there are; more than CACHED_IDS lie in `spilled`,
+# uint32, from the index on that the row holds instead. room (2,) int64: how many more words fit, and how much of `spilled`
+# is in use. scratch: for the words of a block.
+Cache = namedtuple("Cache", "rows spilled room scratch")
+CACHED_IDS = 4
 CACHED_WORDS = 1 << 16  # besides the single tokens; 5 MB of English text have 50,000
-MAX_SCANNED_BYTES = 64  # longest word that is merged without a heap
+
+# The words of a block. found (BLOCK,) int64: the row of a word; or MERGED, LONG_WORD, FIRST_TOKEN - id. keys (BLOCK, 2)
+# uint64. The rest are arguments of `merge_words`.
+Scratch = namedtuple("Scratch", "found keys merging unfinished parts ranks nexts befores")
+MERGED, LONG_WORD, FIRST_TOKEN = -1, -2, -3
+MERGED_BYTES = 512     # longest word that is merged without a heap
+MERGED_PARTS = 1 << 16  # of all words that are merged together
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def zero_lines(n: int) -> np.ndarray:
+    """n zeros, (n,) uint64, that start with a cache line."""
+    zeros = np.zeros(n + 8, np.uint64)
+    first = -zeros.ctypes.data // 8 % 8
+    return zeros[first:first + n]
 
 
 def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
@@ -717,25 +949,33 @@ def make_vocabulary(tokens: list[bytes]) -> Vocabulary:
     np.cumsum([len(token) for token in tokens], out=starts[1:])
     n_tokens = sum(map(bool, tokens))
     vocabulary = Vocabulary(
-        np.zeros(256, np.int64), np.full(1 << 16, NONE, np.uint32), pad_text(tokens), starts,
-        np.zeros(power_of_two(2 * n_tokens), np.uint32), np.zeros((1, 2), np.uint64),
-        np.zeros((power_of_two((n_tokens + CACHED_WORDS) * 4 // 3), 4), np.uint64))
+        np.full(256, NONE, np.uint32), np.full(1 << 16, NONE, np.uint32), pad_text(tokens), starts,
+        np.zeros(power_of_two(2 * n_tokens), np.uint32), zero_lines(BUCKET),
+        zero_lines(4 * power_of_two((n_tokens + CACHED_WORDS) * 4 // 3)).reshape(-1, 4))
     add_tokens(vocabulary)
-    n_pairs, room = n_tokens * 9 // 4, 0  # an English vocabulary has about as many
+    n_pairs, room = n_tokens, 0  # a token is the merger of one pair; of several if training would not produce it
     while n_pairs > room:
         room = n_pairs
-        vocabulary = vocabulary._replace(pairs=np.zeros((power_of_two(room * 5 // 3), 2), np.uint64))
-        n_pairs = add_pairs(vocabulary, room)
+        vocabulary = vocabulary._replace(pairs=zero_lines(power_of_two(max(BUCKET, room * 3 // 2))))
+        n_pairs = add_pairs(vocabulary, make_scratch(2 * MERGED_BYTES), room)
     return vocabulary
 
 
 def make_cache(vocabulary: Vocabulary) -> Cache:
-    return Cache(vocabulary.known.copy(), np.full(1, CACHED_WORDS))
+    rows = zero_lines(vocabulary.known.size).reshape(-1, 4)
+    cache = Cache(rows, np.zeros(CACHED_WORDS * CACHED_IDS, np.uint32), np.zeros(2, np.int64), make_scratch(MERGED_PARTS))
+    reset_cache(cache, vocabulary)
+    return cache
+
+
+def make_scratch(n_parts: int) -> Scratch:
+    return Scratch(np.empty(BLOCK, np.int64), np.empty((BLOCK, 2), np.uint64), np.empty((BLOCK, 4), np.int64),
+                   np.empty(BLOCK, np.int64), *np.empty((4, n_parts), np.uint32))
 
 
 def reset_cache(cache: Cache, vocabulary: Vocabulary):
     """Removes all words but the single tokens."""
-    cache.rows[:], cache.room[:] = vocabulary.known, CACHED_WORDS
+    cache.rows[:], cache.room[:] = vocabulary.known, (CACHED_WORDS, 0)
 
 
 @compiled
@@ -772,26 +1012,39 @@ def add_tokens(vocabulary):
             byte_pairs[first << 8 | int64(token_bytes[start + 1])] = token
         if n <= SHORT:
             low, high = short_key(token_bytes, start, n)
-            slot = word_slot(known, low, high)
-            known[slot, 0], known[slot, 1], known[slot, 2], known[slot, 3] = low, high, uint64(token), uint64(1 << 32)
+            row = cached_row(known, low, high, home_row(known, low, high))
+            known[row, 0], known[row, 1], known[row, 2], known[row, 3] = low, high, uint64(token), ONE << uint64(56)
 
 
 @kernel
-def add_pairs(vocabulary, room):
-    """Fills `pairs` with up to `room` ways to join two tokens into a third; returns how many there are.
+def add_pairs(vocabulary, scratch, room):
+    """Fills `pairs` with up to `room` pairs of tokens that merge into a third; returns how many there are.
 
-    Not only the merges that training chose: as in tiktoken, any two parts merge whose bytes together are a token.
+    As in tiktoken, any two parts merge whose bytes together are a token. But what happens between the ends of a part does
+    not depend on what lies around it: two parts merge into a token only if they are the last two when it is encoded by
+    itself. Where tokens of lower ids, which merge first, do not lead to two parts, all ways to cut it in two are added.
     """
-    _, _, token_bytes, starts, tokens, pairs, _ = vocabulary
+    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
     longest = 0
     for token in range(len(starts) - 1):
         longest = max(longest, starts[token + 1] - starts[token])
     occurs = np.zeros(longest + 1, np.uint8)  # lengths of tokens, so as not to search one of a million bytes
     for token in range(len(starts) - 1):
         occurs[starts[token + 1] - starts[token]] = 1
+    merging, parts = scratch.merging, scratch.parts
     n = 0
     for token in range(len(starts) - 1):
         start, stop = starts[token], starts[token + 1]
+        if stop - start <= 2:
+            continue  # `byte_pairs` has them
+        if stop - start <= MERGED_BYTES:
+            merging[0, 0], merging[0, 1], merging[0, 2] = start, stop - start, 0
+            merge_words(token_bytes, 1, byte_ids, byte_pairs, pairs, scratch)
+            if merging[0, 3] == 2 and parts[0] != NONE and parts[1] != NONE:
+                n += 1
+                if n <= room:
+                    add_pair_of_tokens(pairs, parts[0], parts[1], token)
+                continue
         for middle in range(start + 1, stop):
             if not (occurs[middle - start] and occurs[stop - middle]):
                 continue
@@ -802,55 +1055,116 @@ def add_pairs(vocabulary, room):
             if right != NONE:
                 n += 1
                 if n <= room:
-                    pair = pack_pair(left, right)
-                    slot = pair_slot(pairs, pair)
-                    pairs[slot, 0], pairs[slot, 1] = pair, uint64(token + 1)
+                    add_pair_of_tokens(pairs, left, right, token)
     return n
 
 
 @compiled
-def find_pair(pairs, left, right):
-    """The id of the merged pair, or NONE."""
-    found = int64(pairs[pair_slot(pairs, pack_pair(left, right)), 1])
-    return found - 1 if found else NONE
+def bucket_of(pairs, left, right):
+    """The key of a pair, and the first row of its bucket."""
+    key = uint64(left) << uint64(ID_BITS) | uint64(right)
+    return key, key * uint64(0x9E3779B97F4A7C15) >> uint64(32) & uint64(len(pairs) - BUCKET)
 
 
 @compiled
-def merge_word(text, at, n, byte_ids, byte_pairs, pairs, parts, ranks):
-    """Writes the ids of the word text[at:at + n] into `parts`; returns their number. Both arrays have room for n + 1.
+def add_pair_of_tokens(pairs, left, right, token):
+    key, row = bucket_of(pairs, left, right)
+    while pairs[row]:
+        row = row + ONE & uint64(len(pairs) - 1)
+    pairs[row] = key << uint64(ID_BITS) | uint64(token + 1)
 
-    Merges the adjacent pair of lowest rank, the leftmost of equals, until none is left; scans all pairs each time. Loops
-    end at END rather than after n steps, which LLVM would vectorize: slower for so few.
+
+@compiled
+def find_pair(pairs, left, right):
+    """The id of the merged pair, or NONE; uint64."""
+    key, row = bucket_of(pairs, left, right)
+    found = matching_id(pairs, row, key)
+    while (found == 0) & (pairs[row + uint64(BUCKET - 1)] != 0):  # a full bucket goes on in the next one
+        row = row + uint64(BUCKET) & uint64(len(pairs) - 1)
+        found = matching_id(pairs, row, key)
+    return found - ONE & uint64(NONE)
+
+
+@compiled
+def merged_width(n):
+    """How many entries of the arrays a word of n bytes takes that is merged: one more, and a multiple of LANES."""
+    return n + LANES & -LANES
+
+
+@compiled
+def merge_words(text, n_words, byte_ids, byte_pairs, pairs, scratch):
+    """Merges words: in each the adjacent pair of lowest rank, the leftmost of equals, until none is left.
+
+    scratch.merging[i]: where in `text` word i starts, its length, where its entries in the other arrays start, and here, at
+    the end, how many ids it has. The ids are written to `parts`.
+
+    In a round, each unfinished word merges one pair: the words do not depend on each other, so the processor works on
+    several at once. A part stands at the index of its first byte; next, before: where its neighbours stand; ranks: the rank
+    of its merger with the next one, and below it the index in the word, so that the smallest tells both. The last entry of a
+    word is the neighbour of its first and of its last part.
     """
-    for i in range(n):
-        parts[i] = byte_ids[text[at + i]]
-        ranks[i] = byte_pairs[int64(text[at + i]) << 8 | int64(text[at + i + 1])]
-    ranks[n - 1] = END
-    while True:
-        best, i = 0, 1
-        lowest = ranks[0]
-        while ranks[i - 1] != END:
-            if ranks[i] < lowest:
-                best, lowest = i, ranks[i]
-            i += 1
-        if lowest >= NONE:
-            return i
-        parts[best] = lowest
-        i = best + 1
-        last = ranks[i] == END
-        while ranks[i] != END:
-            parts[i], ranks[i] = parts[i + 1], ranks[i + 1]
-            i += 1
-        ranks[best] = END if last else find_pair(pairs, parts[best], parts[best + 1])
-        if best > 0:
-            ranks[best - 1] = find_pair(pairs, parts[best - 1], parts[best])
+    _, _, merging, unfinished, parts, ranks, nexts, befores = scratch
+    for i in range(n_words):
+        at, n, first = merging[i, 0], merging[i, 1], uint64(merging[i, 2])
+        width = merged_width(n)
+        for j in range(width):
+            ranks[first + uint64(j)] = NO_RANK
+        for j in range(n):
+            part, byte = first + uint64(j), uint64(at + j)
+            pair = uint64(text[byte]) << uint64(8) | uint64(text[byte + ONE])
+            parts[part], ranks[part] = byte_ids[text[byte]], byte_pairs[pair] << uint32(INDEX_BITS) | uint32(j)
+            nexts[part], befores[part] = part + ONE, part - ONE
+        last, end = first + uint64(n - 1), first + uint64(width - 1)
+        nexts[last] = befores[first] = end
+        parts[end], ranks[last] = NONE, NO_RANK
+        unfinished[i] = i
+    n_unfinished = n_words
+    while n_unfinished:
+        n = 0
+        for k in range(n_unfinished):
+            i = unfinished[k]
+            first = uint64(merging[i, 2])
+            # here, not after the merge: the processor waits when it loads a vector of which a number has just been stored
+            lowest = uint64(smallest_rank(ranks, first, merged_width(merging[i, 1])))
+            if lowest >= NO_RANK:
+                continue
+            unfinished[n] = i
+            n += 1
+            token, left = lowest >> uint64(INDEX_BITS), first + (lowest & uint64((1 << INDEX_BITS) - 1))
+            right = nexts[left]
+            after, before = uint64(nexts[right]), uint64(befores[left])
+            parts[left], nexts[left], befores[after], ranks[right] = token, after, left, NO_RANK
+            ranks[left] = find_pair(pairs, token, parts[after]) << uint64(INDEX_BITS) | left - first
+            ranks[before] = find_pair(pairs, parts[before], token) << uint64(INDEX_BITS) | before - first
+        n_unfinished = n
+    for i in range(n_words):
+        first = uint64(merging[i, 2])
+        n, part, end = uint64(0), first, first + uint64(merged_width(merging[i, 1]) - 1)
+        while part != end:
+            parts[first + n] = parts[part]
+            n += ONE
+            part = uint64(nexts[part])
+        merging[i, 3] = n
+
+
+INDEX_BITS = 32 - ID_BITS
+NO_RANK = uint64(NONE << INDEX_BITS)
+
+
+@compiled
+def smallest_rank(ranks, first, width):
+    lowest = smallest(ranks, first)
+    for i in range(LANES, width, LANES):
+        lowest = min(lowest, smallest(ranks, first + uint64(i)))
+    return lowest
 
 
 @compiled
 def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ranks):
-    """As `merge_word`, in O(n log n) with a heap: a "word" may have 300,000 letters. Both arrays have room for n.
+    """Writes the ids of the word text[at:at + n] into `parts`; returns their number. Both arrays have room for n.
 
-    As in `Corpus`, a part's id is stored at its first and its last byte. Takes 64 bytes of memory per byte of the word.
+    In O(n log n) with a heap: a "word" may have 300,000 letters. As in `Corpus`, a part's id is stored at its first and its
+    last byte. Takes 64 bytes of memory per byte of the word.
     """
     heap, size = np.empty((3 * n, 2), np.uint64), 0
     for i in range(n):
@@ -870,7 +1184,7 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
         before = left - (starts[parts[left - 1] + 1] - starts[parts[left - 1]]) if left else -1
         parts[left] = parts[end - 1] = rank
         ranks[right] = NONE
-        ranks[left] = find_pair(pairs, parts[left], parts[end]) if end < n else NONE
+        ranks[left] = int64(find_pair(pairs, parts[left], parts[end])) if end < n else NONE
         if ranks[left] != NONE:
             heap_push(heap, size, uint64(ranks[left]), uint64(left))
             size += 1
@@ -888,53 +1202,130 @@ def merge_long_word(text, at, n, byte_ids, byte_pairs, pairs, starts, parts, ran
     return m
 
 
+@compiled
+def home_row(rows, low, high):
+    """Where the search for a word's row starts: the first of two that share a cache line."""
+    hashed = (low ^ high * uint64(0x9E3779B97F4A7C15)) * uint64(0xD6E8FEB86659FD93)
+    return hashed >> uint64(32) & uint64(len(rows) - 2)
+
+
+@compiled
+def is_row(rows, row, low, high):
+    return (rows[row, 0] == low) & (rows[row, 1] == high)
+
+
+@compiled
+def cached_row(rows, low, high, home):
+    """The row of the word with this key, or the free row where it belongs."""
+    row = home
+    while rows[row, 1] and (rows[row, 0] != low or rows[row, 1] != high):
+        row = row + ONE & uint64(len(rows) - 1)
+    return row
+
+
 @kernel
 def encode_words(text, ends, n_words, vocabulary, cache, ids, n):
     """Writes the ids of the words text[ends[i]:ends[i + 1]] from ids[n] on; returns the index after them."""
-    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
-    rows, room = cache
-    parts, ranks = np.empty(MAX_SCANNED_BYTES + 1, np.int64), np.empty(MAX_SCANNED_BYTES + 1, np.int64)
-    for i in range(n_words):
-        at = ends[i]
-        length = ends[i + 1] - at
-        if length <= SHORT:
-            low, high = short_key(text, at, length)
-            slot = word_slot(rows, low, high)
-            if not rows[slot, 1]:
-                m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
-                if m > CACHED_IDS or room[0] == 0:
-                    n = append(ids, n, parts, m)
-                    continue
-                room[0] -= 1
-                rows[slot, 0], rows[slot, 1] = low, high
-                # entries beyond m are left-overs; the third must not overflow into the number of ids
-                rows[slot, 2] = uint64(parts[0]) | uint64(parts[1]) << uint64(32)
-                rows[slot, 3] = uint64(uint32(parts[2])) | uint64(m) << uint64(32)
-            two, third = rows[slot, 2], rows[slot, 3]
-            # writing all three is faster than a branch on how many there are
-            ids[n], ids[n + 1], ids[n + 2] = uint32(two), uint32(two >> uint64(32)), uint32(third)
-            n += int64(third >> uint64(32))
-            continue
-        token = find_token(tokens, starts, token_bytes, text, at, length)
-        if token != NONE:  # as in tiktoken, even where merges would not lead there
-            ids[n] = token
-            n += 1
-        elif length <= MAX_SCANNED_BYTES:
-            m = merge_word(text, at, length, byte_ids, byte_pairs, pairs, parts, ranks)
-            n = append(ids, n, parts, m)
-        else:
-            longer, longer_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
-            m = merge_long_word(text, at, length, byte_ids, byte_pairs, pairs, starts, longer, longer_ranks)
-            n = append(ids, n, longer, m)
+    for first in range(0, n_words, BLOCK):
+        n = encode_block(text, ends[first:], min(BLOCK, n_words - first), vocabulary, cache, ids, n)
     return n
 
 
 @compiled
-def append(ids, n, parts, m):
-    """Writes the first m of `parts` from ids[n] on; returns the index after them."""
+def encode_block(text, ends, n_words, vocabulary, cache, ids, n):
+    """As `encode_words`, for up to BLOCK words.
+
+    In passes, so that the processor can run ahead of the accesses to memory: where each word may lie in the cache; whether
+    it is there; the merges of all that are not; the ids.
+    """
+    byte_ids, byte_pairs, token_bytes, starts, tokens, pairs, _ = vocabulary
+    rows, spilled, room, scratch = cache
+    found, keys, merging, _, parts, _, _, _ = scratch
+    for i in range(n_words):
+        low, high = short_key(text, ends[i], min(ends[i + 1] - ends[i], SHORT))
+        home = home_row(rows, low, high)
+        keys[i, 0], keys[i, 1], found[i] = low, high, home
+        prefetch(rows, home)
+    n_merged = n_parts = 0
+    for i in range(n_words):
+        at, length = ends[i], ends[i + 1] - ends[i]
+        if length <= SHORT:
+            low, high, row = keys[i, 0], keys[i, 1], uint64(found[i])
+            is_first, is_second = is_row(rows, row, low, high), is_row(rows, row + ONE, low, high)
+            if is_first | is_second:  # one branch, which is nearly always taken
+                found[i] += is_second
+                continue
+            row = cached_row(rows, low, high, row)
+            if rows[row, 1]:
+                found[i] = row
+                continue
+        else:
+            token = find_token(tokens, starts, token_bytes, text, at, length)
+            if token != NONE:  # as in tiktoken, even where merges would not lead there
+                found[i] = FIRST_TOKEN - token
+                continue
+            if length > MERGED_BYTES or n_parts + merged_width(length) > len(parts) - BLOCK * LANES:
+                found[i] = LONG_WORD
+                continue
+        merging[n_merged, 0], merging[n_merged, 1], merging[n_merged, 2], found[i] = at, length, n_parts, MERGED
+        n_merged += 1
+        n_parts += merged_width(length)
+    if n_merged:
+        merge_words(text, n_merged, byte_ids, byte_pairs, pairs, scratch)
+    n_merged = 0
+    for i in range(n_words):
+        row = found[i]
+        if row >= 0:
+            first, last = rows[uint64(row), 2], rows[uint64(row), 3]
+            m, at = int64(last >> uint64(56)), uint64(n)
+            # writing all is faster than a branch on how many there are
+            ids[at], ids[at + ONE] = uint32(first), uint32(first >> uint64(32))
+            ids[at + uint64(2)], ids[at + uint64(3)] = uint32(last), uint32(last >> uint64(32)) & uint32(NONE)
+            if m > CACHED_IDS:
+                append(ids, n, spilled, int64(first), m)
+            n += m
+        elif row == MERGED:
+            first, m = merging[n_merged, 2], merging[n_merged, 3]
+            if merging[n_merged, 1] <= SHORT:
+                remember(rows, spilled, room, keys[i, 0], keys[i, 1], parts, first, m)
+            n = append(ids, n, parts, first, m)
+            n_merged += 1
+        elif row == LONG_WORD:
+            length = ends[i + 1] - ends[i]
+            long_parts, long_ranks = np.empty(length, np.int64), np.empty(length, np.int64)
+            m = merge_long_word(text, ends[i], length, byte_ids, byte_pairs, pairs, starts, long_parts, long_ranks)
+            n = append(ids, n, long_parts, 0, m)
+        else:
+            ids[n] = FIRST_TOKEN - row
+            n += 1
+    return n
+
+
+@compiled
+def append(ids, n, parts, first, m):
+    """Writes m of `parts`, from `first` on, to ids[n]; returns the index after them."""
     for i in range(m):
-        ids[n + i] = parts[i]
+        ids[n + i] = parts[first + i]
     return n + m
+
+
+@compiled
+def remember(rows, spilled, room, low, high, parts, first, m):
+    """Adds a word to the cache, whose ids are m of `parts`, from `first` on, unless it is there or the cache is full."""
+    row = cached_row(rows, low, high, home_row(rows, low, high))
+    if rows[row, 1] or room[0] == 0:
+        return
+    if m > CACHED_IDS:
+        if room[1] + m > len(spilled):
+            room[0] = 0
+            return
+        rows[row, 2] = uint64(room[1])
+        room[1] = append(spilled, room[1], parts, first, m)
+    else:  # entries beyond m are left-overs
+        rows[row, 2] = uint64(parts[first]) | uint64(parts[first + 1]) << uint64(32)
+    rows[row, 3] = uint64(parts[first + 2]) | uint64(parts[first + 3] & uint32(NONE)) << uint64(32) | uint64(m) << uint64(56)
+    rows[row, 0], rows[row, 1] = low, high
+    room[0] -= 1
 
 
 @kernel
@@ -952,5 +1343,5 @@ def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, 
         while ends[n] < offsets[i + 1]:
             ends[0] = ends[n]
             n = scan(text, offsets[i + 1], splitter, ends)
-            at = encode_words(text, ends, n, vocabulary, cache, ids, at)
+            at = encode_block(text, ends, n, vocabulary, cache, ids, at)
         id_offsets[i + 1] = at

@@ -11,36 +11,73 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from conftest import REPO
 from kernels import bpe
 from text.documents import PackedDocuments
-from tokenizer import PATTERNS, Tokenizer, character_classes, count_words, find_splitter, learn_merges, split_words
+from tokenizer import (
+    MAX_VOCAB_SIZE,
+    PATTERNS,
+    Tokenizer,
+    character_classes,
+    count_words,
+    find_splitter,
+    learn_merges,
+    split_words,
+)
 
 # what the patterns tell apart, often enough to meet; and any character
 TEXT = st.text(st.sampled_from("aA'lLvVeErRsSdmtT 1٢½\n\r\t\u00a0\u2028.!-\u0301éſ中🙂\0\x1c\x85")
                | st.characters(exclude_categories=["Cs", "Cn"]), max_size=50)
 
 
+# runs of one character that cross the windows of the scanner
+RUNS = st.lists(st.tuples(st.sampled_from("aé中 \n\r\t'1.sſ\u00a0٢🙂\0"), st.integers(1, 70)), max_size=12).map(
+    lambda runs: "".join(character * n for character, n in runs))
+
+
+# -- sets of bits -----------------------------------------------------------------------------------------------------
+
+@njit
+def sets_of_bits(text, at):
+    letters = bpe.bytes_between(text, at, 0x61, 0x7A)
+    return (letters, bpe.bytes_between(text, at, 0, 0), bpe.bytes_between(text, at, 0x80, 0xFF), bpe.lowest_bit(letters),
+            bpe.highest_bit(letters))
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=bpe.WINDOW, max_size=90) | st.text("az`{", min_size=90).map(str.encode))
+def test_sets_of_bits_equal_a_loop(data):
+    text, at = np.frombuffer(data, np.uint8), len(data) - bpe.WINDOW
+    window = data[at:]
+    of = lambda is_member: sum(1 << i for i, byte in enumerate(window) if is_member(byte))
+    letters = of(lambda byte: 0x61 <= byte <= 0x7A)
+    assert sets_of_bits(text, at) == (
+        letters, of(lambda byte: byte == 0), of(lambda byte: byte >= 0x80),
+        (letters & -letters).bit_length() - 1 if letters else 64, letters.bit_length() - 1)
+
+
 # -- scanning ---------------------------------------------------------------------------------------------------------
 
 def scan_all(text: str, pattern: str, block: int = 400) -> list[str]:
-    """Words of `text` as the compiled scanner finds them, `block` at a time."""
-    packed = PackedDocuments.from_strings([text])
+    """Words of `text` as the compiled scanner finds them, `block` at a time; another document follows, which continues words
+    of any kind."""
+    packed = PackedDocuments.from_strings([text, "s a1.\n"])
     buffer, offsets = bpe.pad_text([packed.utf8]), packed.offsets
     words, at = [], 0
     while at < offsets[1]:
-        ends = np.full(block + 1, -1)
+        ends = np.full(bpe.WINDOW + block + 1, -1)
         ends[0] = at
         n = bpe.scan(buffer, offsets[1], find_splitter(PATTERNS[pattern]), ends)
-        assert 0 < n <= block
+        assert 0 < n < block + bpe.WINDOW
         words += [buffer[start:stop].tobytes().decode() for start, stop in zip(ends[:n], ends[1:n + 1])]
         at = ends[n]
     return words
 
 
 @settings(deadline=None, max_examples=400)
-@given(TEXT, st.integers(1, 5))
+@given(TEXT | RUNS | st.tuples(RUNS, TEXT, RUNS).map("".join), st.integers(1, 5))
 def test_scanner_equals_regex(text, block):
     for pattern, expression in PATTERNS.items():
         assert scan_all(text, pattern, block) == regex.findall(expression, text)
@@ -190,6 +227,48 @@ def test_merging_equals_the_definition(tokens, words, rng):
     text = " ".join(words + words)  # again, from the cache
     assert tokenizer.encode(text) == [
         token_id for word in regex.findall(r"[^ ]+| +", text) for token_id in merge_slowly(word.encode(), ranks)]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"[^ ]+| +"])
+def test_words_of_every_length_equal_the_definition(pattern, english):
+    """Those of a block are merged together, in arrays of a width that depends on the length."""
+    rng = random.Random(3)
+    tokenizer = Tokenizer.train(english[:30], 700, pattern)
+    lengths = *range(1, 70), 254, 255, 256, 511, 512, 513, 600
+    words = ["".join(rng.choices("etaoin", k=n)) for n in lengths for _ in range(3)]
+    rng.shuffle(words)
+    expected = [i for word in [words[0], *(f" {word}" for word in words[1:])] for part in split_words(
+        regex.compile(tokenizer.pattern), word) for i in merge_slowly(part.encode(), tokenizer.ranks)]
+    assert tokenizer.encode(" ".join(words)) == expected
+    assert tokenizer.encode(" ".join(words)) == expected  # from the cache
+
+
+def test_words_that_do_not_fit_into_the_block_are_merged_alone(english, monkeypatch):
+    tokenizer = Tokenizer.train(english[:30], 400)
+    text = " ".join("".join(random.Random(n).choices("etaoin", k=20 + n)) for n in range(100))
+    expected = tokenizer.encode(text)
+    monkeypatch.setattr(bpe, "MERGED_PARTS", bpe.BLOCK * bpe.LANES + 1000)
+    assert Tokenizer.from_ranks(tokenizer.ranks, "default").encode(text) == expected
+
+
+def test_only_one_pair_merges_into_a_token_of_a_trained_vocabulary(english):
+    tokenizer = Tokenizer.train(english[:30], 1000)
+    assert np.count_nonzero(tokenizer.vocabulary.pairs) == sum(len(token) > 2 for token in tokenizer.ranks)
+
+
+def test_a_token_with_a_byte_that_is_none_does_not_merge():
+    tokens = [bytes([byte]) for byte in range(256) if byte != ord("x")] + [b"ab", b"xab", b"abx", b"abc", b"abcab"]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for text in ("ab", "abc", "abab", "abcabab", "cab"):
+        assert Tokenizer(ranks, "gpt2", {}).encode(text) == merge_slowly(text.encode(), ranks)
+
+
+def test_the_highest_ids():
+    top = MAX_VOCAB_SIZE - 1
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": top - 2, b"abc": top - 1, b"abcab": top}
+    text = "abcab abc ab abcabcab"
+    assert Tokenizer(ranks, "gpt2", {}).encode(text) == [
+        i for word in regex.findall(PATTERNS["gpt2"], text) for i in merge_slowly(word.encode(), ranks)]
 
 
 def test_the_table_of_merges_grows():
