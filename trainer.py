@@ -67,6 +67,7 @@ STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
 SMALL_BATCH_FLOPS = 5e11    # of a batch, below which threads may wait longer than they work: a second or so of one core
 SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
+TYPICAL_MFU = 0.4  # of a CPU, for a guess at how long a run takes
 MIN_SECONDS_TO_COMPILE = 1200.0  # of a run on a CPU, where compiling takes up to a minute and may save a tenth
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
@@ -536,9 +537,8 @@ def compile_where_asked(run: Run):
 def compile_where_faster(run: Run):
     """On a CPU: compiles a long run, and stays with that where it is faster. The settings keep the choice, on which the
     run's last bits depend."""
-    start = time.perf_counter()
-    run.dry_run()
-    step_seconds = run.configs.loop.num_batch_accum * (time.perf_counter() - start)
+    step_flops = run.setup.step_tokens * run.state.model.flops_per_token()
+    step_seconds = step_flops / (TYPICAL_MFU * run.setup.machine.peak_flops())
     n_steps = run.configs.loop.remaining_steps(run.state, run.setup.step_tokens, step_seconds)
     if n_steps * step_seconds < MIN_SECONDS_TO_COMPILE or not compile_in_place(run.state.model, run.dry_run):
         return

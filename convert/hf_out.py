@@ -24,7 +24,7 @@ NO_KERNELS = '''"""Decoding by torch alone, which needs no numba."""
 from torch.nn.functional import linear
 
 __all__ = ["attend", "can_attend", "copy_together", "linear"]
-attend, can_attend = None, lambda q, keys: False
+attend, can_attend = None, lambda q, v, keys: False
 copy_together = lambda tensors, dtype: [tensor.to(dtype) for tensor in tensors]
 '''
 

@@ -53,10 +53,12 @@ def is_observed(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
-def can_attend(q: Tensor, keys: Tensor) -> bool:
-    """Whether `attend` takes queries (B, n_head, T, head_size) and cached keys (B, n_kv_head, max_len, head_size)."""
-    return (q.size(2) == 1 and q.is_cpu and not torch.is_grad_enabled() and keys.dtype == torch.float32
-            and q.dtype in MAX_ROWS and keys.is_contiguous() and not is_observed(q) and can_run() and bool(KERNELS))
+def can_attend(q: Tensor, v: Tensor, keys: Tensor) -> bool:
+    """Whether `attend` takes queries (B, n_head, T, head_size), values (B, n_kv_head, T, head_size) and cached keys
+    (B, n_kv_head, max_len, head_size)."""
+    are_known = keys.dtype == torch.float32 and {q.dtype, v.dtype} <= MAX_ROWS.keys()
+    return (q.size(2) == 1 and q.is_cpu and not torch.is_grad_enabled() and are_known and keys.is_contiguous()
+            and not is_observed(q) and can_run() and bool(KERNELS))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,

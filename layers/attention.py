@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if self.qk_scale != 1:
             q, k = q * self.qk_scale, k * self.qk_scale
         rotation, mask = metadata.rotation, self.choose_mask(metadata)
-        if cache is not None and mask is None and cache.prefix is None and can_attend(q, cache.keys):
+        if cache is not None and mask is None and cache.prefix is None and can_attend(q, v, cache.keys):
             return self.proj(attend(q, k, v, rotation, cache.keys, cache.values, metadata.start)), new_v
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)

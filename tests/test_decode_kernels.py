@@ -106,7 +106,7 @@ def test_flops_are_counted():
     x, weight = random_product(1, 40, 64, torch.float32)
     with FlopCounterMode(display=False) as counter:
         decode.linear(x, weight)
-        assert not decode.can_attend(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 9, 8))
+        assert not decode.can_attend(*torch.zeros(2, 1, 2, 1, 8), torch.zeros(1, 2, 9, 8))
     assert counter.get_total_flops() == 2 * 40 * 64 and decode.choose_kernel(x, weight)
 
 
@@ -158,7 +158,7 @@ def test_attention_equals_torchs(dtype, n_kv_head):
             (n_head, n_kv_head, n_kv_head), dim=1)
         peer = KVCache(cache.keys.clone(), cache.values.clone())
         for rotation in (None, rotary(slice(start, start + 1))):
-            assert decode.can_attend(q, cache.keys)
+            assert decode.can_attend(q, v, cache.keys)
             y = decode.attend(q, k, v, rotation, cache.keys, cache.values, start)
             rotated = [q, k] if rotation is None else [rotate(x, rotation).to(dtype) for x in (q, k)]
             keys, values = peer.append(start, rotated[1], v)
@@ -185,11 +185,12 @@ def test_attention_takes_normalised_queries_and_large_scores():
 @torch.inference_mode()
 def test_torch_attends_otherwise():
     q, keys = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 9, 8)
-    assert decode.can_attend(q, keys)
-    assert not decode.can_attend(torch.zeros(1, 2, 2, 8), keys)
-    assert not decode.can_attend(q, keys.bfloat16()) and not decode.can_attend(q.half(), keys)
+    assert decode.can_attend(q, q, keys)
+    assert not decode.can_attend(*torch.zeros(2, 1, 2, 2, 8), keys)
+    assert not decode.can_attend(q, q, keys.bfloat16())
+    assert not decode.can_attend(q.half(), q, keys) and not decode.can_attend(q, q.half(), keys)
     with torch.inference_mode(False):
-        assert not decode.can_attend(q, keys)
+        assert not decode.can_attend(q, q, keys)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_flags_that_do_not_fit_are_refused(flags, words, data_path, tmp_path, re
 def test_sampled_loops_are_not_compiled_by_themselves(run_train, monkeypatch):
     called = []
     monkeypatch.setattr(trainer, "can_compile", lambda device: True)
-    monkeypatch.setattr(trainer, "compile_in_place", lambda model, dry_run: called.append(model.config.sampled_loops))
+    monkeypatch.setattr(trainer, "compile_where_faster", lambda run: called.append(run.state.model.config.sampled_loops))
     for flags in (["--sampled_loops"], []):
         run_train("--loops=2", *flags, "--max_iter=1", checkpoint=f"{len(flags)}/gpt.pt")
     assert called == [False]
