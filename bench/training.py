@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ def timed_side(side: str, dtype: str = "fp32", is_compiled: bool = False, **opti
 
 
 TIMING_ARMS = {"gpt2": timed_side("gpt2", as_nanogpt=True), "ours": timed_side("ours"),
-               "gpt2_bf16": timed_side("gpt2", "bf16", as_nanogpt=True), "ours_bf16": timed_side("ours", "bf16"),
-               "ours_auto": timed_side("ours", dtype="auto"), "ours_compiled": timed_side("ours", is_compiled=True),
+               "gpt2_auto": timed_side("gpt2", "auto", as_nanogpt=True), "ours_auto": timed_side("ours", "auto"),
+               "ours_compiled": timed_side("ours", is_compiled=True),
                "ours_fp32_muon": timed_side("ours", fp32_muon=True), "gpt2_in_our_loop": timed_side("gpt2")}
 
 
@@ -115,6 +116,9 @@ def time_steps(arm: TimedFlags, data: str, steps: int = 14, warmup: int = 4) -> 
 def prepare_data(text: str | None, folder: Path, val_bytes: int = VAL_BYTES):
     """Shards of the documents in the parquet file `text`, once."""
     if not (folder / "manifest.json").exists():
+        if text is None:
+            print(f"--text: {folder} holds no shards yet: give a parquet file of documents", file=sys.stderr)
+            raise SystemExit(2)
         download_data.main([f"--dataset={text}", f"--data_path={folder}", f"--vocab_size={VOCAB_SIZE}",
                             f"--val_bytes={val_bytes}"])
 
@@ -222,7 +226,7 @@ def comparison_rows(losses: Losses, timings: dict[str, list[dict]], own_dtype: s
         step_time("the same, Muon's products in fp32 too", "ours_fp32_muon"),
         step_time("both in fp32 and eager", "ours", "gpt2_in_our_loop", "the preset `gpt2` in our loop"),
         step_time("both in fp32, ours compiled", "ours_compiled"),
-        step_time("both in bf16 and eager", "ours_bf16", "gpt2_bf16", "nanoGPT under autocast"),
+        step_time(f"both in {own_dtype} and eager", "ours_auto", "gpt2_auto", "nanoGPT under autocast"),
         step_time(f"each with its own dtype (ours {own_dtype})", "ours_auto"),
         ("loader's fraction of a step", f"{loader['ours'] / loader['gpt2']:.2f}", "lower", f"{loader['ours']:.2%}",
          f"{loader['gpt2']:.2%}"),

@@ -24,7 +24,8 @@ def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     y = empty_output(q, k, v)
     for texts, start, stop in chunks(q):
         q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
-        y[texts, :, start:stop] = torch.bmm(attention_weights(q_part, k_part), v_part).unflatten(0, (-1, q.size(1)))
+        weights = attention_weights(q_part, k_part, q.size(2))
+        y[texts, :, start:stop] = torch.bmm(weights, v_part).unflatten(0, (-1, q.size(1)))
     return y
 
 
@@ -40,7 +41,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[T
     scale, n_head = q.size(-1) ** -0.5, q.size(1)
     for texts, start, stop in chunks(q):
         q_part, k_part, v_part = part(q, texts, start, stop), part(k, texts, 0, stop), part(v, texts, 0, stop)
-        y_grad, weights = part(grad, texts, start, stop), attention_weights(q_part, k_part)
+        y_grad, weights = part(grad, texts, start, stop), attention_weights(q_part, k_part, q.size(2))
         score_grad = torch._softmax_backward_data(torch.bmm(y_grad, v_part.transpose(1, 2)), weights, -1, q.dtype)
         q_grad[texts, :, start:stop] = torch.bmm(score_grad, k_part).mul_(scale).unflatten(0, (-1, n_head))
         for total, new in ((k_grad, torch.bmm(score_grad.transpose(1, 2), q_part).mul_(scale)),
@@ -77,13 +78,14 @@ def part(x: Tensor, texts: slice, start: int, stop: int) -> Tensor:
     return x[texts, :, start:stop].flatten(0, 1)
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """q: (N, n, head_size), the last n of the positions of k: (N, m, head_size). Returns (N, n, m)."""
-    return torch.baddbmm(causal_mask(q.size(1), k.size(1), q.dtype), q, k.transpose(1, 2),
-                         alpha=q.size(-1) ** -0.5).softmax(dim=-1)
+def attention_weights(q: Tensor, k: Tensor, T: int) -> Tensor:
+    """q: (N, n, head_size), the last n of the positions of k: (N, m, head_size), the first m of T. Returns (N, n, m)."""
+    mask = causal_mask(q.size(1), T, q.dtype)[:, T - k.size(1):]
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(dim=-1)
 
 
 @lru_cache(maxsize=8)
-def causal_mask(n: int, m: int, dtype: torch.dtype) -> Tensor:
-    """(n, m): 0 where the i-th of the last n positions sees the j-th of m, else -inf."""
-    return torch.full((n, m), -torch.inf, dtype=dtype).triu(diagonal=m - n + 1)
+def causal_mask(n: int, T: int, dtype: torch.dtype) -> Tensor:
+    """(n, T): 0 where the i-th of the last n positions sees the j-th of T, else -inf. Its last m columns are the mask of m
+    positions."""
+    return torch.full((n, T), -torch.inf, dtype=dtype).triu(diagonal=T - n + 1)
