@@ -677,10 +677,11 @@ def main():
     bench = Bench(task)
     # prints where a stage hangs before it is killed; to a descriptor that pytest does not capture
     faulthandler.dump_traceback_later(max(1.0, bench.seconds_left() + 3), file=os.fdopen(os.dup(2), "w"))
+    if task.rehearse:
+        torch.set_num_threads(1)  # two would wait for each other where the cores are busy
     if task.rehearse and task.stage != "tests":  # without Inductor, which takes half a minute per model on a CPU
         compile_model = nn.Module.compile
         nn.Module.compile = lambda self: compile_model(self, backend="aot_eager")
-        torch.set_num_threads(1)
     figure = STAGES[task.stage].run(bench)
     bench.write_row("summary", figure=figure)
     sys.stdout.flush()

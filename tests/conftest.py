@@ -21,7 +21,9 @@ from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.metrics import read_rows
 from text.builtin import builtin_documents
 
-torch.set_num_threads(1)  # with two threads on two busy cores the tests are many times slower
+# With two threads on two busy cores the tests, and the commands that they run, are many times slower
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 REPO = Path(__file__).parent.parent
 # datasets and huggingface_hub read these when they are imported, later: every test uses the stand-in.
 HUB_FOLDER = Path(tempfile.mkdtemp())

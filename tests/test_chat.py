@@ -545,7 +545,7 @@ class Terminal:
         self.keys, terminal = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, *command], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-            env=os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"TERM": "dumb"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # so that Ctrl-C is a signal
         os.close(terminal)
         self.unread = ""

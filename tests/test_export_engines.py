@@ -26,7 +26,7 @@ from tasks.multiple_choice import parse_choice  # noqa: E402
 from tokenizer import END_OF_MESSAGE, Tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

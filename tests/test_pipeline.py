@@ -17,13 +17,12 @@ from runtime.checkpoint import load_checkpoint
 from runtime.metrics import read_rows
 
 pytestmark = pytest.mark.integration
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-BUFFERED = {name: value for name, value in ONE_THREAD.items() if name != "PYTHONUNBUFFERED"}
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def run(script: str, *flags: str, stdin: str | None = None, code: int = 0, **environment: str) -> str:
     """Runs the script, which must exit with `code` and without a traceback. Returns what it printed on stdout."""
-    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=ONE_THREAD | environment, capture_output=True,
+    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=os.environ | environment, capture_output=True,
                           text=True, input=stdin)
     assert "Traceback" not in done.stderr and done.returncode == code, done.stderr
     return done.stdout
@@ -109,7 +108,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, data_path, number, to_grou
     flags = [f"--data_path={data_path}", f"--checkpoint_path={path}", *TINY_MODEL, "--batch_size=4",
              "--num_batch_accum=2", "--max_iter=100000", "--val_intervals=100000", "--val_iter=1", "--log_intervals=1",
              "--dataloader_num_workers=2"]
-    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *flags], env=ONE_THREAD, text=True,
+    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *flags], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_until(lambda: len(read_rows(tmp_path / "gpt" / "metrics.jsonl")) > 5, process)
     (os.killpg if to_group else os.kill)(process.pid, number)
@@ -120,7 +119,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, data_path, number, to_grou
     rows = read_rows(tmp_path / "gpt" / "metrics.jsonl")
     assert step >= 5 and rows[-1]["step"] == step
     done = subprocess.run([sys.executable, str(REPO / "train.py"), f"--checkpoint_path={path}", "--resume_checkpoint",
-                           f"--max_iter={step + 2}", "--verbose=0"], env=ONE_THREAD, capture_output=True, text=True)
+                           f"--max_iter={step + 2}", "--verbose=0"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -139,7 +138,7 @@ def wait_until(condition, process, seconds=60):
     ("evaluate.py", "--checkpoint_path", None), ("export.py", "--checkpoint_path", "--out_path")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, flag, output):
     flags = [f"{flag}=nowhere.txt", *([f"{output}=out"] if output else [])]
-    done = subprocess.run([sys.executable, str(REPO / script), *flags], cwd=tmp_path, env=ONE_THREAD, capture_output=True,
+    done = subprocess.run([sys.executable, str(REPO / script), *flags], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr and done.stderr.startswith(script)
