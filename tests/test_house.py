@@ -1,6 +1,9 @@
 """The rules of the repository: who may import whom, what importing does, the user's flags, and true documents."""
 import ast
+import contextlib
+import importlib
 import importlib.util
+import io
 import os
 import re
 import subprocess
@@ -138,11 +141,13 @@ assert state() == before
 def helps() -> dict[str, str]:
     """command -> what --help prints in a terminal of 80 columns."""
     texts = {}
-    for script in COMMANDS:
-        done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=REPO, capture_output=True, text=True,
-                              env=os.environ | {"COLUMNS": "80"})
-        assert done.returncode == 0, done.stderr
-        texts[script] = done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        for script in COMMANDS:
+            patch.setattr(sys, "argv", [f"{script}.py"])
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                importlib.import_module(script).main(["--help"])
+            texts[script] = printed.getvalue()
     return texts
 
 
