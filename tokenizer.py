@@ -13,6 +13,7 @@ over bytes are compiled, in `kernels/bpe.py`; their slow, obvious twins stand in
 """
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -23,12 +24,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import regex
 from tqdm import tqdm
 
-from kernels import bpe
 from runtime.cli import Parser, add_flags, command, log_line, parse_flags, say, terminal_width
 from runtime.config import BadInput, check_flags, flag
 from runtime.files import atomic_write, check_writable, require_regular_file
@@ -38,6 +39,20 @@ from text.documents import PackedDocuments, to_utf8, valid_unicode
 from text.messages import check_messages, has_loss
 from text.samples import sample_texts
 from text.sources import SourceConfig, open_source, take_text
+
+
+def import_when_used(name: str) -> ModuleType:
+    """A module that is not executed before its first attribute is read."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# numba and its first use of a cached kernel take half a second, which a short text and decoding do not need
+bpe = sys.modules.get("kernels.bpe") or import_when_used("kernels.bpe")
 
 FORMAT = "gpt-workbench tokenizer 1"
 SEPARATOR = "<|endoftext|>"  # precedes every document
@@ -67,6 +82,8 @@ PATTERNS = {
 TRAINING_BYTES = 100_000_000  # text that is plenty for 32k merges; --tokenizer_bytes changes it
 MAX_VOCAB_SIZE = 2_000_000    # ids have at most bpe.ID_BITS
 PIECE_BYTES = 1 << 24         # longer texts are encoded in pieces
+SHORT_TEXT = 1000             # bytes in all that are encoded before the kernels are loaded
+NO_ID = -1                    # precedes a piece of text that is not to follow a token
 BATCH_CHARACTERS = 1 << 18    # characters of text encoded or counted in one call
 # Seconds that a regular expression may take to split a text, and more for each million characters: some never end. Sound
 # ones split ten million a second.
@@ -124,8 +141,8 @@ class Tokenizer:
                               for group in (added.keys() - later, later) if group]
         # id -> bytes, the name for special tokens; empty for ids that a foreign vocabulary does not use
         self.tokens = [by_id.get(token_id, b"") for token_id in range(max(by_id) + 1)]
-        self.splitter = find_splitter(self.pattern)
         self.caches: list[bpe.Cache] = []  # word -> ids caches that no thread is using
+        self.n_before_kernels = SHORT_TEXT
 
     @property
     def vocab_size(self) -> int:
@@ -302,14 +319,14 @@ class Tokenizer:
         thread; several threads may call it. add_separators: the separator precedes each document. Raises BadInput for a byte
         that the vocabulary has no token for."""
         pieces, is_start = documents, np.ones(len(documents), bool)
-        prefixes = np.full(len(documents), self.separator_id if add_separators else bpe.NONE, np.int64)
+        prefixes = np.full(len(documents), self.separator_id if add_separators else NO_ID, np.int64)
         for added_regex in self.added_regexes:
             pieces, is_start, prefixes = self.split_added_tokens(added_regex, pieces, is_start, prefixes)
-        if self.splitter is not None:
+        if is_built_in(self.pattern):
             pieces, is_first = split_long_documents(pieces)
             if not is_first.all():
                 whole = is_first.cumsum() - 1  # the index of the piece that each one is now part of
-                is_start, prefixes = is_first & is_start[whole], np.where(is_first, prefixes[whole], bpe.NONE)
+                is_start, prefixes = is_first & is_start[whole], np.where(is_first, prefixes[whole], NO_ID)
         # encode runs of pieces of about PIECE_BYTES together
         bounds = [0, *np.flatnonzero(np.diff(pieces.offsets[:-1] // PIECE_BYTES)) + 1, len(pieces)]
         encoded = [self.encode_pieces(pieces.slice(start, stop), prefixes[start:stop])
@@ -321,7 +338,7 @@ class Tokenizer:
     def split_added_tokens(self, added_regex: regex.Pattern, pieces: PackedDocuments, is_start: np.ndarray,
                            prefixes: np.ndarray) -> tuple[PackedDocuments, np.ndarray, np.ndarray]:
         """Cuts pieces of documents at the added tokens that the pattern finds. is_start, (pieces,) bool: which pieces start
-        a document; prefixes, (pieces,) int64: the id that precedes each, or NONE. Returns the three for the new pieces."""
+        a document; prefixes, (pieces,) int64: the id that precedes each, or NO_ID. Returns the three for the new pieces."""
         utf8, parts, starts, ids = pieces.utf8.tobytes(), [], [], []
         for (start, stop), *first in zip(itertools.pairwise(pieces.offsets.tolist()), is_start.tolist(), prefixes.tolist()):
             matches = [*added_regex.finditer(utf8, start, stop)]
@@ -333,9 +350,13 @@ class Tokenizer:
 
     def encode_pieces(self, pieces: PackedDocuments, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `encode_documents`, for pieces that together fit into memory several times over. prefixes, (pieces,) int64: the
-        id that precedes each piece, or NONE."""
+        id that precedes each piece, or NO_ID."""
         if not self.is_complete:
             self.check_bytes(pieces.utf8)
+        if "vocabulary" not in self.__dict__ and len(pieces.utf8) <= self.n_before_kernels and (
+                not is_built_in(self.pattern) or pieces.utf8.max(initial=0) < 128):  # `regex` may know another Unicode
+            self.n_before_kernels -= len(pieces.utf8)
+            return self.encode_short(pieces, prefixes)
         text, offsets = bpe.pad_text([pieces.utf8]), pieces.offsets
         ids, id_offsets = np.empty(len(text) + len(offsets) + bpe.PADDING, np.uint32), np.zeros_like(offsets)
         cache = self.acquire_cache()
@@ -346,9 +367,19 @@ class Tokenizer:
                 at = id_offsets[i]
                 ids[at] = prefixes[i]
                 id_offsets[i + 1] = bpe.encode_words(text, ends, len(ends) - 1, self.vocabulary, cache, ids,
-                                                     at + (prefixes[i] != bpe.NONE))
+                                                     at + (prefixes[i] >= 0))
         self.caches.append(cache)
         return ids[:id_offsets[-1]].astype(self.dtype), id_offsets
+
+    def encode_short(self, pieces: PackedDocuments, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_pieces`, without the kernels."""
+        ids, offsets = [], [0]
+        for text, prefix in zip(pieces.strings(), prefixes.tolist()):
+            ids += [prefix] * (prefix >= 0)
+            for word in split_words(self.split_regex, text):
+                ids += merge_word(word.encode(), self.ranks)
+            offsets.append(len(ids))
+        return np.array(ids, self.dtype), np.array(offsets)
 
     def check_bytes(self, utf8: np.ndarray):
         """Raises BadInput if the text, (bytes,) uint8, holds a byte that has no token."""
@@ -360,14 +391,18 @@ class Tokenizer:
                            f"{before!r}: leave such text out, or use another tokenizer")
 
     @functools.cached_property
-    def vocabulary(self) -> bpe.Vocabulary:
+    def splitter(self) -> "bpe.Splitter | None":
+        return find_splitter(self.pattern)
+
+    @functools.cached_property
+    def vocabulary(self) -> "bpe.Vocabulary":
         """The tables for encoding; built at the first use, as decoding does not need them."""
         tokens = [b""] * self.vocab_size
         for token, token_id in self.ranks.items():
             tokens[token_id] = token
         return bpe.make_vocabulary(tokens)
 
-    def acquire_cache(self) -> bpe.Cache:
+    def acquire_cache(self) -> "bpe.Cache":
         """A cache for one thread, which puts it back into `caches`; emptied if it is full."""
         try:
             cache = self.caches.pop()
@@ -454,12 +489,30 @@ def character_classes() -> np.ndarray:
     return classes
 
 
-def find_splitter(pattern: str) -> bpe.Splitter | None:
+def is_built_in(pattern: str) -> bool:
+    return pattern in PATTERNS.values()
+
+
+def find_splitter(pattern: str) -> "bpe.Splitter | None":
     """The compiled equivalent of a pattern in PATTERNS; None for others, which `regex` has to match."""
     for name, max_digits in (("default", 2), ("gpt4", 3)):
         if pattern == PATTERNS[name]:
             return bpe.gpt4_splitter(character_classes(), max_digits)
     return bpe.gpt2_splitter(character_classes()) if pattern == PATTERNS["gpt2"] else None
+
+
+def merge_word(word: bytes, ranks: Mapping[bytes, int]) -> list[int]:
+    """Ids of a word: the adjacent tokens whose pair has the lowest id are merged until no pair is a token."""
+    if word in ranks:  # as in tiktoken, even where merges would not lead there
+        return [ranks[word]]
+    parts = [word[i:i + 1] for i in range(len(word))]
+    while len(parts) > 1:
+        pairs = enumerate(itertools.pairwise(parts))
+        rank, i = min((ranks.get(left + right, MAX_VOCAB_SIZE), i) for i, (left, right) in pairs)
+        if rank == MAX_VOCAB_SIZE:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return [ranks[part] for part in parts]
 
 
 def find_word_ends(pattern: regex.Pattern, text: np.ndarray, offsets: np.ndarray) -> Iterator[np.ndarray]:
@@ -529,7 +582,7 @@ def batch_texts(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
         yield batch
 
 
-def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> bpe.Words:
+def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> "bpe.Words":
     """How often each word occurs in `texts`, which are consumed a batch at a time."""
     words, split_regex, splitter = bpe.empty_words(), compile_pattern(pattern), find_splitter(pattern)
     with tqdm(desc="counting words", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -546,7 +599,7 @@ def count_words(texts: Iterable[str | bytes], pattern: str, progress: bool) -> b
     return words
 
 
-def learn_merges(words: bpe.Words, n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
+def learn_merges(words: "bpe.Words", n_merges: int, progress: bool = False) -> Iterator[tuple[int, int]]:
     """Yields up to `n_merges` pairs of ids, the i-th of which becomes id 256 + i; fewer when no pair is left."""
     batches = bpe.learn(words, n_merges)
     del words  # `learn` frees them once it has spelled them

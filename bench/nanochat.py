@@ -3,12 +3,13 @@
     python bench/nanochat.py --text docs_train.parquet --out runs/nanochat
 
 small: 4 layers x 256, 2 M tokens; large: 6 layers x 384, 8 M tokens; both with blocks of 256, 8,192 ids and 4,096 tokens a
-step. Each side trains at three learning rates with its whole schedule (large: on a quarter of the tokens), and at its best
-one from three seeds; differences are paired by seed. What is equal: the shape, and with it the parameters in matrix products
-(nanochat's value embeddings are look-ups); or the parameters in all, where ours is wider; or the seconds, where ours trains
-on as many more tokens as its step is shorter (small). nanochat's warm-up is shortened to 20 steps and its weight decay, made
-for runs of billions of tokens, left out. Runs share the cores, one thread each, and are not repeated once they have finished
-in --out; step times are measured alone, the sides in turns. Writes its tables into docs/benchmarks.md.
+step. Each side trains with its whole schedule at learning rates that are doubled or halved until the best is between two
+others (large: on a quarter of the tokens), and at the best from three seeds; differences are paired by seed. What is equal:
+the shape, and with it the parameters in matrix products (nanochat's value embeddings are look-ups); or the parameters in
+all, where ours is wider; or the seconds, where ours trains on as many more tokens as its step is shorter (small). nanochat's
+warm-up is shortened to 20 steps and its weight decay, made for runs of billions of tokens, left out. Runs share the cores,
+one thread each, and are not repeated once they have finished in --out; step times are measured alone, the sides in turns.
+Writes its tables into docs/benchmarks.md.
 """
 import argparse
 import json
@@ -93,6 +94,22 @@ def final_losses(name: str, runs: list[LossRun], out: Path, jobs: int) -> dict[L
     return losses
 
 
+def find_rates(name: str, out: Path, jobs: int) -> dict[LossRun, float]:
+    """Losses at RATES and, where the best of a side's rates is its lowest or highest, at half or twice that one, and so on;
+    sorted by rate."""
+    rates = {side: list(rates) for side, rates in RATES.items()}
+    while True:
+        runs = [LossRun(side, rate, SCALES[name].rate_steps, SEEDS[0]) for side in rates for rate in sorted(rates[side])]
+        grid = final_losses(name, runs, out, jobs)
+        more = {}
+        for side in rates:
+            best = min((run for run in runs if run.side == side), key=grid.get).rate
+            more[side] = [best / 2] * (best == min(rates[side])) + [best * 2] * (best == max(rates[side]))
+        if not any(more.values()):
+            return {run: grid[run] for run in runs}
+        rates = {side: rates[side] + more[side] for side in rates}
+
+
 def measure_steps(name: str, out: Path, rounds: int) -> dict[str, float]:
     """Side -> median seconds of a step. Measured once: how long the runs at equal seconds are depends on it."""
     path = out / name / "step_seconds.json"
@@ -108,8 +125,7 @@ def measure_steps(name: str, out: Path, rounds: int) -> dict[str, float]:
 def compare(name: str, out: Path, jobs: int, rounds: int) -> str:
     """Trains both sides at the scale of this name; returns its table."""
     scale = SCALES[name]
-    grid = final_losses(name, [LossRun(side, rate, scale.rate_steps, SEEDS[0]) for side in RATES for rate in RATES[side]],
-                        out, jobs)
+    grid = find_rates(name, out, jobs)
     best = {side: min((run for run in grid if run.side == side), key=grid.get).rate for side in RATES}
 
     def train_arms(arms: dict[str, tuple[str, int]]) -> dict[str, list[float]]:

@@ -241,7 +241,7 @@ ARMS = {arm.__name__: arm for arm in (
 def start_seconds(args, compiled: bool) -> float:
     """Wall seconds from the start of a process to its first encoded document. compiled: its kernels are in numba's cache."""
     program = ("import time; from tokenizer import Tokenizer; "
-               f"Tokenizer.load({str(args.tokenizer)!r}).encode('a first document'); print(time.time())")
+               f"Tokenizer.load({str(args.tokenizer)!r}).encode('the words of a first document ' * 30); print(time.time())")
     with tempfile.TemporaryDirectory() as empty:
         environment = dict(os.environ) if compiled else os.environ | {"NUMBA_CACHE_DIR": empty}
         start = time.time()

@@ -1330,13 +1330,13 @@ def remember(rows, spilled, room, low, high, parts, first, m):
 
 @kernel
 def encode_documents(text, offsets, prefixes, splitter, vocabulary, cache, ids, id_offsets):
-    """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is NONE, into
-    ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
+    """Writes the ids of the documents text[offsets[i]:offsets[i + 1]], each after prefixes[i] unless that is negative,
+    into ids[id_offsets[i]:id_offsets[i + 1]]. `ids` has room for all prefixes and bytes, and `PADDING` more."""
     ends = np.empty(BLOCK + 1, np.int64)
     id_offsets[0] = 0
     for i in range(len(offsets) - 1):
         at = id_offsets[i]
-        if prefixes[i] != NONE:
+        if prefixes[i] >= 0:
             ids[at] = prefixes[i]
             at += 1
         n, ends[0] = 0, offsets[i]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import download_data
+import tokenizer
 import train
 import trainer
 from hub import HubStandIn
@@ -30,6 +31,7 @@ HUB_FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, HUB_FOLDER, ignore_errors=True)
 HUB = HubStandIn(HUB_FOLDER / "served")
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HUB_FOLDER / "home")}
+tokenizer.SHORT_TEXT = 0  # the tests are of the kernels; test_tokenizer.py has those of short texts
 # 2 layers x 16 channels, blocks of 16 tokens: a step takes milliseconds
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--head_size=8", "--block_size=16"]
 

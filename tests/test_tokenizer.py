@@ -1,5 +1,6 @@
 """The tokenizer against tiktoken and rustbpe, by hand, on odd text, in pieces and threads, its file and its command."""
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -52,6 +53,55 @@ def test_ids_equal_tiktoken(trained, english):
              "".join(rng.choice("ab \n'1é中") for _ in range(4000))]
     for text in [*english[60:], "".join(english[60:]), SCRIPTS, *SCRIPTS.splitlines(), *noise, "", " ", "\n"]:
         assert trained.encode(text) == oracle.encode_ordinary(text)
+
+
+def encoders(tokenizer: Tokenizer, monkeypatch) -> tuple[Tokenizer, Tokenizer]:
+    """Two copies of it: one that encodes what it may without the kernels, and one that never does."""
+    copies = []
+    for short_text in (100_000, 0):
+        monkeypatch.setattr(tokenizer_script, "SHORT_TEXT", short_text)
+        copies.append(Tokenizer.from_json(tokenizer.to_json()))
+    return copies
+
+
+def test_the_kernels_give_the_ids_of_merging_slowly(trained, english, monkeypatch):
+    slow, fast = encoders(trained, monkeypatch)
+    noise = "".join(random.Random(0).choices("ab \n'1.Z\t", k=3000))
+    texts = [*(text[:3000] for text in english[60:66]), SCRIPTS, *SCRIPTS.splitlines(), noise, "a" * 300, "", " ", "\n"]
+    may = [text for text in texts if text.isascii() or trained.pattern == OTHER_PATTERN]
+    assert len(may) > 4 and [slow.encode(text) for text in may] == [fast.encode(text) for text in may]
+    packed = PackedDocuments.from_strings(may)
+    for a, b in zip(slow.encode_documents(packed, add_separators=True), fast.encode_documents(packed, add_separators=True)):
+        assert a.dtype == b.dtype and a.tolist() == b.tolist()
+    assert "vocabulary" not in vars(slow) and "vocabulary" in vars(fast)
+    assert [slow.encode(text) for text in texts] == [fast.encode(text) for text in texts]
+    # a built-in pattern means the same in every version of `regex` only for ASCII
+    assert ("vocabulary" in vars(slow)) == (trained.pattern != OTHER_PATTERN)
+
+
+def test_added_tokens_are_found_without_the_kernels(monkeypatch):
+    added = {"<think>": 257, "  ": 258, "ab": 260}
+    slow, fast = encoders(Tokenizer(BYTE_RANKS, "gpt4", {SEPARATOR: 256}, added), monkeypatch)
+    texts = ["abab", "", "plain <|endoftext|>", "<think>", "a<think>    b"]
+    for tokenizer in slow, fast:
+        ids, offsets = tokenizer.encode_documents(PackedDocuments.from_strings(texts), add_separators=True)
+        assert [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets)] == [
+            [256, 260, 260], [256], [256, *b"plain <|endoftext|>"], [256, 257], [256, *b"a", 257, 258, 258, *b"b"]]
+
+
+@pytest.mark.integration
+def test_a_short_first_text_loads_no_kernels(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    program = """
+import sys, tokenizer
+ours = tokenizer.Tokenizer.load(sys.argv[1])
+print(ours.decode(ours.encode("a first text")), "numba" in sys.modules)
+print(len(ours.encode("one word " * 200)) > 1, "numba" in sys.modules)
+print(tokenizer.bpe.BLOCK, ours.n_before_kernels)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "tokenizer.json")], cwd=REPO, capture_output=True,
+                          text=True)
+    assert done.stdout.splitlines() == ["a first text False", "True True", f"1024 {1000 - len('a first text')}"], done.stderr
 
 
 @pytest.mark.parametrize("char", ["a", " ", "é", "中", "\n", "1", "!"])
