@@ -51,7 +51,7 @@ from model import GPT
 from optimizer import OPTIMIZERS, OptimizerConfig
 from runtime.checkpoint import run_folder
 from runtime.cli import command, say
-from runtime.config import BadInput, check_flags, flag, flag_names
+from runtime.config import BadInput, check_flags, flag, flag_names, redeclare
 from runtime.device import DeviceConfig, Machine, seed_everything
 from runtime.files import atomic_write
 from runtime.metrics import read_rows
@@ -102,6 +102,7 @@ class FinetuneOptimizer(OptimizerConfig):
                                   "model", choices=("auto", *OPTIMIZERS))
     learning_rate: float = flag("auto", f"peak learning rate, see train.py; auto: {LR_RATIO} of its auto", above=0,
                                 auto=True, on_resume="warn")
+    mix_lr_ratio: float = redeclare(OptimizerConfig, "mix_lr_ratio", 1.0)  # a trained model's have no way to go
     weight_decay: float = flag(0.0, "weight decay of the matrices; each step multiplies it by the learning rate",
                                at_least=0, on_resume="warn")
 

@@ -104,6 +104,7 @@ class SelfPlayOptimizer(OptimizerConfig):
                                         "answers, of models of 128 channels, "
                                         + ", ".join(f"{lr:g} with {name}" for name, lr in ANSWER_LR.items())
                                         + ", with AdamW in proportion to 1/channels", above=0, auto=True, on_resume="warn")
+    mix_lr_ratio: float = redeclare(OptimizerConfig, "mix_lr_ratio", 1.0)
     weight_decay: float = flag(None, "weight decay of the matrices; each step multiplies it by the learning rate (default: "
                                      "0.1 for games without hidden cards, else 0)", at_least=0, on_resume="warn")
     cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", None, help="last fraction of the run, in which the "

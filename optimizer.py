@@ -31,6 +31,9 @@ EMBED_RATIO = 0.5    # embedding and tied head, at REFERENCE_WIDTH
 HEAD_RATIO = 0.5     # untied head, at REFERENCE_WIDTH
 SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
+# The coefficients of token shifts and of mixes have about as far to go in a short run as in a long one, so their rate is
+# that of the matrices in runs of MIX_STEPS steps, higher in shorter ones, lower in longer ones (studies/learning_rates.md).
+MIX_STEPS, MIX_RATIOS = 350, (0.5, 4.0)
 
 
 def base_lr(step_tokens: int) -> float:
@@ -61,14 +64,15 @@ class OptimizerSpec(NamedTuple):
 
 # kind of parameter -> the one that it is updated like, unless an optimizer says otherwise
 KINDS = {"matrix": None, "qkv": "matrix", "value_embedding": "embedding", "embedding": None, "head": None, "scalar": None,
-         "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
+         "mix": "scalar", "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
 
 
 def muon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """Muon for the matrices in the blocks, AdamW for the rest."""
     by_width = (REFERENCE_WIDTH / n_embd) ** 0.5  # a step moves logits by the width times the learning rate
     return {"matrix": Update(Muon, lr, weight_decay), "embedding": Update(AdamW, EMBED_RATIO * lr * by_width),
-            "head": Update(AdamW, HEAD_RATIO * lr * by_width), "scalar": Update(AdamW, SCALAR_RATIO * lr)}
+            "head": Update(AdamW, HEAD_RATIO * lr * by_width), "scalar": Update(AdamW, SCALAR_RATIO * lr),
+            "mix": Update(AdamW, lr, options={"is_mix": True})}
 
 
 def adamw_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
@@ -127,6 +131,10 @@ class OptimizerConfig:
                                         "tenth of it with --optimizer=gpt2; with nanochat "
                                         f"{NANOCHAT_LR} times the root of the tokens over {NANOCHAT_TOKENS:,}", above=0,
                                 auto=True, on_resume="warn")
+    mix_lr_ratio: float = flag("auto", "learning rate of the coefficients of token shifts and of the mixes with the "
+                                       "embedding and with the first layer's values, relative to --learning_rate; auto: "
+                                       f"{MIX_STEPS} / steps of the run, at least {MIX_RATIOS[0]}, at most {MIX_RATIOS[1]}; "
+                                       "gpt2 and nanochat have their own", above=0, auto=True, on_resume="warn")
     momentum_dtype: str = flag("bf16", "dtype of Muon's state; bf16 takes half the memory", choices=("bf16", "fp32"),
                                on_resume="warn")
     weight_decay: float = flag("auto", "weight decay of the matrices; each step multiplies it by the learning rate; auto: "
@@ -152,6 +160,13 @@ class OptimizerConfig:
         if self.learning_rate != "auto":
             return self.learning_rate
         return OPTIMIZERS[self.optimizer].auto_lr(step_tokens)
+
+    def mix_ratio(self, step: int, progress: float) -> float:
+        """The learning rate of mixes relative to that of the matrices; 1 in the first step, which knows no length yet."""
+        if self.mix_lr_ratio != "auto":
+            return self.mix_lr_ratio
+        least, most = MIX_RATIOS
+        return min(max(MIX_STEPS * progress / step, least), most) if step and progress else 1.0
 
 
 # -- parameter groups -------------------------------------------------------------------------------------------------
@@ -186,12 +201,15 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
     """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; value_embedding: a table inside them;
-    embedding: also learned positions and a tied head; head: an untied one; residual_scale, x0_scale: of that name; smear:
-    the parameters of Smear, and backout_coeff; scalar: everything else, including the coefficients of rational functions."""
+    embedding: also learned positions and a tied head; head: an untied one; mix: coefficients of token shifts, and of mixes
+    with the embedding or the first layer's values; residual_scale, x0_scale: of that name; smear: the parameters of Smear,
+    and backout_coeff; scalar: everything else, including the coefficients of rational functions."""
     if name.startswith("smear.") or name == "backout_coeff":
         return "smear"
     if parameter.dim() != 2 or not name.endswith("weight"):
         last = name.rpartition(".")[2]
+        if last in ("shift_coeff", "x0_mix", "value_mix"):
+            return "mix"
         return last if last in ("residual_scale", "x0_scale") else "scalar"
     if name.endswith("value_embedding.embed.weight"):
         return "value_embedding"
@@ -235,6 +253,9 @@ class CombinedOptimizer:
         if state.keys() != self.parts.keys():
             raise ValueError(f"the state of {', '.join(state)}, not of {', '.join(self.parts)}")
         for name, part in self.parts.items():
+            if len(state[name]["param_groups"]) != len(part.param_groups):
+                raise ValueError(f"{len(state[name]['param_groups'])} groups of {name}, not {len(part.param_groups)}, as an "
+                                 "earlier version of this repository had: go on with that version")
             options = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
             part.load_state_dict(state[name])
             for group, option in zip(part.param_groups, options):
@@ -465,6 +486,8 @@ def set_rates(optimizer: CombinedOptimizer, step: int, progress: float, config: 
     for part in optimizer.parts.values():
         for group in part.param_groups:
             group["lr"] = group["peak_lr"] * scale
+            if group.get("is_mix"):
+                group["lr"] *= config.mix_ratio(step, progress)
             if group["total_decay"] is not None:
                 step_decay = min(group["total_decay"] * progress / max(step, 1), MAX_STEP_DECAY)
                 group["weight_decay"] = step_decay / group["peak_lr"]

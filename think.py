@@ -89,6 +89,7 @@ class ThinkModel(GPTConfig):
 class ThinkOptimizer(OptimizerConfig):
     """The optimizer."""
     learning_rate: float = redeclare(OptimizerConfig, "learning_rate", 0.02)
+    mix_lr_ratio: float = redeclare(OptimizerConfig, "mix_lr_ratio", 1.0)
     weight_decay: float = redeclare(OptimizerConfig, "weight_decay", 0.1)
     warmup_iter: int = redeclare(OptimizerConfig, "warmup_iter", 20)
     cooldown_frac: float = redeclare(OptimizerConfig, "cooldown_frac", 0.3)

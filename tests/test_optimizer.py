@@ -93,11 +93,12 @@ def test_cosine_schedule_equals_nanogpts(warmup, n):
 
 def test_set_rates_by_hand(model):
     optimizer = make_optimizer(model, OptimizerConfig(learning_rate=0.02))
-    peaks = [group["peak_lr"] for group in optimizer.param_groups]
+    groups = [group for group in optimizer.param_groups if not group.get("is_mix")]
+    peaks = [group["peak_lr"] for group in groups]
     momenta = []
     for step in (0, 100, 200, 5000):
         set_rates(optimizer, step, 0.85, OptimizerConfig(warmup_iter=0))
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25 * peak for peak in peaks])
+        assert [group["lr"] for group in groups] == pytest.approx([0.25 * peak for peak in peaks])
         momenta += [group["momentum"] for group in optimizer.parts["muon"].param_groups[:1]]
     assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert not any("momentum" in group for group in optimizer.parts["adamw"].param_groups)
@@ -133,6 +134,21 @@ def test_a_given_weight_decay_is_constant(model):
     for step, progress in ((0, 0.0), (3, 0.5)):
         set_rates(optimizer, step, progress, config)
         assert [group["weight_decay"] for group in optimizer.parts["muon"].param_groups] == [0.25] * 2
+
+
+def test_mixes_move_as_far_in_runs_of_any_length(model):
+    """By hand: 350 steps at the rate of matrices; at most 4 times and at least half of it; once the length is known, and
+    unless the ratio is given. The rates of all other groups do not depend on it."""
+    config = OptimizerConfig(warmup_iter=0)
+    optimizer = make_optimizer(model, config)
+    names = {id(parameter): name.rpartition(".")[2] for name, parameter in model.named_parameters()}
+    mixes = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups if group.get("is_mix")]
+    assert mixes == [{"shift_coeff", "x0_mix", "value_mix"}]
+    for step, n, factor in ((0, 70, 1.0), (7, 350, 1.0), (7, 175, 2.0), (7, 70, 4.0), (7, 500, 0.7), (7, 7000, 0.5)):
+        for given, expected in ((config, factor), (OptimizerConfig(warmup_iter=0, mix_lr_ratio=3.0), 3.0)):
+            set_rates(optimizer, step, step / n, given)
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(group["peak_lr"] * (expected if group.get("is_mix") else 1.0))
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
