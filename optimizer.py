@@ -33,7 +33,7 @@ SCALAR_RATIO = 1.0
 REFERENCE_WIDTH = 256
 # The coefficients of token shifts and of mixes have about as far to go in a short run as in a long one, so their rate is
 # that of the matrices in runs of MIX_STEPS steps, higher in shorter ones, lower in longer ones (studies/learning_rates.md).
-MIX_STEPS, MIX_RATIOS = 350, (0.5, 4.0)
+MIX_STEPS, MIX_RATIOS = 400, (0.25, 4.0)
 
 
 def base_lr(step_tokens: int) -> float:

@@ -137,14 +137,14 @@ def test_a_given_weight_decay_is_constant(model):
 
 
 def test_mixes_move_as_far_in_runs_of_any_length(model):
-    """By hand: 350 steps at the rate of matrices; at most 4 times and at least half of it; once the length is known, and
+    """By hand: 400 steps at the rate of matrices; at most 4 times and at least a quarter of it; once the length is known, and
     unless the ratio is given. The rates of all other groups do not depend on it."""
     config = OptimizerConfig(warmup_iter=0)
     optimizer = make_optimizer(model, config)
     names = {id(parameter): name.rpartition(".")[2] for name, parameter in model.named_parameters()}
     mixes = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups if group.get("is_mix")]
     assert mixes == [{"shift_coeff", "x0_mix", "value_mix"}]
-    for step, n, factor in ((0, 70, 1.0), (7, 350, 1.0), (7, 175, 2.0), (7, 70, 4.0), (7, 500, 0.7), (7, 7000, 0.5)):
+    for step, n, factor in ((0, 80, 1.0), (7, 400, 1.0), (7, 200, 2.0), (7, 80, 4.0), (7, 500, 0.8), (7, 7000, 0.25)):
         for given, expected in ((config, factor), (OptimizerConfig(warmup_iter=0, mix_lr_ratio=3.0), 3.0)):
             set_rates(optimizer, step, step / n, given)
             for group in optimizer.param_groups:
