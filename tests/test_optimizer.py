@@ -137,8 +137,8 @@ def test_a_given_weight_decay_is_constant(model):
 
 
 def test_mixes_move_as_far_in_runs_of_any_length(model):
-    """By hand: 400 steps at the rate of matrices; at most 4 times and at least a quarter of it; once the length is known, and
-    unless the ratio is given. The rates of all other groups do not depend on it."""
+    """By hand: 400 steps at the rate of matrices; at most 4 times and at least a quarter of it; once the length is known,
+    and unless the ratio is given. The rates of all other groups do not depend on it."""
     config = OptimizerConfig(warmup_iter=0)
     optimizer = make_optimizer(model, config)
     names = {id(parameter): name.rpartition(".")[2] for name, parameter in model.named_parameters()}
