@@ -729,6 +729,7 @@ def dry_run(config: PrepareConfig, source_config: SourceConfig):
     tokenizer = choose_tokenizer(given, config, source_config, source) if has_tokenizer else train_tokenizer(
         in_sample, config, can_be_smaller=True)
     training_seconds = time.perf_counter() - start
+    _ = tokenizer.vocabulary  # from here on also a short text is encoded by the kernels
     tokenizer.encode_documents(sample.documents[0])  # compiles what is compiled on first use
     forecast = make_forecast(config, source, sample, tokenizer)
     text_bytes = sample.text_bytes(source)
