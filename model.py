@@ -26,6 +26,7 @@ from layers.attention_metadata import (
     sliding_window_mask,
 )
 from layers.cache import RowCache, RowGroups
+from layers.gated_delta import DEFAULT_HOUSEHOLDER
 from layers.linear import cast_weights, linear_layers, matrix_flops
 from layers.loss import cross_entropy, softcap_logits
 from layers.norm import rms_norm
@@ -33,6 +34,9 @@ from layers.shift import ShiftCache, Smear, TokenShift
 from runtime.config import BadInput, check_flags, flag
 
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
+# flags of layers of some mixers only -> which
+FLAGS_OF_MIXERS = {"window": ("sliding",), "d_head_size": ("gated_delta", "delta_product"),
+                   "d_conv": ("gated_delta", "delta_product"), "n_householder": ("delta_product",)}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
@@ -54,10 +58,16 @@ class GPTConfig:
                     choices=("auto", *MLPS))
     n_hidden: int = flag(None, "hidden width of the feed-forward layer (default: for about 8 * width² parameters)",
                          at_least=1, at_most=10_000_000)
-    mixer: str = flag("attention", "layer that mixes positions: attention, sliding, gated_delta, or a pattern of their "
-                                   "letters A, S and D, one letter per layer, repeated: DDDA")
+    mixer: str = flag("attention", "layer that mixes positions: attention, sliding, gated_delta, delta_product, or a "
+                                   "pattern of their letters A, S, D and P, one letter per layer, repeated: DDDA")
     window: int = flag(None, "positions before a token that it sees in layers of sliding attention (default: a quarter of "
                              "--block_size)", at_least=1, at_most=10_000_000)
+    d_head_size: int = flag(None, "channels per head in layers of gated_delta and delta_product, which keep as many numbers "
+                                  "for each channel of the model (default: --head_size)", at_least=1, at_most=10_000)
+    d_conv: int = flag(None, "positions, with its own, in the convolution before queries, keys and values in layers of "
+                             "gated_delta and delta_product (default: no convolution)", at_least=1, at_most=1000)
+    n_householder: int = flag(None, "corrections of the state at every token in layers of delta_product (default: "
+                                    f"{DEFAULT_HOUSEHOLDER})", at_least=1, at_most=64)
     loops: int = flag(1, "how often the middle blocks run, one after the other, with the same weights: all blocks but the "
                          "first and the last, or all of fewer than three", at_least=1, at_most=1000)
     sampled_loops: bool = flag(False, "draw the number of loops of each training batch at random, --loops on average, so "
@@ -106,9 +116,13 @@ class GPTConfig:
         if self.value_embeddings and not any(self.has_value_embedding(layer) for layer in range(self.n_layer)):
             raise BadInput(f"--value_embeddings: with --mixer={self.mixer}, none of the layers that would have one is "
                            f"attention: give another --mixer")
-        if self.window and not any(self.mixer_class(layer) is MIXERS["sliding"] for layer in range(self.n_layer)):
-            raise BadInput(f"--window={self.window}: --mixer={self.mixer} has no layer of sliding attention: leave it out, "
-                           f"or give --mixer=sliding or a pattern with S")
+        mixers = {self.mixer_class(layer) for layer in range(self.n_layer)}
+        for name, kinds in FLAGS_OF_MIXERS.items():
+            if getattr(self, name) and not any(MIXERS[kind] in mixers for kind in kinds):
+                raise BadInput(f"--{name}={getattr(self, name)}: --mixer={self.mixer} has no layer of {' or '.join(kinds)}: "
+                               f"leave it out, or give --mixer={kinds[0]} or a pattern with {MIXERS[kinds[0]].letter}")
+        if self.d_head_size and self.n_embd % self.d_head_size:
+            raise BadInput(f"--d_head_size={self.d_head_size}: must divide the width, {self.n_embd}")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
                            f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")

@@ -179,13 +179,13 @@ MAX_STEP_DECAY = 0.05  # per step, for runs of a few steps
 
 def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> dict[type, list[dict]]:
     """Optimizer class -> its groups; every parameter that is trained is in one group. Besides `lr` and `weight_decay`, a
-    group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from), `peak_decay` and `stacked`,
-    the number of equal matrices that are stacked along the rows of each parameter."""
+    group has `peak_lr`, `total_decay` (None, or what `set_rates` derives the weight decay from), `peak_decay` and
+    `matrix_rows`: of each of the equal matrices that are stacked along the rows of a parameter; None: it is one matrix."""
     shape, by_kind, groups = model.config, {}, {}
     given = OPTIMIZERS[config.optimizer].groups(config.peak_lr(step_tokens), config.weight_decay, shape.n_embd)
     settings = {kind: given.get(kind) or given[like] for kind, like in KINDS.items()}
-    # one matrix each for keys and values, and as many of their shape for the queries as there are heads that share them
-    qkv_matrices = 2 + shape.n_head // (shape.n_kv_head or shape.n_head)
+    # keys and values have one matrix each, or several; those of queries are of the same shape
+    rows = (shape.n_kv_head or shape.n_head) * shape.head_size
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             by_kind.setdefault(parameter_kind(name, parameter), []).append(parameter)
@@ -193,7 +193,7 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
         if kind in by_kind:
             is_auto = decay == "auto"
             groups.setdefault(optimizer_class, []).append({
-                "params": by_kind[kind], "lr": lr, "peak_lr": lr, "stacked": qkv_matrices if kind == "qkv" else 1,
+                "params": by_kind[kind], "lr": lr, "peak_lr": lr, "matrix_rows": rows if kind == "qkv" else None,
                 "weight_decay": 0.0 if is_auto else decay, "peak_decay": 0.0 if is_auto else decay,
                 "total_decay": TOTAL_DECAY if is_auto else None, **options})
     return groups
@@ -339,8 +339,8 @@ class Muon(torch.optim.Optimizer):
 
     def step_stacked(self, parameters: list[Tensor], group: dict, skip: Tensor | None):
         """Steps parameters of one shape, all their matrices at once."""
-        n, momentum = group["stacked"], group["momentum"]
-        rows, columns = parameters[0].size(0) // n, parameters[0].size(1)
+        momentum, rows, columns = group["momentum"], group["matrix_rows"] or parameters[0].size(0), parameters[0].size(1)
+        n = parameters[0].size(0) // rows
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p, dtype=self.momentum_dtype)
@@ -385,8 +385,9 @@ class NorMuon(Muon):
     BETA2 = 0.9
 
     def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
-        n = next(group["stacked"] for group in self.param_groups if any(p is other for other in group["params"]))
-        by_row = (p.size(0), 1) if p.size(0) // n >= p.size(1) else (n, p.size(1))
+        rows = next(group["matrix_rows"] for group in self.param_groups
+                    if any(p is other for other in group["params"])) or p.size(0)
+        by_row = (p.size(0), 1) if rows >= p.size(1) else (p.size(0) // rows, p.size(1))
         return by_row if name == "second_moment" else tuple(p.shape)
 
     @staticmethod

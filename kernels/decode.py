@@ -62,20 +62,21 @@ def can_attend(q: Tensor, v: Tensor, keys: Tensor) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
-           start: int) -> Tensor:
+           slot: int, first: int = 0) -> Tensor:
     """Attention of one token, without a mask. q: (B, n_head, 1, head_size); k and v: (B, n_kv_head, 1, head_size), in fp32
     or bf16; q and k are turned by `rotation`, and rounded to v's dtype. rotation: cosines and sines, each (1, head_size)
-    fp32, see layers/attention.py. keys, values: the cache, (B, n_kv_head, max_len, head_size) fp32, which takes k and v in
-    after the first `start` positions. Returns (B, 1, n_head * head_size) in fp32."""
+    fp32, see layers/attention.py. keys, values: the cache, (B, n_kv_head, max_len, head_size) fp32, which takes k and v into
+    `slot`; the token sees the slots from `first` to that. Returns (B, 1, n_head * head_size) in fp32."""
     (B, n_head, _, head_size), (_, n_kv_head, max_len, _) = q.shape, keys.shape
-    assert start < max_len and keys.shape == values.shape and q.dtype == k.dtype, (start, keys.shape)
+    assert first <= slot < max_len and keys.shape == values.shape and q.dtype == k.dtype, (first, slot, keys.shape)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and v.dtype in MAX_ROWS, v.dtype
     cos, sin = rotation or no_rotation(head_size)
     y = torch.empty(B, 1, n_head * head_size)
     set_threads()
     attend_kernel(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1),
                   v.stride(1), q.dtype == torch.float32, v.dtype == torch.float32, cos.data_ptr(), sin.data_ptr(),
-                  keys.data_ptr(), values.data_ptr(), y.data_ptr(), B, n_head, n_kv_head, head_size, max_len, start)
+                  keys.data_ptr(), values.data_ptr(), y.data_ptr(), B, n_head, n_kv_head, head_size, max_len, slot,
+                  first)
     return y
 
 
@@ -261,7 +262,8 @@ def rotate_head(x, cos, sin, is_bf16):
 
 @compiled(parallel=True)
 def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, k_head, v_head, qk_fp32, v_fp32, cos_address,
-                  sin_address, keys_address, values_address, y_address, B, n_head, n_kv_head, head_size, max_len, start):
+                  sin_address, keys_address, values_address, y_address, B, n_head, n_kv_head, head_size, max_len, slot,
+                  first):
     cos = numba.carray(fp32_pointer(cos_address), (head_size,))
     sin = numba.carray(fp32_pointer(sin_address), (head_size,))
     keys = numba.carray(fp32_pointer(keys_address), (B, n_kv_head, max_len, head_size))
@@ -269,10 +271,10 @@ def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, 
     y = numba.carray(fp32_pointer(y_address), (B, n_head, head_size))
     for b in range(B):
         for head in range(n_kv_head):
-            copy_head(k_address, b * k_row + head * k_head, qk_fp32, keys[b, head, start])
-            rotate_head(keys[b, head, start], cos, sin, not v_fp32)
-            copy_head(v_address, b * v_row + head * v_head, v_fp32, values[b, head, start])
-    n, scale = start + 1, np.float32(1 / np.sqrt(head_size))
+            copy_head(k_address, b * k_row + head * k_head, qk_fp32, keys[b, head, slot])
+            rotate_head(keys[b, head, slot], cos, sin, not v_fp32)
+            copy_head(v_address, b * v_row + head * v_head, v_fp32, values[b, head, slot])
+    n, scale = slot + 1 - first, np.float32(1 / np.sqrt(head_size))
     for item in numba.prange(B * n_head):
         b, head = item // n_head, item % n_head
         kv_head = head // (n_head // n_kv_head)
@@ -283,7 +285,7 @@ def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, 
         for t in range(n):
             score = F0
             for i in range(head_size):
-                score += q[i] * keys[b, kv_head, t, i]
+                score += q[i] * keys[b, kv_head, first + t, i]
             weights[t] = score * scale
             most = max(most, weights[t])
         total = F0
@@ -294,7 +296,7 @@ def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, 
         for t in range(n):
             weight = weights[t] / total
             for i in range(head_size):
-                out[i] += weight * values[b, kv_head, t, i]
+                out[i] += weight * values[b, kv_head, first + t, i]
 
 
 # dtype of x and of the product -> kernel(address of x, of weight, of y, rows, in, out)

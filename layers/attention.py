@@ -28,15 +28,21 @@ class KVCache(RowCache):
     values: Tensor
     prefix: "KVCache | None" = None
 
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def reserve(self, start: int, n: int, rewindable: bool) -> tuple[int, int]:
+        """Makes room for `n` positions after the first `start`. Returns the slots of the first of them, and of the first
+        position that they see."""
+        slot = start - (self.prefix.keys.size(2) if self.prefix else 0)
+        assert slot + n <= self.keys.size(2), (slot, n, self.keys.shape)
+        return slot, 0
+
+    def append(self, start: int, keys: Tensor, values: Tensor, rewindable: bool) -> tuple[Tensor, Tensor]:
         """Stores keys and values, each (B, n_kv_head, T, head_size), after the first `start` positions. Returns those of all
-        positions so far, or all behind the prefix."""
-        start -= self.prefix.keys.size(2) if self.prefix else 0
-        stop = start + keys.size(2)
-        assert stop <= self.keys.size(2), (stop, self.keys.shape)
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        positions that they see, or all behind the prefix. rewindable: whether `rewind` may undo this."""
+        T = keys.size(2)
+        slot, first = self.reserve(start, T, rewindable)
+        self.keys[:, :, slot:slot + T] = keys
+        self.values[:, :, slot:slot + T] = values
+        return self.keys[:, :, first:slot + T], self.values[:, :, first:slot + T]
 
     def copy_rows_from(self, rows: list[int], other: "KVCache", other_rows: list[int], stop: int, n: int):
         assert self.prefix is None and other.prefix is None
@@ -54,6 +60,59 @@ class KVCache(RowCache):
 
     def rewind(self, n: int):
         """Nothing has to be undone: the positions that come next overwrite them."""
+
+
+@dataclass
+class WindowCache(KVCache):
+    """Keys and values of the last positions, at least `window` of them. first: the position in slot 0. n_undoable: of the
+    positions seen, those that `rewind` may forget, with which what they see is kept."""
+    window: int = 0
+    max_len: int = 0
+    first: int = 0
+    n_undoable: int = 0
+
+    @classmethod
+    def capacity(cls, window: int, max_len: int) -> int:
+        """Slots for texts of `max_len`; the window moves on by some at a time, as all that is in it has to be copied."""
+        return min(max_len, window + max(8, window // 8))
+
+    def reserve(self, start: int, n: int, rewindable: bool) -> tuple[int, int]:
+        self.n_undoable = self.n_undoable + n if rewindable else 0
+        if start + n - self.first > self.keys.size(2):
+            first = max(self.first, start - max(0, self.n_undoable - n) - self.window)
+            size = max(self.capacity(self.window, self.max_len), start + n - first)
+            kept, room = slice(first - self.first, start - self.first), (0, 0, 0, size - start + first)
+            self.keys, self.values = (F.pad(part[:, :, kept], room) for part in (self.keys, self.values))
+            self.first = first
+        return start - self.first, max(0, start - self.first - self.window)
+
+    def append(self, start: int, keys: Tensor, values: Tensor, rewindable: bool) -> tuple[Tensor, Tensor]:
+        if rewindable or keys.size(2) == 1:
+            return super().append(start, keys, values, rewindable)
+        self.n_undoable, stop = 0, start + keys.size(2)
+        seen = slice(max(0, start - self.first - self.window), start - self.first)
+        keys, values = (torch.cat((cached[:, :, seen], new.to(cached.dtype)), dim=2)
+                        for cached, new in ((self.keys, keys), (self.values, values)))
+        n = min(self.window, keys.size(2), self.keys.size(2))
+        self.keys[:, :, :n], self.values[:, :, :n], self.first = keys[:, :, -n:], values[:, :, -n:], stop - n
+        return keys, values
+
+    def copy_rows_from(self, rows: list[int], other: "WindowCache", other_rows: list[int], stop: int, n: int):
+        if stop - self.first > self.keys.size(2):  # of this one, which is new
+            self.first = stop - self.window
+        start = max(self.first, stop - n + other.first)
+        to, of = slice(start - self.first, stop - self.first), slice(start - stop + n - other.first, n - other.first)
+        self.keys[rows, :, to] = other.keys[other_rows, :, of]
+        self.values[rows, :, to] = other.values[other_rows, :, of]
+
+    def fork(self, rows: Tensor, max_len: int, shared: Tensor | None) -> "WindowCache":
+        """Shares nothing, as the window leaves the first positions behind."""
+        fork = RowCache.fork(self, rows, max_len, None)
+        fork.max_len = max_len
+        return fork
+
+    def rewind(self, n: int):
+        self.n_undoable = 0
 
 
 class Attention(nn.Module):
@@ -101,13 +160,14 @@ class Attention(nn.Module):
             q, k = q * self.qk_scale, k * self.qk_scale
         rotation, mask = metadata.rotation, self.choose_mask(metadata)
         if cache is not None and mask is None and cache.prefix is None and can_attend(q, v, cache.keys):
-            return self.proj(attend(q, k, v, rotation, cache.keys, cache.values, metadata.start)), new_v
+            slot, first = cache.reserve(metadata.start, 1, metadata.rewindable)
+            return self.proj(attend(q, k, v, rotation, cache.keys, cache.values, slot, first)), new_v
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
         autocast = backends = nullcontext()
         if cache is not None:
-            cached = cache.append(metadata.start, k, v)
+            cached = cache.append(metadata.start, k, v, metadata.rewindable)
             if metadata.start > 0:
                 k, v = cached
                 q, autocast = q.to(k.dtype), torch.autocast(x.device.type, enabled=False)
@@ -117,6 +177,8 @@ class Attention(nn.Module):
         if prefix is not None and T > 1:  # holding the scores of so many queries costs more than repeating keys
             k, v = (torch.cat((shared[metadata.groups.index], own), dim=2)
                     for shared, own in ((prefix.keys, k), (prefix.values, v)))
+        if mask is not None and prefix is None:
+            mask = mask[..., -k.size(2):]  # of the positions that are still in the cache
         if mask is not None and x.is_cuda and self.n_kv_head < self.n_head:  # no fused kernel takes both
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))
         is_causal = mask is None and metadata.start == 0
@@ -148,12 +210,17 @@ class Attention(nn.Module):
 
 class SlidingAttention(Attention):
     """Attention to the token itself and the --window positions before it. Source: Beltagy et al. 2020 (Longformer),
-    section 3.1, arXiv:2004.05150. The cache keeps all positions."""
+    section 3.1, arXiv:2004.05150. The cache does not grow beyond the window."""
     letter = "S"
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
         self.window = config.window_size
+
+    def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> WindowCache:
+        """An empty cache: as of Attention, but for no more positions than WindowCache.capacity."""
+        cache = super().init_cache(batch_size, WindowCache.capacity(self.window, max_len), device, dtype)
+        return WindowCache(cache.keys, cache.values, window=self.window, max_len=max_len)
 
     def choose_mask(self, metadata: AttentionMetadata) -> Tensor | None:
         return metadata.window_mask

@@ -56,8 +56,9 @@ def cached_causal_mask(n_new: int, start: int, left_pad: Tensor | None, device: 
 
 def sliding_window_mask(mask: Tensor | None, window: int, n_new: int, start: int, device: torch.device) -> Tensor | None:
     """`mask`, None or as `document_causal_mask` and `cached_causal_mask` return it for `n_new` tokens after `start` others,
-    for queries that see the `window` slots before their own. None where that hides nothing more."""
-    if start + n_new <= window + 1:
+    for queries that see the `window` slots before their own. None where that hides nothing more, and for one token, whose
+    cache holds no more than it sees."""
+    if start + n_new <= window + 1 or (n_new == 1 and mask is None):
         return mask
     near = torch.ones(n_new, start + n_new, dtype=torch.bool, device=device).triu(diagonal=start - window)
     if mask is not None:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import library
 
-from layers import gated_delta
+from layers import MIXERS, gated_delta
+from layers.attention_metadata import AttentionMetadata
+from layers.convolution import ShortConvolution
 from layers.gated_delta import (
     CHUNK_SIZE,
     INITIAL_MEMORY,
@@ -14,25 +16,50 @@ from layers.gated_delta import (
     linear_recurrence,
     recurrent_delta_rule,
 )
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 B, H, T, D = 2, 3, 40, 8
 
 
-def example(seed: int = 0) -> list[torch.Tensor]:
-    """q, k, v, beta, log_alpha, state; keys and queries of length 1."""
-    generator = torch.Generator().manual_seed(seed)
+def example(n: int = 1) -> list[torch.Tensor]:
+    """q, k, v, beta, log_alpha, state, with n corrections a token; keys and queries of length 1."""
+    generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator)
-    q, k = (torch.nn.functional.normalize(random(B, H, T, D), dim=-1) for _ in range(2))
-    return [q, k, random(B, H, T, D), 2 * torch.sigmoid(random(B, H, T)), -random(B, H, T).exp() / 5, random(B, H, D, D)]
+    q, k = (torch.nn.functional.normalize(random(B, H, size, D), dim=-1) for size in (T, T * n))
+    return [q, k, random(B, H, T * n, D), 2 * torch.sigmoid(random(B, H, T * n)), -random(B, H, T).exp() / 5,
+            random(B, H, D, D)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 40, 64])
+def rule_by_definition(q, k, v, beta, log_alpha, state) -> tuple[torch.Tensor, torch.Tensor]:
+    """In fp64, with the matrices of the paper: S <- (I - β k kᵀ) S + β k vᵀ for each correction, after the decay."""
+    q, k, v, beta, log_alpha, state = (part.double() for part in (q, k, v, beta, log_alpha, state))
+    outputs, n, one = torch.empty(B, H, T, D, dtype=torch.float64), k.size(2) // T, torch.eye(D, dtype=torch.float64)
+    state = state.clone()
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                S = log_alpha[b, h, t].exp() * state[b, h]
+                for i in range(n * t, n * t + n):
+                    key, rate = k[b, h, i], beta[b, h, i]
+                    S = (one - rate * torch.outer(key, key)) @ S + rate * torch.outer(key, v[b, h, i])
+                outputs[b, h, t], state[b, h] = S.T @ q[b, h, t], S
+    return outputs.float(), state.float()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_recurrent_rule_is_a_product_of_householder_matrices(n):
+    inputs = example(n)
+    got, (*_, got_state) = recurrent_delta_rule(*inputs)
+    want, want_state = rule_by_definition(*inputs)
+    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got_state, want_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk, n", [(1, 1), (7, 1), (8, 1), (40, 1), (64, 1), (2, 2), (12, 2), (64, 3), (16, 3), (1, 2)])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_chunked_rule_equals_the_recurrent_one(monkeypatch, chunk, with_state):
+def test_chunked_rule_equals_the_recurrent_one(monkeypatch, chunk, n, with_state):
     """With gradients; 7 does not divide the length."""
     monkeypatch.setattr(gated_delta, "CHUNK_SIZE", chunk)
-    inputs = [part.requires_grad_() for part in example()]
+    inputs = [part.requires_grad_() for part in example(n)]
     zeros = torch.zeros(B, H, D, D)
     want, (*_, want_state) = recurrent_delta_rule(*inputs[:5], inputs[5] if with_state else zeros)
     got, state = chunked_delta_rule(*inputs[:5], inputs[5] if with_state else None)
@@ -100,6 +127,36 @@ def test_it_counts_modulo_two():
     assert torch.allclose(y[0, 0, :, 0], torch.tensor([(-1.0) ** (t + 1) for t in range(n)]))
 
 
+@pytest.mark.parametrize("modulus", [3, 5])
+def test_two_corrections_count_modulo_any_number(modulus):
+    """Two reflections are a rotation by twice the angle between their keys."""
+    n, angle = 60, math.pi / modulus
+    keys = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]]).repeat(n, 1)[None, None]
+    start = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    query = torch.tensor([1.0, 0.0]).expand(1, 1, n, 2)
+    y, _ = chunked_delta_rule(query, keys, torch.zeros(1, 1, 2 * n, 2), 2 * torch.ones(1, 1, 2 * n), torch.zeros(1, 1, n),
+                              start)
+    want = [math.cos(2 * math.pi * (t + 1) / modulus) for t in range(n)]
+    assert torch.allclose(y[0, 0, :, 0], torch.tensor(want), atol=1e-4)
+
+
+def test_short_convolution_by_hand():
+    """Taps 1, 2, 3 on 1, 2, 3, 4, of which the last two are a document of their own."""
+    conv = ShortConvolution(1, 3)
+    conv.taps.data[:, 0] = torch.tensor([1.0, 2.0, 3.0])
+    x, starts = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1), torch.tensor([[True, False, True, False]])
+    silu = torch.nn.functional.silu
+    assert torch.allclose(conv(x, AttentionMetadata())[0, :, 0], silu(torch.tensor([1.0, 4.0, 10.0, 16.0])))
+    assert torch.allclose(conv(x, AttentionMetadata(doc_starts=starts))[0, :, 0], silu(torch.tensor([1.0, 4.0, 3.0, 10.0])))
+    before = torch.tensor([9.0, 5.0, 6.0]).view(1, 3, 1)  # reads the last two
+    assert torch.allclose(conv(x, AttentionMetadata(), before)[0, :2, 0], silu(torch.tensor([28.0, 22.0])))
+
+
+def test_a_new_short_convolution_changes_nothing_but_the_activation():
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(ShortConvolution(3, 4)(x, AttentionMetadata()), torch.nn.functional.silu(x))
+
+
 @torch.no_grad()
 def test_initial_memory_is_spaced_geometrically():
     """Tokens after which all but 1/e has decayed."""
@@ -135,9 +192,17 @@ def test_half_precision_error(dtype, is_hard):
     assert (state - want_state).norm() < tolerance * want_state.norm()
 
 
-def test_cost_per_token_and_cache_do_not_grow_with_the_length():
-    mixer = GatedDelta(GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
+@pytest.mark.parametrize("mixer", ["gated_delta", "delta_product"])
+def test_cost_per_token_and_cache_do_not_grow_with_the_length(mixer):
+    mixer = MIXERS[mixer](GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
     costs = [mixer.flops_per_token(n) for n in (1024, 2048, 4096)]
     assert costs[2] < 1.01 * costs[0]
     caches = [mixer.init_cache(1, n, torch.device("cpu"), torch.float32).states.numel() for n in (16, 4096)]
     assert caches[0] == caches[1] == 2 * D * D
+
+
+@pytest.mark.parametrize("head_size", [4, 8, 32])
+def test_the_size_of_the_state_can_be_chosen(head_size):
+    """A number for each channel of the model and each channel of a head, in any layer."""
+    model = GPT(GPTConfig(n_layer=2, n_head=4, head_size=8, block_size=T, vocab_size=9, mixer="DP", d_head_size=head_size))
+    assert model.init_cache(1, T).blocks[1].mixer.states.numel() == 32 * head_size

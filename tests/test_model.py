@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import IGNORE_INDEX
 from layers import LINEARS, MIXERS, MLPS, gated_delta, loss
-from layers.attention import Attention, KVCache, Rotary, rotate
+from layers.attention import Attention, KVCache, Rotary, WindowCache, rotate
 from layers.attention_metadata import AttentionMetadata, doc_position_ids
 from layers.linear import linear_layers
 from layers.norm import rms_norm
@@ -28,7 +28,9 @@ NANOCHAT = {name: value for name, value in PRESETS["nanochat"].items() if name i
             and name not in ("n_layer", "n_head", "head_size", "block_size", "mixer")}
 # every layer, and every switch away from its default
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
-            {"loops": 3}, {"loops": 2, "mixer": "DA", "sampled_loops": True},
+            {"mixer": "DA", "d_head_size": 4, "d_conv": 3},
+            {"mixer": "AP", "d_head_size": 16, "d_conv": 4, "n_householder": 3},
+            {"mixer": "SD", "window": 3}, {"loops": 3}, {"loops": 2, "mixer": "DA", "sampled_loops": True},
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
@@ -168,6 +170,30 @@ def test_windows_by_hand(idx, n_layer, mixer, reach):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("n_prompt", [1, 4, 30])
+@pytest.mark.parametrize("is_rewound", [False, True])
+def test_the_cache_of_a_window_does_not_grow(n_prompt, is_rewound):
+    """Over many times its length, token by token or with passes that are partly forgotten; the same as without a cache."""
+    model = random_model(mixer="sliding", window=3, block_size=100)
+    text = torch.randint(V, (B, 100), generator=torch.Generator().manual_seed(1))
+    cache = model.init_cache(B, 100)
+    model(text[:, :n_prompt], cache=cache)
+    largest, cache.rewindable = 0, is_rewound
+    whole = model(text)
+    while cache.length < 98:
+        start = cache.length
+        if is_rewound:
+            model(torch.full((B, 2), 7), cache=cache)
+            cache.rewind(2)
+        logits = model(text[:, start:start + 1 + is_rewound], cache=cache)
+        assert torch.allclose(logits[:, 0], whole[:, start], atol=3e-5)
+        if is_rewound:
+            cache.rewind(1)
+        largest = max(largest, cache.blocks[0].mixer.keys.size(2))
+    assert largest == WindowCache.capacity(3, 100) == 11
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("steps", [[T], [1] * T, [5, 1, 1, 10, 7], [T - 1, 1]])
 def test_cached_decoding_equals_the_full_forward(model, idx, steps):
     cache = model.init_cache(B, T)
@@ -248,7 +274,7 @@ def test_rows_that_share_a_prompt_decode_like_each_alone(model, idx, lengths, ro
     prompts = [row[:n] for row, n in zip(idx, lengths)]
     logits, cache = model.prefill([prompts[row] for row in rows], T)
     texts, rng = [prompts[row] for row in rows], torch.Generator().manual_seed(0)
-    attention = [block.mixer for block in cache.blocks if isinstance(block.mixer, KVCache)]
+    attention = [block.mixer for block in cache.blocks if type(block.mixer) is KVCache]
     assert all(len(part.prefix.keys) == len(lengths) and part.prefix.keys.size(2) == max(lengths) and
                part.keys.size(2) == T - max(lengths) for part in attention)
     for n_new, left in ((1, None), (3, None), (1, [5, 4, 1, 2]), (2, None), (1, [3, 0]), (2, None), (1, None)):
@@ -311,6 +337,9 @@ def test_cache_size_in_bytes_by_hand():
         assert model.init_cache(B, slots, torch.bfloat16).n_bytes() == expected / 2
     model = GPT(tiny_config(mixer="gated_delta"))
     assert model.init_cache(B, 10).n_bytes() == model.init_cache(B, 300).n_bytes() == 2 * 4 * (B * 2 * 8 * 8 + 2 * B * 16)
+    model = GPT(tiny_config(mixer="sliding", window=20))  # and 8 slots more, so that the window need not move every time
+    for slots, kept in ((10, 10), (24, 24), (30, 28), (300, 28)):
+        assert model.init_cache(B, slots).n_bytes() == 2 * 4 * (2 * B * 2 * kept * 8 + 2 * B * 16)
     _, cache = GPT(tiny_config(n_kv_head=1)).prefill([torch.arange(7)] * 5, T)  # once before position 7, then for each row
     assert cache.n_bytes() == 2 * 4 * (2 * 1 * 8 * (7 + 5 * (T - 7)) + 2 * 5 * 16)
 
@@ -518,7 +547,7 @@ def test_with_zero_init_hidden_linear_layers_preserve_the_variance(linear, mixer
                           mixer=mixer, bias=True))
     block = model.blocks[0]
     layers = [layer for layer in linear_layers(block) if layer not in (block.mixer.proj, block.mlp.proj)]
-    assert len(layers) == {"attention": 1, "sliding": 1, "gated_delta": 3}[mixer] + 2
+    assert len(layers) == {"attention": 1, "sliding": 1, "gated_delta": 3, "delta_product": 3}[mixer] + 2
     for layer in layers:
         assert (layer.bias == 0).all()
         assert layer(torch.randn(1000, 256)).var().item() == pytest.approx(1, rel=0.15)
@@ -684,7 +713,11 @@ def test_the_names_of_format_2_by_hand():
     ({"mixer": "rnn"}, "--mixer=rnn: choose one of attention"), ({"mixer": "DA", "n_layer": 1}, "at most --n_layer=1"),
     ({"block_size": 10_000_000}, "--block_size=10000000: with --head_size=64, rotary embeddings support at most 2,097,152"),
     ({"n_head": 4, "n_kv_head": 3}, "--n_kv_head=3: must divide --n_head=4"),
-    ({"window": 4}, "--window=4: --mixer=attention has no layer of sliding attention"), ({"window": 0}, "--window=0"),
+    ({"window": 4}, "--window=4: --mixer=attention has no layer of sliding: "), ({"window": 0}, "--window=0"),
+    ({"n_householder": 2, "mixer": "DA"}, "--n_householder=2: --mixer=DA has no layer of delta_product: "),
+    ({"d_conv": 4, "mixer": "SA"}, "--d_conv=4: --mixer=SA has no layer of gated_delta or delta_product: leave it out, or "
+                                   "give --mixer=gated_delta or a pattern with D"),
+    ({"d_head_size": 5, "mixer": "DA"}, "--d_head_size=5: must divide the width, 768"),
     ({"value_embeddings": True, "mixer": "gated_delta"}, "--value_embeddings: with --mixer=gated_delta, none"),
     ({"qk_scale": 0.0}, "--qk_scale=0.0: must be above 0"),
     ({"mixer": "DA", "n_kv_head": 1}, "--n_kv_head=1: needs attention in every layer")])

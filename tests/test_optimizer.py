@@ -305,7 +305,7 @@ def test_muon_equals_torchs(shape, weight_decay, momentum_dtype):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(*size)) for size in (shape, shape, (8, 24))]
     reference = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = Muon([{"params": ours, "lr": 0.05, "weight_decay": weight_decay, "stacked": 1}],
+    optimizer = Muon([{"params": ours, "lr": 0.05, "weight_decay": weight_decay, "matrix_rows": None}],
                      OptimizerConfig(momentum_dtype=momentum_dtype), torch.bfloat16)
     oracle = torch.optim.Muon(reference, lr=0.05, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True, ns_steps=5,
                               adjust_lr_fn="original")
@@ -328,7 +328,7 @@ def test_normuon_equals_a_step_by_hand(shape, momentum):
     """Three steps of two matrices, one after the other and in fp64."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(*shape)) for _ in range(2)]
-    group = {"params": ours, "lr": 0.05, "weight_decay": 0.3, "stacked": 1}
+    group = {"params": ours, "lr": 0.05, "weight_decay": 0.3, "matrix_rows": None}
     optimizer = NorMuon([group], OptimizerConfig(momentum_dtype="fp32"), torch.float32)
     optimizer.param_groups[0]["momentum"] = momentum
     expected = [p.detach().double() for p in ours]
@@ -372,8 +372,8 @@ def test_stacked_matrices_are_orthogonalised_separately():
     torch.manual_seed(0)
     whole, parts = torch.nn.Parameter(torch.randn(48, 16)), [torch.nn.Parameter(torch.empty(16, 16)) for _ in range(3)]
     group, precise = {"lr": 0.1, "weight_decay": 0.1}, (OptimizerConfig(momentum_dtype="fp32"), torch.float32)
-    as_one = Muon([group | {"params": [whole], "stacked": 3}], *precise)
-    as_three = Muon([group | {"params": parts, "stacked": 1}], *precise)
+    as_one = Muon([group | {"params": [whole], "matrix_rows": 16}], *precise)
+    as_three = Muon([group | {"params": parts, "matrix_rows": None}], *precise)
     for part, rows in zip(parts, whole.detach().split(16)):
         part.data.copy_(rows)
     for _ in range(3):
@@ -386,8 +386,8 @@ def test_stacked_matrices_are_orthogonalised_separately():
     unstacked = torch.nn.Parameter(whole.detach().clone())  # as one matrix the step would be another
     unstacked.grad = torch.randn(48, 16)
     whole.grad = unstacked.grad.clone()
-    Muon([group | {"params": [unstacked], "stacked": 1}], *precise).step()
-    Muon([group | {"params": [whole], "stacked": 3}], *precise).step()
+    Muon([group | {"params": [unstacked], "matrix_rows": None}], *precise).step()
+    Muon([group | {"params": [whole], "matrix_rows": 16}], *precise).step()
     assert (whole - unstacked).abs().max() > 0.01
 
 
