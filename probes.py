@@ -2,12 +2,14 @@
 
     python probes.py --arms "mixer=attention" "mlp=swiglu" --out_path=studies/probes
 
-trains every arm on every task from several seeds, and tests it at one, two and four times the length it was trained at. An
-arm, a task and a seed make a cell: a process of this script, which writes its row into the folder `cells` of --out_path and
-is not trained again. Writes probes.md, probes.csv, probes.png and probes.svg.
+trains every arm on every task, on short and long examples in turn: from one seed at several learning rates, then at the best
+of them from the other seeds. It is tested at one, two, four and eight times the longest length it was trained at. An arm, a
+task, a learning rate and a seed make a cell: a process of this script, which writes its row into the folder `cells` of
+--out_path and is not trained again. Writes probes.md, probes.csv, probes.png and probes.svg.
 """
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,8 +17,10 @@ import re
 import statistics
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +32,10 @@ from budget import LOOPS
 from compare import parse_arm, query_device
 from dataloader import IGNORE_INDEX
 from experiments.code_hash import code_hash
-from experiments.probe_report import ProbeStudy, write_probe_report
+from experiments.probe_report import ProbeStudy, best_row, write_probe_report
 from experiments.runner import JobResult, Runner, flag_texts
-from model import GPT, GPTConfig
+from layers import MIXERS
+from model import FLAGS_OF_MIXERS, GPT, GPTConfig
 from optimizer import OptimizerConfig
 from runtime.cli import (
     command,
@@ -53,7 +58,7 @@ from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_st
 
 SCRIPT = Path(__file__)
 EVAL_EXAMPLES = 256    # of an evaluation; always the same, whatever the arm and the seed
-SCALES = 1, 2, 4       # evaluated lengths, as multiples of the trained one
+SCALES = 1, 2, 4, 8    # evaluated lengths, as multiples of the longest trained one
 SOLVED_ACCURACY = 0.99
 TIMED_STEPS = 3        # of a forecast
 COOLDOWN_FRAC = 0.2    # last fraction of a cell's steps, in which the learning rate falls to zero
@@ -67,11 +72,17 @@ class ProbeConfig:
     arms: tuple[str, ...] = flag(("mixer=attention",), "architectures, each some flags of train.py separated by commas: "
                                                        "\"mlp=relu2,n_layer=4\"")
     tasks: tuple[str, ...] = flag(tuple(TASKS), "what to train them on", choices=tuple(TASKS))
-    seeds: int = flag(3, "cells per arm and task, which differ in weights and data", at_least=1, at_most=1000)
+    seeds: int = flag(3, "cells per arm and task at the best learning rate, which differ in weights and data", at_least=1,
+                      at_most=1000)
+    rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate", above=0)
+    state_bytes: int = flag(None, "in arms with layers of sliding attention or of a delta rule: the largest window or head "
+                                  "size of these with which a text of the trained length leaves at most so many bytes to "
+                                  "remember (default: as the arm says)", at_least=1)
     jobs: int = flag(1, "cells trained at a time, each in a process with one thread", at_least=1, at_most=1000)
     out_path: Path = flag(Path("studies/probes"), "folder to write; cells that are finished there are kept")
     dry_run: bool = flag(False, "print the forecast, and do nothing")
-    cell: int = flag(None, "internal: train only the cell of --arms, --tasks and this seed, in this process", at_least=0)
+    cell: int = flag(None, "internal: train only the cell of --arms, --tasks, --rates and this seed, in this process",
+                     at_least=0)
     __post_init__ = check_flags
 
 
@@ -81,7 +92,8 @@ class CellConfig:
     n_layer: int = redeclare(GPTConfig, "n_layer", 2)
     n_head: int = redeclare(GPTConfig, "n_head", 4)
     head_size: int = redeclare(GPTConfig, "head_size", 16)
-    batch_size: int = flag(32, "examples in a batch", at_least=1, at_most=1_000_000)
+    batch_size: int = flag(32, "examples of the trained length in a batch; more of shorter ones", at_least=1,
+                           at_most=1_000_000)
     max_iter: int = flag(1200, "optimizer steps after which an unsolved task is given up", at_least=2, scope="shared")
     val_intervals: int = flag(50, "steps between evaluations", at_least=1, scope="shared")
     learning_rate: float = flag(0.02, "peak learning rate, see train.py", above=0)
@@ -104,9 +116,11 @@ def fixed_flags(task: Task, common: CellConfig) -> dict:
 
 @dataclass(frozen=True, eq=False)
 class ProbeCell:
-    """One arm on one task from one seed. flags: all of its model, optimizer, loop and device that are not the default."""
+    """One arm on one task at a learning rate from a seed. rate: the multiple of the arm's --learning_rate. flags: all of its
+    model, optimizer, loop and device that are not the default."""
     arm: str
     task: str
+    rate: float
     seed: int
     flags: dict
 
@@ -116,23 +130,64 @@ class ProbeCell:
 
     def name(self, code: str) -> str:
         """Of its file: readable, with a digest of what its numbers depend on. code: hash of the source."""
-        inputs = json.dumps([code, self.arm, self.task, self.seed, self.flags], sort_keys=True)
-        readable = re.sub(r"[^a-zA-Z0-9_.=-]+", "_", f"{self.task}-{self.seed}-{self.arm}")[:80]
+        inputs = json.dumps([code, self.arm, self.task, self.rate, self.seed, self.flags], sort_keys=True)
+        readable = re.sub(r"[^a-zA-Z0-9_.=-]+", "_", f"{self.task}-{self.seed}-{self.rate:g}-{self.arm}")[:80]
         return f"{readable}-{hashlib.sha256(inputs.encode()).hexdigest()[:10]}"
 
 
-def build_cells(probe: ProbeConfig, common: CellConfig) -> list[ProbeCell]:
-    """All cells, seed by seed; with --cell only that seed's. Raises BadInput where an arm cannot be trained."""
-    seeds = range(probe.seeds) if probe.cell is None else [probe.cell]
-    arms = {arm: parse_probe_arm(arm, common) for arm in dict.fromkeys(probe.arms)}
-    cells = [ProbeCell(arm, task, seed, CELL_DEFAULTS | vars(common) | values | fixed_flags(TASKS[task], common))
-             for seed in seeds for task in dict.fromkeys(probe.tasks) for arm, values in arms.items()]
+def build_cells(probe: ProbeConfig, common: CellConfig, seed: int, rates: Mapping[tuple[str, str], Sequence[float]] = {},
+                ) -> list[ProbeCell]:
+    """The cells of a seed, at the learning rates of each arm and task, by default at all of them. Raises BadInput where an
+    arm cannot be trained."""
+    cells, arms = [], {arm: parse_probe_arm(arm, common) for arm in dict.fromkeys(probe.arms)}
+    for task in dict.fromkeys(probe.tasks):
+        for arm, values in arms.items():
+            flags = CELL_DEFAULTS | vars(common) | values | fixed_flags(TASKS[task], common)
+            with name_the_arm(arm):
+                flags = fit_state(flags, TASKS[task].length, probe.state_bytes)
+            for rate in rates.get((arm, task), dict.fromkeys(probe.rates)):
+                learning_rate = rate * flags["learning_rate"]
+                cells.append(ProbeCell(arm, task, rate, seed, flags | {"learning_rate": learning_rate}))
     for cell in cells:
-        try:
+        with name_the_arm(cell.arm):
             cell.configs()
-        except BadInput as error:
-            raise BadInput(f"--arms {cell.arm!r}: {error}") from None
     return cells
+
+
+@contextmanager
+def name_the_arm(arm: str):
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"--arms {arm!r}: {error}") from None
+
+
+def fit_state(flags: dict, length: int, most_bytes: int | None) -> dict:
+    """`flags` of a model with `window` and `d_head_size`, where it has layers that these are for and does not set them: with
+    most_bytes the largest with which its state after a text of this length has at most so many, otherwise a quarter of the
+    length and the heads of attention. Raises BadInput where none has."""
+    config = read_flags(GPTConfig, flags)
+    mixers = {config.mixer_class(layer) for layer in range(config.n_layer)}
+    is_free = lambda name: name not in flags and mixers & {MIXERS[kind] for kind in FLAGS_OF_MIXERS[name]}
+    if most_bytes is None:
+        return flags | {"window": max(1, length // 4)} if is_free("window") else flags
+    sizes = {"window": range(1, length), "d_head_size": [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]}
+    best, free = flags, [name for name in sizes if is_free(name)]
+    # layers of all kinds grow together, by the numbers that they keep for each channel of the model: two for each position
+    for n in range(1, 2 * length + config.n_embd):
+        found = {name: max((size for size in sizes[name] if (2 * size if name == "window" else size) <= n), default=1)
+                 for name in free}
+        if state_bytes(read_flags(GPTConfig, flags | found), length) <= most_bytes:
+            best = flags | found
+    if state_bytes(read_flags(GPTConfig, best), length) > most_bytes:
+        raise BadInput(f"its state has more than --state_bytes={most_bytes:,}, however small its windows and heads are")
+    return best
+
+
+def state_bytes(config: GPTConfig, length: int) -> int:
+    """Bytes of what a model remembers of a text of this length."""
+    with torch.device("meta"):
+        return GPT(config).init_cache(1, length).n_bytes()
 
 
 def parse_probe_arm(text: str, common: CellConfig) -> dict:
@@ -154,15 +209,33 @@ def is_looped(cell: ProbeCell) -> bool:
 # -- training a cell --------------------------------------------------------------------------------------------------
 
 class ExampleLoader:
-    """Endless random batches of a task at its trained length: inputs and targets, each int64 (batch_size, length)."""
+    """Endless random batches of a task, at each of its trained lengths in turn: inputs and targets, each int64
+    (examples, length). A batch of the longest has `batch_size` examples, of shorter ones more, by the root of the length."""
 
     def __init__(self, task: Task, batch_size: int, seed: int):
-        self.task, self.batch_size = task, batch_size
+        self.task, self.batch_size, self.lengths = task, batch_size, itertools.cycle(task.trained_lengths)
         self.rng = np.random.default_rng([1, seed])  # evaluations start from 0
 
     def next_batch(self, model: GPT) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.task.generate(self.rng, self.batch_size, self.task.length)
+        length = next(self.lengths)
+        n = round(self.batch_size * (self.task.length / length) ** 0.5)
+        inputs, targets = self.task.generate(self.rng, n, length)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def answer_logits(model: GPT, idx: Tensor, task: Task) -> Tensor:
+    """(B, T) int64 -> (B, T, tokens) in fp32; what is read at the end has n_answers tokens for each position."""
+    if not task.is_read_at_the_end:
+        return model.eager_forward(idx).float()
+    return model.eager_forward(idx, logits_to_keep=1).float().view(len(idx), -1, task.n_answers)[:, :idx.size(1)]
+
+
+def answer_loss(model: GPT, batch: tuple[Tensor, Tensor], task: Task) -> Tensor:
+    """Mean loss of the answers, nats."""
+    if not task.is_read_at_the_end:
+        return next_token_loss(model, batch)
+    idx, targets = batch
+    return F.cross_entropy(answer_logits(model, idx, task).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 @torch.no_grad()
@@ -174,7 +247,7 @@ def evaluate_task(model: GPT, task: Task, machine: Machine, scale: int, batch_si
     for idx, target in zip(inputs.split(batch_size), targets.split(batch_size)):
         idx, target = machine.to_device((idx, target))
         with machine.autocast():
-            logits = model.eager_forward(idx).float()
+            logits = answer_logits(model, idx, task)
         nats += F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum").item()
         n_correct += (logits.argmax(-1) == target).sum().item()
     n_answers = (targets != IGNORE_INDEX).sum().item()
@@ -206,12 +279,13 @@ def train_cell(state: TrainState, setup: TrainSetup, loop: LoopConfig, task: Tas
             solved_at.append(state.step)
         return {"val_loss": loss, "accuracy": accuracy}
     constant = dataclasses.replace(loop, max_iter=max(1, round((1 - COOLDOWN_FRAC) * loop.max_iter)))
-    stopped = fit(state, constant, next_token_loss, Evaluation(evaluate), setup,
+    loss_fn = partial(answer_loss, task=task)
+    stopped = fit(state, constant, loss_fn, Evaluation(evaluate), setup,
                   stop_when=lambda state, row: row["accuracy"] >= SOLVED_ACCURACY)
     if not stopped and state.step:
         setup = dataclasses.replace(setup, schedule=dataclasses.replace(setup.schedule, cooldown_frac=COOLDOWN_FRAC))
         falling = dataclasses.replace(loop, max_iter=max(state.step + 1, round(state.step / (1 - COOLDOWN_FRAC))))
-        stopped = fit(state, falling, next_token_loss, Evaluation(evaluate), setup)
+        stopped = fit(state, falling, loss_fn, Evaluation(evaluate), setup)
     return next(iter(solved_at), None), stopped
 
 
@@ -223,7 +297,7 @@ def run_cell(cell: ProbeCell, path: Path):
     seconds = lambda: round(time.perf_counter() - start, 1)
     try:
         state, setup, loop = open_cell(cell)
-        row["parameters"] = state.model.n_parameters()
+        row["parameters"], row["state_bytes"] = state.model.n_parameters(), state_bytes(state.model.config, task.length)
         row["steps"], stopped = train_cell(state, setup, loop, task, cell.flags["batch_size"])
         if stopped:
             raise SystemExit(128 + stopped)
@@ -246,9 +320,10 @@ FINAL_CELL_STATUSES = "solved", "unsolved", "diverged"  # cells that failed or w
 
 def empty_row(cell: ProbeCell) -> dict:
     """steps: at which it was found solved."""
-    return {"arm": cell.arm, "task": cell.task, "seed": cell.seed, "status": "failed", "solved": False, "steps": None,
-            **{f"accuracy_{scale}x": None for scale in SCALES}, "chance": TASKS[cell.task].chance, "parameters": None,
-            "seconds": None, "reason": "", **{f"accuracy_{loops}_loops": None for loops in LOOPS}}
+    return {"arm": cell.arm, "task": cell.task, "seed": cell.seed, "learning_rate": cell.flags["learning_rate"],
+            "status": "failed", "solved": False, "steps": None, **{f"accuracy_{scale}x": None for scale in SCALES},
+            "chance": TASKS[cell.task].chance, "parameters": None, "state_bytes": None, "seconds": None, "reason": "",
+            **{f"accuracy_{loops}_loops": None for loops in LOOPS}}
 
 
 def read_cell_row(path: Path, cell: ProbeCell) -> dict | None:
@@ -265,15 +340,16 @@ def read_cell_row(path: Path, cell: ProbeCell) -> dict | None:
 def is_finished_row(row: dict, cell: ProbeCell) -> bool:
     """Whether `row` is what `run_cell` writes for this cell. May raise TypeError."""
     expected, n_steps = empty_row(cell), row["steps"]
-    if row.keys() != expected.keys() or any(row[name] != expected[name] for name in ("arm", "task", "seed", "chance")):
+    if row.keys() != expected.keys() or any(
+            row[name] != expected[name] for name in ("arm", "task", "seed", "learning_rate", "chance")):
         return False
     numbers = [row["seconds"], *(row[f"accuracy_{scale}x"] for scale in SCALES)]
     if is_looped(cell):
         numbers += [row[f"accuracy_{loops}_loops"] for loops in LOOPS]
     if row["status"] == "diverged":
-        numbers = [number for number in [*numbers, row["parameters"]] if number is not None]
+        numbers = [number for number in [*numbers, row["parameters"], row["state_bytes"]] if number is not None]
     else:
-        numbers.append(row["parameters"])
+        numbers += [row["parameters"], row["state_bytes"]]
     return (row["status"] in FINAL_CELL_STATUSES and isinstance(row["reason"], str) and all(map(is_finite_number, numbers))
             and row["solved"] is (row["status"] == "solved")
             and (type(n_steps) is int if row["solved"] else n_steps is None))
@@ -303,7 +379,7 @@ class CellJob:
 
     def command(self) -> list[str]:
         return [sys.executable, str(self.script), "--arms", self.cell.arm, "--tasks", self.cell.task,
-                f"--cell={self.cell.seed}", *self.flags]
+                f"--rates={self.cell.rate!r}", f"--cell={self.cell.seed}", *self.flags]
 
     def complete(self, result: JobResult) -> JobResult:
         if result.status in ("finished", "diverged") and read_cell_row(self.path, self.cell) is None:
@@ -315,20 +391,41 @@ class CellJob:
         return read_cell_row(self.path, self.cell) or failed
 
 
-def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str) -> list[dict]:
+def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str, desc: str) -> list[dict]:
     """The rows of all cells, in their order. Raises SystemExit when a signal stopped them."""
-    flags = (f"--out_path={probe.out_path}", *flag_texts(vars(common)))
+    given = {"state_bytes": probe.state_bytes} if probe.state_bytes else {}
+    flags = (f"--out_path={probe.out_path}", *flag_texts(vars(common) | given))
     jobs = [CellJob(cell, row_path(probe, cell, code), flags, SCRIPT) for cell in cells]
 
     def report_failure(i: int, result: JobResult):
         if result.status in ("failed", "killed"):
-            log_line(f"{cells[i].task}, {cells[i].arm}, seed {cells[i].seed}: {result.status}: {result.reason}")
+            log_line(f"{cells[i].task}, {cells[i].arm}, seed {cells[i].seed}, learning rate "
+                     f"{cells[i].flags['learning_rate']:g}: {result.status}: {result.reason}")
     with StopSignals() as stop:
-        results = Runner(probe.jobs, stop).run(jobs, "cells", report_failure)
+        results = Runner(probe.jobs, stop).run(jobs, desc, report_failure)
     if stop.signal:
         log_line("stopped, finished cells are kept: the same command continues")
         raise SystemExit(128 + stop.signal)
     return [job.row(result) for job, result in zip(jobs, results)]
+
+
+def run_study(probe: ProbeConfig, common: CellConfig, code: str) -> list[dict]:
+    """The rows of the first seed at all learning rates, then of the others at the best of each arm and task."""
+    cells = build_cells(probe, common, 0)
+    rows, rates = run_cells(cells, probe, common, code, "learning rates"), {}
+    for entry, group in group_rows(zip(cells, rows)).items():
+        best = best_row([row for _, row in group])
+        rates[entry] = [next(cell.rate for cell, row in group if row is best)]
+    others = [cell for seed in range(1, probe.seeds) for cell in build_cells(probe, common, seed, rates)]
+    return rows + (run_cells(others, probe, common, code, "seeds") if others else [])
+
+
+def group_rows(pairs: Iterable[tuple[ProbeCell, dict]]) -> dict[tuple[str, str], list[tuple[ProbeCell, dict]]]:
+    """(arm, task) -> its cells and rows."""
+    groups = {}
+    for cell, row in pairs:
+        groups.setdefault((cell.arm, cell.task), []).append((cell, row))
+    return groups
 
 
 def row_path(probe: ProbeConfig, cell: ProbeCell, code: str) -> Path:
@@ -345,7 +442,7 @@ def cell_seconds(cell: ProbeCell) -> tuple[int, float]:
     times = []
     for _ in range(TIMED_STEPS + 1):
         start = time.perf_counter()
-        loss, _ = train_step(state, loop, next_token_loss, setup.machine)
+        loss, _ = train_step(state, loop, partial(answer_loss, task=task), setup.machine)
         loss.item()
         times.append(seconds(start))
     start = time.perf_counter()
@@ -354,22 +451,30 @@ def cell_seconds(cell: ProbeCell) -> tuple[int, float]:
     return state.model.n_parameters(), loop.max_iter * statistics.median(times[1:]) + n_evaluations * seconds(start)
 
 
-def forecast_lines(cells: list[ProbeCell], probe: ProbeConfig, code: str) -> list[str]:
+def forecast_lines(probe: ProbeConfig, common: CellConfig, code: str) -> list[str]:
     """A line for each arm and one for all cells that are not finished. Each arm is timed on each task, from one seed."""
     torch.set_num_threads(1)  # as in a cell
-    remaining = [cell for cell in cells if read_cell_row(row_path(probe, cell, code), cell) is None]
-    measured = {}
-    for cell in progress_bar(remaining, desc="timing", unit="cell", leave=False, disable=None):
-        if (cell.arm, cell.task) not in measured:
-            measured[cell.arm, cell.task] = cell_seconds(cell)
+    is_finished = lambda cell: read_cell_row(row_path(probe, cell, code), cell) is not None
+    at_all_rates, measured, n_cells, n_left, total = build_cells(probe, common, 0), {}, 0, 0, 0.0
+    entries = group_rows((cell, {}) for cell in at_all_rates)
+    for (arm, task), group in progress_bar(entries.items(), desc="timing", unit="cell", leave=False, disable=None):
+        left = [cell for cell, _ in group if not is_finished(cell)]
+        # which learning rate the other seeds have is known once the first has ended at all of them
+        others = [[cell for cell, _ in group_rows((cell, {}) for cell in build_cells(probe, common, seed))[arm, task]]
+                  for seed in range(1, probe.seeds)]
+        n = len(left) + sum(not any(map(is_finished, cells)) for cells in others)
+        n_cells, n_left = n_cells + len(group) + len(others), n_left + n
+        if n:
+            parameters, seconds = cell_seconds(group[0][0])
+            measured.setdefault(arm, []).append((parameters, seconds))
+            total += n * seconds
     lines = []
-    for arm in dict.fromkeys(arm for arm, _ in measured):
-        sizes, times = zip(*(value for (name, _), value in measured.items() if name == arm))
+    for arm, found in measured.items():
+        sizes, times = zip(*found)
         lines.append(f"{arm}: {max(sizes) / 1e3:,.1f} k parameters, {format_seconds(sum(times) / len(times))} a cell")
-    jobs = min(probe.jobs, available_cores())
-    total = sum(measured[cell.arm, cell.task][1] for cell in remaining) / jobs
-    return [*lines, f"{len(remaining)} of {len(cells)} cells to train: at most {format_seconds(total)} with --jobs="
-                    f"{probe.jobs}, less where tasks are solved early"]
+    total /= min(probe.jobs, available_cores())
+    return [*lines, f"{n_left} of {n_cells} cells to train: at most {format_seconds(total)} with --jobs={probe.jobs}, less "
+                    f"where tasks are solved early"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -379,20 +484,21 @@ def main(argv=None):
     """Trains small models on synthetic tasks with known answers: what can an architecture compute?"""
     ignore_output_errors()
     probe, common = parse_flags(main.__doc__, argv, ProbeConfig, CellConfig)
-    cells, code = build_cells(probe, common), code_hash(SCRIPT)
+    code = code_hash(SCRIPT)
+    cells = build_cells(probe, common, probe.cell or 0)
     if probe.cell is not None:
         for cell in cells:
             with explain_failures(lambda: "try a smaller --batch_size or model"):
                 run_cell(cell, row_path(probe, cell, code))
         return
     if probe.dry_run:
-        print(*forecast_lines(cells, probe, code), sep="\n")
+        print(*forecast_lines(probe, common, code), sep="\n")
         return
     _, hardware = query_device(DeviceConfig(common.device, common.dtype))  # raises now if the device does not exist
     given = f"--out_path={probe.out_path}"
     with folder_lock(probe.out_path, given):
         check_writable(probe.out_path / "probes.md", given)
-        rows = run_cells(cells, probe, common, code)
+        rows = run_study(probe, common, code)
         study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, LOOPS, SOLVED_ACCURACY,
                            EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line("probes.py", argv))
         print(write_probe_report(rows, study, probe.out_path))

@@ -344,26 +344,43 @@ def draw_compression(results: dict[str, dict[str, float]]) -> list[str]:
 
 # -- probes -----------------------------------------------------------------------------------------------------------
 
+TASKS_PER_ROW = 6  # of a matrix of accuracies
+
+
 def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels: dict, accuracies: dict, chance: dict,
                          title: str, folder: Path, name: str):
     """Writes <name>.png and <name>.svg: a row per arm, and per task a box for each of its columns, coloured by accuracy from
-    chance level (0) to 1.
+    chance level (0) to 1; tasks that do not fit beside the others go below.
 
     columns: task -> names of its boxes, as many for each. labels, accuracies: (arm, task) -> text above its boxes, and a
     number or None for each. chance: task -> accuracy of guessing.
     """
-    import numpy as np
     plt = import_pyplot()
-    tasks, n = list(columns), len(next(iter(columns.values())))
+    tasks = list(columns)
+    groups = [tasks[i:i + TASKS_PER_ROW] for i in range(0, len(tasks), TASKS_PER_ROW)]
     long_names = max(0, min(40, max(map(len, arms))) - 20) / 12  # inches beyond the usual
-    width = max(5.5, 2.0 + 1.75 * len(tasks)) + long_names
-    figure, axis = plt.subplots(figsize=(width, 1.6 + 0.95 * len(arms)), layout="constrained")
+    width = max(5.5, 2.0 + 0.44 * len(columns[tasks[0]]) * len(groups[0]), 2.0 + 1.75 * len(groups[0])) + long_names
+    figure, axes = plt.subplots(len(groups), figsize=(width, 0.7 + (0.9 + 0.95 * len(arms)) * len(groups)),
+                                layout="constrained", squeeze=False)
+    for axis, group in zip(axes[:, 0], groups):
+        image = draw_matrix_row(axis, arms, {task: columns[task] for task in group}, labels, accuracies, chance)
+        axis.set_xlim(-0.5, len(columns[tasks[0]]) * len(groups[0]) - 0.5)
+    figure.suptitle(title, fontsize=11)
+    bar = figure.colorbar(image, ax=axes[:, 0], ticks=[0, 1], pad=0.01, shrink=0.9 / len(groups))
+    bar.ax.set_yticklabels(["chance", "all correct"], fontsize=8)
+    write_figure(figure, folder, name)
+
+
+def draw_matrix_row(axis, arms: list[str], columns: dict[str, list[str]], labels: dict, accuracies: dict, chance: dict):
+    """Some tasks of `draw_accuracy_matrix`; returns what a colour bar needs."""
+    import numpy as np
+    tasks, n = list(columns), len(next(iter(columns.values())))
     above_chance = lambda accuracy, task: math.nan if accuracy is None else \
         max(0.0, (accuracy - chance[task]) / (1 - chance[task]))
     shades = np.array([[above_chance(x, task) for task in tasks for x in accuracies[arm, task]] for arm in arms])
-    colors = plt.get_cmap("Blues").with_extremes(bad="#dddddd")
+    colors = import_pyplot().get_cmap("Blues").with_extremes(bad="#dddddd")
     axis.grid(False)
-    axis.set(xlim=(-0.5, n * len(tasks) - 0.5), ylim=(len(arms) - 0.5, -0.5))
+    axis.set(ylim=(len(arms) - 0.5, -0.5))
     for (y, arm), (i, task) in itertools.product(enumerate(arms), enumerate(tasks)):
         boxes = shades[y:y + 1, n * i:n * (i + 1)]  # with a gap to those of the next task and arm
         image = axis.pcolormesh(np.linspace(n * i - 0.47, n * (i + 1) - 0.53, n + 1), [y - 0.48, y + 0.48],
@@ -374,16 +391,40 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
             axis.text(n * i + k, y + 0.27, "-" if accuracy is None else f"{accuracy:.2f}", ha="center", va="center",
                       fontsize=9, color="white" if shades[y, n * i + k] > 0.6 else "black")
     label_matrix(axis, arms, columns)
-    figure.suptitle(title, fontsize=11)
-    bar = figure.colorbar(image, ax=axis, ticks=[0, 1], pad=0.01, shrink=0.9)
-    bar.ax.set_yticklabels(["chance", "all correct"], fontsize=8)
-    for extension in ("png", "svg"):
+    return image
+
+
+def draw_by_state(points: dict[str, dict[str, list[tuple[int, float]]]], folder: Path, name: str):
+    """Writes <name>.svg: a panel for each task, accuracy against the bytes that a model remembers. points: task -> arm ->
+    (bytes, accuracy) of each seed."""
+    plt = import_pyplot()
+    n_columns = min(4, len(points))
+    n_rows = -(-len(points) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(0.5 + 2.9 * n_columns, 0.9 + 2.4 * n_rows),
+                                layout="constrained", squeeze=False, sharey=True)
+    for axis, (task, arms) in zip(axes.flat, points.items()):
+        for i, (arm, found) in enumerate(arms.items()):
+            label = wrap_label(arm) if task == next(iter(points)) else None
+            axis.plot(*zip(*found), "o", alpha=0.7, color=f"C{i}", label=label)
+        axis.set(title=task, xscale="log", ylim=(-0.03, 1.03))
+        axis.set_xlabel("bytes of state")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy")
+    for axis in axes.flat[len(points):]:
+        axis.set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    write_figure(figure, folder, name, ("svg",))
+
+
+def write_figure(figure, folder: Path, name: str, extensions: tuple[str, ...] = ("png", "svg")):
+    """Writes and closes it."""
+    for extension in extensions:
         with atomic_write(folder / f"{name}.{extension}") as file:
             if extension == "png":
                 figure.savefig(file, format="png", dpi=110)
             else:
                 file.write(to_svg(figure).encode())
-    plt.close(figure)
+    import_pyplot().close(figure)
 
 
 def label_matrix(axis, arms: list[str], columns: dict[str, list[str]]):

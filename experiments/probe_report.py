@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.plots import draw_accuracy_matrix
+from experiments.plots import draw_accuracy_matrix, draw_by_state
 from experiments.report import Table, csv_table, markdown
 from experiments.stats import Estimate
 from runtime.files import atomic_write
@@ -27,11 +27,12 @@ class ProbeStudy:
 
 def write_probe_report(rows: list[dict], study: ProbeStudy, out_path: Path) -> str:
     """Writes all files but the cells'. Returns the text of probes.md. rows: one per cell."""
-    by_entry = {}
+    entries = {}
     for row in rows:
-        by_entry.setdefault((row["arm"], row["task"]), []).append(row)
-    summaries = {entry: summarize_cells(found, study.scales) for entry, found in by_entry.items()}
-    text = format_report(rows, summaries, study)
+        entries.setdefault((row["arm"], row["task"]), []).append(row)
+    counted = {entry: rows_at_best_rate(found) for entry, found in entries.items()}
+    summaries = {entry: summarize_cells(found, study.scales) for entry, found in counted.items()}
+    text = format_report(rows, entries, summaries, study)
     for name, content in (("probes.csv", csv_table(rows)), ("probes.md", text)):
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
@@ -40,15 +41,34 @@ def write_probe_report(rows: list[dict], study: ProbeStudy, out_path: Path) -> s
         arms, {task: [f"{scale}x" for scale in study.scales] for task in tasks},
         {entry: words.replace(", ", "\n", 1) for entry, (words, _) in summaries.items()},
         {entry: accuracies for entry, (_, accuracies) in summaries.items()}, chances(rows),
-        "Accuracy at 1, 2 and 4 times the trained length", out_path, "probes")
+        f"Accuracy at {', '.join(map(str, study.scales[:-1]))} and {study.scales[-1]} times the trained length", out_path,
+        "probes")
+    points = {task: {arm: found for arm in arms if (found := [
+        (row["state_bytes"], row["accuracy_1x"]) for row in counted[arm, task] if row["accuracy_1x"] is not None])}
+        for task in tasks}
+    if points := {task: found for task, found in points.items() if found}:
+        draw_by_state(points, out_path, "state")
     return text
 
 
+def best_row(rows: list[dict]) -> dict:
+    """Of the cells of an arm, a task and a seed at several learning rates the one that counts: that solved the task first,
+    or else that is most accurate at the trained length."""
+    return max(rows, key=lambda row: (row["solved"], -row["steps"] if row["solved"] else 0, row["accuracy_1x"] or 0.0))
+
+
+def rows_at_best_rate(rows: list[dict]) -> list[dict]:
+    """Of the cells of an arm and a task those at the learning rate that the first seed found to be best."""
+    first = min(row["seed"] for row in rows)
+    rate = best_row([row for row in rows if row["seed"] == first])["learning_rate"]
+    return [row for row in rows if row["learning_rate"] == rate]
+
+
 def summarize_cells(rows: list[dict], scales: tuple[int, ...]) -> tuple[str, list[float | None]]:
-    """Of the seeds of an arm and task: "solved 2/3, 400 steps, 1 diverged", with the median step at which it was solved, and
-    the mean accuracy at each scale of those that were trained to the end."""
+    """Of the seeds of an arm and task at a learning rate: "solved 2/3, 400 steps, 1 diverged", with the median step at which
+    it was solved, or "not found", and the mean accuracy at each scale of those that were trained to the end."""
     steps = [row["steps"] for row in rows if row["solved"]]
-    words = [f"solved {len(steps)}/{len(rows)}", *([f"{statistics.median(steps):,.0f} steps"] if steps else ())]
+    words = ["not found"] if not steps else [f"solved {len(steps)}/{len(rows)}", f"{statistics.median(steps):,.0f} steps"]
     for status in ("diverged", "failed", "killed"):
         if n := sum(row["status"] == status for row in rows):
             words.append(f"{n} {status}")
@@ -80,8 +100,26 @@ def loops_lines(rows: list[dict], study: ProbeStudy) -> list[str]:
             "interval over seeds: higher is better.", ""]
 
 
-def format_report(rows: list[dict], summaries: dict, study: ProbeStudy) -> str:
-    """probes.md. summaries: (arm, task) -> what summarize_cells returns."""
+def rates_table(entries: dict[tuple[str, str], list[dict]]) -> Table:
+    """The first seed at all learning rates, and the state of each arm. entries: (arm, task) -> its cells."""
+    rates = sorted({row["learning_rate"] for rows in entries.values() for row in rows})
+
+    def show(row: dict) -> str:
+        accuracy = "-" if row["accuracy_1x"] is None else f"{row['accuracy_1x']:.2f}"
+        words = f"{accuracy}, {row['steps']:,} steps" if row["solved"] else accuracy
+        return f"{words}, {row['status']}" if row["status"] in ("diverged", "failed", "killed") else words
+    lines = []
+    for (arm, task), rows in entries.items():
+        at_rate = {row["learning_rate"]: row for row in rows if row["seed"] == min(row["seed"] for row in rows)}
+        best = best_row(list(at_rate.values()))["learning_rate"]
+        state = next((f"{row['state_bytes']:,}" for row in rows if row["state_bytes"]), "")
+        lines.append((task, arm, state, *("" if rate not in at_rate else f"**{show(at_rate[rate])}**" if rate == best
+                                          else show(at_rate[rate]) for rate in rates)))
+    return Table(("task", "arm", "bytes of state", *(f"{rate:g}" for rate in rates)), lines)
+
+
+def format_report(rows: list[dict], entries: dict, summaries: dict, study: ProbeStudy) -> str:
+    """probes.md. entries: (arm, task) -> its cells; summaries: (arm, task) -> what summarize_cells returns."""
     arms, flags = list(dict.fromkeys(arm for arm, _ in summaries)), study.flags
     show = lambda words, accuracies: f"{words}: {' '.join('-' if x is None else f'{x:.2f}' for x in accuracies)}"
     matrix = Table(("task", "chance", *arms), [
@@ -93,11 +131,17 @@ def format_report(rows: list[dict], summaries: dict, study: ProbeStudy) -> str:
         f"Each entry: how many seeds solved the task ({study.solved_accuracy:.0%} of the answers in {study.eval_examples} "
         f"examples correct at the trained length), the median number of steps they took (lower is better), and the mean "
         f"accuracy at {', '.join(f'{scale}x' for scale in study.scales)} the trained length (higher is better) after the "
-        f"learning rate has fallen to zero. Chance: the accuracy of guessing uniformly among the possible answers. Trained "
-        f"lengths: {', '.join(f'{task} {length}' for task, length in study.lengths.items())} tokens.", "",
+        f"learning rate has fallen to zero; at the best of the learning rates below. Not found: no seed solved it, at "
+        f"these rates and in so many steps. Chance: the accuracy of guessing uniformly among the possible answers. Trained "
+        f"lengths: {', '.join(f'{task} {length}' for task, length in study.lengths.items())} tokens, and about half, a "
+        f"quarter and an eighth of them in turn.", "",
+        markdown(rates_table(entries)), "",
+        "Accuracy at the trained length from the first seed at each learning rate, and the step at which the task was "
+        "solved; **bold**: that of the entries above. Bytes of state: what the model remembers of a text of the trained "
+        "length.", "",
         f"{flags['n_layer']} layers, {flags['n_head']} heads x {flags['head_size']}, batches of {flags['batch_size']} "
-        f"examples, at most {flags['max_iter']:,} steps, learning rate {flags['learning_rate']:g}, unless an arm sets them; "
+        f"examples, at most {flags['max_iter']:,} steps, unless an arm sets them; "
         f"{flags['seeds']} seeds. {'; '.join(sizes)}. {sum(row['seconds'] or 0 for row in rows) / 60:,.1f} minutes in all, "
         f"{flags['jobs']} at a time with one thread each, {study.hardware}: `{study.command_line}`.", "",
-        *(f"- {row['task']}, {row['arm']}, seed {row['seed']}: {row['status']}: {row['reason']}" for row in rows
-          if row["reason"])]).rstrip() + "\n"
+        *(f"- {row['task']}, {row['arm']}, seed {row['seed']}, learning rate {row['learning_rate']:g}: {row['status']}: "
+          f"{row['reason']}" for row in rows if row["reason"])]).rstrip() + "\n"
