@@ -663,8 +663,12 @@ def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
 
 
 def embedding_parameters(model: GPT) -> int:
-    """Parameters that there is one of for each token: of the embedding, and of the head unless it is the same matrix."""
-    return model.embed.weight.numel() * (1 if model.config.tied else 2)
+    """Parameters of tables in which tokens are looked up, which costs no product: of the embedding, and of memories of pairs
+    and embeddings of values; and those of the head, unless it is the same matrix as the embedding."""
+    tables = [model.embed, *(block.mixer.value_embedding.embed for block in model.blocks
+                             if getattr(block.mixer, "value_embedding", None) is not None)]
+    tables += [model.head] * (not model.config.tied) + [model.ngrams.embed] * (model.ngrams is not None)
+    return sum(table.weight.numel() for table in tables)
 
 
 def match_parameters(values: dict, target: int, vocab_size: int, match: str = "parameters") -> dict:

@@ -224,7 +224,7 @@ class Learner:
             raise BadInput(f"--adapt_scope={config.adapt_scope}: this model has no parameters there: choose another")
         by_ratio = {}
         for name, p in chosen.items():
-            ratio = EMBED_RATIO if parameter_kind(name, p) in ("embedding", "value_embedding", "head") else 1.0
+            ratio = EMBED_RATIO if parameter_kind(name, p) in ("embedding", "value_embedding", "ngrams", "head") else 1.0
             by_ratio.setdefault(ratio, []).append(p.requires_grad_(True))
         groups = [{"params": params, "initial": [p.detach().clone() for p in params], "lr": config.rate * ratio}
                   for ratio, params in by_ratio.items()]

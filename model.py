@@ -29,6 +29,7 @@ from layers.cache import RowCache, RowGroups
 from layers.gated_delta import DEFAULT_HOUSEHOLDER
 from layers.linear import cast_weights, linear_layers, matrix_flops
 from layers.loss import cross_entropy, softcap_logits
+from layers.ngram import LastToken, NgramMemory
 from layers.norm import rms_norm
 from layers.shift import ShiftCache, Smear, TokenShift
 from runtime.config import BadInput, check_flags, flag
@@ -41,6 +42,7 @@ MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no fi
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
 MIN_SHARING = 4  # rows that go on from one, on average, from which its keys and values are kept once for them
+NGRAM_MIX = 0.1  # of the memory of pairs in each block, at first
 MAX_LOOPS_RATIO = 4  # of a draw to --loops, which bounds memory: 1 draw in 1,000 would be larger, the mean falls by 0.1 %
 
 
@@ -91,6 +93,9 @@ class GPTConfig:
                                    "feed-forward layers")
     smear: bool = flag(False, "add a gated multiple of the previous token's embedding to each embedding")
     backout: bool = flag(False, "subtract a learned multiple of the residual stream in the middle from that at the end")
+    ngram_rows: int = flag(None, "vectors in a table for pairs of a token and the one before it, which share a vector where "
+                                 "a hash of them agrees; 5 times the vocabulary is usual (default: no table)", at_least=2,
+                           at_most=1_000_000_000)
     softcap: float = flag(15.0, "caps logits at softcap * tanh(logits / softcap); 0: no cap", at_least=0, at_most=1e6)
     tied: bool = flag(True, "share one matrix between embedding and head")
     bias: bool = flag(False, "biases in linear layers and LayerNorm")
@@ -170,7 +175,7 @@ class Cache:
     """The state of a model after the positions seen so far, one text per row, with `max_len` slots per row. All texts end at
     slot `length`; if their lengths differ, the first `left_pad` slots, (B,), of each row are empty. blocks: of each pass
     through a block, so that every loop has keys and values of its own. rewindable: to be set before forward passes that
-    `rewind` may undo. groups: of rows that share the first positions. smear: what Smear remembers."""
+    `rewind` may undo. groups: of rows that share the first positions. smear, ngrams: what Smear and NgramMemory remember."""
     blocks: list[BlockCache]
     max_len: int
     length: int = 0
@@ -178,9 +183,11 @@ class Cache:
     rewindable: bool = False
     groups: RowGroups | None = None
     smear: ShiftCache | None = None
+    ngrams: LastToken | None = None
 
     def parts(self) -> list[RowCache]:
-        return [part for block in self.blocks for part in block.parts()] + [self.smear] * (self.smear is not None)
+        return [part for block in self.blocks for part in block.parts()] + [
+            part for part in (self.smear, self.ngrams) if part is not None]
 
     def prefixes(self) -> list[RowCache]:
         """What rows share."""
@@ -220,14 +227,15 @@ class Cache:
         tensors, groups, shared = self.tensors(), None, None
         index, (old, number) = torch.tensor(rows, device=tensors[0].device), number_rows(rows)
         if max_len > self.length and len(rows) >= MIN_SHARING * len(old) and all(
-                tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
+                tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64) for tensor in tensors):
             groups, shared = RowGroups(number, index.device), torch.tensor(old)
         blocks = []
         for block in self.blocks:
             mixer, *shifts = (part.fork(index, max_len, shared) for part in block.parts())
             blocks.append(BlockCache(mixer, shifts))
+        smear, ngrams = (part and part.fork(index, max_len, shared) for part in (self.smear, self.ngrams))
         return Cache(blocks, max_len, self.length, None if self.left_pad is None else self.left_pad[index], groups=groups,
-                     smear=self.smear and self.smear.fork(index, max_len, shared))
+                     smear=smear, ngrams=ngrams)
 
     def rewind(self, n: int):
         """Forgets the last `n` positions, at most as many as came since the last `rewind`, or since `rewindable` was set.
@@ -251,7 +259,7 @@ def number_rows(rows: list[int]) -> tuple[list[int], list[int]]:
 
 class Block(nn.Module):
     """x + mixer(shift(norm(x))), then x + mlp(shift(norm(x))). With x0_residual, x is first replaced by a learned mix of x
-    and the embedding x0."""
+    and the embedding x0; with ngram_rows, a learned multiple of what NgramMemory has looked up is added before."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -262,6 +270,7 @@ class Block(nn.Module):
             self.x0_scale = nn.Parameter(torch.tensor(0.20 - 0.15 * depth))
         elif config.x0_residual and layer > 0:
             self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.ngram_mix = nn.Parameter(torch.tensor(NGRAM_MIX)) if config.ngram_rows else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
         self.mixer = config.mixer_class(layer)(config, layer)
@@ -271,13 +280,15 @@ class Block(nn.Module):
         return BlockCache(self.mixer.init_cache(batch_size, max_len, device, dtype),
                           [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
 
-    def forward(self, x: Tensor, x0: Tensor, first_layer_v: Tensor | None, metadata: AttentionMetadata,
-                cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
-        """x, x0: (B, T, C). Returns the new x, (B, T, C), and the mixer's values."""
+    def forward(self, x: Tensor, x0: Tensor, ngrams: Tensor | None, first_layer_v: Tensor | None,
+                metadata: AttentionMetadata, cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
+        """x, x0, ngrams: (B, T, C). Returns the new x, (B, T, C), and the mixer's values."""
         if self.x0_mix is not None:
             x = self.x0_mix[0] * x + self.x0_mix[1] * x0
         elif self.x0_scale is not None:
             x = self.residual_scale * x + self.x0_scale * x0
+        if ngrams is not None:
+            x = x + self.ngram_mix * ngrams
         mixer_input = self.sublayer_input(0, self.mixer_norm, x, metadata, cache)
         y, v = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
         x = x + y
@@ -305,6 +316,7 @@ class GPT(nn.Module):
         is_rotary = config.positions == "rotary"
         self.rotary = Rotary(config.head_size, config.block_size, config.rotary_base) if is_rotary else None
         self.smear = Smear(config) if config.smear else None
+        self.ngrams = NgramMemory(config) if config.ngram_rows else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.backout_coeff = nn.Parameter(torch.tensor(0.2)) if config.backout else None
         self.norm = NORMS[config.norm](config)
@@ -324,6 +336,9 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or not name.endswith("weight"):
                 continue  # biases, norms and coefficients: their layers have set them
+            if name == "ngrams.embed.weight":
+                nn.init.zeros_(weight)
+                continue
             if name.endswith(("value_gate.weight", "smear.gate.weight")):
                 nn.init.uniform_(weight, 0.0, 0.02) if nanochat else nn.init.zeros_(weight)
                 continue
@@ -375,12 +390,14 @@ class GPT(nn.Module):
             x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, metadata, cache and cache.smear)
+        ngrams = None if self.ngrams is None else self.ngrams(idx, metadata, cache and cache.ngrams)
         x0, first_layer_v, middle = x, None, None
         for i, block in enumerate(blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, v = run_checkpointed(block, x, x0, first_layer_v, metadata, use_reentrant=False, preserve_rng_state=False)
+                x, v = run_checkpointed(block, x, x0, ngrams, first_layer_v, metadata, use_reentrant=False,
+                                        preserve_rng_state=False)
             else:
-                x, v = block(x, x0, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
+                x, v = block(x, x0, ngrams, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
             first_layer_v = v if first_layer_v is None else first_layer_v
             middle = x if i == len(blocks) // 2 else middle
         if self.backout_coeff is not None:
@@ -440,7 +457,8 @@ class GPT(nn.Module):
         """An empty cache with room for `max_len` positions per row; `forward` fills it in place."""
         device, dtype = self.embed.weight.device, dtype or self.embed.weight.dtype
         return Cache([block.init_cache(batch_size, max_len, device, dtype) for block in self.unrolled_blocks()], max_len,
-                     smear=self.smear and self.smear.init_cache(batch_size, device, dtype))
+                     smear=self.smear and self.smear.init_cache(batch_size, device, dtype),
+                     ngrams=self.ngrams and self.ngrams.init_cache(batch_size, device))
 
     def prefill(self, prompts: list[Tensor], max_len: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Cache]:
         """Runs prompts, each (T,) int64 with 1 <= T <= max_len, of any lengths. Returns the logits after the last token of

@@ -63,14 +63,15 @@ class OptimizerSpec(NamedTuple):
 
 
 # kind of parameter -> the one that it is updated like, unless an optimizer says otherwise
-KINDS = {"matrix": None, "qkv": "matrix", "value_embedding": "embedding", "embedding": None, "head": None, "scalar": None,
-         "mix": "scalar", "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
+KINDS = {"matrix": None, "qkv": "matrix", "value_embedding": "embedding", "ngrams": None, "embedding": None, "head": None,
+         "scalar": None, "mix": "scalar", "residual_scale": "scalar", "x0_scale": "scalar", "smear": "scalar"}
 
 
 def muon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """Muon for the matrices in the blocks, AdamW for the rest."""
     by_width = (REFERENCE_WIDTH / n_embd) ** 0.5  # a step moves logits by the width times the learning rate
     return {"matrix": Update(Muon, lr, weight_decay), "embedding": Update(AdamW, EMBED_RATIO * lr * by_width),
+            "ngrams": Update(RowAdam, EMBED_RATIO * lr * by_width),
             "head": Update(AdamW, HEAD_RATIO * lr * by_width), "scalar": Update(AdamW, SCALAR_RATIO * lr),
             "mix": Update(AdamW, lr, options={"is_mix": True})}
 
@@ -88,7 +89,8 @@ def normuon_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[st
 def gpt2_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[str, Update]:
     """AdamW with one learning rate, and weight decay for everything 2-D, as in nanoGPT."""
     decayed = Update(AdamW, lr, weight_decay)
-    return {"matrix": decayed, "embedding": decayed, "head": decayed, "scalar": Update(AdamW, lr)}
+    return {"matrix": decayed, "embedding": decayed, "ngrams": Update(RowAdam, lr), "head": decayed,
+            "scalar": Update(AdamW, lr)}
 
 
 # nanochat's rates are for steps of so many tokens, and those of embedding and head for a width
@@ -107,7 +109,7 @@ def nanochat_groups(lr: float, weight_decay: float | str, n_embd: int) -> dict[s
     adam = lambda lr, decay, *betas: Update(AdamW, lr, decay, {"betas": betas, "eps": 1e-10})
     return {"matrix": Update(NorMuon, lr, 0.0 if weight_decay == "auto" else weight_decay, {"decay_schedule": "cosine"}),
             "embedding": adam(15 * lr * by_width, 0.001, 0.8, 0.995),
-            "value_embedding": adam(7.5 * lr * by_width, 0.01, 0.8, 0.995),
+            "value_embedding": adam(7.5 * lr * by_width, 0.01, 0.8, 0.995), "ngrams": Update(RowAdam, 7.5 * lr * by_width),
             "head": adam(0.4 * lr * by_width, 0.01, 0.8, 0.96), "residual_scale": adam(0.25 * lr, 0.05, 0.8, 0.95),
             "x0_scale": adam(25 * lr, 0.0, 0.96, 0.95), "scalar": adam(25 * lr, 0.0, 0.8, 0.95),
             "smear": adam(10 * lr, 0.0, 0.8, 0.95)}
@@ -201,18 +203,21 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
     """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; value_embedding: a table inside them;
-    embedding: also learned positions and a tied head; head: an untied one; mix: coefficients of token shifts, and of mixes
-    with the embedding or the first layer's values; residual_scale, x0_scale: of that name; smear: the parameters of Smear,
-    and backout_coeff; scalar: everything else, including the coefficients of rational functions."""
+    ngrams: that of pairs of tokens; embedding: also learned positions and a tied head; head: an untied one; mix:
+    coefficients of token shifts, and of mixes with the embedding, the first layer's values or what is looked up for a pair;
+    residual_scale, x0_scale: of that name; smear: the parameters of Smear, and backout_coeff; scalar: everything else,
+    including the coefficients of rational functions."""
     if name.startswith("smear.") or name == "backout_coeff":
         return "smear"
     if parameter.dim() != 2 or not name.endswith("weight"):
         last = name.rpartition(".")[2]
-        if last in ("shift_coeff", "x0_mix", "value_mix"):
+        if last in ("shift_coeff", "x0_mix", "value_mix", "ngram_mix"):
             return "mix"
         return last if last in ("residual_scale", "x0_scale") else "scalar"
     if name.endswith("value_embedding.embed.weight"):
         return "value_embedding"
+    if name.startswith("ngrams."):
+        return "ngrams"
     if name.startswith("blocks."):
         return "qkv" if name.endswith("qkv.weight") else "matrix"
     return "head" if name == "head.weight" else "embedding"
@@ -305,6 +310,35 @@ class AdamW(torch.optim.AdamW):
     def step(self, skip: Tensor | None = None):
         self.found_inf = None if skip is None else skip.float()
         super().step()
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for large tables of which a step sees some rows: without momentum, and with one second moment for each row, so
+    that its state is small beside the table. As in AdamW, the average falls while a row is not seen."""
+    STATE = {"step", "second_moment"}
+    EPS = 1e-8
+
+    def __init__(self, groups: list[dict], config: OptimizerConfig, ns_dtype: torch.dtype):
+        super().__init__(groups, {})
+
+    def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
+        return () if name == "step" else (p.size(0), 1)
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p] = {name: p.new_zeros(self.state_shape(name, p)) for name in self.STATE}
+                step, second = self.state[p]["step"], self.state[p]["second_moment"]
+                grad = p.grad if skip is None else p.grad.masked_fill(skip, 0.0)  # zero times infinity would not be zero
+                keep = 1.0 if skip is None else (~skip).float()
+                step += keep
+                second.lerp_(torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / p.size(1), (1 - BETAS[1]) * keep)
+                scale = (second / (1 - BETAS[1] ** step).clamp(min=self.EPS)).sqrt() + self.EPS
+                p.addcdiv_(grad, scale, value=-group["lr"])
 
 
 class Muon(torch.optim.Optimizer):

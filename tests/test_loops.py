@@ -61,10 +61,11 @@ def plain_loss(model: GPT, idx: torch.Tensor, targets: torch.Tensor) -> torch.Te
         x = x + model.positions.weight[positions]
     x = rms_norm(x) if model.config.norm == "rms" else x
     x = x0 = model.smear(x, metadata) if model.smear is not None else x
-    x, first_v = model.blocks[0](x, x0, None, metadata)
+    ngrams = model.ngrams and model.ngrams(idx, metadata)
+    x, first_v = model.blocks[0](x, x0, ngrams, None, metadata)
     stream = [x]
     for block in model.blocks[1:]:
-        x, _ = block(x, x0, first_v, metadata)
+        x, _ = block(x, x0, ngrams, first_v, metadata)
         stream.append(x)
     if model.backout_coeff is not None:
         x = x - model.backout_coeff * stream[len(model.blocks) // 2]

@@ -34,7 +34,8 @@ SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIX
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
-            {"positions": "learned"}, {"qk_scale": 1.2}, {"value_embeddings": True}, {"smear": True}, {"backout": True},
+            {"positions": "learned"}, {"qk_scale": 1.2}, {"value_embeddings": True}, {"ngram_rows": 50}, {"smear": True},
+            {"backout": True},
             {"qk_norm": False}, {"value_residual": False}, {"x0_residual": False},
             {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, value in switch.items()))
@@ -167,6 +168,28 @@ def test_windows_by_hand(idx, n_layer, mixer, reach):
     doc_starts[:, 3] = True  # the first document reaches no further than its end
     packed = (model(changed, doc_starts=doc_starts) - model(idx, doc_starts=doc_starts)).abs().amax(dim=(0, 2))
     assert (packed > 1e-6).tolist() == [t < 3 for t in range(T)]
+
+
+@torch.no_grad()
+def test_a_memory_of_pairs_by_hand(idx):
+    """The vector of each token's pair, times a factor of the block, is added to the stream before each block; at first, none
+    of it is seen."""
+    model, starts = random_model(ngram_rows=50), torch.zeros(B, T, dtype=torch.bool)
+    starts[:, 5] = True
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: inputs.append(args[2]))
+    model(idx, doc_starts=starts)
+    for row, tokens in enumerate(idx.tolist()):
+        pairs = [None if t in (0, 5) else ((36313 * token) ^ (27191 * tokens[t - 1])) % 49 for t, token in enumerate(tokens)]
+        expected = model.ngrams.embed.weight[[49 if pair is None else pair for pair in pairs]]
+        assert torch.equal(inputs[0][row], expected) and torch.equal(inputs[1][row], expected)
+    torch.manual_seed(0)
+    new, without = GPT(tiny_config(ngram_rows=50)), GPT(tiny_config())
+    new.load_state_dict(without.state_dict(), strict=False)
+    assert torch.equal(new(idx), without(idx)) and all(block.ngram_mix.item() == pytest.approx(0.1) for block in new.blocks)
+    new.ngrams.embed.weight[:] = 1
+    assert not torch.equal(new(idx), without(idx))
 
 
 @torch.no_grad()

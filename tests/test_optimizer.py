@@ -15,6 +15,7 @@ from optimizer import (
     Muon,
     NorMuon,
     OptimizerConfig,
+    RowAdam,
     equal_rows,
     lr_scale,
     make_optimizer,
@@ -366,6 +367,26 @@ def test_polar_express_moves_singular_values_to_about_one(shape, dtype):
     assert values.min() > 0.85 and values.max() < 1.15
     assert torch.allclose(equal_rows(torch.randn(1, 3, 500) * torch.tensor([[[1.0], [9.0], [0.1]]])).norm(dim=2),
                           torch.tensor(9.06 * 500 ** 0.5 / 3 ** 0.5), rtol=0.1)
+
+
+def test_row_adam_by_hand():
+    """Row 0 is seen in every step, row 1 only in the second: its average has fallen meanwhile."""
+    p = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = RowAdam([{"params": [p], "lr": 0.1}], OptimizerConfig(), torch.float32)
+    grads = torch.tensor([[[3.0, 4.0], [0, 0], [0, 0]], [[3.0, 4.0], [1.0, 1.0], [0, 0]]])
+    expected, second = torch.zeros(3, 2), torch.zeros(3)
+    for step, grad in enumerate(grads, 1):
+        p.grad = grad.clone()
+        optimizer.step(torch.tensor(False))
+        second = 0.95 * second + 0.05 * grad.square().sum(1) / 2
+        expected -= 0.1 * grad / ((second / (1 - 0.95 ** step)).sqrt() + 1e-8)[:, None]
+        assert torch.allclose(p, expected, atol=1e-6) and (p[2] == 0).all()
+    assert p[0].tolist() == pytest.approx([-0.2 * 3 / 12.5 ** 0.5, -0.2 * 4 / 12.5 ** 0.5])
+    before, state = p.detach().clone(), {name: value.clone() for name, value in optimizer.state[p].items()}
+    p.grad = torch.full((3, 2), torch.nan)
+    optimizer.step(torch.tensor(True))
+    assert torch.equal(p, before) and all(torch.equal(optimizer.state[p][name], value) for name, value in state.items())
+    assert optimizer.state[p]["second_moment"].numel() == 3
 
 
 def test_stacked_matrices_are_orthogonalised_separately():
