@@ -168,10 +168,12 @@ class CompareConfig:
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
-    match: str = flag("parameters", "what arms that start from random weights have in common besides the budget, and "
-                                    "what those of adapt.py must have in common; non_embedding: the parameters without the "
-                                    "embedding and an untied head",
-                      choices=("parameters", "non_embedding", "none"))
+    match: str = flag("parameters", "what arms that start from random weights have in common besides the budget, by the "
+                                    "width of their hidden layers, and what those of adapt.py must have in common; "
+                                    "non_embedding: the parameters without tables of tokens and without an untied head; "
+                                    "flops: those of a token, as of --budget; memory: the bytes that decoding one text of "
+                                    "--block_size tokens holds, weights and cache in --dtype=fp32",
+                      choices=("parameters", "non_embedding", "flops", "memory", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
     jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
                      at_least=1, at_most=1000, scope="run")
@@ -207,7 +209,7 @@ class CompareConfig:
         return SCRIPTS[self.script]
 
     @property
-    def matches_parameters(self) -> bool:
+    def matches_size(self) -> bool:
         return self.match != "none" and not self.spec.starts_from_checkpoint
 
 
@@ -555,9 +557,9 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
                     values["data_path"] = own.shards.path
                 if config.spec.model:
                     values |= own_shape(config.spec, values)
-                if reference and config.matches_parameters:
-                    values = match_parameters(values, reference.matched_parameters(config.match), own.vocab_size,
-                                              config.match)
+                if reference and config.matches_size:
+                    target = MATCHED[config.match].count(build_meta_model(reference.flags, reference.vocab_size))
+                    values = match_arm(values, target, own.vocab_size, config.match)
                 if data.game:
                     arm = build_play_arm(name, size, values, seeds, data)
                 else:
@@ -667,41 +669,61 @@ def embedding_parameters(model: GPT) -> int:
     and embeddings of values; and those of the head, unless it is the same matrix as the embedding."""
     tables = [model.embed, *(block.mixer.value_embedding.embed for block in model.blocks
                              if getattr(block.mixer, "value_embedding", None) is not None)]
-    tables += [model.head] * (not model.config.tied) + [model.ngrams.embed] * (model.ngrams is not None)
+    if not model.config.tied:
+        tables.append(model.head)
+    if model.ngrams is not None:
+        tables.append(model.ngrams.embed)
     return sum(table.weight.numel() for table in tables)
 
 
-def match_parameters(values: dict, target: int, vocab_size: int, match: str = "parameters") -> dict:
-    """`values` with the n_hidden that gives the model `target` parameters, which are linear in it. match: "parameters", or
-    "non_embedding" for those outside the embedding and an untied head. Raises BadInput when none comes within
-    MATCH_TOLERANCE."""
+def decoding_bytes(model: GPT) -> int:
+    """Of weights and cache of a text as long as the context, in fp32."""
+    return 4 * model.n_parameters() + model.init_cache(1, model.config.block_size).n_bytes()
+
+
+class Matched(NamedTuple):
+    """A choice of --match. what: a noun in the plural. count: of a model; linear in its n_hidden."""
+    what: str
+    count: Callable[[GPT], int]
+
+
+MATCHED = {
+    "parameters": Matched("parameters", GPT.n_parameters),
+    "non_embedding": Matched("parameters besides embeddings",
+                             lambda model: model.n_parameters() - embedding_parameters(model)),
+    "flops": Matched("FLOPs per token", lambda model: model.flops_per_token() + model.elementwise_flops_per_token()),
+    "memory": Matched("bytes of weights and cache", decoding_bytes),
+}
+
+
+def match_arm(values: dict, target: int, vocab_size: int, match: str = "parameters") -> dict:
+    """`values` with the n_hidden that gives the model the first arm's count of what --match names, `target`. Raises BadInput
+    when none comes within MATCH_TOLERANCE."""
     def count(**changed) -> int:
-        model = build_meta_model(values | changed, vocab_size)
-        return model.n_parameters() - (embedding_parameters(model) if match == "non_embedding" else 0)
-    n_parameters, n_hidden = count(), None
-    if abs(n_parameters - target) > CLOSE_MATCH * target and "n_hidden" not in values:
+        return MATCHED[match].count(build_meta_model(values | changed, vocab_size))
+    found, n_hidden = count(), None
+    if abs(found - target) > CLOSE_MATCH * target and "n_hidden" not in values:
         at_8, at_16 = count(n_hidden=8), count(n_hidden=16)
         exact = 8 + 8 * (target - at_8) / (at_16 - at_8)
         n_hidden, multiple_of_8 = max(1, round(exact)), max(8, 8 * round(exact / 8))
         if abs(count(n_hidden=multiple_of_8) - target) <= CLOSE_MATCH * target:
             n_hidden = multiple_of_8  # suits a processor's vectors and a GPU's tiles
-        n_parameters = count(n_hidden=n_hidden)
-    if abs(n_parameters - target) > MATCH_TOLERANCE * target:
-        raise BadInput(explain_mismatch(n_parameters, target, n_hidden, embedding_parameters(
+        found = count(n_hidden=n_hidden)
+    if abs(found - target) > MATCH_TOLERANCE * target:
+        raise BadInput(explain_mismatch(found, target, n_hidden, embedding_parameters(
             build_meta_model(values, vocab_size)), match))
     return values if n_hidden is None else values | {"n_hidden": n_hidden}
 
 
-def explain_mismatch(n_parameters: int, target: int, n_hidden: int | None, embedding: int, match: str) -> str:
-    """What to do about an arm that the width of its hidden layers cannot give `target` parameters. n_hidden: the width that
+def explain_mismatch(found: int, target: int, n_hidden: int | None, embedding: int, match: str) -> str:
+    """What to do about an arm that the width of its hidden layers cannot give the count `target`. n_hidden: the width that
     came closest; None if it is given."""
-    what = "parameters" if match == "parameters" else "parameters besides its embedding"
-    found = f"has {n_parameters:,} {what}, the first arm {target:,}"
+    words = f"has {found:,} {MATCHED[match].what}, the first arm {target:,}"
     if match == "parameters" and n_hidden == 1 and embedding > target / 2:
-        return (f"{found}, which is {n_parameters - target:,} more even with hidden layers of width 1, because its "
-                f"embedding has {embedding:,}: list the arm with the largest vocabulary first, compare wider or deeper "
-                f"models, or leave the embedding out of the count with --match=non_embedding")
-    return f"{found}: change its shape, or compare them as they are with --match=none"
+        return (f"{words}, which is {found - target:,} more even with hidden layers of width 1, because its embedding has "
+                f"{embedding:,}: list the arm with the largest vocabulary first, compare wider or deeper models, or leave "
+                f"the embedding out of the count with --match=non_embedding")
+    return f"{words}: change its shape, or compare them as they are with --match=none"
 
 
 # -- arms that play ---------------------------------------------------------------------------------------------------
@@ -903,8 +925,9 @@ def cell_result(cell: Cell, ended: JobResult) -> CellResult:
     return CellResult(cell, ended.status, ended.reason, cell.job.rows())
 
 
-MATCHED = {"parameters": "as many parameters as the first", "none": "parameters not matched",
-           "non_embedding": "as many parameters besides the embedding as the first"}
+def describe_match(config: CompareConfig) -> str:
+    """Of the arms but the first, or "arms": what --match gives them."""
+    return f"as many {MATCHED[config.match].what} as the first" if config.matches_size else "sizes not matched"
 
 
 def describe_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
@@ -918,7 +941,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
                    for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))
     epochs = f", {seen[-1] / data.shards.manifest.total('train', unit):.2f} epochs" if data.shards else ""
-    others = MATCHED[config.match if config.matches_parameters else "none"]
+    others = describe_match(config)
     return (f"First arm: {model.describe_shape()}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
             f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
@@ -931,7 +954,7 @@ def describe_play_conditions(results: list[ArmResults], config: CompareConfig, e
     batch_games = reference.batch_shape[0] // (2 if data.game.has_hidden_cards else 1)  # a row for each of two players
     played = sorted({run.rows[-1]["games"] for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n:,}" for n in (played[0], played[-1])))
-    others = MATCHED[config.match if config.matches_parameters else "none"]
+    others = describe_match(config)
     return (f"First arm: {model.describe_shape()}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
             f"of {batch_games:,} games; the others: {others}. {span} {data.description}; budget {config.budget}, "
             f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
@@ -1078,9 +1101,8 @@ def build_adapt_arms(config: CompareConfig, common: dict) -> list[AdaptArm]:
             arm, matched = build_adapt_arm(name, text, values, config)
             reference = reference or matched
             if config.match != "none" and abs(matched - reference) > MATCH_TOLERANCE * reference:
-                what = "parameters besides its embedding" if config.match == "non_embedding" else "parameters"
-                raise BadInput(f"has {matched:,} {what}, the first arm {reference:,}: train models of one size, or compare "
-                               f"them as they are with --match=none")
+                raise BadInput(f"has {matched:,} {MATCHED[config.match].what}, the first arm {reference:,}: train models of "
+                               f"one size, or compare them as they are with --match=none")
         except BadInput as error:
             raise BadInput(f"--arms {text!r}: {error}") from None
         arms.append(arm)
@@ -1088,7 +1110,7 @@ def build_adapt_arms(config: CompareConfig, common: dict) -> list[AdaptArm]:
 
 
 def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -> tuple[AdaptArm, int]:
-    """The arm and its number of parameters that --match compares. Raises BadInput."""
+    """The arm and its count of what --match compares. Raises BadInput."""
     if "checkpoint_path" not in values:
         raise BadInput("names no model: add checkpoint_path=a.pt, or checkpoint_path=a_{seed}.pt for one of each seed")
     path = str(values["checkpoint_path"])
@@ -1114,7 +1136,7 @@ def build_adapt_arm(name: str, text: str, values: dict, config: CompareConfig) -
     flops = network.flops_per_token() + network.elementwise_flops_per_token()
     arm = AdaptArm(name, text, paths, digests, flags, adapt.rate, n_parameters, network.config.block_size,
                    models[1].tokenizer, flops)
-    return arm, n_parameters - (embedding_parameters(network) if config.match == "non_embedding" else 0)
+    return arm, MATCHED[config.match].count(network) if config.match != "none" else 0
 
 
 def adapt_config(values: dict) -> AdaptConfig:
@@ -1158,8 +1180,7 @@ def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, docum
     length = f" of at most {run.max_tokens:,} tokens" if run.max_tokens else ""
     rates = (f"the {documents.n_rates} after them are for the choice of the learning rate" if documents.n_rates else
              "no learning rate was chosen")
-    sizes = {"none": "Parameters not matched", "parameters": "Equal parameters, within 1 %",
-             "non_embedding": "Equal parameters besides the embedding, within 1 %"}[config.match]
+    sizes = "Sizes not matched" if config.match == "none" else f"Equal {MATCHED[config.match].what}, within 1 %"
     return [f"{models}.", f"{sizes}.", f"{n} documents of {run.dataset}{length}; {rates}.", f"{hardware}, {machine}."]
 
 

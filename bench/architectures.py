@@ -18,7 +18,7 @@ from memory import peak_of_step
 from side_by_side import REPO, run, table, take_turns, write_into_docs
 
 sys.path.insert(0, str(REPO))
-from compare import build_meta_model, match_parameters  # noqa: E402
+from compare import build_meta_model, match_arm  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from runtime.config import read_flags  # noqa: E402
@@ -33,7 +33,7 @@ def side_config(side: str, width: int) -> GPTConfig:
     """side: a flag of train.py and its value, mlp=grkan. The model has the parameters of the baseline."""
     shape = {"n_layer": N_LAYER, "n_head": width // HEAD_SIZE, "head_size": HEAD_SIZE, "block_size": BLOCK_SIZE}
     baseline, changed = (shape | dict([flag.split("=")]) for flag in (BASELINE, side))
-    values = match_parameters(changed, build_meta_model(baseline, VOCAB_SIZE).n_parameters(), VOCAB_SIZE)
+    values = match_arm(changed, build_meta_model(baseline, VOCAB_SIZE).n_parameters(), VOCAB_SIZE)
     return read_flags(GPTConfig, values | {"vocab_size": VOCAB_SIZE})
 
 

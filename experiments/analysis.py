@@ -99,10 +99,6 @@ class Arm:
     metric: Metric = BPB
     speed_window: int = 1              # steps over which speed is averaged: those from one rollout to the next
 
-    def matched_parameters(self, match: str) -> int:
-        """The number that arms have in common with --match=parameters or non_embedding."""
-        return self.n_parameters - (self.embedding_parameters if match == "non_embedding" else 0)
-
 
 @dataclass(frozen=True)
 class Cell:

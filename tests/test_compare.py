@@ -15,7 +15,17 @@ from test_report import parse_page
 import compare
 import download_data
 import train
-from compare import CompareConfig, RunEnvironment, build_arms, build_meta_model, make_cell, match_parameters, parse_arm
+from compare import (
+    MATCHED,
+    CompareConfig,
+    RunEnvironment,
+    build_arms,
+    build_meta_model,
+    decoding_bytes,
+    make_cell,
+    match_arm,
+    parse_arm,
+)
 from conftest import REPO, TINY_MODEL, run_rows
 from experiments.analysis import ArmResults
 from experiments.runner import JobResult
@@ -87,9 +97,9 @@ def test_arms_have_the_parameters_of_the_first(data, shape):
 def test_hidden_width_by_hand():
     """SwiGLU with three matrices has 3 * width * n_hidden parameters, ReLU² 2 * width * n_hidden."""
     target = build_meta_model(SHAPE | {"mlp": "relu2", "n_hidden": 480}, 512).n_parameters()
-    assert match_parameters(SHAPE | {"mlp": "swiglu"}, target, 512)["n_hidden"] == 320
+    assert match_arm(SHAPE | {"mlp": "swiglu"}, target, 512)["n_hidden"] == 320
     halved = build_meta_model(SHAPE | {"mlp": "relu2", "n_hidden": 256}, 512).n_parameters()
-    assert match_parameters(SHAPE | {"mlp": "relu2"}, halved, 512)["n_hidden"] == 256
+    assert match_arm(SHAPE | {"mlp": "relu2"}, halved, 512)["n_hidden"] == 256
 
 
 @pytest.mark.parametrize("arm, words", [("linear=chebkan", "change its shape"), ("n_hidden=32", "--match=none"),
@@ -207,6 +217,23 @@ def test_what_is_unfair_to_different_vocabularies_is_refused(data, budget, more,
     build_arms(CompareConfig(arms=("vocab_size=300", "vocab_size=300,mlp=relu2"), budget=budget), SHAPE | more, data)
 
 
+@pytest.mark.parametrize("match", MATCHED)
+@pytest.mark.parametrize("arm", ["mlp=swiglu", "mixer=gated_delta", "mixer=AP", "ngram_rows=60"])
+def test_arms_have_the_same_of_what_match_names(data, match, arm):
+    """And of the others they need not."""
+    first, second = (build_meta_model(built.flags, 512) for built in build_arms(
+        CompareConfig(arms=("mlp=gelu", arm), match=match), SHAPE | {"n_layer": 2}, data))
+    ratios = {name: matched.count(second) / matched.count(first) for name, matched in MATCHED.items()}
+    assert ratios[match] == pytest.approx(1, abs=0.01)
+    assert arm == "mlp=swiglu" or max(abs(ratio - 1) for ratio in ratios.values()) > 0.01
+
+
+def test_bytes_of_decoding_by_hand():
+    """4 bytes of every weight, and of keys and values of 16 positions in 2 layers; the last position of 4 token shifts."""
+    model = build_meta_model({"n_layer": 2, "n_head": 2, "head_size": 4, "block_size": 16}, 30)
+    assert decoding_bytes(model) == 4 * (model.n_parameters() + 2 * 2 * 16 * 8 + 4 * 8)
+
+
 def test_parameters_of_different_vocabularies(data):
     """Hidden layers give up what a larger embedding takes, as far as they have it."""
     def arms(*names, match="parameters"):
@@ -222,6 +249,9 @@ def test_parameters_of_different_vocabularies(data):
     small, large, untied = arms("vocab_size=300", "vocab_size=9000", "vocab_size=9000,tied=0", match="non_embedding")
     assert small.flags == large.flags and untied.embedding_parameters == 2 * large.embedding_parameters
     assert untied.n_parameters == small.n_parameters + (2 * 9000 - 300) * 128
+    plain, with_pairs = arms("vocab_size=300", "vocab_size=300,ngram_rows=1000", match="non_embedding")
+    assert plain.flags == {name: value for name, value in with_pairs.flags.items() if name != "ngram_rows"}
+    assert with_pairs.embedding_parameters == plain.embedding_parameters + 1000 * 128
 
 
 def test_another_folder_is_an_arm_if_its_validation_text_is_the_same(data, vocabulary_arms, tmp_path, english):
@@ -471,7 +501,7 @@ def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("data/*/*.npy")}
     assert len({path.parent for path in kept}) == 3
     text, page = (folder / "comparison.md").read_text(encoding="utf-8"), parse_page(folder / "comparison.html").text
-    for words in ("bytes per context", "embedding's share of parameters", "as many parameters besides the embedding",
+    for words in ("bytes per context", "embedding's share of parameters", "as many parameters besides embeddings",
                   "Lowest mean: vocab_size=", "Bits per byte against the size of the vocabulary"):
         assert words in text and words in page, words
     assert "\nvocab_size: " in out and (folder / "vocabulary.svg").stat().st_size > 5000
