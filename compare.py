@@ -30,6 +30,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -66,6 +67,7 @@ from experiments.code_hash import code_hash
 from experiments.comparison import write_comparison
 from experiments.report import align_columns
 from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.screening import POWER, SCREEN_SEEDS, plan_confirmation
 from experiments.stages import ComparisonBar, readable_name, run_stage
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from grpo import SelfPlayOptimizer
@@ -164,6 +166,15 @@ class CompareConfig:
                                      "default think.py's own number, tokens=N or flops=N")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
+    screen: bool = flag(False, f"run {SCREEN_SEEDS} seeds of each arm, then confirm the best ones and the first arm with as "
+                               f"many new seeds as their spread asks for", scope="run")
+    confirm: int = flag(None, "arms besides the first to confirm after --screen, those with the best means (default: 2)",
+                        at_least=1, scope="run")
+    smallest_difference: float = flag(None, "difference from the first arm, in the unit of the results, that --screen "
+                                            "chooses the number of seeds for, so that it is found with a probability of "
+                                            f"{POWER:.0%} (default: 0.01)", above=0, scope="run")
+    most_seeds: int = flag(None, "seeds of a confirmed arm, at most (default: 20)", at_least=2, at_most=NULL_SEED_OFFSET,
+                           scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
@@ -186,6 +197,12 @@ class CompareConfig:
         if not self.null and len(self.arms) < 2:
             raise BadInput(f"--arms {' '.join(map(repr, self.arms))}: give two or more"
                            + ", or one and --null" * (self.script != "adapt"))
+        for name in ("confirm", "smallest_difference", "most_seeds"):
+            if getattr(self, name) is not None and not self.screen:
+                raise BadInput(f"--{name}={getattr(self, name)}: has a meaning with --screen alone: add it")
+        if self.screen and (self.null or self.script == "adapt"):
+            raise BadInput(f"--screen: chooses among arms that are trained, not with "
+                           f"{'--null' if self.null else '--script=adapt'}: leave one out")
         for name in ("arms", "sizes", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")
@@ -576,7 +593,7 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
 
 def arm_texts(config: CompareConfig) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, flags as text, seeds) of each arm; with --null, of the first one twice."""
-    seeds = tuple(range(1, config.seeds + 1))
+    seeds = tuple(range(1, (SCREEN_SEEDS if config.screen else config.seeds) + 1))
     if not config.null:
         return [(text, text, seeds) for text in config.arms]
     text = config.arms[0]
@@ -875,11 +892,14 @@ def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnviro
 
 # -- running them -----------------------------------------------------------------------------------------------------
 
-def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment) -> float:
+def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment, is_confirmed: bool) -> float:
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
-    known how many are."""
+    known how many are. is_confirmed: its learning rate is known from the screen."""
     cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
-    speed = cost("speed") * SPEED_ROUNDS if config.limit[0] != "seconds" else 0
+    has_speed = config.limit[0] != "seconds" and (is_confirmed or not config.screen)
+    speed = cost("speed") * SPEED_ROUNDS if has_speed else 0
+    if is_confirmed:
+        return cost("run") * len(results.arm.seeds) + speed
     n_grid = len(config.rates)
     return cost("lr_grid") * n_grid + cost("run") * (expected_runs(results, config) - n_grid) + speed
 
@@ -892,19 +912,28 @@ def expected_runs(results: ArmResults, config: CompareConfig) -> int:
     return len(config.rates) + max(n_searched, 1) - 1 + len(results.arm.seeds)
 
 
-def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, stop: StopSignals) -> list[ArmResults]:
+def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
+            stop: StopSignals) -> tuple[list[ArmResults], list[ArmResults]]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
-    best rate, and times the arms at the end."""
+    best rate; with --screen, then those of the arms to confirm; and times the arms at the end. Returns the results, and with
+    --screen those of the screen."""
     all_results = [ArmResults(arm, timed_budget=config.limit[0] == "seconds") for arm in arms]
+    screened, confirmed = [], []
     first_seed = lambda arm_results: arm_results.arm.seeds[:1]
     next_multiple = lambda arm_results: [arm_results.next_lr_multiple()]
     best_multiple = lambda arm_results: [arm_results.best().cell.lr_multiple]
-    bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment) for results in all_results))
+    bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment, is_confirmed)
+                                    for group, is_confirmed in ((all_results, False), (confirmed, True))
+                                    for results in group))
 
     def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
         cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
                   for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
         return run_stage(stage, cells, 1 if stage == "speed" else config.jobs, stop, bar, cell_result)
+
+    def run_seeds(selected: list[ArmResults]):
+        for arm_results, runs in zip(selected, run("run", selected, best_multiple, lambda results: results.arm.seeds)):
+            arm_results.runs = runs
     with closing(bar.bar):
         for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
             arm_results.grid = grid
@@ -912,13 +941,21 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
             for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
                 arm_results.full_budget_lr_runs += runs
         tuned = [arm_results for arm_results in all_results if arm_results.best()]
-        for arm_results, runs in zip(tuned, run("run", tuned, best_multiple, lambda results: results.arm.seeds)):
-            arm_results.runs = runs
+        run_seeds(tuned)
+        if config.screen and not stop.signal:
+            screened = all_results
+            for _, group in itertools.groupby(screened, key=lambda results: results.arm.size):
+                chosen, plan = plan_confirmation(list(group), config.confirm or 2, config.smallest_difference or 0.01,
+                                                 config.most_seeds or 20)
+                log_line(plan)
+                confirmed += chosen
+            run_seeds(confirmed)
+            tuned = confirmed
         if config.limit[0] != "seconds":
             trained = [arm_results for arm_results in tuned if arm_results.finished()]
             for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
                 arm_results.speeds = speeds
-    return all_results
+    return confirmed or all_results, screened
 
 
 def cell_result(cell: Cell, ended: JobResult) -> CellResult:
@@ -945,7 +982,7 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
     return (f"First arm: {model.describe_shape()}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
             f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
-            f"; budget {config.budget}, {config.seeds} seeds; {environment.hardware}, {environment.machine}")
+            f"; budget {config.budget}, {len(reference.seeds)} seeds; {environment.hardware}, {environment.machine}")
 
 
 def describe_play_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
@@ -957,7 +994,7 @@ def describe_play_conditions(results: list[ArmResults], config: CompareConfig, e
     others = describe_match(config)
     return (f"First arm: {model.describe_shape()}, {reference.n_parameters / 1e3:,.0f} k parameters, batches "
             f"of {batch_games:,} games; the others: {others}. {span} {data.description}; budget {config.budget}, "
-            f"{config.seeds} seeds; {environment.hardware}, {environment.machine}")
+            f"{len(reference.seeds)} seeds; {environment.hardware}, {environment.machine}")
 
 
 # -- the forecast -----------------------------------------------------------------------------------------------------
@@ -1299,12 +1336,12 @@ def main(argv=None):
         arms = build_arms(config, common, data, Vocabularies(data, config.out_path / "data").prepared)
         check_budget(arms, config, environment)
         with StopSignals() as stop:
-            results = run_all(arms, config, environment, stop)
+            results, screened = run_all(arms, config, environment, stop)
         exit_if_stopped(stop, line)
         write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
-                         config.null)
+                         config.null, screened)
         print(f"{time.perf_counter() - start:,.0f} s")
-    exit_if_failed(result.status for arm_results in results for result in arm_results.results())
+    exit_if_failed(result.status for arm_results in (*results, *screened) for result in arm_results.results())
 
 
 def exit_if_stopped(stop: StopSignals, line: str):

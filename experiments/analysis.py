@@ -215,7 +215,8 @@ class ArmResults:
         its full cooldown, which an intermediate loss has not. (NaN, NaN) unless the longer run is better.
         """
         short = best_result(self.grid)
-        whole = next((run for run in self.finished() if run.cell.seed == short.cell.seed), None)
+        whole = next((run for run in self.finished() if run.cell.seed == short.cell.seed),
+                     best_result(self.full_budget_lr_runs))  # which is that run, where these are of other seeds
         if whole is None or whole.rows[-1]["tokens"] <= short.rows[-1]["tokens"] or whole.outcome >= short.outcome:
             return math.nan, math.nan
         log_ratio = math.log(whole.rows[-1]["tokens"] / short.rows[-1]["tokens"])
@@ -324,6 +325,15 @@ def add_significance(rows: list[dict]) -> list[dict]:
     return rows
 
 
+def screen_rows(screened: list[ArmResults]) -> list[dict]:
+    """`table_rows` of the runs that have chosen what is confirmed, which are not tested."""
+    rows = table_rows(screened)
+    for row in rows:
+        if row.pop("p", None) is not None:
+            row["significance"] = "screened"
+    return rows
+
+
 # -- what accuracy costs at inference ---------------------------------------------------------------------------------
 
 def thought_rows(results: list[ArmResults]) -> list[dict]:
@@ -384,7 +394,7 @@ def short_verdict(row: dict) -> str:
         return "no comparable run finished"
     if math.isinf(row["difference_margin"]):
         return "one seed shows nothing"
-    return {"none": "no significant difference", "uncorrected": "significant only by itself",
+    return {"none": "no significant difference", "uncorrected": "significant only by itself", "screened": "screened",
             "corrected": "better" if row["difference"] < 0 else "worse"}[row["significance"]]
 
 

@@ -18,6 +18,7 @@ from experiments.analysis import (
     describe_best,
     fit_scaling,
     format_equivalent,
+    screen_rows,
     share_vocabulary,
     short_verdict,
     table_rows,
@@ -31,7 +32,8 @@ from experiments.stats import Estimate
 from runtime.cli import say
 from runtime.files import atomic_write
 
-SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no"}  # in the column "significant"
+# In the column "significant"
+SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no", "screened": "not tested"}
 NOTES = """\
 Values are means over seeds ± the half-width of the 95 % interval (Student's t); the interval covers {covered}. Differences
 are paired by seed; p and "significant" are corrected for all comparisons on this page (Holm). {Unit} at equal seconds: what
@@ -63,6 +65,8 @@ THOUGHT_NOTE = """\
 The same held-out problems, answered greedily, with each amount of thought that an arm is trained for. Tokens and FLOPs
 (matrix products) are of a problem on average, the reading of it included in the FLOPs. Intervals cover seeds, and are not
 corrected for the number of comparisons."""
+SCREEN_NOTE = """\
+Of these seeds alone: they have chosen the arms that were confirmed with new ones, and are not among the runs above."""
 PAIRED_NOTE = "A pair of a seed shares the seed of the generators, not the games."
 NULL_NOTE = """\
 In a null test the two sides share neither initial weights nor the order of data, so a pair differs by more than two arms of
@@ -70,20 +74,27 @@ a comparison do, which share the order."""
 
 
 def write_comparison(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
-                     out_path: Path, is_null: bool):
+                     out_path: Path, is_null: bool, screened: list[ArmResults] = ()):
     """Writes the report into `out_path`, and prints short tables of it. describe_conditions(arms of a size): the conditions
-    that they were compared under. is_null: the second arm is the first again."""
-    by_size = [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
+    that they were compared under. is_null: the second arm is the first again. screened: the runs of all arms that have
+    chosen those of `results`."""
+    by_size = group_by_size(results)
     rows_by_size = [table_rows(group) for group in by_size]
     rows, thoughts = add_significance(list(itertools.chain(*rows_by_size))), [thought_rows(group) for group in by_size]
     metric, title = results[0].arm.metric, "A null test: an arm against itself" if is_null else "Comparison"
     parts = [("code", command_line)]
     for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
         parts += size_section(group, size_rows, describe_conditions(group)) + thought_section(size_thoughts)
+    screens = [(group, screen_rows(group)) for group in group_by_size(screened)]
+    for group, size_rows in screens:
+        parts += screen_section(group, size_rows)
     parts += vocabulary_section(by_vocabulary(results))
     if len(by_size) > 1 and metric == BPB:  # others reach 0, which no power law does
         parts += scaling_section(by_size)
     parts += [("p", note) for note in make_notes(metric, is_null, share_vocabulary(results))]
+    if screens:
+        rows = [row | {"stage": stage} for stage, found in (
+            ("confirm", rows), ("screen", list(itertools.chain(*(found for _, found in screens))))) for row in found]
     for old in out_path.glob("*.svg"):
         old.unlink()
     pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
@@ -93,11 +104,26 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
     write_page(out_path / "comparison.html", title, parts)
+    for group, size_rows in screens:
+        print("\n".join(short_table(group, size_rows)))
     for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
         print("\n".join(short_table(group, size_rows) + short_thoughts(size_thoughts)))
     for name, arms in by_vocabulary(results).items():
         say(f"{name}: {best_vocabulary(arms)}")
     print(out_path / "comparison.html")
+
+
+def group_by_size(results: list[ArmResults]) -> list[list[ArmResults]]:
+    return [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
+
+
+def screen_section(results: list[ArmResults], rows: list[dict]) -> list:
+    """The parts of the page about the arms of one size before those were chosen that are confirmed."""
+    table, _ = table_of_columns(rows, results[0].arm.metric)
+    parts = [("h3", f"Screen{': ' + results[0].arm.size if results[0].arm.size else ''}"), ("p", SCREEN_NOTE), table]
+    if problems := [problem for arm_results in results for problem in arm_results.problems()]:
+        parts.append(("ul", problems))
+    return parts
 
 
 def make_notes(metric: Metric, is_null: bool, is_one_vocabulary: bool) -> list[str]:

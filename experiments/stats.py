@@ -51,6 +51,28 @@ def p_value(values: list[float]) -> float:
     return float(2 * t.sf(abs(mean) / deviation * math.sqrt(len(values)), len(values) - 1))
 
 
+def power(n: int, deviation: float, difference: float, alpha: float = 1 - CONFIDENCE) -> float:
+    """The probability that `p_value` of `n` differences is below alpha, if they are normal with mean `difference` and this
+    standard deviation."""
+    if n < 2:
+        return 0.0
+    from scipy.stats import nct, t
+    limit, shift = t.ppf(1 - alpha / 2, n - 1), abs(difference) / deviation * math.sqrt(n)
+    return float(nct.sf(limit, n - 1, shift) + nct.cdf(-limit, n - 1, shift))
+
+
+def pairs_needed(deviation: float, difference: float, alpha: float = 1 - CONFIDENCE, wanted: float = 0.8) -> int:
+    """The least number of pairs whose `power` is `wanted`, at least 2."""
+    high = 2
+    while power(high, deviation, difference, alpha) < wanted:
+        high *= 2
+    low = high // 2  # too few, or 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle, deviation, difference, alpha) >= wanted else (middle, high)
+    return high
+
+
 def holm(p_values: list[float]) -> list[float]:
     """p-values corrected for multiple comparisons (family-wise error rate), in the order given.
 

@@ -486,6 +486,31 @@ def test_command_tunes_trains_and_times_every_arm(fake_train, flags, tmp_path, c
 
 
 @pytest.mark.integration
+def test_a_screen_chooses_what_is_confirmed_with_new_seeds(fake_train, flags, tmp_path, capsys):
+    """Of three arms besides the first, all with two seeds: the best one, with as many new seeds as their spread asks for."""
+    flags = [*flags, "--arms", "mlp=gelu", "mlp=relu2", "mlp=swiglu", "mlp=gelu_tanh", "--screen", "--confirm=1",
+             "--rates", "1", "--smallest_difference=0.00002", "--most_seeds=4", "--match=none"]
+    compare.main(flags)
+    captured, ran = capsys.readouterr(), fake_train.log()
+    runs = {arm: sorted(name.split("-")[-2] for name in ran if name.startswith(f"{arm}-") and "-run-" in name)
+            for arm in (name.split("-")[0] for name in ran)}
+    assert sum(seeds == ["1", "2"] for seeds in runs.values()) == 2 and len(runs) == 4
+    assert sum(seeds == ["1", "2", "3", "4", "5", "6"] for seeds in runs.values()) == 2  # of the first and the best arm
+    assert runs["mlp=gelu"] == ["1", "2", "3", "4", "5", "6"] and runs["mlp=relu2"] == ["1", "2"]
+    assert "confirming mlp=" in captured.err and "with 4 new seeds: paired differences have" in captured.err
+    assert "3 degrees of freedom" in captured.err and "would take" in captured.err and "--most_seeds" in captured.err
+    assert sum("-speed-" in name for name in ran) == 2 * 3
+    with open(tmp_path / "out" / "comparison.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["stage"], row["runs"]) for row in rows] == [("confirm", "4")] * 2 + [("screen", "2")] * 4
+    assert [bool(row["p_holm"]) for row in rows] == [False, True] + [False] * 4 and rows[1]["comparisons"] == "1"
+    assert "### Screen" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert captured.out.count(" screened") == 3
+    compare.main(flags)
+    assert fake_train.log() == ran  # nothing is run twice
+
+
+@pytest.mark.integration
 def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
     """With as much text for each; what was encoded stays, and is used again by the same command."""
     arms = ["vocab_size=300", "vocab_size=400", "vocab_size=600,mlp=relu2", "vocab_size=600"]
@@ -628,6 +653,9 @@ def test_unreadable_checkpoint_is_reported_once(fake_train, flags):
     (["--arms", "mlp=gelu", "tokenizer_path=none.json", "--budget=bytes=2e4"], "none.json: no tokenizer to read"),
     (["--arms", "mlp=gelu", "pattern=([", "--budget=bytes=2e4"], "nor a regular expression"),
     (["--arms", "vocab_size=300", "vocab_size=90000", "--budget=bytes=2e4"], "--match=non_embedding"),
+    (["--confirm=2"], "--confirm=2: has a meaning with --screen alone"),
+    (["--most_seeds=2"], "--most_seeds=2: has a meaning with --screen alone"),
+    (["--arms", "mlp=gelu", "--null", "--screen"], "--screen: chooses among arms that are trained, not with --null"),
     (["--budget=bytes=900"], "less than a step"), (["--arms", "gelu", "swiglu"], "'gelu': did you mean mlp=gelu?"),
     (["--budget=cups=2"], "give tokens=N"), (["--budget=seconds=9", "--jobs=2"], "only one run at a time"),
     (["--data_path=/nowhere"], "no shards to read"), (["--batch_size=auto"], "give a number"), (["--rates", "0"], "above 0"),

@@ -1,10 +1,11 @@
 """experiments/stats.py against scipy's own tests, printed tables and numbers worked out by hand."""
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.stats import Estimate, holm, p_value, parabola_minimum, power_law
+from experiments.stats import Estimate, holm, p_value, pairs_needed, parabola_minimum, power, power_law
 
 SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]
 
@@ -42,6 +43,21 @@ def test_holm_by_hand():
     """Of three: the smallest counts three times, the next twice; none gets below a smaller one."""
     assert holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize("effect, n", [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_pairs_by_printed_tables(effect, n):
+    """For a power of 80 % and two sides (Cohen 1988; G*Power)."""
+    assert pairs_needed(2.0, 2.0 * effect) == n
+    assert power(n - 1, 2.0, 2.0 * effect) < 0.8 <= power(n, 2.0, 2.0 * effect)
+
+
+@pytest.mark.parametrize("n, difference, alpha", [(2, 3.0, 0.05), (4, 1.5, 0.05), (9, 1.0, 0.025), (5, 0.0, 0.05)])
+def test_power_equals_a_simulation(n, difference, alpha):
+    samples = np.random.default_rng(0).normal(difference, 1.3, size=(4000, n))
+    found = np.mean([p_value(sample.tolist()) < alpha for sample in samples])
+    expected = power(n, 1.3, difference, alpha)
+    assert found == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-9)
 
 
 def test_minimum_of_a_parabola():
