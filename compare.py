@@ -892,7 +892,8 @@ def cell_digest(arm: Arm, values: dict, spec: ScriptSpec, environment: RunEnviro
 
 # -- running them -----------------------------------------------------------------------------------------------------
 
-def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment, is_confirmed: bool) -> float:
+def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEnvironment,
+                  is_confirmed: bool = False) -> float:
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
     known how many are. is_confirmed: its learning rate is known from the screen."""
     cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
@@ -1013,7 +1014,7 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     encoded for an arm, its bytes per token count as those of --data_path."""
     machine, total, peak, open_seconds = open_machine(device), 0.0, 0, 0.0
     on_cpu, data, n_grid = machine.device.type == "cpu", environment.data, len(config.rates)
-    n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" else 0
+    n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" and not config.screen else 0
     if on_cpu:
         torch.set_num_threads(threads_of_job(config.jobs))
     lines = [("arm", "parameters", "memory", "games/s" if data.game else "tokens/s", "runs", "time")]
@@ -1044,7 +1045,8 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     total = (total + n_processes * start_seconds) / jobs + n_timed * start_seconds  # speed is measured one run at a time
     available = available_memory(machine.device)
     print(f"time    about {format_seconds(total)} with --jobs={config.jobs}, the start of {n_processes} processes included"
-          + f", and of {n_timed} that measure speed" * (n_timed > 0))
+          + f", and of {n_timed} that measure speed" * (n_timed > 0)
+          + "; that is the screen alone, how many seeds confirm it is known after that" * config.screen)
     print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
     if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)

@@ -167,7 +167,7 @@ def test_closed_answer_stays_in_the_conversation(model, monkeypatch):
 def test_interrupt_within_a_forward_pass_discards_the_cache(model, monkeypatch):
     """The first of two layers has cached a token that the second has not."""
     def interrupt(block, args, result):
-        if len(contexts) == 2 and args[4] is not None:  # with a cache: not the pass that it is compared with
+        if len(contexts) == 2 and args[5] is not None:  # with a cache: not the pass that it is compared with
             hook.remove()
             raise KeyboardInterrupt
     chat, hook = Chat(model, BYTES, GREEDY, 9), model.blocks[0].register_forward_hook(interrupt)

@@ -545,6 +545,9 @@ def test_dry_run_prints_a_forecast_and_writes_nothing(fake_train, flags, tmp_pat
     assert time.startswith("time    about") and "14 processes" in time
     assert memory.endswith(" available") and disk.startswith("disk    about") and "1 other vocabulary," in disk
     assert not fake_train.log() and not (tmp_path / "out").exists()
+    compare.main([*flags, "--dry_run", "--screen"])
+    out = capsys.readouterr().out
+    assert "12 processes included; that is the screen alone" in out and out.splitlines()[1].split()[-3] == "6"
 
 
 @pytest.mark.integration

@@ -190,8 +190,8 @@ def test_a_finished_run_of_a_comparison_is_used_as_it_was_or_not_at_all(n, tmp_p
 @FUZZ
 def test_a_damaged_cell_of_probes_is_trained_again(n, tmp_path):
     common = probes.CellConfig()
-    cell, = probes.build_cells(probes.ProbeConfig(tasks=("parity",), seeds=1), common)
-    row = probes.empty_row(cell) | {"status": "unsolved", "parameters": 100, "seconds": 1.0} | {
+    cell, = probes.build_cells(probes.ProbeConfig(tasks=("parity",), rates=(1.0,)), common, seed=0)
+    row = probes.empty_row(cell) | {"status": "unsolved", "parameters": 100, "state_bytes": 10, "seconds": 1.0} | {
         f"accuracy_{scale}x": 0.5 for scale in probes.SCALES}
     path = tmp_path / "row.json"
     probes.write_cell_row(path, row)

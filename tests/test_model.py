@@ -502,7 +502,7 @@ def test_x0_residual_by_hand():
 
     def run(mix: list[float], x, x0):
         second.x0_mix.copy_(torch.tensor(mix))
-        return second(x, x0, values, metadata)[0]
+        return second(x, x0, None, values, metadata)[0]
     assert torch.equal(run([0.0, 1.0], x, x0), run([1.0, 0.0], x0, x))
     assert torch.equal(run([0.5, 0.25], x, x0), run([1.0, 0.0], 0.5 * x + 0.25 * x0, x0))
 
