@@ -916,8 +916,8 @@ def expected_runs(results: ArmResults, config: CompareConfig) -> int:
 def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
             stop: StopSignals) -> tuple[list[ArmResults], list[ArmResults]]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
-    best rate; with --screen, then those of the arms to confirm; and times the arms at the end. Returns the results, and with
-    --screen those of the screen."""
+    best rate; with --screen, then those of the arms to confirm; and times the arms at the end. Returns the results, and
+    those of the screen where it led to a confirmation."""
     all_results = [ArmResults(arm, timed_budget=config.limit[0] == "seconds") for arm in arms]
     screened, confirmed = [], []
     first_seed = lambda arm_results: arm_results.arm.seeds[:1]
@@ -956,7 +956,7 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
             trained = [arm_results for arm_results in tuned if arm_results.finished()]
             for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
                 arm_results.speeds = speeds
-    return confirmed or all_results, screened
+    return (confirmed, screened) if confirmed else (all_results, [])
 
 
 def cell_result(cell: Cell, ended: JobResult) -> CellResult:

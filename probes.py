@@ -7,6 +7,7 @@ of them from the other seeds. It is tested at one, two, four and eight times the
 task, a learning rate and a seed make a cell: a process of this script, which writes its row into the folder `cells` of
 --out_path and is not trained again. Writes probes.md, probes.csv, probes.png and probes.svg.
 """
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -135,8 +136,8 @@ class ProbeCell:
         return f"{readable}-{hashlib.sha256(inputs.encode()).hexdigest()[:10]}"
 
 
-def build_cells(probe: ProbeConfig, common: CellConfig, seed: int, rates: Mapping[tuple[str, str], Sequence[float]] = {},
-                ) -> list[ProbeCell]:
+def build_cells(probe: ProbeConfig, common: CellConfig, seed: int,
+                rates: Mapping[tuple[str, str], Sequence[float]] | None = None) -> list[ProbeCell]:
     """The cells of a seed, at the learning rates of each arm and task, by default at all of them. Raises BadInput where an
     arm cannot be trained."""
     cells, arms = [], {arm: parse_probe_arm(arm, common) for arm in dict.fromkeys(probe.arms)}
@@ -145,7 +146,7 @@ def build_cells(probe: ProbeConfig, common: CellConfig, seed: int, rates: Mappin
             flags = CELL_DEFAULTS | vars(common) | values | fixed_flags(TASKS[task], common)
             with name_the_arm(arm):
                 flags = fit_state(flags, TASKS[task].length, probe.state_bytes)
-            for rate in rates.get((arm, task), dict.fromkeys(probe.rates)):
+            for rate in rates[arm, task] if rates else dict.fromkeys(probe.rates):
                 learning_rate = rate * flags["learning_rate"]
                 cells.append(ProbeCell(arm, task, rate, seed, flags | {"learning_rate": learning_rate}))
     for cell in cells:
@@ -172,16 +173,16 @@ def fit_state(flags: dict, length: int, most_bytes: int | None) -> dict:
     if most_bytes is None:
         return flags | {"window": max(1, length // 4)} if is_free("window") else flags
     sizes = {"window": range(1, length), "d_head_size": [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]}
-    best, free = flags, [name for name in sizes if is_free(name)]
-    # layers of all kinds grow together, by the numbers that they keep for each channel of the model: two for each position
-    for n in range(1, 2 * length + config.n_embd):
-        found = {name: max((size for size in sizes[name] if (2 * size if name == "window" else size) <= n), default=1)
-                 for name in free}
-        if state_bytes(read_flags(GPTConfig, flags | found), length) <= most_bytes:
-            best = flags | found
-    if state_bytes(read_flags(GPTConfig, best), length) > most_bytes:
+    free = [name for name in sizes if is_free(name)]
+
+    def with_state(n: int) -> dict:
+        """Layers of all kinds grow together, by the numbers kept for each channel of the model: two for each position."""
+        return flags | {name: max((size for size in sizes[name] if (2 * size if name == "window" else size) <= n), default=1)
+                        for name in free}
+    fits = lambda n: state_bytes(read_flags(GPTConfig, with_state(n)), length) <= most_bytes
+    if not fits(1):
         raise BadInput(f"its state has more than --state_bytes={most_bytes:,}, however small its windows and heads are")
-    return best
+    return with_state(bisect.bisect_left(range(1, 2 * length + config.n_embd), True, key=lambda n: not fits(n)))
 
 
 def state_bytes(config: GPTConfig, length: int) -> int:
@@ -457,13 +458,12 @@ def forecast_lines(probe: ProbeConfig, common: CellConfig, code: str) -> list[st
     is_finished = lambda cell: read_cell_row(row_path(probe, cell, code), cell) is not None
     at_all_rates, measured, n_cells, n_left, total = build_cells(probe, common, 0), {}, 0, 0, 0.0
     entries = group_rows((cell, {}) for cell in at_all_rates)
+    # which learning rate the other seeds have is known once the first has ended at all of them
+    other_seeds = [group_rows((cell, {}) for cell in build_cells(probe, common, seed)) for seed in range(1, probe.seeds)]
     for (arm, task), group in progress_bar(entries.items(), desc="timing", unit="cell", leave=False, disable=None):
         left = [cell for cell, _ in group if not is_finished(cell)]
-        # which learning rate the other seeds have is known once the first has ended at all of them
-        others = [[cell for cell, _ in group_rows((cell, {}) for cell in build_cells(probe, common, seed))[arm, task]]
-                  for seed in range(1, probe.seeds)]
-        n = len(left) + sum(not any(map(is_finished, cells)) for cells in others)
-        n_cells, n_left = n_cells + len(group) + len(others), n_left + n
+        n = len(left) + sum(not any(is_finished(cell) for cell, _ in cells[arm, task]) for cells in other_seeds)
+        n_cells, n_left = n_cells + len(group) + len(other_seeds), n_left + n
         if n:
             parameters, seconds = cell_seconds(group[0][0])
             measured.setdefault(arm, []).append((parameters, seconds))

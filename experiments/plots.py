@@ -359,7 +359,7 @@ def draw_accuracy_matrix(arms: list[str], columns: dict[str, list[str]], labels:
     tasks = list(columns)
     groups = [tasks[i:i + TASKS_PER_ROW] for i in range(0, len(tasks), TASKS_PER_ROW)]
     long_names = max(0, min(40, max(map(len, arms))) - 20) / 12  # inches beyond the usual
-    width = max(5.5, 2.0 + 0.44 * len(columns[tasks[0]]) * len(groups[0]), 2.0 + 1.75 * len(groups[0])) + long_names
+    width = max(5.5, 2.0 + max(1.75, 0.44 * len(columns[tasks[0]])) * len(groups[0])) + long_names
     figure, axes = plt.subplots(len(groups), figsize=(width, 0.7 + (0.9 + 0.95 * len(arms)) * len(groups)),
                                 layout="constrained", squeeze=False)
     for axis, group in zip(axes[:, 0], groups):

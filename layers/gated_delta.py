@@ -60,7 +60,7 @@ class GatedDelta(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.head_size = config.d_head_size or config.head_size
-        self.n_head, self.shape_of_v = config.n_embd // self.head_size, (config.n_head, config.head_size)
+        self.n_head, self.n_value_heads = config.n_embd // self.head_size, config.n_head  # here, and of returned values
         width, linear = config.n_embd, LINEARS[config.linear]
         self.qkv = linear(config.n_embd, (1 + 2 * self.n_householder) * width, config.bias)  # q, then every k, then every v
         self.rates = linear(config.n_embd, (1 + self.n_householder) * self.n_head, config.bias)  # logits of each head's β, α
@@ -96,7 +96,7 @@ class GatedDelta(nn.Module):
         q, *kv = qkv.view(B, T, 1 + 2 * n, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.value_mix is not None:
             kv[-1] = torch.lerp(kv[-1], split_heads(first_layer_v, self.n_head), self.value_mix.to(x.dtype))
-        new_v = split_heads(kv[-1], self.shape_of_v[0])
+        new_v = split_heads(kv[-1], self.n_value_heads)
         k, v = (torch.stack(part, dim=3).flatten(2, 3) if n > 1 else part[0] for part in (kv[:n], kv[n:]))  # (B, H, T n, D)
         q, k = (rms_norm(part, save_input=True) * self.head_size ** -0.5 for part in (q, k))
         *beta, decay = self.rates(x).float().view(B, T, 1 + n, self.n_head).permute(2, 0, 3, 1)             # each (B, H, T)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache
 
-MULTIPLIERS = 36313, 27191  # of a token and of the one before it; odd, so that tokens that differ give products that differ
+MULTIPLIERS = 36313, 27191  # of a token and of the one before it, as in modded-nanogpt
 NO_TOKEN = -1               # before the first one of a document
 
 

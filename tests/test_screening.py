@@ -1,10 +1,12 @@
 """experiments/screening.py: how many seeds a confirmation takes. The command with --screen: test_compare.py."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments.screening import POWER, SCREEN_SEEDS, choose_seeds
+from experiments.analysis import ArmResults
+from experiments.screening import POWER, SCREEN_SEEDS, choose_seeds, plan_confirmation
 from experiments.stats import holm, p_value
 
 
@@ -19,6 +21,16 @@ def test_seeds_by_hand():
     assert n == 20 and "80% would take 34 seeds: see --most_seeds" in why and "a probability of 56%" in why
     assert choose_seeds([[0.1], []], 0.01, 1, 20, ".4f", "bits/byte") == (20, "")
     assert choose_seeds([[0.1, 0.1]], 0.01, 1, 20, ".4f", "bits/byte")[0] == SCREEN_SEEDS
+
+
+def test_nothing_is_confirmed_where_no_arm_can_be_compared():
+    """Of the first arm, or of all others, no run has finished."""
+    run = lambda status: SimpleNamespace(status=status, outcome=1.0)
+    arm = SimpleNamespace(size="n_layer=2", name="mlp=gelu")
+    for statuses in (("diverged", "finished"), ("finished", "diverged")):
+        screened = [ArmResults(arm, runs=[run(status)] * 2) for status in statuses]
+        chosen, sentence = plan_confirmation(screened, 2, 0.01, 20)
+        assert chosen == [] and sentence == "n_layer=2: no arm can be compared with the first: nothing is confirmed"
 
 
 @pytest.mark.parametrize("n_arms", [1, 2])
