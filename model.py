@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from layers import LINEARS, MIXERS, MLPS, NORMS
+from layers import LINEAR_SCOPES, LINEARS, MIXERS, MLPS, NORMS
 from layers.attention import Rotary
 from layers.attention_metadata import (
     AttentionMetadata,
@@ -76,6 +76,9 @@ class GPTConfig:
                                       "that the model works with other numbers at inference")
     linear: str = flag("linear", "kind of every linear layer in the blocks, including those of attention",
                        choices=tuple(LINEARS))
+    linear_scope: str = flag("all", "which of them are of that kind; values: only those after the mixers, which write what "
+                                    "these have read; gates: only those of the gates, in layers of gated_delta and "
+                                    "delta_product also of the rates of decay and correction", choices=tuple(LINEAR_SCOPES))
     norm: str = flag("rms", "normalisation: rms has no parameters and also normalises the embedding; scaled_rms is Llama's, "
                             "layer GPT-2's", choices=tuple(NORMS))
     norm_eps: float = flag(None, "added to the mean square in the norms (default: 1e-5; 1e-7 with --norm=rms)", above=0,
@@ -106,11 +109,17 @@ class GPTConfig:
     def __post_init__(self):
         check_flags(self)
         if self.mlp == "auto":
-            object.__setattr__(self, "mlp", "gelu" if self.linear == "linear" else self.linear)
+            object.__setattr__(self, "mlp", "gelu" if self.linear == "linear" or self.linear_scope != "all" else self.linear)
         is_pattern = 0 < len(self.mixer) <= self.n_layer and set(self.mixer) <= MIXERS_BY_LETTER.keys()
         if self.mixer not in MIXERS and not is_pattern:
             raise BadInput(f"--mixer={self.mixer}: choose one of {', '.join(MIXERS)}, or a pattern of the letters "
                            f"{', '.join(MIXERS_BY_LETTER)}, at most --n_layer={self.n_layer} of them")
+        if self.linear_scope != "all" and self.linear == "linear":
+            raise BadInput(f"--linear_scope={self.linear_scope}: says which layers are of the kind --linear: give one, "
+                           f"such as --linear=grkan")
+        if self.linear_scope == "gates" and not self.has_gates:
+            raise BadInput(f"--linear_scope=gates: --mixer={self.mixer} and --mlp={self.mlp} have no gates: give "
+                           f"--mixer=gated_delta or --mlp=swiglu")
         if self.sampled_loops and self.loops == 1:
             raise BadInput("--sampled_loops: draws around --loops: give 2 or more")
         if self.n_kv_head and self.n_head % self.n_kv_head:
@@ -146,6 +155,11 @@ class GPTConfig:
     def max_loops(self) -> int:
         """The most loops that a training batch can take."""
         return MAX_LOOPS_RATIO * self.loops if self.sampled_loops else self.loops
+
+    @property
+    def has_gates(self) -> bool:
+        return self.mlp == "swiglu" or any(issubclass(self.mixer_class(layer), MIXERS["gated_delta"])
+                                           for layer in range(self.n_layer))
 
     def has_value_embedding(self, layer: int) -> bool:
         return (self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2

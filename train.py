@@ -224,7 +224,8 @@ def dry_run(model: GPT, machine: Machine, batch_size: int):
 def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: TrainConfigs) -> list[str]:
     """The lines that a run starts with: model, data and machine."""
     config, loop, run = state.model.config, configs.loop, configs.run
-    linear = f", {config.linear} for every linear layer" if config.linear != "linear" else ""
+    where = "every linear layer" if config.linear_scope == "all" else f"linear layers of {config.linear_scope}"
+    linear = f", {config.linear} for {where}" if config.linear != "linear" else ""
     train_tokens = data.manifest.total("train", "tokens")
     limits = loop.max_iter and loop.max_iter * setup.step_tokens, loop.max_tokens
     seen = min((tokens for tokens in limits if tokens), default=0)

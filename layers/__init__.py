@@ -1,9 +1,9 @@
 """Parts of the network: mathematics on tensors. An architecture is one class here and one line in a dict below.
 
 Every layer is constructed from the model's config, from which it reads what it needs: n_embd, n_head, head_size, bias …
-All linear layers inside it are `LINEARS[config.linear]`. Two names have a meaning: `proj` is the one that writes into the
-residual stream, whose matrix the model initialises to zero; the matrix of one named `qkv` is several of equal shape stacked
-along its rows (queries, keys and values), which the optimizer updates as separate matrices.
+All linear layers inside it are of `linear_class(config, name)` (layers/linear.py). Two names have a meaning: `proj` is the
+one that writes into the residual stream, whose matrix the model initialises to zero; the matrix of one named `qkv` is
+several of equal shape stacked along its rows (queries, keys and values), which the optimizer updates as separate matrices.
 
 MLP: `MLP(config)`, works on each position by itself.
 
@@ -29,11 +29,11 @@ from functools import partial
 
 from layers.attention import Attention, SlidingAttention
 from layers.gated_delta import DeltaProduct, GatedDelta
-from layers.linear import LINEARS
+from layers.linear import LINEAR_SCOPES, LINEARS
 from layers.mlp import GELU, KAN, ReLU2, SwiGLU, TanhGELU
 from layers.norm import LayerNorm, RMSNorm, ScaledRMSNorm
 
-__all__ = ["LINEARS", "MIXERS", "MLPS", "NORMS"]
+__all__ = ["LINEAR_SCOPES", "LINEARS", "MIXERS", "MLPS", "NORMS"]
 
 MIXERS = {"attention": Attention, "sliding": SlidingAttention, "gated_delta": GatedDelta, "delta_product": DeltaProduct}
 KANS = {kind: partial(KAN, kind=kind) for kind in LINEARS if kind != "linear"}

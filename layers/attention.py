@@ -11,7 +11,7 @@ from kernels.decode import attend, can_attend
 from layers.attention_metadata import AttentionMetadata
 from layers.blocked_attention import blocked_causal_attention, is_blocked
 from layers.cache import RowCache, RowGroups
-from layers.linear import LINEARS, elementwise_flops, matrix_flops
+from layers.linear import elementwise_flops, linear_class, matrix_flops
 from layers.norm import rms_norm
 from layers.value_embedding import ValueEmbedding
 
@@ -131,9 +131,9 @@ class Attention(nn.Module):
         self.n_head, self.head_size = config.n_head, config.head_size
         self.qk_norm, self.qk_scale = config.qk_norm, config.qk_scale
         self.n_kv_head = config.n_kv_head or config.n_head
-        linear = LINEARS[config.linear]
-        self.qkv = linear(config.n_embd, (config.n_head + 2 * self.n_kv_head) * config.head_size, config.bias)
-        self.proj = linear(config.n_head * config.head_size, config.n_embd, config.bias)
+        self.qkv = linear_class(config, "mixer.qkv")(
+            config.n_embd, (config.n_head + 2 * self.n_kv_head) * config.head_size, config.bias)
+        self.proj = linear_class(config, "mixer.proj")(config.n_head * config.head_size, config.n_embd, config.bias)
         self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
         self.value_embedding = ValueEmbedding(config) if config.has_value_embedding(layer) else None
 

@@ -23,7 +23,7 @@ from torch import Tensor, library, nn
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache
 from layers.convolution import ShortConvolution
-from layers.linear import LINEARS, elementwise_flops, matrix_flops
+from layers.linear import elementwise_flops, linear_class, matrix_flops
 from layers.norm import rms_norm
 
 NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name__)  # see kernels/rational.py
@@ -61,11 +61,11 @@ class GatedDelta(nn.Module):
         super().__init__()
         self.head_size = config.d_head_size or config.head_size
         self.n_head, self.n_value_heads = config.n_embd // self.head_size, config.n_head  # here, and of returned values
-        width, linear = config.n_embd, LINEARS[config.linear]
-        self.qkv = linear(config.n_embd, (1 + 2 * self.n_householder) * width, config.bias)  # q, then every k, then every v
-        self.rates = linear(config.n_embd, (1 + self.n_householder) * self.n_head, config.bias)  # logits of each head's β, α
-        self.gate = linear(config.n_embd, width, config.bias)
-        self.proj = linear(width, config.n_embd, config.bias)
+        width, linear = config.n_embd, lambda name, n_out: linear_class(config, f"mixer.{name}")(width, n_out, config.bias)
+        self.qkv = linear("qkv", (1 + 2 * self.n_householder) * width)  # q, then every k, then every v
+        self.rates = linear("rates", (1 + self.n_householder) * self.n_head)  # logits of each head's β, α
+        self.gate = linear("gate", width)
+        self.proj = linear("proj", width)
         self.conv = ShortConvolution(self.qkv.weight.size(0), config.d_conv) if config.d_conv else None
         shortest, longest = INITIAL_MEMORY
         memory = [shortest * (longest / shortest) ** (i / max(1, self.n_head - 1)) for i in range(self.n_head)]

@@ -30,6 +30,14 @@ class Linear(nn.Linear):
 
 
 LINEARS = {"linear": Linear, "grkan": RationalKAN, "chebkan": ChebyshevKAN, "bspline": BSplineKAN}
+# --linear_scope: the linear layers of the blocks that are of the kind --linear, by the names in their classes; None: all
+LINEAR_SCOPES = {"all": None, "values": ("mixer.proj",), "gates": ("mixer.gate", "mixer.rates", "mlp.gate")}
+
+
+def linear_class(config, name: str) -> type:
+    """The class of the linear layer `name` of the blocks, "mixer.proj"."""
+    names = LINEAR_SCOPES[config.linear_scope]
+    return LINEARS[config.linear if names is None or name in names else "linear"]
 
 
 def cast_weights(weights: Iterable[nn.Parameter], dtype: torch.dtype):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.activated_linear import ActivatedLinear
-from layers.linear import LINEARS, Linear, elementwise_flops, matrix_flops
+from layers.linear import LINEARS, Linear, elementwise_flops, linear_class, matrix_flops
 
 
 class MLP(nn.Module):
@@ -14,9 +14,9 @@ class MLP(nn.Module):
     def __init__(self, config, n_hidden: int | None = None):
         """n_hidden: the default width of the hidden layer."""
         super().__init__()
-        self.n_hidden, linear = config.n_hidden or n_hidden or 4 * config.n_embd, LINEARS[config.linear]
-        self.fc = linear(config.n_embd, self.n_hidden, config.bias)
-        self.proj = linear(self.n_hidden, config.n_embd, config.bias)
+        self.n_hidden = config.n_hidden or n_hidden or 4 * config.n_embd
+        self.fc = linear_class(config, "mlp.fc")(config.n_embd, self.n_hidden, config.bias)
+        self.proj = linear_class(config, "mlp.proj")(self.n_hidden, config.n_embd, config.bias)
 
     def activation(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -93,7 +93,7 @@ class SwiGLU(MLP):
 
     def __init__(self, config):
         super().__init__(config, 8 * config.n_embd // 3)
-        self.gate = LINEARS[config.linear](config.n_embd, self.n_hidden, config.bias)
+        self.gate = linear_class(config, "mlp.gate")(config.n_embd, self.n_hidden, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.silu(self.gate(x)) * self.fc(x))

@@ -1,4 +1,5 @@
 """KAN layers against their definitions edge by edge, and as the linear layers of a model."""
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from layers.linear import elementwise_flops, linear_layers, matrix_flops
 from layers.norm import rms_norm
 from model import GPT, GPTConfig
 from optimizer import OptimizerConfig, make_optimizer
+from runtime.config import BadInput
 
 KNOTS = 1.5 * torch.arange(-5, 6, dtype=torch.double)
 KANS = {kind: layer for kind, layer in LINEARS.items() if kind != "linear"}
@@ -211,6 +213,25 @@ def test_linear_replaces_every_linear_layer_of_the_blocks(kind, mlp, mixer):
     blocks = GPT(config).blocks
     with_matrix = [layer for layer in blocks.modules() if getattr(layer, "weight", None) is not None]
     assert with_matrix == linear_layers(blocks) and {type(layer) for layer in with_matrix} == {LINEARS[kind]}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_linear_scope(mixer):
+    """Which layers are of the kind: by hand for each mixer."""
+    config = GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=8, vocab_size=32, mixer=mixer, mlp="swiglu")
+
+    def kans(scope):
+        block = GPT(dataclasses.replace(config, linear="grkan", linear_scope=scope)).blocks[0]
+        return {name for name, layer in block.named_modules() if isinstance(layer, RationalKAN)}
+    gates = {"mlp.gate"} | ({"mixer.gate", "mixer.rates"} if mixer in ("gated_delta", "delta_product") else set())
+    assert kans("values") == {"mixer.proj"} and kans("gates") == gates
+
+
+def test_a_linear_scope_that_would_do_nothing_is_refused():
+    with pytest.raises(BadInput, match="--linear_scope=values: .* --linear=grkan"):
+        GPTConfig(vocab_size=32, linear_scope="values")
+    with pytest.raises(BadInput, match="--linear_scope=gates: --mixer=attention and --mlp=gelu have no gates"):
+        GPTConfig(vocab_size=32, linear="grkan", linear_scope="gates")
 
 
 def test_flops_by_hand():
