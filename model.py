@@ -26,6 +26,7 @@ from layers.attention_metadata import (
     sliding_window_mask,
 )
 from layers.cache import RowCache, RowGroups
+from layers.dense import DenseConnections
 from layers.gated_delta import DEFAULT_HOUSEHOLDER
 from layers.linear import cast_weights, linear_layers, matrix_flops
 from layers.loss import cross_entropy, softcap_logits
@@ -96,6 +97,8 @@ class GPTConfig:
                                    "feed-forward layers")
     smear: bool = flag(False, "add a gated multiple of the previous token's embedding to each embedding")
     backout: bool = flag(False, "subtract a learned multiple of the residual stream in the middle from that at the end")
+    dense_blocks: int = flag(None, "last blocks to whose input those of all blocks before them are added, times factors "
+                                   "that a small MLP computes (default: none)", at_least=1, at_most=100_000)
     ngram_rows: int = flag(None, "vectors in a table for pairs of a token and the one before it, which share a vector where "
                                  "a hash of them agrees; 5 times the vocabulary is usual (default: no table)", at_least=2,
                            at_most=1_000_000_000)
@@ -122,6 +125,12 @@ class GPTConfig:
                            f"--mixer=gated_delta or --mlp=swiglu")
         if self.sampled_loops and self.loops == 1:
             raise BadInput("--sampled_loops: draws around --loops: give 2 or more")
+        if self.dense_blocks and self.dense_blocks >= self.n_layer:
+            raise BadInput(f"--dense_blocks={self.dense_blocks}: the first of --n_layer={self.n_layer} blocks has none "
+                           f"before it: give at most {self.n_layer - 1}")
+        if self.dense_blocks and self.loops > 1:
+            raise BadInput(f"--dense_blocks={self.dense_blocks}: not with --loops={self.loops}, whose blocks have several "
+                           f"inputs: leave one out")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise BadInput(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}")
         if self.n_kv_head not in (None, self.n_head) and not all(
@@ -273,7 +282,8 @@ def number_rows(rows: list[int]) -> tuple[list[int], list[int]]:
 
 class Block(nn.Module):
     """x + mixer(shift(norm(x))), then x + mlp(shift(norm(x))). With x0_residual, x is first replaced by a learned mix of x
-    and the embedding x0; with ngram_rows, a learned multiple of what NgramMemory has looked up is added before."""
+    and the embedding x0; with ngram_rows, a learned multiple of what NgramMemory has looked up is added before; in the last
+    dense_blocks, the inputs of the blocks before."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -285,6 +295,8 @@ class Block(nn.Module):
         elif config.x0_residual and layer > 0:
             self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         self.ngram_mix = nn.Parameter(torch.tensor(NGRAM_MIX)) if config.ngram_rows else None
+        is_dense = layer >= config.n_layer - (config.dense_blocks or 0)
+        self.dense = DenseConnections(config, layer) if is_dense else None
         self.mixer_norm, self.mlp_norm = NORMS[config.norm](config), NORMS[config.norm](config)
         self.shifts = nn.ModuleList(TokenShift(config) for _ in range(2)) if config.token_shift else None
         self.mixer = config.mixer_class(layer)(config, layer)
@@ -295,8 +307,12 @@ class Block(nn.Module):
                           [shift.init_cache(batch_size, device, dtype) for shift in self.shifts or ()])
 
     def forward(self, x: Tensor, x0: Tensor, ngrams: Tensor | None, first_layer_v: Tensor | None,
-                metadata: AttentionMetadata, cache: BlockCache | None = None) -> tuple[Tensor, Tensor]:
-        """x, x0, ngrams: (B, T, C). Returns the new x, (B, T, C), and the mixer's values."""
+                metadata: AttentionMetadata, cache: BlockCache | None = None,
+                sources: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
+        """x, x0, ngrams: (B, T, C). sources: the inputs of the blocks before, if some are dense. Returns the new x,
+        (B, T, C), and the mixer's values."""
+        if self.dense is not None:
+            x = self.dense(x, sources)
         if self.x0_mix is not None:
             x = self.x0_mix[0] * x + self.x0_mix[1] * x0
         elif self.x0_scale is not None:
@@ -307,6 +323,10 @@ class Block(nn.Module):
         y, v = self.mixer(mixer_input, metadata, cache and cache.mixer, first_layer_v)
         x = x + y
         return x + self.mlp(self.sublayer_input(1, self.mlp_norm, x, metadata, cache)), v
+
+    def parts(self) -> list[nn.Module]:
+        """Those that count what they cost."""
+        return [part for part in (self.dense, self.mixer, self.mlp) if part is not None]
 
     def sublayer_input(self, i: int, norm: nn.Module, x: Tensor, metadata: AttentionMetadata,
                        cache: BlockCache | None) -> Tensor:
@@ -405,13 +425,14 @@ class GPT(nn.Module):
         if self.smear is not None:
             x = self.smear(x, metadata, cache and cache.smear)
         ngrams = None if self.ngrams is None else self.ngrams(idx, metadata, cache and cache.ngrams)
-        x0, first_layer_v, middle = x, None, None
+        x0, first_layer_v, middle, inputs = x, None, None, ()
         for i, block in enumerate(blocks):
+            sources, inputs = inputs, (*inputs, x) if self.config.dense_blocks else ()
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, v = run_checkpointed(block, x, x0, ngrams, first_layer_v, metadata, use_reentrant=False,
-                                        preserve_rng_state=False)
+                x, v = run_checkpointed(block, x, x0, ngrams, first_layer_v, metadata, None, sources,
+                                        use_reentrant=False, preserve_rng_state=False)
             else:
-                x, v = block(x, x0, ngrams, first_layer_v, metadata, cache.blocks[i] if cache is not None else None)
+                x, v = block(x, x0, ngrams, first_layer_v, metadata, cache.blocks[i] if cache is not None else None, sources)
             first_layer_v = v if first_layer_v is None else first_layer_v
             middle = x if i == len(blocks) // 2 else middle
         if self.backout_coeff is not None:
@@ -516,15 +537,15 @@ class GPT(nn.Module):
         is recomputed to save memory does not count. Every loop counts; with sampled_loops it is the mean over batches.
         context: positions that it attends to, by default those of a whole block."""
         return 3 * 2 * self.head.weight.numel() + 3 * (matrix_flops(self.smear) if self.smear else 0) + sum(
-            layer.flops_per_token(context or self.config.block_size)
-            for block in self.unrolled_blocks() for layer in (block.mixer, block.mlp))
+            part.flops_per_token(context or self.config.block_size)
+            for block in self.unrolled_blocks() for part in block.parts())
 
     def elementwise_flops_per_token(self) -> int:
         """FLOPs of one training token in what is not a matrix product and differs between architectures: activations and the
         bases of KAN layers. An addition, multiplication, division or exponential counts 1. What all architectures share,
         such as norms and softmax, does not count."""
-        return sum(layer.elementwise_flops_per_token(self.config.block_size)
-                   for block in self.unrolled_blocks() for layer in (block.mixer, block.mlp))
+        return sum(part.elementwise_flops_per_token(self.config.block_size)
+                   for block in self.unrolled_blocks() for part in block.parts())
 
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -204,14 +204,15 @@ def parameter_groups(model: GPT, config: OptimizerConfig, step_tokens: int) -> d
 def parameter_kind(name: str, parameter: Tensor) -> str:
     """matrix: a weight inside the blocks; qkv: likewise, several matrices stacked; value_embedding: a table inside them;
     ngrams: that of pairs of tokens; embedding: also learned positions and a tied head; head: an untied one; mix:
-    coefficients of token shifts, and of mixes with the embedding, the first layer's values or what is looked up for a pair;
+    coefficients of token shifts, and of mixes with the embedding, the first layer's values, what is looked up for a pair or
+    the inputs of earlier blocks;
     residual_scale, x0_scale: of that name; smear: the parameters of Smear, and backout_coeff; scalar: everything else,
     including the coefficients of rational functions."""
     if name.startswith("smear.") or name == "backout_coeff":
         return "smear"
     if parameter.dim() != 2 or not name.endswith("weight"):
         last = name.rpartition(".")[2]
-        if last in ("shift_coeff", "x0_mix", "value_mix", "ngram_mix"):
+        if last in ("shift_coeff", "x0_mix", "value_mix", "ngram_mix", "dense_mix"):
             return "mix"
         return last if last in ("residual_scale", "x0_scale") else "scalar"
     if name.endswith("value_embedding.embed.weight"):

@@ -51,7 +51,9 @@ class GpuConfig:
     out_path: Path = flag(Path("runs/gpu"), "folder for results.jsonl, to which every run appends its rows, the stages' "
                                             "output, and a picture")
     minutes: float = flag(8.0, "time limit for all stages together", above=0, at_most=1440)
-    only: tuple[str, ...] = flag((), "stages to run, separated by spaces (default: all)", choices=tuple(STAGES))
+    only: tuple[str, ...] = flag((), "stages to run, separated by spaces (default: all but "
+                                     f"{', '.join(name for name, stage in STAGES.items() if stage.on_request)})",
+                                 choices=tuple(STAGES))
     rehearse: bool = flag(False, "run everything at tiny sizes on a CPU, to see that it runs")
     text: Path = flag(None, "parquet, jsonl or txt to train on (default: the built-in text)")
     data_path: Path = flag(None, "a folder that download_data.py filled, instead of --text")
@@ -175,7 +177,8 @@ def run_stages(config: GpuConfig, work: Path, stop: StopSignals) -> list[dict]:
     text, data_path = (path and str(path.resolve()) for path in (config.text, config.data_path))
     make_task = lambda name, seconds: Task(name, str(config.out_path.resolve()), str(work), time.time() + seconds,
                                            config.rehearse, text, data_path)
-    upcoming = [name for name in STAGES if not config.only or name in config.only]
+    upcoming = [name for name, stage in STAGES.items()
+                if name in (config.only or ([] if stage.on_request and not config.rehearse else STAGES))]
     preparing = None  # prepares text on the CPU while the GPU is busy
     if any(STAGES[name].reads_text for name in upcoming) and not (config.rehearse or data_path):
         preparing = start_process(make_task("text", total), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -184,7 +187,7 @@ def run_stages(config: GpuConfig, work: Path, stop: StopSignals) -> list[dict]:
                   disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
             bar.start = start
             for name, stage in STAGES.items():
-                rows, began, status, reason = [], time.monotonic(), "skipped", "not in --only"
+                rows, began, status, reason = [], time.monotonic(), "skipped", "not asked for with --only"
                 if name in upcoming:
                     upcoming.remove(name)
                     if stage.reads_text and preparing:

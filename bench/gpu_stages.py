@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import html
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -69,15 +70,20 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 # seconds: of each speed measurement.
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
-        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_bytes=2_000_000"]}
+        "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_bytes=2_000_000"],
+        "answer": {"shape": {"n_layer": 8, "n_head": 8, "head_size": 64}, "block_size": 16_384, "step_tokens": 65_536}}
 TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, "vocab_sizes": (600, 500),
         "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 4), "prompt": 8, "new": 20,
         "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_bytes=8000", "--tokens_threshold=30_000",
-                                               "--tokenizer_bytes=300_000"]}
+                                               "--tokenizer_bytes=300_000"],
+        "answer": {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 128, "step_tokens": 512}}
+# What `answer` compares: flags of train.py
+ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"], "APPP": ["--mixer=APPP"]}
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
 SMALL_TEXT = ["--vocab_size=4096", "--val_bytes=400_000"]  # for a few MB of text
 TRACE = 6000     # last characters of a traceback that a row keeps
 TEST_MEMORY = 12 * GIB  # of the GPU, for each process that runs tests
+LONG_RUN = 300.0  # seconds for one of several runs, from which compiling it pays
 LIMIT = 6 * GIB  # memory of the GPU that --preset=6gb is for
 
 
@@ -525,14 +531,30 @@ def architectures(bench: Bench) -> str:
 def curves(bench: Bench) -> str:
     """Trains the default and --preset=gpt2 with the same shards, model shape, tokens per step and seconds; one seed each."""
     data = text_shards(bench.task)
+    plan = plan_curves(bench, open_data(data).manifest.vocab_size)
+    sides = {"default": [], "preset gpt2": ["--preset=gpt2", f"--warmup_iter={min(2000, plan.n_steps // 20)}"]}
+    ends = train_sides(bench, data, bench.sizes["shape"], plan, sides)
+    return f"{ends} after {plan.seconds:.0f} s each, {'compiled' if plan.compiled else 'eager'}, one seed"
+
+
+def answer(bench: Bench) -> str:
+    """Trains ANSWER_ARMS in long contexts, with the same shards, width, depth, tokens a step and seconds; one seed each."""
+    data, sizes = text_shards(bench.task), bench.sizes["answer"]
+    plan = plan_answer(bench, sizes)
+    ends = train_sides(bench, data, sizes["shape"], plan, ANSWER_ARMS)
+    return (f"{ends} after {plan.seconds:.0f} s each, {'compiled' if plan.compiled else 'eager'}, contexts of "
+            f"{plan.block_size:,}, one seed")
+
+
+def train_sides(bench: Bench, data: Path, shape: dict, plan: "CurvesPlan", sides: dict[str, list[str]]) -> str:
+    """Trains each of `sides`, name -> flags of train.py, for the seconds of the plan; writes rows, and a picture called as
+    the stage. Returns what they end with."""
     vocab_size = open_data(data).manifest.vocab_size
-    plan = plan_curves(bench, vocab_size)
-    common = [f"--data_path={data}", *(f"--{name}={value}" for name, value in bench.sizes["shape"].items()),
+    common = [f"--data_path={data}", *(f"--{name}={value}" for name, value in shape.items()),
               f"--block_size={plan.block_size}", f"--batch_size={plan.batch_size}", f"--num_batch_accum={plan.accum}",
               f"--max_seconds={plan.seconds:.1f}", f"--val_intervals={max(1, plan.n_steps // 8)}",
               f"--device={bench.device.type}", f"--compile_model={int(plan.compiled)}", "--sample_tokens=64",
               "--val_iter=10"]
-    sides = {"default": [], "preset gpt2": ["--preset=gpt2", f"--warmup_iter={min(2000, plan.n_steps // 20)}"]}
     rows, write = {name: [] for name in sides}, trainer.MetricsLog.write
 
     def run(name: str) -> dict:
@@ -542,24 +564,24 @@ def curves(bench: Bench) -> str:
                 rows[name].append(row)
                 bench.write_row(name, step=row["step"], tokens=row["tokens"], train_seconds=row["seconds"],
                                 val_loss=row["val_loss"], val_bpb=row["val_bpb"])
+        path = bench.work / bench.task.stage / f"{name.replace(' ', '_')}.pt"
         no_checkpoint = lambda *args, **kwargs: None  # nothing reads them, and they take seconds to write
         with mock.patch.object(trainer.MetricsLog, "write", write_both), mock.patch.object(trainer, "save", no_checkpoint):
-            train.main([*common, f"--checkpoint_path={bench.work / 'curves' / name.split()[-1]}.pt", *sides[name]])
+            train.main([*common, f"--checkpoint_path={path}", *sides[name]])
         last = rows[name][-1]
         return {"step": last["step"], "val_loss": last["val_loss"], "val_bpb": last["val_bpb"], "vocab_size": vocab_size,
                 "step_tokens": plan.accum * plan.batch_size * plan.block_size, "compiled": plan.compiled}
     for name in sides:
         bench.measure(f"{name}, at its end", partial(run, name), 10.0)
         if rows[name]:
-            draw_curves_svg(rows, Path(bench.task.out_path) / "curves.svg", bench.card)
+            draw_curves_svg(rows, Path(bench.task.out_path) / f"{bench.task.stage}.svg", bench.card)
     ends = [f"{name} {side_rows[-1]['val_loss']:.3f}" for name, side_rows in rows.items() if side_rows]
-    how = "compiled" if plan.compiled else "eager"
-    return f"{', '.join(ends)} nats/token after {plan.seconds:.0f} s each, {how}, one seed"
+    return f"{', '.join(ends)} nats/token"
 
 
 @dataclass(frozen=True)
 class CurvesPlan:
-    """How the two runs of `curves` share the remaining time. seconds: of training, each."""
+    """How the runs of a stage share the remaining time. seconds: of training, each."""
     batch_size: int
     block_size: int
     accum: int
@@ -591,11 +613,29 @@ def plan_curves(bench: Bench, vocab_size: int) -> CurvesPlan:
     return CurvesPlan(batch_size, block_size, accum, n_steps, seconds, compiled)
 
 
+def plan_answer(bench: Bench, sizes: dict) -> CurvesPlan:
+    """Measures each arm's speed; the fastest one's says how many steps the runs have at most. Raises NoTime."""
+    bench.require_time(40.0 * len(ANSWER_ARMS))
+    block_size, step_tokens = sizes["block_size"], sizes["step_tokens"]
+    batch_size = max(1, min(step_tokens, 1024 * bench.batch_size()) // block_size)
+    flags = [*(f"--{name}={value}" for name, value in sizes["shape"].items()), f"--block_size={block_size}",
+             f"--batch_size={batch_size}", "--num_batch_accum=1", f"--dtype={half_precision(bench.device)}"]
+    speeds = [bench.measure(f"{arm}, to plan the runs", partial(train_speed, bench, bench.sizes["vocab_sizes"][1],
+                                                                [*flags, *arm_flags], seconds=1.0))
+              for arm, arm_flags in ANSWER_ARMS.items()]
+    fastest = max((figures["tok_per_sec"] for figures in speeds if figures), default=step_tokens)
+    each = bench.seconds_left() / len(ANSWER_ARMS)
+    compiled = bench.compiles and each > LONG_RUN and not bench.task.rehearse
+    seconds = 0.5 if bench.task.rehearse else max(10.0, each - 15.0 - compiled * 1.5 * bench.compile_seconds)
+    return CurvesPlan(batch_size, block_size, step_tokens // (batch_size * block_size),
+                      max(8, int(fastest * seconds / step_tokens)), seconds, compiled)
+
+
 def draw_curves_svg(runs: dict[str, list[dict]], path: Path, caption: str):
     """Writes an SVG of validation loss against seconds and tokens, without matplotlib, which the GPU's machine may lack.
     runs: name -> rows with seconds, tokens and val_loss."""
     width, height, left, top, gap = 420, 260, 60, 40, 70
-    colors = ("#0072b2", "#d55e00")
+    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666")
     losses = [row["val_loss"] for rows in runs.values() for row in rows]
     low, high = min(losses), max(losses)
     pieces = [f'<text x="{left}" y="20" font-size="13">{html.escape(caption)}</text>']
@@ -611,7 +651,7 @@ def draw_curves_svg(runs: dict[str, list[dict]], path: Path, caption: str):
                        f'<text x="{x0 - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.2f}</text>',
                        f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{value / unit:.3g}</text>']
         pieces.append(f'<text x="{x0 + width / 2}" y="{top + height + 34}" text-anchor="middle">{label}</text>')
-        for i, ((name, rows), color) in enumerate(zip(runs.items(), colors)):
+        for i, ((name, rows), color) in enumerate(zip(runs.items(), itertools.cycle(colors))):
             if not rows:
                 continue
             points = [at(row[over], row["val_loss"]) for row in rows]
@@ -651,12 +691,14 @@ def decode(bench: Bench) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: time limit. at_least: seconds kept for it when earlier stages take long. reads_text: needs `text_shards`."""
+    """seconds: time limit. at_least: seconds kept for it when earlier stages take long. reads_text: needs `text_shards`.
+    on_request: runs only where --only names it, and in rehearsals."""
     run: Callable[[Bench], str]  # returns the stage's figure in the summary
     description: str
     seconds: float
     at_least: float = 0.0
     reads_text: bool = False
+    on_request: bool = False
 
 
 STAGES = {  # most important first
@@ -666,6 +708,8 @@ STAGES = {  # most important first
     "architectures": Stage(architectures, "steps and decoding of each architecture at three context lengths", 120, 30),
     "curves": Stage(curves, "the default against --preset=gpt2 for equal seconds", float("inf"), 120, True),
     "decode": Stage(decode, "tokens per second of generate.py", 45, 25),
+    "answer": Stage(answer, "attention against sliding windows and delta rules in long contexts, for equal seconds",
+                    float("inf"), reads_text=True, on_request=True),
 }
 
 

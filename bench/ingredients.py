@@ -25,6 +25,7 @@ ARMS = {
     "value embeddings for the value residual": ["--value_embeddings", "--value_residual=0"],
     "smear": ["--smear"],
     "backout": ["--backout"],
+    "dense connections of the last two blocks": ["--dense_blocks=2"],
     "queries and keys times 1.2": ["--qk_scale=1.2"],
     "nanochat's initial weights": ["--init=nanochat"],
     "a rotary base of 100,000": ["--rotary_base=100_000"],

@@ -21,7 +21,7 @@ from runtime.files import require_regular_file
 # The settings of GPTConfig that make a model a Llama or a GPT-2; its other fields are sizes.
 PLAIN = {"linear": "linear", "qk_norm": False, "value_residual": False, "x0_residual": False, "token_shift": False,
          "softcap": 0.0, "loops": 1, "qk_scale": 1.0, "value_embeddings": False, "smear": False, "backout": False,
-         "ngram_rows": None}
+         "ngram_rows": None, "dense_blocks": None}
 LLAMA = PLAIN | {"norm": "scaled_rms", "mlp": "swiglu", "positions": "rotary"}
 GPT2 = PLAIN | {"norm": "layer", "positions": "learned", "bias": True}
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours

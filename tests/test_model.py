@@ -35,7 +35,7 @@ SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIX
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
             {"positions": "learned"}, {"qk_scale": 1.2}, {"value_embeddings": True}, {"ngram_rows": 50}, {"smear": True},
-            {"backout": True},
+            {"backout": True}, {"dense_blocks": 1},
             {"qk_norm": False}, {"value_residual": False}, {"x0_residual": False},
             {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, value in switch.items()))
@@ -168,6 +168,38 @@ def test_windows_by_hand(idx, n_layer, mixer, reach):
     doc_starts[:, 3] = True  # the first document reaches no further than its end
     packed = (model(changed, doc_starts=doc_starts) - model(idx, doc_starts=doc_starts)).abs().amax(dim=(0, 2))
     assert (packed > 1e-6).tolist() == [t < 3 for t in range(T)]
+
+
+@torch.no_grad()
+def test_dense_connections_by_hand(idx):
+    """The input of a dense block is the stream plus each earlier block's input times its factor; at first, the factors are
+    0."""
+    model, inputs, first_v = random_model(n_layer=3, dense_blocks=2), [], None
+    for block in model.blocks:
+        block.mixer_norm.register_forward_pre_hook(lambda norm, args: inputs.append(args[0]))
+        block.x0_mix = None
+    streams = [torch.nn.functional.rms_norm(model.embed(idx), (16,))]
+    model(idx)
+    for layer, block in enumerate(model.blocks):
+        x = streams[layer]
+        if layer > 0:
+            hidden = F.gelu(torch.nn.functional.rms_norm(x, (16,)) @ block.dense.fc.weight.T)
+            assert hidden.shape == (B, T, 4 * layer)
+            factors = hidden @ block.dense.proj.weight.T + block.dense.dense_mix
+            x = x + sum(factors[..., i:i + 1] * streams[i] for i in range(layer))
+        assert torch.allclose(inputs[layer], x, atol=1e-5)
+        metadata, _ = model.attention_metadata(idx, None, None)
+        y, v = block.mixer(block.sublayer_input(0, block.mixer_norm, x, metadata, None), metadata, None, first_v)
+        first_v = v if layer == 0 else first_v
+        x = x + y
+        streams.append(x + block.mlp(block.sublayer_input(1, block.mlp_norm, x, metadata, None)))
+    new, without = GPT(tiny_config(n_layer=3, dense_blocks=2)), GPT(tiny_config(n_layer=3))
+    new.load_state_dict(without.state_dict(), strict=False)
+    assert torch.equal(new(idx), without(idx))
+    assert new.flops_per_token() - without.flops_per_token() == 3 * 2 * sum(4 * i * 16 + 4 * i * i for i in (1, 2))
+    for wrong in ({"dense_blocks": 2}, {"dense_blocks": 1, "loops": 2}):
+        with pytest.raises(BadInput, match="--dense_blocks"):
+            tiny_config(**wrong)
 
 
 @torch.no_grad()
@@ -689,7 +721,7 @@ def test_checkpoint_round_trip(model, idx):
     other = GPT.from_checkpoint(model.to_checkpoint())
     assert other.config == model.config
     assert torch.equal(other(idx), model(idx))
-    with pytest.raises(BadInput, match="its config calls for blocks.*, which is not among the weights"):
+    with pytest.raises(BadInput, match="its config (calls for|does not call for) blocks.*, which is"):
         GPT.from_checkpoint({"config": model.to_checkpoint()["config"] | {"n_layer": 3}, "model": model.state_dict()})
 
 

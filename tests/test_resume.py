@@ -84,7 +84,7 @@ def more(name: str, *flags: str, steps=(1,)):
     more("bf16", "--dtype=bf16", "--batch_size=2", steps=(3,)), more("gradient checkpointing", "--gradient_checkpointing"),
     more("adamw", "--optimizer=adamw", "--tied=0", steps=(3,)), more("fp32 momentum", "--momentum_dtype=fp32"),
     more("nanochat", "--optimizer=nanochat", "--init=nanochat", "--value_embeddings", "--smear", "--backout", "--tied=0"),
-    more("a memory of pairs", "--ngram_rows=40"),
+    more("a memory of pairs", "--ngram_rows=40"), more("dense connections", "--dense_blocks=1"),
     more("cosine", "--schedule=cosine", "--grad_clip=0.1", "--weight_decay=0.1"),
     more("fp16 with grkan", "--linear=grkan", "--mixer=AD", "--dtype=fp16"),
     *(more(mlp, f"--mlp={mlp}") for mlp in MLPS), *(more(mixer, f"--mixer={mixer}") for mixer in (*MIXERS, "DA")),
