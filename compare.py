@@ -36,10 +36,11 @@ import math
 import multiprocessing
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ from experiments.analysis import (
     share_vocabulary,
 )
 from experiments.code_hash import code_hash
-from experiments.comparison import write_comparison
+from experiments.comparison import group_by_size, write_comparison
+from experiments.context import Contexts, Decoding, name_length
 from experiments.report import align_columns
 from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
 from experiments.screening import POWER, SCREEN_SEEDS, plan_confirmation
@@ -89,13 +91,13 @@ from runtime.cli import (
     say,
 )
 from runtime.config import BadInput, check_flags, declared_flags, flag, flag_names, read_flags, shorten, value_type
-from runtime.device import DeviceConfig, Machine, describe_hardware, open_machine
-from runtime.files import folder_lock
+from runtime.device import DTYPES, DeviceConfig, Machine, describe_hardware, open_machine
+from runtime.files import atomic_write, folder_lock
 from runtime.forecast import format_bytes, format_seconds, free_disk
 from runtime.memory import available_memory, peak_memory, reset_peak_memory
 from runtime.run import STOP_FLAGS, TrainingCommand
 from runtime.signals import StopSignals
-from sampling import load_pretrained, pretraining_flags
+from sampling import GREEDY, Reading, load_pretrained, pretraining_flags, sample
 from selfplay import (
     SELFPLAY,
     PlayerModel,
@@ -146,6 +148,8 @@ NULL_SEED_OFFSET = 1000    # the null arm's seeds are the first arm's plus this
 VALIDATIONS = 10           # per run, for its curve
 SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
+DECODE_ROUNDS = 9          # of timing decoding, in which the arms take turns
+DECODE_TOKENS = 32         # that a round decodes, the last ones of a context; less of a short one
 UNITS = "games", "problems", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
 
 
@@ -176,6 +180,8 @@ class CompareConfig:
     most_seeds: int = flag(None, "seeds of a confirmed arm, at most (default: 20)", at_least=2, at_most=NULL_SEED_OFFSET,
                            scope="run")
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
+    lengths: tuple[int, ...] = flag((), "compare at several lengths of context, in tokens: 512 2048; batches have as many "
+                                        "tokens at each, --batch_size * --block_size", at_least=2)
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
@@ -203,7 +209,10 @@ class CompareConfig:
         if self.screen and (self.null or self.script == "adapt"):
             raise BadInput(f"--screen: chooses among arms that are trained, not with "
                            f"{'--null' if self.null else '--script=adapt'}: leave one out")
-        for name in ("arms", "sizes", "rates"):
+        if self.lengths and self.script != "train":
+            raise BadInput(f"--lengths {' '.join(map(str, self.lengths))}: needs arms that learn from text, not "
+                           f"--script={self.script}: leave it out")
+        for name in ("arms", "sizes", "lengths", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")
         if self.script != "adapt" and self.limit[0] not in self.spec.units:
@@ -562,8 +571,7 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
     """Every arm at every size, matched to the first of that size. data: of --data_path. find_data(flags of an arm): its own,
     by default as far as it is known before it is written. Raises BadInput."""
     arms, find_data = [], find_data or Vocabularies(data, config.out_path / "data").planned
-    for size in config.sizes or ("",):
-        shared = config.spec.arm_defaults | common | (parse_arm(size, "--sizes", config.script) if size else {})
+    for size, shared in list_sizes(config, common):
         reference = None
         for name, text, seeds in arm_texts(config):
             values = shared | parse_arm(text, "--arms", config.script)
@@ -589,6 +597,33 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
             arms.append(arm)
     check_comparable(config, common, arms, data)
     return arms
+
+
+def list_sizes(config: CompareConfig, common: dict) -> Iterator[tuple[str, dict]]:
+    """The name and the flags of each of --sizes, at each of --lengths. Raises BadInput."""
+    for text in config.arms if config.lengths else ():
+        if own := {"block_size", "batch_size"} & parse_arm(text, "--arms").keys():
+            raise BadInput(f"--arms {text!r}: {max(own)} follows from --lengths: leave it out")
+    for size in config.sizes or ("",):
+        shared = config.spec.arm_defaults | common | (parse_arm(size, "--sizes", config.script) if size else {})
+        if not config.lengths:
+            yield size, shared
+        for length in config.lengths:
+            yield name_length(size, length), shared | resize_blocks(shared, length, config.lengths)
+
+
+def resize_blocks(values: dict, length: int, lengths: tuple[int, ...]) -> dict:
+    """The flags that give arms with the flags `values` blocks of `length` tokens, in batches of as many tokens. lengths: all
+    that are compared. Raises BadInput when these are no whole number of blocks."""
+    given = {"batch_size": RunConfig.batch_size, "block_size": GPTConfig.block_size} | PRESETS.get(
+        values.get("preset"), {}) | values
+    batch_size, block_size = given["batch_size"], given["block_size"]
+    if batch_size != "auto" and batch_size * block_size % length:
+        multiple = math.lcm(*(other // math.gcd(other, block_size) for other in lengths))
+        raise BadInput(f"--lengths {' '.join(map(str, lengths))}: batches of --batch_size={batch_size} x "
+                       f"--block_size={block_size} tokens hold no whole number of blocks of {length}: give a --batch_size "
+                       f"that is a multiple of {multiple}")
+    return {"batch_size": batch_size if batch_size == "auto" else batch_size * block_size // length, "block_size": length}
 
 
 def arm_texts(config: CompareConfig) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -959,6 +994,63 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     return (confirmed, screened) if confirmed else (all_results, [])
 
 
+# -- what decoding costs ----------------------------------------------------------------------------------------------
+
+def measure_decoding(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment, device: DeviceConfig,
+                     stop: StopSignals) -> Contexts:
+    """Of the arms at each size and length, unless an earlier run of the command has measured it."""
+    machine, decoding = open_machine(dataclasses.replace(device, dtype="auto")), {}
+    groups = [[arm_results.arm for arm_results in group] for group in group_by_size(results)]
+    for arms in progress_bar(groups, desc="decoding", unit="length", disable=None):
+        models = [[f"{arm.vocab_size}", *flag_texts(select_fields(GPTConfig, arm.flags))] for arm in arms]
+        facts = [*itertools.chain(*models), str(machine), torch.__version__, environment.code, environment.hardware]
+        digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:10]
+        path, measured = config.out_path / "runs" / f"decoding-{readable_name(arms[0].size)}-{digest}.json", None
+        with suppress(OSError, ValueError, TypeError):  # none yet, or damaged
+            measured = [Decoding(*costs) for costs in json.loads(path.read_text(encoding="utf-8"))]
+        if measured is None and not stop.signal:
+            measured = time_decoding(arms, machine, DECODE_ROUNDS)
+            with atomic_write(path, "w") as file:
+                json.dump(measured, file)
+        decoding |= {(arm.size, arm.name): costs for arm, costs in zip(arms, measured or ())}
+    return Contexts(decoding, str(machine), DECODE_ROUNDS)
+
+
+@torch.inference_mode()
+def time_decoding(arms: list[Arm], machine: Machine, n_rounds: int) -> list[Decoding]:
+    """The median over rounds, in which the arms take turns, after one that does not count. Models have random weights and
+    decode as generate.py does, at the end of their context, which must be equal."""
+    if machine.device.type == "cpu":
+        torch.set_num_threads(threads_of_job(1))
+    length = arms[0].batch_shape[1]
+    n_tokens = max(1, min(DECODE_TOKENS, length // 8))
+    readings, costs = [], []
+    with machine.autocast():
+        for arm in arms:
+            model = GPT(build_meta_model(arm.flags, arm.vocab_size).config)
+            model.cast_matrices(DTYPES[machine.dtype])
+            prompt = torch.randint(arm.vocab_size, (length - n_tokens,), generator=torch.Generator().manual_seed(0))
+            readings.append(Reading(model.to(machine.device), [prompt.to(machine.device)]))
+        for _ in range(1 + n_rounds):
+            costs.append([decode(reading, n_tokens) for reading in readings])
+    return [Decoding(own[0].cache_bytes, statistics.median(cost.seconds for cost in own[1:])) for own in zip(*costs)]
+
+
+def decode(reading: Reading, n_tokens: int) -> Decoding:
+    """From the text that was read, `n_tokens` after the first."""
+    decoder = reading.decoder([0], n_tokens + 1, GREEDY)
+    new = sample(decoder.logits, GREEDY)
+    new.tolist()  # as text is shown token by token: waits for the device
+    start = time.perf_counter()
+    for _ in range(n_tokens):
+        decoder.append(new)
+        new = sample(decoder.logits, GREEDY)
+        new.tolist()
+    return Decoding(decoder.cache.n_bytes(), (time.perf_counter() - start) / n_tokens)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
 def cell_result(cell: Cell, ended: JobResult) -> CellResult:
     return CellResult(cell, ended.status, ended.reason, cell.job.rows())
 
@@ -1012,7 +1104,7 @@ class ArmForecast(NamedTuple):
 def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, device: DeviceConfig):
     """Prints what the runs of each arm need at the speed of a few timed steps, and all of them. Where text has yet to be
     encoded for an arm, its bytes per token count as those of --data_path."""
-    machine, total, peak, open_seconds = open_machine(device), 0.0, 0, 0.0
+    machine, total, peak, open_seconds, decoding_seconds = open_machine(device), 0.0, 0, 0.0, 0.0
     on_cpu, data, n_grid = machine.device.type == "cpu", environment.data, len(config.rates)
     n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" and not config.screen else 0
     if on_cpu:
@@ -1032,6 +1124,8 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
             stages["speed"] = n_rounds
         n_validations = sum(n * validations(arm, config, stage, speed) for stage, n in stages.items())
         seconds += n_validations * measured.validation_seconds
+        if config.lengths:
+            decoding_seconds += forecast_decoding(arm, device)
         total, peak = total + seconds, max(peak, measured.memory)
         open_seconds = max(open_seconds, measured.open_seconds)  # for later arms, what was solved is remembered
         per_token = PlaySchedule.from_flags(arm.flags).step_games / arm.step_tokens if data.game else 1
@@ -1043,6 +1137,7 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     start_seconds = time.perf_counter() - start + open_seconds
     jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
     total = (total + n_processes * start_seconds) / jobs + n_timed * start_seconds  # speed is measured one run at a time
+    total += decoding_seconds
     available = available_memory(machine.device)
     print(f"time    about {format_seconds(total)} with --jobs={config.jobs}, the start of {n_processes} processes included"
           + f", and of {n_timed} that measure speed" * (n_timed > 0)
@@ -1052,6 +1147,14 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
         print(f"disk    about {format_bytes(n_bytes)} for the text in {others} other vocabular{'ies' if others > 1 else 'y'}"
               f", {format_bytes(free_disk(config.out_path))} free")
+
+
+def forecast_decoding(arm: Arm, device: DeviceConfig) -> float:
+    """Seconds that its part of `measure_decoding` takes, from one round."""
+    start = time.perf_counter()
+    found, = time_decoding([arm], open_machine(dataclasses.replace(device, dtype="auto")), 1)
+    n_tokens = (DECODE_ROUNDS - 1) * min(DECODE_TOKENS, arm.batch_shape[1] // 8)
+    return time.perf_counter() - start + n_tokens * found.seconds
 
 
 def validations(arm: Arm, config: CompareConfig, stage: str, speed: float) -> int:
@@ -1112,7 +1215,7 @@ def measure_run(arm: Arm, config: CompareConfig, machine: Machine) -> ArmForecas
 
 # -- models that adapt at inference time ------------------------------------------------------------------------------
 
-WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "grid_share", "null"
+WITHOUT_MEANING_TO_ADAPT = "budget", "sizes", "lengths", "grid_share", "null"
 
 
 def read_adapt_flags(values: dict) -> tuple[CompareConfig, dict]:
@@ -1329,8 +1432,9 @@ def main(argv=None):
     arms = build_arms(config, common, data)
     environment = detect_environment(config, common, data)
     check_budget(arms, config, environment)
+    device = read_flags(config.spec.device, select_fields(config.spec.device, common))
     if config.dry_run:
-        print_forecast(arms, config, environment, read_flags(config.spec.device, select_fields(config.spec.device, common)))
+        print_forecast(arms, config, environment, device)
         return
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_plan(config, common, data), config.overwrite, "a comparison")
@@ -1339,9 +1443,10 @@ def main(argv=None):
         check_budget(arms, config, environment)
         with StopSignals() as stop:
             results, screened = run_all(arms, config, environment, stop)
+            contexts = measure_decoding(results, config, environment, device, stop) if config.lengths else None
         exit_if_stopped(stop, line)
         write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
-                         config.null, screened)
+                         config.null, screened, contexts)
         print(f"{time.perf_counter() - start:,.0f} s")
     exit_if_failed(result.status for arm_results in (*results, *screened) for result in arm_results.results())
 

@@ -51,7 +51,7 @@ from runtime.cli import command, explain_failures, log_line, parse_flags, progre
 from runtime.config import BadInput, declared_flags, flag, redeclare, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
 from runtime.files import atomic_write, check_writable
-from runtime.metrics import LossSums
+from runtime.metrics import LossSums, PositionSums
 from sampling import GREEDY, LOOPS_HELP, SamplingConfig, generate_texts, load_model, load_pretrained
 from strength import EXAM_SIZE, Question, make_exam
 from tasks.checkable import final_answer
@@ -276,24 +276,26 @@ def collate(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Iterable[tuple[Tensor, ...]],
-                n_batches: int | None = None) -> dict:
+                n_batches: int | None = None, by_position: bool = False) -> dict:
     """val_loss, nats/token, and val_bpb, bits per byte, over all targets of `batches`, and how many tokens and bytes of text
     these are: val_tokens, val_bytes. So train.py and finetune.py validate.
 
     A batch: inputs, targets and, where rows are packed, document starts, each (B, T). n_batches: shows, on a terminal, a
-    progress bar of that many.
+    progress bar of that many. by_position: adds val_bpb/0-15 and so on, see PositionSums.
     """
     batches = progress_bar(batches, total=n_batches, desc="validation", unit="batch", delay=1, leave=False,
                            disable=None if n_batches else True)
-    sums, token_bytes = LossSums(), torch.from_numpy(tokenizer.token_bytes())
+    sums, positions, token_bytes = LossSums(), PositionSums(), torch.from_numpy(tokenizer.token_bytes())
     for idx, targets, *packed in batches:
         doc_starts = packed[0].to(machine.device) if packed else None
         with machine.autocast():
             losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
                                          doc_starts=doc_starts)
         sums.add(losses, targets, token_bytes)
-    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte, "val_bytes": sums.text_bytes,
-            "val_tokens": sums.tokens}
+        if by_position:
+            positions.add(losses, targets, token_bytes)
+    return {"val_loss": sums.loss, "val_bpb": sums.bits_per_byte, "val_bytes": sums.text_bytes, "val_tokens": sums.tokens,
+            **{f"val_bpb/{name}": bits for name, bits in positions.bits_per_byte().items()}}
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

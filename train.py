@@ -122,7 +122,8 @@ def validate(model: GPT, data: DataFolder, machine: Machine, run: RunConfig, sho
     n_tokens = validation_tokens(data, run, block_size)
     batches = val_batches(data, n_tokens, run.val_batch, block_size)
     n_batches = math.ceil((n_tokens - 1) / run.val_batch / block_size)
-    return mean_losses(model, data.tokenizer, machine, batches, n_batches if show_progress else None)
+    return mean_losses(model, data.tokenizer, machine, batches, n_batches if show_progress else None,
+                       by_position=True)
 
 
 def validation_tokens(data: DataFolder, run: RunConfig, block_size: int) -> int:

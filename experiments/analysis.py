@@ -190,6 +190,11 @@ class ArmResults:
     def finished(self) -> list[CellResult]:
         return [run for run in self.runs if run.status == "finished"]
 
+    def final_values(self, name: str) -> dict[int, float]:
+        """The last value of a metric in each finished run that has it, by the number of its seed."""
+        return {i: run.rows[-1][name] for i, run in enumerate(self.runs)
+                if run.status == "finished" and name in run.rows[-1]}
+
     def mean_final(self, name: str) -> float:
         """The mean over finished runs of a metric's last value."""
         return statistics.mean(run.rows[-1][name] for run in self.finished())
@@ -314,6 +319,18 @@ def paired_differences(arm_results: ArmResults, reference: ArmResults) -> list[f
             if run.status == "finished" and i in outcomes]
 
 
+def final_columns(arm_results: ArmResults, reference: ArmResults, name: str, column: str) -> dict:
+    """The mean over finished runs of what the field `name` ends with, called `column`, and its difference from the
+    reference's, paired by seed, each with its interval."""
+    own, first = arm_results.final_values(name), reference.final_values(name)
+    found = Estimate.from_values(list(own.values()))
+    row = {column: found.mean, f"{column}_margin": found.margin, "runs": found.n}
+    if arm_results is not reference and (pairs := [own[i] - first[i] for i in own if i in first]):
+        difference = Estimate.from_values(pairs)
+        row |= {"difference": difference.mean, "difference_margin": difference.margin}
+    return row
+
+
 def add_significance(rows: list[dict]) -> list[dict]:
     """The same rows, with p-values corrected for the number of comparisons, and the significance of each difference:
     "corrected" if it is significant after the correction, "uncorrected" if only without it, else "none"."""
@@ -341,20 +358,13 @@ def thought_rows(results: list[ArmResults]) -> list[dict]:
     differences from the first arm are paired by seed. tokens (generated) and flops are of a problem. [] where runs do not
     think."""
     rows, reference = [], results[0]
-    right = lambda arm_results, level: {i: run.rows[-1][f"exact_match/{level}"] for i, run in enumerate(arm_results.runs)
-                                        if run.status == "finished" and f"exact_match/{level}" in run.rows[-1]}
     for arm_results in results:
         for name in arm_results.finished()[0].rows[-1] if arm_results.finished() else ():
             kind, _, level = name.partition("/")
             if kind != "exact_match" or not level:
                 continue
-            own, first = right(arm_results, level), right(reference, level)
-            accuracy = Estimate.from_values(list(own.values()))
-            row = {"size": arm_results.arm.size, "arm": arm_results.arm.name, "thought": level, "accuracy": accuracy.mean,
-                   "accuracy_margin": accuracy.margin, "runs": accuracy.n}
-            if arm_results is not reference and (pairs := [own[i] - first[i] for i in own if i in first]):
-                difference = Estimate.from_values(pairs)
-                row |= {"difference": difference.mean, "difference_margin": difference.margin}
+            row = {"size": arm_results.arm.size, "arm": arm_results.arm.name, "thought": level} | final_columns(
+                arm_results, reference, name, "accuracy")
             rows.append(row | {cost: arm_results.mean_final(f"{cost}/{level}") for cost in ("tokens", "flops")})
     return rows
 

@@ -26,6 +26,14 @@ from experiments.analysis import (
     verdict,
 )
 from experiments.budget_plots import draw_budgets
+from experiments.context import (
+    Contexts,
+    by_length,
+    context_rows,
+    context_section,
+    position_rows,
+    short_contexts,
+)
 from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
 from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, split_columns, write_page
 from experiments.stats import Estimate
@@ -74,10 +82,10 @@ a comparison do, which share the order."""
 
 
 def write_comparison(results: list[ArmResults], describe_conditions: Callable[[list[ArmResults]], str], command_line: str,
-                     out_path: Path, is_null: bool, screened: list[ArmResults] = ()):
+                     out_path: Path, is_null: bool, screened: list[ArmResults] = (), contexts: Contexts | None = None):
     """Writes the report into `out_path`, and prints short tables of it. describe_conditions(arms of a size): the conditions
     that they were compared under. is_null: the second arm is the first again. screened: the runs of all arms that have
-    chosen those of `results`."""
+    chosen those of `results`. contexts: where lengths of context are compared, what decoding costs at each."""
     by_size = group_by_size(results)
     rows_by_size = [table_rows(group) for group in by_size]
     rows, thoughts = add_significance(list(itertools.chain(*rows_by_size))), [thought_rows(group) for group in by_size]
@@ -88,19 +96,26 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
     screens = [(group, screen_rows(group)) for group in group_by_size(screened)]
     for group, size_rows in screens:
         parts += screen_section(group, size_rows)
+    lengths, positions = [], []
+    if contexts:
+        lengths = context_rows(rows_by_size, by_size, contexts)
+        positions = list(itertools.chain(*map(position_rows, by_size)))
+        parts += context_section(lengths, positions, contexts)
     parts += vocabulary_section(by_vocabulary(results))
-    if len(by_size) > 1 and metric == BPB:  # others reach 0, which no power law does
-        parts += scaling_section(by_size)
+    for length, same_length in by_length(by_size).items() if contexts else [("", by_size)]:
+        if len(same_length) > 1 and metric == BPB:  # others reach 0, which no power law does
+            parts += scaling_section(same_length, length)
     parts += [("p", note) for note in make_notes(metric, is_null, share_vocabulary(results))]
     if screens:
         rows = [row | {"stage": stage} for stage, found in (
             ("confirm", rows), ("screen", list(itertools.chain(*(found for _, found in screens))))) for row in found]
-    for old in out_path.glob("*.svg"):
-        old.unlink()
     pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
-    tables = {"comparison.csv": rows} | ({"thoughts.csv": list(itertools.chain(*thoughts))} if any(thoughts) else {})
+    tables = {"comparison.csv": rows, "thoughts.csv": list(itertools.chain(*thoughts)), "context.csv": lengths,
+              "positions.csv": positions}
+    for old in (*out_path.glob("*.svg"), *(out_path / name for name, table in tables.items() if not table)):
+        old.unlink(missing_ok=True)
     for name, content in {"comparison.md": markdown_page(title, parts), **pictures,
-                          **{name: csv_table(table) for name, table in tables.items()}}.items():
+                          **{name: csv_table(table) for name, table in tables.items() if table}}.items():
         with atomic_write(out_path / name, "w") as file:
             file.write(content)
     write_page(out_path / "comparison.html", title, parts)
@@ -108,6 +123,8 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
         print("\n".join(short_table(group, size_rows)))
     for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
         print("\n".join(short_table(group, size_rows) + short_thoughts(size_thoughts)))
+    if lengths:
+        print("\n".join(short_contexts(lengths)))
     for name, arms in by_vocabulary(results).items():
         say(f"{name}: {best_vocabulary(arms)}")
     print(out_path / "comparison.html")
@@ -169,14 +186,16 @@ def vocabulary_section(series: dict[str, list[ArmResults]]) -> list:
             Figure(draw_by_vocabulary(points), "vocabulary")]
 
 
-def scaling_section(by_size: list[list[ArmResults]]) -> list:
+def scaling_section(by_size: list[list[ArmResults]], length: int | str = "") -> list:
+    """length: of the context, where several are compared."""
     fits = fit_scaling(by_size)
     sentences = [f"{name}: bits/byte = {a:.3g} x FLOPs^-{b:.4f}" + (", a line through two sizes" * (len(points) == 2))
                  for name, (points, a, b) in fits.items()]
     if not fits:
         sentences = ["No arm has runs at two sizes whose FLOPs differ enough to show how loss falls with them."]
-    pictures = [Figure(draw_scaling(fits), "scaling")] if fits else []
-    return [("h2", "Loss against FLOPs"), ("ul", sentences), *pictures]
+    pictures = [Figure(draw_scaling(fits), figure_name("scaling", str(length)))] if fits else []
+    where = f", contexts of {length:,} tokens" if length else ""
+    return [("h2", f"Loss against FLOPs{where}"), ("ul", sentences), *pictures]
 
 
 def thought_section(rows: list[dict]) -> list:

@@ -37,6 +37,11 @@ class RowCache:
             setattr(self, name, value.detach())
 
 
+def last_positions(x: Tensor, n: int) -> Tensor:
+    """The last `n` of x, (B, T, …), for a cache: not a view, which would keep all T alive."""
+    return x if x.size(1) == n else x[:, x.size(1) - n:].clone()
+
+
 class RowGroups:
     """Rows of a batch that begin alike, grouped so that what they begin with is read once for all of them."""
 

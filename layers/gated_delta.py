@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from layers.attention_metadata import AttentionMetadata
-from layers.cache import RowCache
+from layers.cache import RowCache, last_positions
 from layers.convolution import ShortConvolution
 from layers.linear import elementwise_flops, linear_class, matrix_flops
 from layers.norm import rms_norm
@@ -92,7 +92,7 @@ class GatedDelta(nn.Module):
             qkv = self.conv(inputs, metadata, previous)
             if cache is not None:
                 inputs = torch.cat((cache.inputs, inputs.to(cache.inputs.dtype)), dim=1)
-                cache.inputs = inputs if metadata.rewindable else inputs[:, inputs.size(1) - cache.n_inputs:]
+                cache.inputs = inputs if metadata.rewindable else last_positions(inputs, cache.n_inputs)
         q, *kv = qkv.view(B, T, 1 + 2 * n, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.value_mix is not None:
             kv[-1] = torch.lerp(kv[-1], split_heads(first_layer_v, self.n_head), self.value_mix.to(x.dtype))
@@ -113,7 +113,7 @@ class GatedDelta(nn.Module):
                             else states[-1].unsqueeze(1))
         else:
             y, state = chunked_delta_rule(q, k, v, beta, log_alpha, cache.states[:, -1])
-            cache.states = state.unsqueeze(1)
+            cache.states = state.unsqueeze(1).clone()  # a view would keep the states after all chunks alive
         y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), new_v
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.attention_metadata import AttentionMetadata
-from layers.cache import RowCache
+from layers.cache import RowCache, last_positions
 
 MULTIPLIERS = 36313, 27191  # of a token and of the one before it, as in modded-nanogpt
 NO_TOKEN = -1               # before the first one of a document
@@ -52,5 +52,5 @@ def previous_tokens(idx: Tensor, metadata: AttentionMetadata, cache: LastToken |
         previous = F.pad(idx[:, :-1], (1, 0), value=NO_TOKEN)
         return previous if metadata.doc_starts is None else previous.masked_fill(metadata.doc_starts, NO_TOKEN)
     previous = torch.cat((cache.tokens[:, -1:], idx[:, :-1]), dim=1)
-    cache.tokens = torch.cat((cache.tokens, idx), dim=1) if metadata.rewindable else idx[:, -1:]
+    cache.tokens = torch.cat((cache.tokens, idx), dim=1) if metadata.rewindable else last_positions(idx, 1)
     return previous

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.attention_metadata import AttentionMetadata
-from layers.cache import RowCache
+from layers.cache import RowCache, last_positions
 from layers.linear import Linear
 
 GATE_CHANNELS = 24  # of the embedding that the gate of Smear reads
@@ -64,8 +64,8 @@ def previous_positions(x: Tensor, metadata: AttentionMetadata, cache: ShiftCache
     if cache is None:
         previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         return previous if metadata.doc_starts is None else previous.masked_fill(metadata.doc_starts.unsqueeze(-1), 0.0)
-    previous, last = cache.last[:, -1:].to(x.dtype), x[:, -1:].to(cache.last.dtype)
-    cache.last = torch.cat((cache.last, x.to(last.dtype)), dim=1) if metadata.rewindable else last
+    previous, dtype = cache.last[:, -1:].to(x.dtype), cache.last.dtype
+    cache.last = torch.cat((cache.last, x.to(dtype)), dim=1) if metadata.rewindable else last_positions(x, 1).to(dtype)
     return torch.cat((previous, x[:, :-1]), dim=1)
 
 

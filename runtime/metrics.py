@@ -1,12 +1,14 @@
 """What a run measures: bits per byte, non-finite steps, and metrics.jsonl, which plots and tables read.
 
 A run's `metrics.jsonl` holds one JSON object per log or evaluation: step, tokens, seconds, flops, lr, train_loss, val_loss,
-val_bpb, tok_per_sec, mfu, peak_memory; largest_loss and grad_norm, the maximum since the previous row; skipped, the number
-of skipped steps so far. TensorBoard events beside it hold the same numbers.
+val_bpb, val_bpb/0-15 and so on at these positions of the blocks, tok_per_sec, mfu, peak_memory; largest_loss and grad_norm,
+the maximum since the previous row; skipped, the number of skipped steps so far. TensorBoard events beside it hold the same
+numbers.
 
     for row in read_rows(Path("checkpoints/gpt/metrics.jsonl")):
         print(row["step"], row.get("val_loss"))
 """
+import itertools
 import json
 import math
 from contextlib import suppress
@@ -50,6 +52,31 @@ class LossSums:
     @property
     def bits_per_byte(self) -> float:
         return self.text_nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+
+class PositionSums:
+    """Summed loss of text at each position of the blocks that it is read in; special tokens do not count, see LossSums."""
+
+    def __init__(self):
+        self.nats, self.n_bytes = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def add(self, losses: Tensor, targets: Tensor, token_bytes: Tensor):
+        """See LossSums.add; every batch has blocks of the same length."""
+        targets = targets.cpu()
+        n_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+        self.nats = self.nats + torch.where(n_bytes > 0, losses.cpu().double(), 0.0).sum(dim=0)
+        self.n_bytes = self.n_bytes + n_bytes.sum(dim=0)
+
+    def bits_per_byte(self) -> dict[str, float]:
+        """"0-15" and so on -> of the tokens that are predicted at these positions. Position 0 has read one token."""
+        return {f"{start}-{stop - 1}": self.nats[start:stop].sum().item() / math.log(2) / n_bytes
+                for start, stop in position_bins(len(self.nats)) if (n_bytes := int(self.n_bytes[start:stop].sum()))}
+
+
+def position_bins(n: int) -> list[tuple[int, int]]:
+    """Positions 0 to n - 1 in parts, each from a power of two to the next: 40 -> [(0, 16), (16, 32), (32, 40)]."""
+    powers = itertools.takewhile(lambda power: power < n, (16 << i for i in itertools.count()))
+    return list(itertools.pairwise([0, *powers, n]))
 
 
 class NonFiniteGuard:

@@ -29,6 +29,7 @@ from compare import (
 from conftest import REPO, TINY_MODEL, run_rows
 from experiments.analysis import ArmResults
 from experiments.runner import JobResult
+from experiments.stages import readable_name
 from layers import MLPS
 from model import GPT, GPTConfig
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -432,7 +433,7 @@ bpb = 1.5 + (0.1 if "relu2" in path.stem else 0) + (0.4 if "grid" in path.stem e
 best = 0.01 if mode == "long" and "run" in path.stem else 0.02
 bpb += abs(float(flags.get("learning_rate", 1)) - best) + (sum(map(ord, path.stem)) % 7) * 1e-5
 rows = [{"step": n, "tokens": n * 512, "seconds": n / 10, "flops": n, "val_loss": 2 * bpb + 9 / n, "val_bpb": bpb,
-         "tok_per_sec": 100.0, "peak_memory": 2**28} for n in (10, 20, 30)]
+         "tok_per_sec": 100.0, "peak_memory": 2**28, "val_bpb/0-15": bpb + 1, "val_bpb/16-31": bpb} for n in (10, 20, 30)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 path.write_text("checkpoint")
 """
@@ -511,6 +512,39 @@ def test_a_screen_chooses_what_is_confirmed_with_new_seeds(fake_train, flags, tm
 
 
 @pytest.mark.integration
+def test_command_compares_lengths_of_context(fake_train, flags, tmp_path, capsys, monkeypatch):
+    """Each arm at each; what decoding costs is measured once."""
+    flags = [*flags, "--lengths", "32", "128", "--rates", "1", "--seeds=2"]
+    compare.main(flags)
+    out, folder, ran = capsys.readouterr().out, tmp_path / "out", fake_train.log()
+    for length in (32, 128):
+        names = [name for name in ran if f"block_size={length}-" in name]
+        assert len(names) == len(ran) / 2 and {name.split("-")[0] for name in names} == {"mlp=gelu", "mlp=relu2"}
+    rows = read_csv(folder)
+    assert [(row["size"], row["arm"], row["comparisons"]) for row in rows] == [
+        (f"block_size={length}", arm, "2" if arm == "mlp=relu2" else "") for length in (32, 128)
+        for arm in ("mlp=gelu", "mlp=relu2")]
+    contexts, positions = (list(csv.DictReader((folder / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
+                           for name in ("context", "positions"))
+    assert [float(row["bpb"]) for row in contexts] == [float(row["bpb"]) for row in rows]
+    assert [float(row["step_ms"]) for row in contexts] == [1e3 * 512 / 100] * 4  # as many tokens at each length
+    assert [int(row["cache_bytes"]) for row in contexts] == [4 * 2 * (2 * length + 2) * 128 for length in (32, 32, 128, 128)]
+    assert all(float(row["decode_tok_per_sec"]) > 0 for row in contexts)
+    assert [(row["context"], row["first_position"], row["last_position"]) for row in positions] == [
+        (str(length), *bounds) for length in (32, 128) for _ in range(2) for bounds in (("0", "15"), ("16", "31"))]
+    assert float(positions[2]["difference"]) == pytest.approx(0.1, abs=1e-3)
+    text, page = (folder / "comparison.md").read_text(encoding="utf-8"), parse_page(folder / "comparison.html").text
+    for words in ("By length of context", "By position in the context", "cache, KiB", "128"):
+        assert words in text and words in page, words
+    assert all((folder / f"{name}.svg").stat().st_size > 5000 for name in ("contexts", "positions_32", "positions_128"))
+    assert out.count("block_size=128") > 4 and "decoding tok/s" in out and "Loss against FLOPs" not in text
+    monkeypatch.setattr(compare, "time_decoding", None)
+    before = (folder / "context.csv").read_text(encoding="utf-8")
+    compare.main(flags)
+    assert fake_train.log() == ran and (folder / "context.csv").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.integration
 def test_command_compares_vocabularies(fake_train, flags, tmp_path, capsys):
     """With as much text for each; what was encoded stays, and is used again by the same command."""
     arms = ["vocab_size=300", "vocab_size=400", "vocab_size=600,mlp=relu2", "vocab_size=600"]
@@ -545,6 +579,9 @@ def test_dry_run_prints_a_forecast_and_writes_nothing(fake_train, flags, tmp_pat
     assert time.startswith("time    about") and "14 processes" in time
     assert memory.endswith(" available") and disk.startswith("disk    about") and "1 other vocabulary," in disk
     assert not fake_train.log() and not (tmp_path / "out").exists()
+    compare.main([*flags, "--dry_run", "--lengths", "32", "128"])
+    _, *rows, time, _ = capsys.readouterr().out.splitlines()
+    assert [row.split()[1] for row in rows] == ["block_size=32"] * 2 + ["block_size=128"] * 2 and "28 processes" in time
     compare.main([*flags, "--dry_run", "--screen"])
     out = capsys.readouterr().out
     assert "12 processes included; that is the screen alone" in out and out.splitlines()[1].split()[-3] == "6"
@@ -656,6 +693,8 @@ def test_unreadable_checkpoint_is_reported_once(fake_train, flags):
     (["--arms", "mlp=gelu", "tokenizer_path=none.json", "--budget=bytes=2e4"], "none.json: no tokenizer to read"),
     (["--arms", "mlp=gelu", "pattern=([", "--budget=bytes=2e4"], "nor a regular expression"),
     (["--arms", "vocab_size=300", "vocab_size=90000", "--budget=bytes=2e4"], "--match=non_embedding"),
+    (["--lengths", "48"], "no whole number of blocks of 48: give a --batch_size that is a multiple of 3"),
+    (["--lengths", "32", "--arms", "mlp=gelu", "block_size=32"], "'block_size=32': block_size follows from --lengths"),
     (["--confirm=2"], "--confirm=2: has a meaning with --screen alone"),
     (["--most_seeds=2"], "--most_seeds=2: has a meaning with --screen alone"),
     (["--arms", "mlp=gelu", "--null", "--screen"], "--screen: chooses among arms that are trained, not with --null"),
@@ -694,15 +733,20 @@ def test_results_of_another_comparison_are_not_replaced(fake_train, refused, fla
 
 @pytest.mark.integration
 def test_command_with_the_real_train_py(data_path, tmp_path, monkeypatch):
-    """Two arms end to end; the table holds what their runs logged."""
+    """Two arms end to end, at a length of context; the tables hold what their runs logged."""
     monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
     compare.main([f"--data_path={data_path}", f"--out_path={tmp_path / 'out'}", "--arms", "mlp=gelu",
                   "linear=grkan,mixer=DA", "--budget=tokens=1024", "--seeds=2", "--rates", "1", "--jobs=2", *TINY_MODEL,
-                  "--batch_size=4", "--num_batch_accum=1", "--val_iter=2"])
+                  "--lengths", "32", "--batch_size=4", "--num_batch_accum=1", "--val_iter=2"])
+    positions = list(csv.DictReader((tmp_path / "out" / "positions.csv").read_text(encoding="utf-8").splitlines()))
     for row, name in zip(read_csv(tmp_path / "out"), ("mlp=gelu", "linear=grkan_mixer=DA")):
         ends = [run_rows(folder.with_suffix(".pt"))[-1] for folder in sorted(tmp_path.glob(f"out/runs/{name}-run-*"))]
         assert len(ends) == 2 and all(end["tokens"] == 1024 and end["step"] == 16 for end in ends)
         assert float(row["bpb"]) == pytest.approx(sum(end["val_bpb"] for end in ends) / 2)
+        for bins in ("0-15", "16-31"):
+            found, = (float(row["bpb"]) for row in positions
+                      if readable_name(row["arm"]) == name and f"{row['first_position']}-{row['last_position']}" == bins)
+            assert found == pytest.approx(sum(end[f"val_bpb/{bins}"] for end in ends) / 2)
     results = [json.loads(path.read_text()) for path in tmp_path.glob("out/runs/*/result.json")]
     assert len(results) == 2 * (1 + 2 + 1) and {result["status"] for result in results} == {"finished"}
 
