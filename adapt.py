@@ -10,12 +10,11 @@ windows. A row for each document goes into --out_path, from which the same comma
 the folder holds adaptation.md and adaptation.html, and adaptation.json with what they were made of.
 """
 import hashlib
-import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from download_data import open_text, prepared_folder
+from download_data import held_out_texts
 from evaluate import sliding_windows, token_losses
 from experiments.adaptation import AdaptationStudy, write_adaptation
 from experiments.code_hash import code_hash
@@ -121,7 +120,7 @@ def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tu
     source_config = SourceConfig(config.dataset, dataset_config=config.dataset_config, text_column=config.text_column,
                                  skip_errors=config.skip_errors)
     documents, left_out, seen = [], Counter(), set()
-    for text in texts_of(source_config):
+    for text in held_out_texts(source_config):
         ids = [tokenizer.separator_id, *tokenizer.encode(text)][:config.max_tokens and config.max_tokens + 1]
         if len(ids) <= hop + 1:
             left_out[f"of at most {hop} tokens"] += 1
@@ -142,22 +141,6 @@ def read_documents(config: AdaptRunConfig, tokenizer: Tokenizer, hop: int) -> tu
                        + f" after the first --skip={config.skip}" * bool(config.skip)
                        + f", and {left_out.total():,} shorter or repeated ones" * bool(left_out))
     return documents, left_out
-
-
-def texts_of(config: SourceConfig) -> Iterator[str]:
-    """The validation documents of a data folder, the held-out files of a local one that has some, else all documents."""
-    source = open_text(config)
-    chunks = source.chunks() if prepared_folder(config) else source.held_out_chunks()
-    held_out = (text for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", chunks)
-                for text in chunk.documents.strings())
-    first = next(held_out, None)
-    if first is not None:
-        source.log_notes(uses_held_out=True)
-        yield from itertools.chain([first], held_out)
-    elif prepared_folder(config):
-        raise BadInput(f"--dataset={config.dataset}: has no validation documents: give another dataset")
-    else:
-        yield from source.documents()
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

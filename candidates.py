@@ -7,9 +7,10 @@
 A prompt is read once for all of its answers, which are decoded in batches that those which have ended leave. A choice is a
 line in CHOICES. Where an answer holds a thought, see tasks/thinking.py, what counts is what follows it.
 """
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from model import GPT
 from runtime.config import BadInput, check_flags, flag
-from sampling import Decoder, Reading, SamplingConfig, TextStream, sample_with_logprobs
+from sampling import GREEDY, Decoder, Reading, SamplingConfig, TextStream, sample_with_logprobs
 from tasks.checkable import THOUGHT_END, countdown_check, final_answer
 from tokenizer import Tokenizer
 
@@ -176,6 +177,38 @@ def sample_candidates(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[i
                 found[i].append(row.answer())
             undecided = [i for i in undecided if not is_enough(found[i], config)]
     return found
+
+
+class Scored(NamedTuple):
+    """A given continuation of a prompt: its log-probability in nats, and whether it is the greedy one."""
+    logprob: float
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score_continuations(model: GPT, prompts: Sequence[list[int]], continuations: Sequence[list[list[int]]],
+                        batch_size: int) -> Iterator[list[Scored]]:
+    """Yields those of each prompt, which is read once for all of its continuations, ids, as many for each prompt; about
+    `batch_size` of them are computed together. A prompt has to fit into the context with its longest continuation."""
+    device, n_each = model.embed.weight.device, len(continuations[0])
+    n_prompts = max(1, batch_size // n_each)
+    for first in range(0, len(prompts), n_prompts):
+        part = [torch.tensor(prompt, device=device) for prompt in prompts[first:first + n_prompts]]
+        rows = [ids for of_prompt in continuations[first:first + n_prompts] for ids in of_prompt]
+        lengths = torch.tensor([len(ids) for ids in rows], device=device)
+        columns = torch.tensor([*itertools.zip_longest(*rows, fillvalue=0)], device=device)
+        decoder = Reading(model, part).decoder([i for i in range(len(part)) for _ in range(n_each)], len(columns), GREEDY)
+        logprobs, is_greedy = torch.zeros(len(rows), device=device), torch.ones(len(rows), dtype=torch.bool, device=device)
+        for t, column in enumerate(columns):
+            if t:
+                decoder.append(columns[t - 1])
+            is_over, logits = t >= lengths, decoder.logits.float()
+            found = logits.gather(1, column[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            logprobs += found.masked_fill(is_over, 0.0)
+            is_greedy &= is_over | (logits.argmax(dim=-1) == column)
+        scored = list(map(Scored, logprobs.tolist(), is_greedy.tolist()))
+        for i in range(0, len(rows), n_each):
+            yield scored[i:i + n_each]
 
 
 def is_enough(answers: Sequence[Answer], config: CandidateConfig) -> bool:

@@ -331,6 +331,22 @@ def prepared_folder(config: SourceConfig) -> Path | None:
     return path if is_one else None
 
 
+def held_out_texts(config: SourceConfig) -> Iterator[str]:
+    """The validation documents of a data folder, the held-out files of a local one that has some, else all documents."""
+    source = open_text(config)
+    chunks = source.chunks() if prepared_folder(config) else source.held_out_chunks()
+    held_out = (text for chunk in itertools.takewhile(lambda chunk: chunk.split == "val", chunks)
+                for text in chunk.documents.strings())
+    first = next(held_out, None)
+    if first is not None:
+        source.log_notes(uses_held_out=True)
+        yield from itertools.chain([first], held_out)
+    elif prepared_folder(config):
+        raise BadInput(f"--dataset={config.dataset}: has no validation documents: give another dataset")
+    else:
+        yield from source.documents()
+
+
 def current_revisions(config: SourceConfig) -> list[str | None]:
     """As `local_revisions`; of a data folder, a digest of its tokens."""
     if not (folder := prepared_folder(config)):

@@ -1,8 +1,10 @@
-"""Scores trained models side by side: bits per byte of any text, multiple choice, and questions with one right answer.
+"""Scores trained models side by side: bits per byte of any text, multiple choice, questions with one right answer, and facts
+hidden in text.
 
     python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt
     python evaluate.py --checkpoint_path a.pt b.pt --task=choice                          HellaSwag
     python evaluate.py --checkpoint_path checkpoints/gpt_finetuned.pt --task=answers      the built-in questions
+    python evaluate.py --checkpoint_path checkpoints/gpt.pt --task=needle                 a fact in a long text
     python evaluate.py --checkpoint_path checkpoints/gpt.pt --dataset=notes.txt --adapt   also after learning, see learner.py
     python evaluate.py --checkpoint_path checkpoints/countdown.pt --task=countdown --budget_curve     see budget.py
 
@@ -15,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,11 +41,30 @@ from budget import (
     measure_play,
     search_moves,
 )
-from candidates import CHOICES, Answer, CandidateConfig, sample_candidates
+from candidates import CHOICES, Answer, CandidateConfig, sample_candidates, score_continuations
 from dataloader import IGNORE_INDEX, PackedBatches, cut_windows, encodable
+from download_data import held_out_texts
 from experiments.budget_plots import draw_budgets
-from experiments.report import Figure, Table, markdown, write_page
-from learner import AdaptConfig, Learner, encode_documents, open_learner, require_adapt
+from experiments.needle_report import needle_scores, write_needle_report
+from experiments.report import markdown, write_results
+from experiments.scores import (
+    Score,
+    adapted_bits_per_byte,
+    adapted_proportion,
+    bits_per_byte,
+    count,
+    proportion,
+    score_table,
+)
+from learner import (
+    AdaptConfig,
+    Learner,
+    after_learning,
+    drop_diverged,
+    encode_documents,
+    open_learner,
+    require_adapt,
+)
 from model import GPT, GPTConfig
 from players import checkpoint_game, load_player
 from runtime.checkpoint import explain_damage, load_checkpoint, run_folder
@@ -57,6 +78,7 @@ from strength import EXAM_SIZE, Question, make_exam
 from tasks.checkable import final_answer
 from tasks.conversations import Conversation, ConversationConfig, ReadReport, builtin_held_out, read_all
 from tasks.multiple_choice import Choice, ChoiceColumns, read_choices
+from tasks.needle import Haystack, NeedleConfig, default_lengths, make_needles
 from tasks.positions import Game
 from tasks.rows import local_splits
 from tasks.thinking import TASKS, Problem
@@ -67,41 +89,47 @@ from tokenizer import ROLES, Tokenizer
 PROMPTS_PER_BATCH = 64
 # (dataset, split) of each task where the flags do not give them
 DEFAULT_DATASETS = {"text": ("builtin", "train"), "choice": ("Rowan/hellaswag", "validation"),
-                    "answers": ("builtin", "train")}
+                    "answers": ("builtin", "train"), "needle": ("data", "train")}
+NEEDLE = "needle"          # the task whose questions are about facts hidden in text
 GAME = "game"              # the task whose questions are positions
 N_PROBLEMS = 128           # of think.py's tasks, unless --limit is given
+N_NEEDLES = 32             # of each length and depth, unless --limit is given
 BUDGET_SAMPLES = 32        # of --budget_curve, unless --samples is given
-PICTURES = ".html", ".svg"  # of --budget_curve, beside its rows
+PICTURES = ".html", ".svg"  # of --budget_curve and --task=needle, beside their rows
 SEARCHES = "none", "ahead", "puct"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CandidateConfig):
+class EvaluateConfig(CandidateConfig, NeedleConfig):
     """Evaluation."""
     checkpoint_path: tuple[Path, ...] = flag((Path("checkpoints/gpt.pt"),),
                                              "models to score side by side, with spaces between")
     task: str = flag("text", "text: bits per byte; choice: pick the right one of several endings; answers: answer questions "
-                             "word for word; game: find one of the best moves, of models of selfplay.py; "
+                             "word for word; needle: find a fact that is hidden in text; game: find one of the best moves, "
+                             "of models of selfplay.py; "
                              f"{', '.join(TASKS)}: of models of think.py",
                      choices=(*DEFAULT_DATASETS, GAME, *TASKS))
     dataset: str = flag(None, "a dataset on the Hugging Face hub by its id, a local file or folder, or `builtin`: for text "
                               "the documentation of Python, numpy and torch, most of which a model trained on it has seen; "
-                              "for answers the questions that finetune.py holds out (default: builtin; for choice "
-                              "Rowan/hellaswag)")
+                              "for answers the questions that finetune.py holds out; for needle a folder that "
+                              "download_data.py has prepared too, of which the validation documents are read (default: "
+                              "builtin; for choice Rowan/hellaswag, for needle data)")
     dataset_config: str = flag(None, "configuration of a hub dataset")
     split: str = flag(None, "split of a hub dataset, or of a local folder whose files are named train, validation, test; "
                             "text reads only train (default: train; for choice validation; of such a folder what it holds "
                             "out)")
-    text_column: str = flag("text", "for text, the column or JSON key that holds it")
+    text_column: str = flag("text", "for text and needle, the column or JSON key that holds it")
     question_column: str = flag(None, "column with questions, for choice with the contexts (default: the first of ctx, "
                                       "query, question …; for answers as in finetune.py)")
     endings_column: str = flag(None, "for choice, the column with the list of endings (default: the first of endings, "
                                      "choices, options, or the columns of well-known datasets)")
     answer_column: str = flag(None, "column with answers, for choice with the index or letter of the right ending (default: "
                                     "the first of label, answerKey, gold, answer …; for answers as in finetune.py)")
-    limit: int = flag(None, "use only the first documents, rows or conversations (default: all; of the built-in questions "
-                            "as many as finetune.py holds out)", at_least=1)
-    max_bytes: int = flag(1_000_000, "for text, stop reading at the document that reaches this many bytes", at_least=1)
+    limit: int = flag(None, "use only the first documents, rows or conversations; for needle, so many questions of each "
+                            "length and depth (default: all; of the built-in questions as many as finetune.py holds out; "
+                            f"for needle {N_NEEDLES})", at_least=1)
+    max_bytes: int = flag(1_000_000, "for text and needle, stop reading at the document that reaches this many bytes",
+                          at_least=1)
     size: int = flag(None, "size of the problems of think.py's tasks (default: the largest that the first model was trained "
                            "on)", at_least=2, at_most=10_000)
     search: str = flag("none", "for game, what the model does before a move; ahead: reads all moves, --depth of them one "
@@ -115,8 +143,8 @@ class EvaluateConfig(CandidateConfig):
     batch_size: int = flag(16, "rows in a forward pass", at_least=1, at_most=1_000_000)
     answer_tokens: int = flag(64, "for answers, maximum number of tokens in an answer", at_least=1)
     out_path: Path = flag(None, "file to write: a line of JSON for each document or question and model; with "
-                                "--budget_curve for each way, budget and model (default there: budget.jsonl in the folder "
-                                "of the first model)")
+                                "--budget_curve for each way, budget and model (default there: budget.jsonl, for needle "
+                                "needle.jsonl, in the folder of the first model)")
     overwrite: bool = flag(False, "replace --out_path if it exists")
     skip_errors: bool = flag(False, "1 leaves out and counts rows and parts of files that cannot be read or scored")
     adapt: bool = flag(False, "also score a model that learns as it reads: a document hop by hop, each scored before the "
@@ -135,14 +163,14 @@ class EvaluateConfig(CandidateConfig):
                                f"{' '.join(parts)}")
         if self.task not in DEFAULT_DATASETS:
             return
-        dataset, split = DEFAULT_DATASETS[self.task]
+        (dataset, split), reads_text = DEFAULT_DATASETS[self.task], self.task in ("text", NEEDLE)
         if self.dataset is None:
             object.__setattr__(self, "dataset", dataset)
         if self.split is None:
-            object.__setattr__(self, "split", split if self.task == "text" else default_split(self.dataset, split))
-        if self.task == "text" and self.split != "train":
+            object.__setattr__(self, "split", split if reads_text else default_split(self.dataset, split))
+        if reads_text and self.split != "train":
             raise BadInput(f"--split={self.split}: text is read from the train split of a hub dataset: give a local file")
-        if self.task == "text" and "," in self.dataset and not local_path(self.dataset):
+        if reads_text and "," in self.dataset and not local_path(self.dataset):
             raise BadInput(f"--dataset={self.dataset}: give one at a time")
         if self.task == "choice" and self.dataset == "builtin":
             raise BadInput("--dataset=builtin: has no endings to choose from: give a dataset of the hub, or a local path")
@@ -152,12 +180,14 @@ class EvaluateConfig(CandidateConfig):
         """Raises BadInput for flags of inference-time compute that the task has no use for."""
         defaults = {name: field.default for name, field in declared_flags(type(self)).items()}
         answers = self.task == "answers" or self.task in TASKS
+        learning = [task for task in DEFAULT_DATASETS if task != NEEDLE]
         for names, is_used, where in (
                 (declared_flags(CandidateConfig), answers, f"--task=answers, {', '.join(TASKS)}"),
                 (("search", "depth", "simulations"), self.task == GAME, f"--task={GAME}"),
                 (("size",), self.task in TASKS, f"--task={', '.join(TASKS)}"),
                 (("budget_curve",), answers or self.task == GAME, f"--task=answers, {GAME}, {', '.join(TASKS)}"),
-                (("adapt",), self.task in DEFAULT_DATASETS, f"--task={', '.join(DEFAULT_DATASETS)}")):
+                (declared_flags(NeedleConfig), self.task == NEEDLE, f"--task={NEEDLE}"),
+                (("adapt",), self.task in learning, f"--task={', '.join(learning)}")):
             for name in () if is_used else names:
                 if getattr(self, name) != defaults[name]:
                     raise BadInput(f"--{name}={shorten(getattr(self, name))}: is of {where}: leave it out")
@@ -173,64 +203,6 @@ def default_split(dataset: str, split: str) -> str:
     if dataset == "builtin" or not local_path(dataset):
         return split
     return next((name for name in ("validation", "test") if name in local_splits(dataset)), "train")
-
-
-@dataclass(frozen=True)
-class Score:
-    """A number with its standard error, nan where that is unknown. better: which direction is good, "" for neither."""
-    value: float
-    stderr: float = math.nan
-    better: str = ""
-    format: str = ".4f"
-
-    def __str__(self) -> str:
-        value = format(self.value, self.format)
-        return value if math.isnan(self.stderr) else f"{value} ± {format(self.stderr, self.format.lstrip('+'))}"
-
-
-def count(n: int) -> Score:
-    return Score(n, format=",")
-
-
-def proportion(hits: Sequence[bool]) -> Score:
-    """Fraction of hits; its standard error is that of a mean of zeros and ones, √(p (1 - p) / (n - 1))."""
-    n, p = len(hits), sum(hits) / len(hits)
-    return Score(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, "higher", ".1%")
-
-
-def adapted_proportion(name: str, static: Sequence[bool], adapted: Sequence[bool]) -> dict[str, Score]:
-    """Rows of the table: the fraction of hits after learning, and the mean of the paired differences."""
-    differences, n = [b - a for a, b in zip(static, adapted)], len(static)
-    stderr = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    return {f"{name}, adapted": proportion(adapted),
-            f"{name}, adapted minus static": Score(statistics.mean(differences), stderr, "higher", "+.1%")}
-
-
-# -- learning ---------------------------------------------------------------------------------------------------------
-
-def after_learning(learner: Learner, texts: Iterable[Tensor], score: Callable[[int, Tensor], object], unit: str,
-                   n: int) -> list:
-    """score(i, losses) for each of the `n` texts, ids, once the model has learnt from it; its hops had these losses in nats.
-    Then the model forgets it. None where a step was not finite. Raises FloatingPointError if that is everywhere."""
-    results, failure = [], None
-    for i, ids in enumerate(progress_bar(texts, total=n, desc="adapted", unit=unit, delay=1)):
-        try:
-            results.append(score(i, learner.read(ids)))
-        except FloatingPointError as error:
-            results.append(None)
-            failure = error
-        learner.forget()
-    if failure is not None and not any(result is not None for result in results):
-        raise failure
-    return results
-
-
-def drop_diverged(adapted: list, *others: list) -> tuple[dict[str, Score], list[list]]:
-    """The lists without what `after_learning` has no result of, and a row of the table that counts it."""
-    kept = [i for i, result in enumerate(adapted) if result is not None]
-    n_diverged = len(adapted) - len(kept)
-    return ({"left out, as learning from them diverged": count(n_diverged)} if n_diverged else {},
-            [[values[i] for i in kept] for values in (adapted, *others)])
 
 
 # -- token losses -----------------------------------------------------------------------------------------------------
@@ -348,23 +320,6 @@ def sliding_windows(ids: np.ndarray, block_size: int, stride: int | None = None)
     """The windows of dataloader.cut_windows that score every token of `ids` but the first once."""
     for start, first, stop in cut_windows(len(ids) - 1, block_size, stride=stride):
         yield Window(ids[start:stop + 1], stop - first)
-
-
-def bits_per_byte(documents: Sequence[LossSums]) -> Score:
-    """Over all documents together. These differ in length, so the standard error is that of a ratio, linearised. Source:
-    Cochran 1977, Sampling Techniques, equation 2.46."""
-    bits, n_bytes = [sums.text_nats / math.log(2) for sums in documents], [sums.text_bytes for sums in documents]
-    n, total, ratio = len(documents), sum(n_bytes), sum(bits) / sum(n_bytes)
-    squares = sum((b - ratio * size) ** 2 for b, size in zip(bits, n_bytes))
-    return Score(ratio, math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan, "lower")
-
-
-def adapted_bits_per_byte(documents: Sequence[LossSums], adapted_nats: Sequence[float]) -> dict[str, Score]:
-    """Rows of the table. documents: static; adapted_nats: of each, all of text, as a document holds no special tokens."""
-    adapted = [replace(sums, text_nats=nats) for sums, nats in zip(documents, adapted_nats)]
-    differences = [replace(b, text_nats=b.text_nats - a.text_nats) for a, b in zip(documents, adapted)]
-    return {"bits per byte, adapted": bits_per_byte(adapted),
-            "bits per byte, adapted minus static": replace(bits_per_byte(differences), format="+.4f")}
 
 
 # -- multiple choice --------------------------------------------------------------------------------------------------
@@ -626,6 +581,43 @@ def group_by_task(answers: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
+# -- needles ----------------------------------------------------------------------------------------------------------
+
+def read_haystack(config: EvaluateConfig, report: ReadReport) -> list[str]:
+    """Held-out documents, up to the one that reaches --max_bytes. Raises BadInput."""
+    texts = held_out_texts(SourceConfig(config.dataset, dataset_config=config.dataset_config,
+                                        text_column=config.text_column, skip_errors=config.skip_errors))
+    return list(take_text(texts, config.max_bytes))
+
+
+def score_needles(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: list[str], config: EvaluateConfig,
+                  learner: None) -> tuple[dict[str, Score], list[dict]]:
+    """Facts at each length and depth, and the same questions without the fact. The choice is the answer with the largest
+    log-probability; an exact match, the right answer where each of its tokens is the greedy one. The gain is how much more
+    the fact raises the log-probability of the right answer than that of the others on average."""
+    haystack = Haystack(np.array(tokenizer.encode("\n\n".join(texts))), tokenizer.encode, tokenizer.separator_id)
+    needles = make_needles(config.limit or N_NEEDLES, config.needle_choices, config.needle_seed)
+    lengths = config.needle_lengths or default_lengths(haystack, needles, model.config.block_size)
+    # longest first, so that too little memory shows at once; and without the fact first, which gains are measured from
+    questions = [*itertools.product(sorted(set(lengths), reverse=True), (None, *sorted(set(config.needle_depths))),
+                                    range(len(needles)))]
+    prompts, choices = [haystack.prompt(needles[i], *cell) for *cell, i in questions], list(map(haystack.choices, needles))
+    rows, absent = [], {}
+    with machine.autocast(), progress_bar(total=len(questions), unit="question", delay=1) as bar:
+        scored = score_continuations(model, prompts, [choices[i] for *_, i in questions], config.batch_size)
+        for (length, depth, i), answers in zip(questions, scored):
+            scores, label = [answer.logprob for answer in answers], needles[i].label
+            margin = scores[label] - statistics.fmean(scores[:label] + scores[label + 1:])
+            gain = margin - absent.setdefault((length, i), margin)
+            chosen = scores.index(max(scores))
+            rows.append({"fact": i, "length": length, "depth": depth, "question": needles[i].question,
+                         "choices": needles[i].choices, "label": label, "scores": scores, "chosen": chosen,
+                         "correct": chosen == label, "exact": answers[label].is_greedy,
+                         "gain": None if depth is None else gain})
+            bar.update()
+    return needle_scores(rows), rows
+
+
 # -- problems of think.py ---------------------------------------------------------------------------------------------
 
 def problem_size(config: EvaluateConfig) -> int:
@@ -706,23 +698,15 @@ def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine
     path = config.out_path or run_folder(config.checkpoint_path[0]) / "budget.jsonl"
     for name, rows in curves.items():
         print(f"{name}\n\n{markdown(budget_table(rows))}\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as file:
-        file.writelines(json.dumps({"checkpoint": name, "task": config.task} | row) + "\n"
-                        for name, rows in curves.items() for row in rows)
-    tables = [part for name, rows in curves.items() for part in (("h2", name), budget_table(rows))]
-    panels = {name: draw_budgets(rows, f": {name}" if len(curves) > 1 else "") for name, rows in curves.items()}
-    with atomic_write(path.with_suffix(".svg"), "w") as file:
-        file.write(Figure(list(itertools.chain(*panels.values())), "budgets").svg)
-    page, timed = path.with_suffix(".html"), "one question at a time"
-    if config.task == GAME:
-        timed = f"batches of {POSITIONS_PER_BATCH} positions"
-    write_page(page, f"What accuracy costs: {config.task}", [
-        ("p", f"{n:,} {unit}, the same ones for every way, on {machine}. Accuracy and differences, which are paired, with "
-              f"95 % intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it; seconds "
-              f"are those of {timed}."),
-        *(part for name, own in panels.items() for part in (("h2", name), Figure(own, "budgets"))), *tables])
-    say(f"saved {path} and {page}")
+    sections = {name: (draw_budgets(rows, f": {name}" if len(curves) > 1 else ""), [budget_table(rows)])
+                for name, rows in curves.items()}
+    timed = f"batches of {POSITIONS_PER_BATCH} positions" if config.task == GAME else "one question at a time"
+    rows = [{"checkpoint": name, "task": config.task} | row for name, rows in curves.items() for row in rows]
+    write_results(path, rows, f"What accuracy costs: {config.task}", (
+        f"{n:,} {unit}, the same ones for every way, on {machine}. Accuracy and differences, which are paired, with 95 % "
+        f"intervals. Tokens, FLOPs and seconds: of a question on average, with the reading of it; seconds are those of "
+        f"{timed}."), sections, "budgets")
+    say(f"saved {path} and {path.with_suffix('.html')}")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -730,7 +714,8 @@ def report_curves(curves: dict[str, list[dict]], config: EvaluateConfig, machine
 # task -> read(config, report) -> examples; score(model, tokenizer, machine, examples, config, learner) -> (scores, rows of
 # --out_path), where a learner, of the model, adds the scores after learning; what an example is called
 EVALUATIONS = {"text": (read_texts, score_text, "documents"), "choice": (read_choice_rows, score_choices, "questions"),
-               "answers": (read_questions, score_answers, "conversations"), GAME: (read_exam, score_play, "positions"),
+               "answers": (read_questions, score_answers, "conversations"),
+               NEEDLE: (read_haystack, score_needles, "documents"), GAME: (read_exam, score_play, "positions"),
                **dict.fromkeys(TASKS, (read_problems, score_problems, "problems"))}
 
 
@@ -747,6 +732,10 @@ def check_checkpoints(config: EvaluateConfig, adapt: AdaptConfig):
             load_game_model(path, config.checkpoint_path[0])
             continue
         model, *_ = load_pretrained(path, chat=config.task == "answers" or config.task in TASKS)
+        longest = max(config.needle_lengths or [0])
+        if longest > model.config.block_size:
+            raise BadInput(f"--needle_lengths={longest}: {path} has a context of {model.config.block_size:,} tokens: give "
+                           f"no more")
         if config.adapt:
             with explain_damage(path):
                 Learner(model, adapt, Machine(torch.device("cpu"), "fp32"))  # the scope may have nothing in this model
@@ -777,20 +766,14 @@ def score_checkpoint(path: Path, machine: Machine, examples: list, config: Evalu
 def check_out_path(config: EvaluateConfig):
     if config.out_path:
         check_writable(config.out_path, f"--out_path={config.out_path}")
-        if config.budget_curve and config.out_path.suffix in PICTURES:
-            raise BadInput(f"--out_path={config.out_path}: the picture of --budget_curve gets this name: end it in .jsonl")
-        paths = [config.out_path, *(config.out_path.with_suffix(suffix) for suffix in PICTURES if config.budget_curve)]
+        draws = config.budget_curve or config.task == NEEDLE
+        if draws and config.out_path.suffix in PICTURES:
+            raise BadInput(f"--out_path={config.out_path}: the picture gets this name: end it in .jsonl")
+        paths = [config.out_path, *(config.out_path.with_suffix(suffix) for suffix in PICTURES if draws)]
         if not config.overwrite and (found := [path for path in paths if path.exists()]):
             which = "" if found[0] == config.out_path else f"{found[0].name} "
             raise BadInput(f"--out_path={config.out_path}: {which}exists: replace it with --overwrite, or choose another "
                            f"path")
-
-
-def score_table(scores: dict[str, dict[str, Score]]) -> Table:
-    """scores: checkpoint -> name -> score. A column for each checkpoint, and one that says which direction is good."""
-    better = {name: score.better for column in scores.values() for name, score in column.items()}
-    return Table(("metric", "better", *scores), [
-        (name, direction, *(str(column.get(name, "")) for column in scores.values())) for name, direction in better.items()])
 
 
 @command
@@ -815,7 +798,7 @@ def main(argv=None):
             gc.collect()  # a learner and its state refer to each other: the next model would be loaded beside this one
     print(markdown(score_table(scores)))
     what = config.task if config.task not in DEFAULT_DATASETS else config.dataset
-    has_splits = config.task in DEFAULT_DATASETS and config.dataset != "builtin" and (
+    has_splits = config.task in DEFAULT_DATASETS and config.task != NEEDLE and config.dataset != "builtin" and (
         not local_path(config.dataset) or local_splits(config.dataset))
     split = f", {config.split}" if has_splits else ""
     loops = f" with --loops={config.loops}" if config.loops else ""
@@ -823,7 +806,11 @@ def main(argv=None):
         f"{time.perf_counter() - start:.1f} s on {machine}")
     for line in report.lines():
         say(line)
-    if config.out_path:
+    if config.task == NEEDLE:
+        path = config.out_path or run_folder(config.checkpoint_path[0]) / "needle.jsonl"
+        print("", write_needle_report(rows, path, f"text of {config.dataset}"), sep="\n")
+        say(f"saved {path} and {path.with_suffix('.html')}")
+    elif config.out_path:
         with atomic_write(config.out_path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 

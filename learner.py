@@ -21,6 +21,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from dataloader import cut_windows
+from experiments.scores import Score, count
 from layers.linear import linear_layers
 from model import GPT, Cache, GPTConfig
 from optimizer import AdamW, CombinedOptimizer, parameter_kind
@@ -361,3 +362,30 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Ten
     """The ids of each text after the separator, (n + 1,) int64."""
     for text in texts:
         yield torch.tensor([tokenizer.separator_id, *tokenizer.encode(text)])
+
+
+# -- scores after learning --------------------------------------------------------------------------------------------
+
+def after_learning(learner: Learner, texts: Iterable[Tensor], score: Callable[[int, Tensor], object], unit: str,
+                   n: int) -> list:
+    """score(i, losses) for each of the `n` texts, ids, once the model has learnt from it; its hops had these losses in nats.
+    Then the model forgets it. None where a step was not finite. Raises FloatingPointError if that is everywhere."""
+    results, failure = [], None
+    for i, ids in enumerate(progress_bar(texts, total=n, desc="adapted", unit=unit, delay=1)):
+        try:
+            results.append(score(i, learner.read(ids)))
+        except FloatingPointError as error:
+            results.append(None)
+            failure = error
+        learner.forget()
+    if failure is not None and not any(result is not None for result in results):
+        raise failure
+    return results
+
+
+def drop_diverged(adapted: list, *others: list) -> tuple[dict[str, Score], list[list]]:
+    """The lists without what `after_learning` has no result of, and a row of the table that counts it."""
+    kept = [i for i, result in enumerate(adapted) if result is not None]
+    n_diverged = len(adapted) - len(kept)
+    return ({"left out, as learning from them diverged": count(n_diverged)} if n_diverged else {},
+            [[values[i] for i in kept] for values in (adapted, *others)])

@@ -6,6 +6,7 @@ The page's template is page.html.
 """
 import csv
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,3 +106,16 @@ def write_page(path: Path, title: str, parts: list):
     parts = [(tags[type(part)], part) if type(part) in tags else part for part in parts]
     with atomic_write(path, "w") as file:
         file.write(environment.get_template("page.html").render(title=title, parts=parts) + "\n")
+
+
+def write_results(path: Path, rows: list[dict], title: str, note: str, sections: dict[str, tuple[list[str], list]],
+                  name: str):
+    """Writes `rows` to `path`, a line of JSON each, and beside them a page, .html, and its pictures, .svg. sections: heading
+    -> (panels, parts of the page below them); note: a paragraph above all; name: see Figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with atomic_write(path.with_suffix(".svg"), "w") as file:
+        file.write(Figure([panel for panels, _ in sections.values() for panel in panels], name).svg)
+    write_page(path.with_suffix(".html"), title, [("p", note), *(
+        part for heading, (panels, below) in sections.items() for part in (("h2", heading), Figure(panels, name), *below))])

@@ -40,6 +40,14 @@ class Estimate:
         return cls(statistics.mean(values), float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * standard_error, n)
 
 
+def proportion_interval(n_hits: int, n: int) -> tuple[float, float]:
+    """Interval of a fraction of `n` independent trials; not empty where all are hits, or none. Source: Wilson 1927, Journal
+    of the American Statistical Association 22."""
+    from scipy.stats import binomtest
+    interval = binomtest(n_hits, n).proportion_ci(CONFIDENCE, "wilson")
+    return float(interval.low), float(interval.high)
+
+
 def p_value(values: list[float]) -> float:
     """Two-sided one-sample t-test of the mean being 0; of paired differences, the paired t-test. 1 for fewer than two."""
     if len(values) < 2:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import adapt
-from download_data import read_split
+from download_data import held_out_texts, read_split
 from evaluate import document_losses
 from experiments.adaptation import by_position, gains, gains_by_quarter, pooled_bits_per_byte, seconds_ratio, verdict
 from learner import AdaptConfig, Learner
@@ -88,7 +88,7 @@ def test_a_recurrent_model_may_keep_its_state(run_train, documents, tmp_path, ca
 
 
 def test_a_data_folder_gives_its_validation_documents(data_path, english):
-    texts = list(adapt.texts_of(SourceConfig(str(data_path))))
+    texts = list(held_out_texts(SourceConfig(str(data_path))))
     expected = [text for chunk in read_split(open_data(data_path), "val") for text in chunk.documents.strings()]
     assert texts == expected and 1 <= len(texts) < 40
 
@@ -96,9 +96,9 @@ def test_a_data_folder_gives_its_validation_documents(data_path, english):
 def test_held_out_files_are_read_where_a_folder_has_some(tmp_path):
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"of {name}"}) + "\n")
-    assert list(adapt.texts_of(SourceConfig(str(tmp_path)))) == ["of validation"]
+    assert list(held_out_texts(SourceConfig(str(tmp_path)))) == ["of validation"]
     (tmp_path / "validation.jsonl").unlink()
-    assert list(adapt.texts_of(SourceConfig(str(tmp_path)))) == ["of train"]
+    assert list(held_out_texts(SourceConfig(str(tmp_path)))) == ["of train"]
 
 
 # -- stopped and resumed ----------------------------------------------------------------------------------------------
