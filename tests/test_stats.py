@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.stats import Estimate, holm, p_value, pairs_needed, parabola_minimum, power, power_law
+from experiments.stats import Estimate, holm, p_value, pairs_needed, parabola_minimum, power, power_law, proportion_interval
 
 SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]
 
@@ -25,6 +25,13 @@ def test_margin_by_printed_tables(n, quantile):
     deviation = math.sqrt(1 / n)  # of n - 1 zeros and a one
     margin = quantile * deviation / math.sqrt(n)
     assert Estimate.from_values(values).margin == pytest.approx(margin, rel=2e-4)  # tables have three decimals
+
+
+def test_interval_of_a_proportion_by_hand():
+    # 1.96² = 3.8415; of none, up to 3.8415 / (10 + 3.8415); of a half, 0.5 ± 1.96 √(10 / 4 + 3.8415 / 4) / (10 + 3.8415)
+    assert proportion_interval(0, 10) == (0, pytest.approx(0.27753, abs=1e-4))
+    assert proportion_interval(10, 10) == (pytest.approx(0.72247, abs=1e-4), 1)
+    assert proportion_interval(5, 10) == (pytest.approx(0.23659, abs=1e-4), pytest.approx(0.76341, abs=1e-4))
 
 
 def test_p_value_of_differences_is_the_paired_test():
