@@ -10,7 +10,7 @@ line in CHOICES. Where an answer holds a thought, see tasks/thinking.py, what co
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
+from runtime.cli import progress_bar
 from runtime.config import BadInput, check_flags, flag
 from sampling import GREEDY, Decoder, Reading, SamplingConfig, TextStream, sample_with_logprobs
 from tasks.checkable import THOUGHT_END, countdown_check, final_answer
@@ -187,14 +188,18 @@ class Scored(NamedTuple):
 
 @torch.inference_mode()
 def score_continuations(model: GPT, prompts: Sequence[list[int]], continuations: Sequence[list[list[int]]],
-                        batch_size: int) -> Iterator[list[Scored]]:
-    """Yields those of each prompt, which is read once for all of its continuations, ids, as many for each prompt; about
-    `batch_size` of them are computed together. A prompt has to fit into the context with its longest continuation."""
-    device, n_each = model.embed.weight.device, len(continuations[0])
-    n_prompts = max(1, batch_size // n_each)
-    for first in range(0, len(prompts), n_prompts):
-        part = [torch.tensor(prompt, device=device) for prompt in prompts[first:first + n_prompts]]
-        rows = [ids for of_prompt in continuations[first:first + n_prompts] for ids in of_prompt]
+                        batch_size: int) -> list[list[Scored]]:
+    """Those of each prompt, which is read once for all of its continuations, ids, as many for each prompt; about
+    `batch_size` of them are computed together. A prompt has to fit into the context with its longest continuation.
+
+    Longest prompts first: so those of one length are read together, and too little memory shows at once.
+    """
+    device, n_each, found = model.embed.weight.device, len(continuations[0]), {}
+    order, n_prompts = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), max(1, batch_size // n_each)
+    for first in progress_bar(range(0, len(order), n_prompts), unit="batch", delay=1):
+        batch = order[first:first + n_prompts]
+        part = [torch.tensor(prompts[i], device=device) for i in batch]
+        rows = [ids for i in batch for ids in continuations[i]]
         lengths = torch.tensor([len(ids) for ids in rows], device=device)
         columns = torch.tensor([*itertools.zip_longest(*rows, fillvalue=0)], device=device)
         decoder = Reading(model, part).decoder([i for i in range(len(part)) for _ in range(n_each)], len(columns), GREEDY)
@@ -203,12 +208,12 @@ def score_continuations(model: GPT, prompts: Sequence[list[int]], continuations:
             if t:
                 decoder.append(columns[t - 1])
             is_over, logits = t >= lengths, decoder.logits.float()
-            found = logits.gather(1, column[:, None])[:, 0] - logits.logsumexp(dim=-1)
-            logprobs += found.masked_fill(is_over, 0.0)
+            new = logits.gather(1, column[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            logprobs += new.masked_fill(is_over, 0.0)
             is_greedy &= is_over | (logits.argmax(dim=-1) == column)
         scored = list(map(Scored, logprobs.tolist(), is_greedy.tolist()))
-        for i in range(0, len(rows), n_each):
-            yield scored[i:i + n_each]
+        found |= {i: scored[k * n_each:(k + 1) * n_each] for k, i in enumerate(batch)}
+    return [found[i] for i in range(len(prompts))]
 
 
 def is_enough(answers: Sequence[Answer], config: CandidateConfig) -> bool:

@@ -598,23 +598,19 @@ def score_needles(model: GPT, tokenizer: Tokenizer, machine: Machine, texts: lis
     haystack = Haystack(np.array(tokenizer.encode("\n\n".join(texts))), tokenizer.encode, tokenizer.separator_id)
     needles = make_needles(config.limit or N_NEEDLES, config.needle_choices, config.needle_seed)
     lengths = config.needle_lengths or default_lengths(haystack, needles, model.config.block_size)
-    # longest first, so that too little memory shows at once; and without the fact first, which gains are measured from
-    questions = [*itertools.product(sorted(set(lengths), reverse=True), (None, *sorted(set(config.needle_depths))),
-                                    range(len(needles)))]
+    # without the fact first, which gains are measured from
+    questions = [*itertools.product(sorted(set(lengths)), (None, *sorted(set(config.needle_depths))), range(len(needles)))]
     prompts, choices = [haystack.prompt(needles[i], *cell) for *cell, i in questions], list(map(haystack.choices, needles))
-    rows, absent = [], {}
-    with machine.autocast(), progress_bar(total=len(questions), unit="question", delay=1) as bar:
+    with machine.autocast():
         scored = score_continuations(model, prompts, [choices[i] for *_, i in questions], config.batch_size)
-        for (length, depth, i), answers in zip(questions, scored):
-            scores, label = [answer.logprob for answer in answers], needles[i].label
-            margin = scores[label] - statistics.fmean(scores[:label] + scores[label + 1:])
-            gain = margin - absent.setdefault((length, i), margin)
-            chosen = scores.index(max(scores))
-            rows.append({"fact": i, "length": length, "depth": depth, "question": needles[i].question,
-                         "choices": needles[i].choices, "label": label, "scores": scores, "chosen": chosen,
-                         "correct": chosen == label, "exact": answers[label].is_greedy,
-                         "gain": None if depth is None else gain})
-            bar.update()
+    rows, absent = [], {}
+    for (length, depth, i), answers in zip(questions, scored):
+        scores, label = [answer.logprob for answer in answers], needles[i].label
+        margin = scores[label] - statistics.fmean(scores[:label] + scores[label + 1:])
+        gain, chosen = margin - absent.setdefault((length, i), margin), scores.index(max(scores))
+        rows.append({"fact": i, "length": length, "depth": depth, "question": needles[i].question,
+                     "choices": needles[i].choices, "label": label, "scores": scores, "chosen": chosen,
+                     "correct": chosen == label, "exact": answers[label].is_greedy, "gain": None if depth is None else gain})
     return needle_scores(rows), rows
 
 
