@@ -197,7 +197,7 @@ def test_the_command_writes_rows_a_page_and_a_picture(run_train, data_path, refu
     refused(evaluate.main, [*command, "--needle_lengths", "9"], "--needle_lengths=9: ", "leave no room for text")
     words = model.parent / "words.txt"
     words.write_text("A few words.")
-    refused(evaluate.main, [*command, f"--dataset={words}"], "--needle_lengths=128: ", "give more text")
+    refused(evaluate.main, [*command, f"--dataset={words}"], "--needle_lengths=64: the text has 8 tokens", "give more text")
 
 
 @pytest.mark.parametrize("flags, words", [
