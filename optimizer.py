@@ -315,12 +315,17 @@ class AdamW(torch.optim.AdamW):
 
 class RowAdam(torch.optim.Optimizer):
     """Adam for large tables of which a step sees some rows: without momentum, and with one second moment for each row, so
-    that its state is small beside the table. As in AdamW, the average falls while a row is not seen."""
+    that its state is small beside the table. As in AdamW, the average falls while a row is not seen: a step multiplies that
+    one number of every row, and reads and writes the vectors of the rows alone that it has seen. Gradients may be sparse or
+    dense. Each backward pass adds up those of a row, see `sum_rows`."""
     STATE = {"step", "second_moment"}
     EPS = 1e-8
 
     def __init__(self, groups: list[dict], config: OptimizerConfig, ns_dtype: torch.dtype):
         super().__init__(groups, {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(sum_rows)
 
     def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
         return () if name == "step" else (p.size(0), 1)
@@ -334,12 +339,35 @@ class RowAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {name: p.new_zeros(self.state_shape(name, p)) for name in self.STATE}
                 step, second = self.state[p]["step"], self.state[p]["second_moment"]
-                grad = p.grad if skip is None else p.grad.masked_fill(skip, 0.0)  # zero times infinity would not be zero
+                is_sparse = p.grad.is_sparse
+                rows = p.grad._indices()[0] if is_sparse else torch.arange(p.size(0), device=p.device)
+                grad = p.grad._values() if is_sparse else p.grad
+                if skip is not None:
+                    grad = grad.masked_fill(skip, 0.0)  # zero times infinity would not be zero
                 keep = 1.0 if skip is None else (~skip).float()
                 step += keep
-                second.lerp_(torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / p.size(1), (1 - BETAS[1]) * keep)
-                scale = (second / (1 - BETAS[1] ** step).clamp(min=self.EPS)).sqrt() + self.EPS
-                p.addcdiv_(grad, scale, value=-group["lr"])
+                square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / p.size(1)
+                second.mul_(1 - (1 - BETAS[1]) * keep).index_add_(0, rows, square * keep, alpha=1 - BETAS[1])
+                scale = (second[rows] / (1 - BETAS[1] ** step).clamp(min=self.EPS)).sqrt() + self.EPS
+                p.index_add_(0, rows, grad / scale, alpha=-group["lr"])
+
+
+@torch.no_grad()
+def sum_rows(p: Tensor):
+    """Replaces a sparse gradient of p, (rows, C), in which rows may repeat, by one that has each of them once, in sums whose
+    order is fixed on every device. coalesce() would wait for a GPU to say how many they are; here, rows of zeros fill up
+    what is left."""
+    if not p.grad.is_sparse:
+        return
+    rows, grads = p.grad._indices()[0], p.grad._values()  # (N,), (N, C)
+    ordered, order = rows.sort(stable=True)
+    is_first = torch.ones_like(rows)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    number = is_first.cumsum(0) - 1  # of each one among the distinct rows
+    n = min(rows.numel(), p.size(0))
+    distinct = rows.new_zeros(n).scatter_(0, number, ordered)
+    sums = torch.ops.aten.embedding_dense_backward(grads, torch.empty_like(number).scatter_(0, order, number), n, -1, False)
+    p.grad = torch.sparse_coo_tensor(distinct[None], sums, p.shape, check_invariants=False)
 
 
 class Muon(torch.optim.Optimizer):

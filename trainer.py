@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from model import GPT
@@ -338,10 +338,11 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
         total = total + loss.detach()
         n_tokens += batch[0].numel()
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
-    norm = get_total_norm([p.grad for p in parameters])
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
+    grads = [grad._values() if grad.is_sparse else grad for grad in grads]  # of a table, in which no row repeats
+    norm = get_total_norm(grads)
     if loop.grad_clip:
-        clip_grads_with_norm_(parameters, loop.grad_clip, norm)
+        torch._foreach_mul_(grads, (loop.grad_clip / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
     state.optimizer.step(skip=state.guard.update(total, norm, state.step + 1))
     state.scaler.update()
     state.optimizer.zero_grad()

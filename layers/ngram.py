@@ -26,10 +26,14 @@ class NgramMemory(nn.Module):
     """--ngram_rows vectors, which start at zero and are added to the residual stream before each block, by a factor that the
     block learns. Looking one up costs no product, so the table can have many more numbers than the rest of the model; pairs
     that share a row share it. Sources: modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), pull request 201;
-    Cheng et al. 2026 (Engram), arXiv:2601.07372."""
+    Cheng et al. 2026 (Engram), arXiv:2601.07372.
+
+    The gradient of the table is sparse, so that a step costs as much as the rows that its tokens look up, whatever the size
+    of the table. sparse: False makes it dense, for update rules that know no other."""
 
     def __init__(self, config):
         super().__init__()
+        self.sparse = True
         self.embed = nn.Embedding(config.ngram_rows, config.n_embd)
 
     def init_cache(self, batch_size: int, device: torch.device) -> LastToken:
@@ -37,13 +41,22 @@ class NgramMemory(nn.Module):
 
     def forward(self, idx: Tensor, metadata: AttentionMetadata, cache: LastToken | None = None) -> Tensor:
         """idx: (B, T) int64 -> (B, T, C). cache: holds the token before idx, and takes in its last one."""
-        return self.embed(self.hash(idx, previous_tokens(idx, metadata, cache)))
+        rows = self.hash(idx, previous_tokens(idx, metadata, cache))
+        if self.sparse and torch.is_grad_enabled() and idx.device.type != "mps":  # whose sparse tensors lack operations
+            return sparse_embedding(rows, self.embed.weight)
+        return self.embed(rows)
 
     def hash(self, idx: Tensor, previous: Tensor) -> Tensor:
         """The row of each pair, both (B, T) int64: any but the last one, which is that of first tokens."""
         last = self.embed.num_embeddings - 1
         rows = ((MULTIPLIERS[0] * idx) ^ (MULTIPLIERS[1] * previous)) % last
         return rows.masked_fill(previous == NO_TOKEN, last)
+
+
+@torch._disable_dynamo  # whose compiler of backward passes knows no sparse gradient
+def sparse_embedding(rows: Tensor, table: Tensor) -> Tensor:
+    """rows: (B, T) int64, table: (N, C) -> (B, T, C)."""
+    return F.embedding(rows, table, sparse=True)
 
 
 def previous_tokens(idx: Tensor, metadata: AttentionMetadata, cache: LastToken | None) -> Tensor:

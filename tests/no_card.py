@@ -205,17 +205,17 @@ def train_step():
               *({"linear": name} for name in LINEARS)]
     cases = [*(("bf16", "muon", switches) for switches in layers), ("fp16", "muon", {"mixer": "DA", "linear": "grkan"}),
              ("fp32", "muon", {"n_kv_head": 1}), ("bf16", "muon", {"loops": 2, "sampled_loops": True}),
-             ("bf16", "gpt2", GPT2), ("bf16", "adamw", {"tied": False})]
+             ("bf16", "gpt2", GPT2), ("bf16", "adamw", {"tied": False}), ("fp16", "muon", {"ngram_rows": 50})]
     for dtype, optimizer, switches in cases:
         with FakeTensorMode():
             state, setup = fake_run(dtype, optimizer, **switches)
-            loop = trainer.LoopConfig(num_batch_accum=1, grad_clip=1.0)
+            loop = trainer.LoopConfig(num_batch_accum=2, grad_clip=1.0)
             with NoHostSync():
                 for step in range(2):
                     set_rates(state.optimizer, step, step / 2, setup.schedule)
                     loss, n_tokens = trainer.train_step(state, loop, trainer.next_token_loss, setup.machine)
                     state.step += 1
-            assert (loss.device, loss.dtype, n_tokens) == (GPU, torch.float32, 3 * T)
+            assert (loss.device, loss.dtype, n_tokens) == (GPU, torch.float32, 2 * 3 * T)
             for part in state.optimizer.parts.values():
                 assert all(value.device == GPU for averages in part.state.values() for value in averages.values())
 

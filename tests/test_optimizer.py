@@ -389,6 +389,22 @@ def test_row_adam_by_hand():
     assert optimizer.state[p]["second_moment"].numel() == 3
 
 
+@pytest.mark.parametrize("n_rows", [3, 50])
+def test_rows_of_a_sparse_gradient_are_summed(n_rows):
+    """Each row is there once, besides rows of zeros; also where the gradients of several backward passes meet."""
+    table = torch.nn.Parameter(torch.zeros(n_rows, 2))
+    RowAdam([{"params": [table], "lr": 0.1}], OptimizerConfig(), torch.float32)
+    expected = torch.zeros(n_rows, 2)
+    for rows in ([2, 1, 2, 2, 1, 2], [0, 2], [0]):
+        rows, grads = torch.tensor(rows), torch.randn(len(rows), 2)
+        (torch.nn.functional.embedding(rows, table, sparse=True) * grads).sum().backward()
+        expected.index_add_(0, rows, grads)
+        assert torch.allclose(table.grad.to_dense(), expected, atol=1e-6)
+        index, values = table.grad._indices()[0], table.grad._values()
+        used = index[(values != 0).any(dim=1)]
+        assert len(used) == len(set(used.tolist())) == (expected != 0).any(dim=1).sum() and len(index) <= n_rows
+
+
 def test_stacked_matrices_are_orthogonalised_separately():
     torch.manual_seed(0)
     whole, parts = torch.nn.Parameter(torch.randn(48, 16)), [torch.nn.Parameter(torch.empty(16, 16)) for _ in range(3)]

@@ -12,13 +12,13 @@ from torch import Tensor
 from conftest import assert_same
 from dataloader import shard_loader
 from model import GPT, GPTConfig
-from optimizer import OptimizerConfig
+from optimizer import CombinedOptimizer, OptimizerConfig, RowAdam, set_rates
 from runtime.checkpoint import CheckpointWriter, load_checkpoint, run_folder
 from runtime.device import Machine
 from runtime.metrics import MetricsLog, read_rows
 from shards import open_data
 from tokenizer import SPECIAL_TOKENS, Tokenizer
-from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss
+from trainer import Evaluation, LoopConfig, TrainSetup, TrainState, fit, init_state, next_token_loss, train_step
 
 VOCAB_SIZE, BLOCK_SIZE = 32, 12
 
@@ -57,14 +57,14 @@ class RolloutLoader(CountingLoader):
         return ids[:, :-1], ids[:, 1:]
 
 
-def make_run(loader=None, path: Path | None = None) -> tuple[TrainState, TrainSetup]:
+def make_run(loader=None, path: Path | None = None, dtype: str = "fp32", **shape) -> tuple[TrainState, TrainSetup]:
     """A tiny model that has not been trained. path: where checkpoints and metrics go; None: nowhere."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE))
+    model = GPT(GPTConfig(n_layer=1, n_head=2, head_size=8, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, **shape))
     outputs = {} if path is None else {
         "tokenizer": Tokenizer.train([""], 256 + len(SPECIAL_TOKENS)), "script": "test.py",
         "writer": CheckpointWriter(path, run_folder(path)), "metrics": MetricsLog(run_folder(path), [])}
-    setup = TrainSetup(Machine(torch.device("cpu"), "fp32"), OptimizerConfig(learning_rate=0.02, warmup_iter=0),
+    setup = TrainSetup(Machine(torch.device("cpu"), dtype), OptimizerConfig(learning_rate=0.02, warmup_iter=0),
                        step_tokens=4 * BLOCK_SIZE, **outputs)
     return init_state(model, loader or CountingLoader(), setup), setup
 
@@ -87,6 +87,51 @@ def scripted(metric: str, *values: float, maximize: bool = False, **others: floa
 
 def step_of(path: Path) -> int:
     return load_checkpoint(path)["training"]["step"]
+
+
+# -- sparse gradients -------------------------------------------------------------------------------------------------
+
+class DenseRowAdam(RowAdam):
+    """The same rule, on the whole table."""
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None):
+        if skip is not None and skip:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p] or {"step": torch.tensor(0.0), "second_moment": torch.zeros(p.size(0), 1)}
+                state["step"] += 1
+                state["second_moment"] = 0.95 * state["second_moment"] + 0.05 * p.grad.square().mean(dim=1, keepdim=True)
+                average = state["second_moment"] / (1 - 0.95 ** state["step"])
+                p.sub_(group["lr"] * p.grad / (average.sqrt() + 1e-8))
+                self.state[p] = state
+
+
+@pytest.mark.parametrize("dtype, rows, grad_clip", [("fp32", 200, 0.0), ("fp32", 200, 0.1), ("fp32", 7, 0.1),
+                                                    ("fp16", 200, 0.1)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_sparse_gradients_train_as_dense_ones(dtype, rows, grad_clip, is_masked, monkeypatch):
+    """Over several batches a step, clipped, under a loss scale, and in steps that are skipped; in tables of more rows than a
+    batch has tokens, and of fewer."""
+    if is_masked:  # as on a GPU
+        monkeypatch.setattr(CombinedOptimizer, "step", CombinedOptimizer.masked_step)
+    loop, results = LoopConfig(num_batch_accum=3, grad_clip=grad_clip), []
+    for optimizer_class in (RowAdam, DenseRowAdam):
+        monkeypatch.setattr("optimizer.RowAdam", optimizer_class)
+        state, setup = make_run(dtype=dtype, ngram_rows=rows)
+        state.model.ngrams.sparse = optimizer_class is RowAdam
+        table, losses = state.model.ngrams.embed.weight, []
+        for state.step in range(8):
+            set_rates(state.optimizer, state.step, state.step / 8, setup.schedule)
+            factor = math.inf if state.step == 3 else 1.0
+            loss_fn = lambda model, batch, factor=factor: next_token_loss(model, batch) * factor
+            losses.append(train_step(state, loop, loss_fn, setup.machine)[0])
+        counts, averages = state.guard.read(), state.optimizer.parts[optimizer_class.__name__.lower()].state[table]
+        assert counts["skipped"] == 1 and averages["step"] == 7
+        assert rows == 7 or (table == 0).all(dim=1).sum() > 100
+        results.append([*losses, table.detach(), averages["second_moment"], torch.tensor(counts["largest_norm"])])
+    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(*results))
 
 
 # -- writer and metrics are optional ----------------------------------------------------------------------------------
