@@ -47,7 +47,8 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self.add(leaf.untyped_storage())
+                for part in (leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,):
+                    self.add(part.untyped_storage())
         return out
 
     def reset_peak(self):
