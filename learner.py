@@ -217,7 +217,7 @@ class Learner:
         self.hop = clip_hop(config.adapt_hop, model.config.block_size)
         model.requires_grad_(False)
         if model.ngrams is not None:
-            model.ngrams.sparse = False  # the rules here read dense gradients
+            model.ngrams.sparse = False  # in training with RowAdam too: the rules here read dense gradients
         in_scope = ADAPT_SCOPES[config.adapt_scope].trains
         chosen = {name: p for name, p in model.named_parameters() if in_scope(name, model.config)}
         if config.adapt_scope == "lora":

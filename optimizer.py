@@ -279,8 +279,11 @@ class CombinedOptimizer:
 def make_optimizer(model: GPT, config: OptimizerConfig, step_tokens: int = CRITICAL_BATCH_TOKENS,
                    ns_dtype: torch.dtype = torch.float32) -> CombinedOptimizer:
     """step_tokens: tokens per optimizer step; ns_dtype: of Muon's matrix products."""
+    by_class = parameter_groups(model, config, step_tokens)
+    if model.ngrams is not None:
+        model.ngrams.sparse = RowAdam in by_class  # no other reads such gradients
     return CombinedOptimizer({optimizer_class.__name__.lower(): optimizer_class(groups, config, ns_dtype)
-                              for optimizer_class, groups in parameter_groups(model, config, step_tokens).items()})
+                              for optimizer_class, groups in by_class.items()})
 
 
 # -- AdamW and Muon ---------------------------------------------------------------------------------------------------

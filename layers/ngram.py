@@ -28,12 +28,12 @@ class NgramMemory(nn.Module):
     that share a row share it. Sources: modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), pull request 201;
     Cheng et al. 2026 (Engram), arXiv:2601.07372.
 
-    The gradient of the table is sparse, so that a step costs as much as the rows that its tokens look up, whatever the size
-    of the table. sparse: False makes it dense, for update rules that know no other."""
+    sparse: makes the gradient of the table sparse, for update rules that know such a one: a step then costs as much as the
+    rows that its tokens look up, whatever the size of the table."""
 
     def __init__(self, config):
         super().__init__()
-        self.sparse = True
+        self.sparse = False
         self.embed = nn.Embedding(config.ngram_rows, config.n_embd)
 
     def init_cache(self, batch_size: int, device: torch.device) -> LastToken:

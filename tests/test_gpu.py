@@ -104,7 +104,7 @@ def forward_backward(model: GPT, machine: Machine) -> dict[str, torch.Tensor]:
         mean = model(idx, targets)
     mean.backward()
     results = {"logits": logits, "losses": losses, "loss": mean.detach()}
-    results |= {name: parameter.grad.to_dense() for name, parameter in model.named_parameters()}
+    results |= {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: tensor.float().cpu() for name, tensor in results.items()}
 
 

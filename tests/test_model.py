@@ -66,7 +66,7 @@ def loss_and_grads(model: GPT, idx: torch.Tensor) -> tuple[float, list[torch.Ten
     model.zero_grad()
     value = model(idx, idx.roll(-1, dims=1))
     value.backward()
-    return value.item(), [parameter.grad.to_dense().clone() for parameter in model.parameters()]
+    return value.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def set_chunk_rows(monkeypatch, n: int):
@@ -355,13 +355,13 @@ def test_packed_documents_do_not_leak(model, idx):
             doc_starts[row, start] = True
             total = total + model(idx[row:row + 1, start:stop], targets[row:row + 1, start:stop], reduction="none").sum()
     total.backward()
-    expected = [parameter.grad.to_dense().clone() for parameter in model.parameters()]
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     losses = model(idx, targets, reduction="none", doc_starts=doc_starts)
     losses.sum().backward()
     assert losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
     for parameter, grad in zip(model.parameters(), expected):
-        assert torch.allclose(parameter.grad.to_dense(), grad, rtol=1e-3, atol=2e-4 * max(1.0, grad.abs().max().item()))
+        assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=2e-4 * max(1.0, grad.abs().max().item()))
     changed = idx.clone()
     changed[0, :5] = (changed[0, :5] + 1) % V
     other = model(changed, targets, reduction="none", doc_starts=doc_starts)
@@ -411,8 +411,6 @@ def test_initial_loss_is_log_vocab_size(architecture, idx):
 
 
 def test_overfits_one_batch(model, idx):
-    if model.ngrams is not None:
-        model.ngrams.sparse = False  # AdamW reads dense gradients
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 2e-2 * (1 - step / 300)
@@ -430,7 +428,7 @@ def test_chunked_loss_equals_cross_entropy_of_all_logits(model, idx, monkeypatch
     targets[0, 3:9] = IGNORE_INDEX
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     expected.backward()
-    expected_grads = [parameter.grad.to_dense().clone() for parameter in model.parameters()]
+    expected_grads = [parameter.grad.clone() for parameter in model.parameters()]
     for chunk in (1, 7, B * T, 10_000):
         set_chunk_rows(monkeypatch, chunk)
         for reduction in ("mean", "none"):
@@ -444,7 +442,7 @@ def test_chunked_loss_equals_cross_entropy_of_all_logits(model, idx, monkeypatch
             losses.backward()
             assert losses.item() == pytest.approx(expected.item(), rel=1e-5)
             for parameter, grad in zip(model.parameters(), expected_grads):
-                assert torch.allclose(parameter.grad.to_dense(), grad, atol=2e-6)
+                assert torch.allclose(parameter.grad, grad, atol=2e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
