@@ -61,16 +61,17 @@ from experiments.analysis import (
     Arm,
     ArmResults,
     Cell,
-    CellResult,
     share_vocabulary,
 )
 from experiments.code_hash import code_hash
 from experiments.comparison import group_by_size, write_comparison
 from experiments.context import Contexts, Decoding, name_length
 from experiments.report import align_columns
-from experiments.runner import JobResult, TrainingJob, flag_texts, save_plan, threads_of_job
+from experiments.runner import TrainingJob, flag_texts, save_plan, threads_of_job
 from experiments.screening import POWER, SCREEN_SEEDS, plan_confirmation
-from experiments.stages import ComparisonBar, readable_name, run_stage
+from experiments.stages import ComparisonBar, readable_name
+from experiments.to_loss import N_BUDGETS, TARGETS, Target, needed, run_to_target, write_to_loss
+from experiments.tuning import ArmRunner
 from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from grpo import SelfPlayOptimizer
 from layers import MIXERS
@@ -150,7 +151,7 @@ SPEED_ROUNDS = 3           # of timing, in which the arms take turns
 SPEED_STEPS = SPEED_WARMUP + 10
 DECODE_ROUNDS = 9          # of timing decoding, in which the arms take turns
 DECODE_TOKENS = 32         # that a round decodes, the last ones of a context; less of a short one
-UNITS = "games", "problems", "tokens", "bytes", "flops", "seconds"  # of --budget; a script has some of them
+UNITS = "games", "problems", "tokens", "bytes", "flops", "seconds", *TARGETS  # of --budget; a script has some of them
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,15 @@ class CompareConfig:
                                 "or adapt.py, where an arm is a model, or one for each seed: checkpoint_path=a_{seed}.pt",
                        choices=("train", "finetune", "selfplay", "think", "adapt"), scope="run")
     budget: str = flag("tokens=1e7", "budget of a run: tokens=N, bytes=N (of text), flops=N or seconds=N; flops count "
-                                     "matrix products, activations and bases; of one of selfplay.py: games=N, by default "
-                                     "the game's own number, tokens=N or seconds=N; of one of think.py: problems=N, by "
-                                     "default think.py's own number, tokens=N or flops=N")
+                                     "matrix products, activations and bases; flops=N,N with three or more --sizes: the "
+                                     "best size for each budget, and multipliers of compute; to_loss=X or to_bpb=X: what "
+                                     "it takes until the validation loss in nats/token, or in bits/byte, is X at the end "
+                                     "of a run; of one of selfplay.py: games=N, by default the game's own number, tokens=N "
+                                     "or seconds=N; of one of think.py: problems=N, by default think.py's own number, "
+                                     "tokens=N or flops=N")
+    most_tokens: float = flag(None, f"tokens of the longest runs with --budget to_loss=X or to_bpb=X; the others have a "
+                                    f"half of it, a quarter, and so on down to a {2 ** (N_BUDGETS - 1)}nd (default: 1e7)",
+                              above=0, scope="run")
     seeds: int = flag(3, "runs of each arm, which differ in initial weights and order of data; the same seeds for all arms",
                       at_least=1, at_most=NULL_SEED_OFFSET, scope="run")
     screen: bool = flag(False, f"run {SCREEN_SEEDS} seeds of each arm, then confirm the best ones and the first arm with as "
@@ -182,6 +189,9 @@ class CompareConfig:
     sizes: tuple[str, ...] = flag((), "compare at several sizes, each some flags of train.py: n_layer=4,n_head=4")
     lengths: tuple[int, ...] = flag((), "compare at several lengths of context, in tokens: 512 2048; batches have as many "
                                         "tokens at each, --batch_size * --block_size", at_least=2)
+    epochs: tuple[float, ...] = flag((), "compare on repeated text too, several numbers, such as 1 2 4: the same budget on "
+                                         "the first part of the training text that it passes over so many times",
+                                     at_least=1)
     rates: tuple[float, ...] = flag((0.5, 1.0, 2.0), "learning rates to try, as multiples of --learning_rate, or of "
                                                      "--adapt_rate", above=0)
     grid_share: float = flag(0.25, "fraction of the budget on which the learning rates are tried", above=0, at_most=1)
@@ -212,7 +222,22 @@ class CompareConfig:
         if self.lengths and self.script != "train":
             raise BadInput(f"--lengths {' '.join(map(str, self.lengths))}: needs arms that learn from text, not "
                            f"--script={self.script}: leave it out")
-        for name in ("arms", "sizes", "lengths", "rates"):
+        if self.lengths and (self.budgets or self.epochs):
+            raise BadInput(f"--lengths {' '.join(map(str, self.lengths))}: needs one budget and all of the text, not a list "
+                           f"of budgets, a target or --epochs: leave one out")
+        if self.screen and self.budgets:
+            raise BadInput(f"--screen: has one budget for all runs, not --budget={self.budget}: leave one out")
+        if len(self.limits) > 1 and (self.script != "train" or self.limit[0] != "flops" or len(self.sizes) < 3):
+            raise BadInput(f"--budget={self.budget}: several budgets are for IsoFLOP grids of train.py: give flops=N,N with "
+                           f"three or more --sizes, or one budget")
+        if self.most_tokens is not None and not self.target:
+            raise BadInput(f"--most_tokens={self.most_tokens:g}: has a meaning with --budget to_loss=X or to_bpb=X alone: "
+                           f"add that")
+        if self.epochs and (self.screen or self.budgets or self.limit[0] not in ("tokens", "bytes", "flops")
+                            or self.script != "train"):
+            raise BadInput(f"--epochs {' '.join(f'{n:g}' for n in self.epochs)}: are of one --budget tokens=N, bytes=N or "
+                           f"flops=N of train.py, without --screen: give such a budget, or leave it out")
+        for name in ("arms", "sizes", "lengths", "epochs", "rates"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise BadInput(f"--{name} {' '.join(map(repr, getattr(self, name)))}: has a duplicate: give each once")
         if self.script != "adapt" and self.limit[0] not in self.spec.units:
@@ -223,12 +248,31 @@ class CompareConfig:
 
     @property
     def limit(self) -> tuple[str, float]:
-        """--budget as unit and amount: ("tokens", 1e7). Raises BadInput."""
-        unit, _, amount = self.budget.partition("=")
+        """--budget as unit and amount: ("tokens", 1e7); the smallest of several. Raises BadInput."""
+        return self.limits[0]
+
+    @property
+    def limits(self) -> list[tuple[str, float]]:
+        """All of --budget, which may have several: [("flops", 1e13), ("flops", 1e14)]. Raises BadInput."""
+        unit, _, amounts = self.budget.partition("=")
         with suppress(argparse.ArgumentTypeError):
-            if unit in UNITS and 0 < parse_float(amount) < math.inf:
-                return unit, parse_float(amount)
+            found = sorted({parse_float(amount) for amount in amounts.split(",")})
+            if unit in UNITS and all(0 < amount < math.inf for amount in found):
+                return [(unit, amount) for amount in found]
         raise BadInput(f"--budget={shorten(self.budget)}: {self.spec.budget_advice()}")
+
+    @property
+    def target(self) -> Target | None:
+        """Where the budget is what it takes to reach a loss."""
+        unit, value = self.limit
+        return Target(unit, value) if unit in TARGETS else None
+
+    @property
+    def budgets(self) -> list[tuple[str, float]]:
+        """Unit and amount of the runs, where there are several, rising; else []."""
+        if not self.target:
+            return self.limits if len(self.limits) > 1 else []
+        return [("tokens", (self.most_tokens or 1e7) / 2 ** i) for i in reversed(range(N_BUDGETS))]
 
     @property
     def spec(self) -> "ScriptSpec":
@@ -459,13 +503,13 @@ class ScriptSpec:
     open_run: Callable[..., Run] | None = None       # a run from its flags, before which nothing is written
 
     def budget_advice(self) -> str:
-        *units, last = (f"{unit}=N" for unit in self.units)
+        *units, last = (f"{unit}={'X' if unit in TARGETS else 'N'}" for unit in self.units)
         return f"give {', '.join(units)} or {last}"
 
 
 SCRIPTS = {
     "train": ScriptSpec(PRETRAINING, LoopConfig, RunConfig, OptimizerConfig, DeviceConfig,
-                        ("tokens", "bytes", "flops", "seconds"), load_shards, (VocabularyConfig,),
+                        ("tokens", "bytes", "flops", "seconds", *TARGETS), load_shards, (VocabularyConfig,),
                         starts_from_checkpoint=False, arm_defaults={}, cell_defaults={"dataloader_num_workers": 0},
                         shortest_validation={"val_bytes": 1, "val_iter": None}),
     "finetune": ScriptSpec(FINETUNING, FinetuneLoop, FinetuneConfig, FinetuneOptimizer, DeviceConfig,
@@ -572,7 +616,7 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
     by default as far as it is known before it is written. Raises BadInput."""
     arms, find_data = [], find_data or Vocabularies(data, config.out_path / "data").planned
     for size, shared in list_sizes(config, common):
-        reference = None
+        reference, of_size = None, []
         for name, text, seeds in arm_texts(config):
             values = shared | parse_arm(text, "--arms", config.script)
             try:
@@ -594,7 +638,9 @@ def build_arms(config: CompareConfig, common: dict, data: TrainingData,
             except BadInput as error:
                 raise BadInput(f"--arms {name!r}: {error}") from None
             reference = reference or arm
-            arms.append(arm)
+            of_size.append(arm)
+            check_text(arm, own, config)
+        arms += along_axes(of_size, config)
     check_comparable(config, common, arms, data)
     return arms
 
@@ -626,6 +672,32 @@ def resize_blocks(values: dict, length: int, lengths: tuple[int, ...]) -> dict:
     return {"batch_size": batch_size if batch_size == "auto" else batch_size * block_size // length, "block_size": length}
 
 
+def along_axes(arms: list[Arm], config: CompareConfig) -> list[Arm]:
+    """The arms of one size at each of several budgets, or with each of --epochs, if there are any."""
+    if config.epochs:
+        return [dataclasses.replace(arm, epochs=epochs) for epochs in sorted(config.epochs) for arm in arms]
+    if not config.budgets:
+        return arms
+    return [dataclasses.replace(arm, budget=budget, tuned_below=bool(config.target and i))
+            for i, budget in enumerate(config.budgets) for arm in arms]
+
+
+def check_text(arm: Arm, data: TrainingData, config: CompareConfig):
+    """Raises BadInput where there is less training text than the fewest --epochs need."""
+    if not config.epochs or not data.shards:
+        return
+    wanted, found = budget_tokens(arm, config), data.shards.manifest.total("train", "tokens")
+    if training_tokens(arm, wanted, min(config.epochs)) > found:
+        raise BadInput(f"--epochs {min(config.epochs):g}: --budget={config.budget} is {wanted / found:.2f} epochs of the "
+                       f"{found:,} training tokens in {data.shards.path}: start from more, or prepare more text")
+
+
+def training_tokens(arm: Arm, budget: float, epochs: float) -> int:
+    """How much text a `budget` of tokens passes over so many times: whole blocks, and the target of the last token."""
+    block_size = arm.batch_shape[1]
+    return max(1, round(budget / epochs / block_size)) * block_size + 1
+
+
 def arm_texts(config: CompareConfig) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, flags as text, seeds) of each arm; with --null, of the first one twice."""
     seeds = tuple(range(1, (SCREEN_SEEDS if config.screen else config.seeds) + 1))
@@ -651,6 +723,9 @@ def check_comparable(config: CompareConfig, common: dict, arms: list[Arm], data:
         check_same_games(config, arms)
     if len({arm.vocabulary for arm in arms}) == 1 or not data.vocab_size:
         return
+    if unit == "to_loss":
+        raise BadInput(f"--budget={config.budget}: nats/token of different vocabularies cannot be compared: give "
+                       f"--budget to_bpb=X, in bits/byte")
     if unit == "tokens":
         raise BadInput(f"--budget={config.budget}: with different vocabularies as many tokens are different amounts of "
                        f"text: give --budget bytes={amount * data.bytes_per_token:.2g} for about as much text, or flops=N "
@@ -861,7 +936,7 @@ def make_cell(arm: Arm, config: CompareConfig, environment: RunEnvironment, stag
     command = config.spec.command
     values = config.spec.cell_defaults | arm.flags | own | {"learning_rate": arm.base_lr * lr_multiple, "seed": seed}
     digest = cell_digest(arm, values, config.spec, environment, stage)
-    readable = readable_name(f"{arm.name}-{arm.size}".strip("-"))
+    readable = readable_name(f"{arm.name}-{arm.group}".strip("-"))
     checkpoint = config.out_path / "runs" / f"{readable}-{stage}-{lr_multiple:g}-{seed}-{digest}.pt"
     job = TrainingJob(REPO / command.script, checkpoint, flag_texts(values), command.out_flag,
                       (arm.metric.field, *arm.metric.other_fields))
@@ -877,7 +952,7 @@ def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dic
         n_steps = SPEED_WARMUP + n_windows * arm.speed_window
         return 0.0, config.spec.shortest_validation | {"max_iter": n_steps, "log_intervals": 1, "val_intervals": n_steps}
     budget_frac = config.grid_share if stage == "lr_grid" else 1.0
-    unit, amount = config.limit
+    unit, amount = arm.budget or config.limit
     amount *= budget_frac
     if unit == "seconds":
         return budget_frac, {"max_seconds": amount}
@@ -891,12 +966,21 @@ def stage_flags(arm: Arm, config: CompareConfig, stage: str) -> tuple[float, dic
             raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {amount:,.0f} "
                            f"problems, less than a step of {step_problems:,}: give more")
         return budget_frac, {"max_iter": n_steps} | intervals(arm, config, n_steps, budget_frac)
-    tokens = amount / {"tokens": 1, "bytes": arm.bytes_per_token,
-                       "flops": arm.flops_per_token + arm.elementwise_flops_per_token}[unit]
+    tokens = budget_frac * budget_tokens(arm, config)
     if tokens < arm.step_tokens:
-        raise BadInput(f"--budget={config.budget}: {budget_frac:g} of it gives a run of {arm.name!r} {tokens:,.0f} tokens, "
-                       f"less than a step of {arm.step_tokens:,}: give more")
-    return budget_frac, {"max_tokens": int(tokens)} | intervals(arm, config, tokens / arm.step_tokens, budget_frac)
+        given = f"--budget={config.budget}: {budget_frac:g} of it gives a run"
+        if config.target:
+            given = f"--most_tokens={config.budgets[-1][1]:g}: gives the shortest run"
+        raise BadInput(f"{given} of {arm.name!r} {tokens:,.0f} tokens, less than a step of {arm.step_tokens:,}: give more")
+    text = {"train_tokens": training_tokens(arm, tokens / budget_frac, arm.epochs)} if arm.epochs else {}
+    return budget_frac, {"max_tokens": int(tokens)} | text | intervals(arm, config, tokens / arm.step_tokens, budget_frac)
+
+
+def budget_tokens(arm: Arm, config: CompareConfig) -> float:
+    """The tokens of a run, where they do not follow from games, problems or seconds."""
+    unit, amount = arm.budget or config.limit
+    return amount / {"tokens": 1, "bytes": arm.bytes_per_token,
+                     "flops": arm.flops_per_token + arm.elementwise_flops_per_token}[unit]
 
 
 def intervals(arm: Arm, config: CompareConfig, n_steps: float, budget_frac: float) -> dict:
@@ -932,52 +1016,52 @@ def expected_cost(results: ArmResults, config: CompareConfig, environment: RunEn
     """The cost of all cells of an arm, in the unit of Cell.cost, with one lower rate tried on the whole budget until it is
     known how many are. is_confirmed: its learning rate is known from the screen."""
     cost = lambda stage: make_cell(results.arm, config, environment, stage, 1.0, results.arm.seeds[0]).cost
-    has_speed = config.limit[0] != "seconds" and (is_confirmed or not config.screen)
+    has_speed = config.limit[0] != "seconds" and (is_confirmed or not config.screen) and is_timed(results.arm, config)
     speed = cost("speed") * SPEED_ROUNDS if has_speed else 0
     if is_confirmed:
         return cost("run") * len(results.arm.seeds) + speed
-    n_grid = len(config.rates)
-    return cost("lr_grid") * n_grid + cost("run") * (expected_runs(results, config) - n_grid) + speed
+    n_grid = grid_runs(results.arm, config)
+    grid = cost("lr_grid") * n_grid if n_grid else 0
+    return grid + cost("run") * (expected_runs(results, config) - n_grid) + speed
+
+
+def is_timed(arm: Arm, config: CompareConfig) -> bool:
+    """Whether its steps are: at other budgets, and on other text, they take as long."""
+    return arm.budget in (None, *config.budgets[:1]) and arm.epochs in (None, min(config.epochs, default=None))
+
+
+def grid_runs(arm: Arm, config: CompareConfig) -> int:
+    """How many runs on a part of the budget an arm has."""
+    return 0 if arm.tuned_below else len(config.rates)
 
 
 def expected_runs(results: ArmResults, config: CompareConfig) -> int:
     """How many runs of an arm there will be, those on a part of the budget included."""
     n_searched = len(results.full_budget_lr_runs)
-    if (not n_searched or results.next_lr_multiple()) and len(config.rates) > 1 and config.grid_share < 1:
+    is_longer = config.grid_share < 1 or results.arm.tuned_below
+    if (not n_searched or results.next_lr_multiple()) and len(config.rates) > 1 and is_longer:
         n_searched = max(n_searched, 2)
-    return len(config.rates) + max(n_searched, 1) - 1 + len(results.arm.seeds)
+    return grid_runs(results.arm, config) + max(n_searched, 1) - 1 + len(results.arm.seeds)
 
 
 def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
             stop: StopSignals) -> tuple[list[ArmResults], list[ArmResults]]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
-    best rate; with --screen, then those of the arms to confirm; and times the arms at the end. Returns the results, and
-    those of the screen where it led to a confirmation."""
+    best rate; with --screen, then those of the arms to confirm; and times the arms at the end. With a target, that on rising
+    budgets. Returns the results, and those of the screen where it led to a confirmation."""
     all_results = [ArmResults(arm, timed_budget=config.limit[0] == "seconds") for arm in arms]
     screened, confirmed = [], []
-    first_seed = lambda arm_results: arm_results.arm.seeds[:1]
-    next_multiple = lambda arm_results: [arm_results.next_lr_multiple()]
-    best_multiple = lambda arm_results: [arm_results.best().cell.lr_multiple]
+    expected = lambda: needed(all_results, config.target) if config.target else all_results
     bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment, is_confirmed)
-                                    for group, is_confirmed in ((all_results, False), (confirmed, True))
+                                    for group, is_confirmed in ((expected(), False), (confirmed, True))
                                     for results in group))
-
-    def run(stage: str, selected: list[ArmResults], multiples: Callable, seeds: Callable) -> list[list[CellResult]]:
-        cells = [[make_cell(arm_results.arm, config, environment, stage, multiple, seed)
-                  for multiple in multiples(arm_results) for seed in seeds(arm_results)] for arm_results in selected]
-        return run_stage(stage, cells, 1 if stage == "speed" else config.jobs, stop, bar, cell_result)
-
-    def run_seeds(selected: list[ArmResults]):
-        for arm_results, runs in zip(selected, run("run", selected, best_multiple, lambda results: results.arm.seeds)):
-            arm_results.runs = runs
+    runner = ArmRunner(lambda arm, *which: make_cell(arm, config, environment, *which), config.jobs, stop, bar)
     with closing(bar.bar):
-        for arm_results, grid in zip(all_results, run("lr_grid", all_results, lambda _: config.rates, first_seed)):
-            arm_results.grid = grid
-        while not stop.signal and (searching := [results for results in all_results if results.next_lr_multiple()]):
-            for arm_results, runs in zip(searching, run("run", searching, next_multiple, first_seed)):
-                arm_results.full_budget_lr_runs += runs
-        tuned = [arm_results for arm_results in all_results if arm_results.best()]
-        run_seeds(tuned)
+        if config.target:
+            run_to_target(all_results, config.target, runner, config.rates, SPEED_ROUNDS)
+            return all_results, []
+        runner.tune(all_results, config.rates)
+        runner.run_seeds(all_results)
         if config.screen and not stop.signal:
             screened = all_results
             for _, group in itertools.groupby(screened, key=lambda results: results.arm.size):
@@ -985,12 +1069,9 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
                                                  config.most_seeds or 20)
                 log_line(plan)
                 confirmed += chosen
-            run_seeds(confirmed)
-            tuned = confirmed
+            runner.run_seeds(confirmed)
         if config.limit[0] != "seconds":
-            trained = [arm_results for arm_results in tuned if arm_results.finished()]
-            for arm_results, speeds in zip(trained, run("speed", trained, best_multiple, lambda _: range(SPEED_ROUNDS))):
-                arm_results.speeds = speeds
+            runner.measure_speed(confirmed if config.screen else all_results, SPEED_ROUNDS)
     return (confirmed, screened) if confirmed else (all_results, [])
 
 
@@ -1051,10 +1132,6 @@ def decode(reading: Reading, n_tokens: int) -> Decoding:
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
-def cell_result(cell: Cell, ended: JobResult) -> CellResult:
-    return CellResult(cell, ended.status, ended.reason, cell.job.rows())
-
-
 def describe_match(config: CompareConfig) -> str:
     """Of the arms but the first, or "arms": what --match gives them."""
     return f"as many {MATCHED[config.match].what} as the first" if config.matches_size else "sizes not matched"
@@ -1071,11 +1148,17 @@ def describe_conditions(results: list[ArmResults], config: CompareConfig, enviro
                    for arm_results in results for run in arm_results.finished()}) or [0]
     span = " to ".join(dict.fromkeys(f"{n / 1e6:.2f}" for n in (seen[0], seen[-1])))
     epochs = f", {seen[-1] / data.shards.manifest.total('train', unit):.2f} epochs" if data.shards else ""
+    if reference.epochs:
+        epochs = f", {reference.epochs:g} epochs of a part of it"
     others = describe_match(config)
+    budget = config.budget
+    if reference.budget:
+        unit, amount = reference.budget
+        budget = f"{budget} in at most {config.budgets[-1][1]:,.0f} tokens" if config.target else f"{unit}={amount:g}"
     return (f"First arm: {model.describe_shape()}, blocks of {model.block_size}, vocabulary "
             f"{model.vocab_size:,}, {reference.n_parameters / 1e6:.2f} M parameters, steps of {reference.step_tokens:,} "
             f"tokens; the others: {others}. {span} {'M tokens' if unit == 'tokens' else 'MB'} of {data.description}{epochs}"
-            f"; budget {config.budget}, {len(reference.seeds)} seeds; {environment.hardware}, {environment.machine}")
+            f"; budget {budget}, {len(reference.seeds)} seeds; {environment.hardware}, {environment.machine}")
 
 
 def describe_play_conditions(results: list[ArmResults], config: CompareConfig, environment: RunEnvironment) -> str:
@@ -1105,7 +1188,7 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     """Prints what the runs of each arm need at the speed of a few timed steps, and all of them. Where text has yet to be
     encoded for an arm, its bytes per token count as those of --data_path."""
     machine, total, peak, open_seconds, decoding_seconds = open_machine(device), 0.0, 0, 0.0, 0.0
-    on_cpu, data, n_grid = machine.device.type == "cpu", environment.data, len(config.rates)
+    on_cpu, data, known = machine.device.type == "cpu", environment.data, {}
     n_rounds = SPEED_ROUNDS if config.limit[0] != "seconds" and not config.screen else 0
     if on_cpu:
         torch.set_num_threads(threads_of_job(config.jobs))
@@ -1113,12 +1196,15 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     for arm in progress_bar(arms, desc="timing", unit="arm", leave=False, disable=None):
         if math.isnan(arm.bytes_per_token):
             arm = dataclasses.replace(arm, bytes_per_token=data.bytes_per_token)
-        measured = measure_run(arm, config, machine) if config.spec.open_run else measure_arm(
-            arm, config.spec, data, machine)
+        if (arm.name, arm.size) not in known:  # else at another budget
+            known[arm.name, arm.size] = measure_run(arm, config, machine) if config.spec.open_run else measure_arm(
+                arm, config.spec, data, machine)
+        measured = known[arm.name, arm.size]
         results, speed = ArmResults(arm), measured.tok_per_sec
         seconds, n_runs = expected_cost(results, config, environment), expected_runs(results, config)
         if config.limit[0] != "seconds":
             seconds /= (arm.flops_per_token + arm.elementwise_flops_per_token) * speed
+        n_grid = grid_runs(arm, config)
         stages = {"lr_grid": n_grid, "run": n_runs - n_grid}
         if not config.spec.shortest_validation:
             stages["speed"] = n_rounds
@@ -1129,10 +1215,11 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
         total, peak = total + seconds, max(peak, measured.memory)
         open_seconds = max(open_seconds, measured.open_seconds)  # for later arms, what was solved is remembered
         per_token = PlaySchedule.from_flags(arm.flags).step_games / arm.step_tokens if data.game else 1
-        lines.append((f"{arm.name} {arm.size}".strip(), f"{arm.n_parameters:,}", format_bytes(measured.memory),
+        lines.append((f"{arm.name} {arm.group}".strip(), f"{arm.n_parameters:,}", format_bytes(measured.memory),
                       f"{speed * per_token:,.0f}", str(n_runs), format_seconds(seconds)))
-    print("\n".join(align_columns(lines)))
-    start, n_processes, n_timed = time.perf_counter(), sum(int(line[4]) for line in lines[1:]), n_rounds * len(arms)
+    print("\n".join(align_columns(lines, 120 if config.budgets or config.epochs else 80)))
+    start, n_processes, n_timed = time.perf_counter(), sum(int(line[4]) for line in lines[1:]), n_rounds * sum(
+        is_timed(arm, config) for arm in arms)
     subprocess.run([sys.executable, "-c", f"import {config.script}"], cwd=Path(__file__).parent, check=True)
     start_seconds = time.perf_counter() - start + open_seconds
     jobs = config.jobs if on_cpu else 1  # on a GPU, runs at the same time slow each other down
@@ -1141,7 +1228,8 @@ def print_forecast(arms: list[Arm], config: CompareConfig, environment: RunEnvir
     available = available_memory(machine.device)
     print(f"time    about {format_seconds(total)} with --jobs={config.jobs}, the start of {n_processes} processes included"
           + f", and of {n_timed} that measure speed" * (n_timed > 0)
-          + "; that is the screen alone, how many seeds confirm it is known after that" * config.screen)
+          + "; that is the screen alone, how many seeds confirm it is known after that" * config.screen
+          + "; at most, an arm ends with the budget on which all its seeds reach the target" * bool(config.target))
     print(f"memory  {format_bytes(config.jobs * peak)} at most, {format_bytes(available)} available")
     if others := len({arm.vocabulary for arm in arms} - {data.vocabulary}):
         n_bytes = 2 * others * sum(data.shards.manifest.total(split, "tokens") for split in SPLITS)
@@ -1413,6 +1501,8 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
 def make_plan(config: CompareConfig, common: dict, data: TrainingData) -> dict:
     """What makes it this comparison rather than another, as JSON: not the number of seeds, nor how or where it is run."""
     own = {name: value for name, value in vars(config).items() if name not in flag_names(CompareConfig, scope="run")}
+    if not config.epochs:
+        del own["epochs"]  # plans of earlier versions have none
     fields = declared_flags(*config.spec.command.classes, *config.spec.vocabulary)
     is_data = lambda name: value_type(fields[name]) is Path and fields[name].metadata["flag"].scope == "shared"
     shared = {name: value for name, value in common.items() if not is_data(name)}
@@ -1445,8 +1535,11 @@ def main(argv=None):
             results, screened = run_all(arms, config, environment, stop)
             contexts = measure_decoding(results, config, environment, device, stop) if config.lengths else None
         exit_if_stopped(stop, line)
-        write_comparison(results, lambda group: describe_conditions(group, config, environment), line, config.out_path,
-                         config.null, screened, contexts)
+        conditions = lambda group: describe_conditions(group, config, environment)
+        if config.target:
+            write_to_loss(results, config.target, conditions, line, config.out_path)
+        else:
+            write_comparison(results, conditions, line, config.out_path, config.null, screened, contexts)
         print(f"{time.perf_counter() - start:,.0f} s")
     exit_if_failed(result.status for arm_results in (*results, *screened) for result in arm_results.results())
 

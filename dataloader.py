@@ -179,12 +179,17 @@ class BlockBatches:
     """
     flag_name = "--data_path"
 
-    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int):
-        """Raises BadInput when the split is shorter than one block."""
+    def __init__(self, data: DataFolder, split: str, batch_size: int, block_size: int, seed: int,
+                 n_tokens: int | None = None):
+        """n_tokens: read no more than the first ones. Raises BadInput when the split is shorter than one block, or than
+        that."""
         self.tokens = require_block(data, split, block_size)
+        if n_tokens is not None and not block_size < n_tokens <= len(self.tokens):
+            raise BadInput(f"--train_tokens={n_tokens}: must be more than --block_size={block_size}, and at most the "
+                           f"{len(self.tokens):,} tokens of the {split} split in {data.path}")
         self.data_path, self.vocab_size = data.path, data.manifest.vocab_size  # not `data`: workers get a copy of self
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
-        self.n_blocks = (len(self.tokens) - 1) // block_size
+        self.n_blocks = ((n_tokens or len(self.tokens)) - 1) // block_size
 
     def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
         """Blocks first..first + batch_size of the sequence: inputs and targets, each int64 (batch_size, block_size)."""
@@ -204,9 +209,9 @@ class BlockBatches:
 
 
 def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
-                 pin_memory: bool = False) -> TrainLoader:
-    """A loader of the training split. Raises BadInput when the split is shorter than one block."""
-    batches = BlockBatches(data, "train", batch_size, block_size, seed)
+                 pin_memory: bool = False, n_tokens: int | None = None) -> TrainLoader:
+    """A loader of the training split. n_tokens, and what it raises: see BlockBatches."""
+    batches = BlockBatches(data, "train", batch_size, block_size, seed, n_tokens)
     return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
 
 

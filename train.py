@@ -94,6 +94,8 @@ class RunConfig(RunFlags):
                                    "many, the same ones for every vocabulary", at_least=1, on_resume="warn", scope="shared")
     val_iter: int = flag(None, "batches in a validation, always the same ones, in place of --val_bytes", at_least=1,
                          on_resume="warn", scope="shared")
+    train_tokens: int = flag(None, "tokens to train on, the first ones of the training split, over and over (default: all)",
+                             at_least=2, scope="run")
     dataloader_num_workers: int = flag(2, "processes that read batches ahead; 0 reads in the training process", at_least=0,
                                        at_most=1000, on_resume="free")
     sample_tokens: int = flag(128, "tokens of text to generate from the trained model at the end", at_least=0,
@@ -133,6 +135,11 @@ def validation_tokens(data: DataFolder, run: RunConfig, block_size: int) -> int:
         return val_tokens(data, run.val_bytes)
     n_blocks = (len(data.split("val")) - 1) // block_size
     return min(run.val_iter * run.val_batch, n_blocks) * block_size + 1
+
+
+def training_tokens(data: DataFolder, run: RunConfig) -> int:
+    """Tokens in a pass over what the run trains on."""
+    return run.train_tokens or data.manifest.total("train", "tokens")
 
 
 def estimate_validation(model: GPT, data: DataFolder, machine: Machine, run: RunConfig) -> float:
@@ -196,13 +203,13 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
         configs = find_batch_size(configs, model, machine)
     run, loop, block_size = configs.run, configs.loop, model.config.block_size
     loader = shard_loader(data, run.batch_size, block_size, run.seed, run.dataloader_num_workers,
-                          pin_memory=machine.device.type == "cuda")
+                          pin_memory=machine.device.type == "cuda", n_tokens=run.train_tokens)
     state, setup = restore_state(output, model, data.tokenizer, configs.optimizer, loader,
                                  run.batch_size * loop.num_batch_accum * block_size, PRETRAINING.settings(*configs))
     evaluate = Evaluation(lambda state: validate(state.model, data, machine, run, loop.verbose))
     return Run(configs, state, setup, next_token_loss, evaluate, partial(dry_run, model, machine, run.batch_size),
                partial(describe, state, setup, data, configs), partial(estimate_validation, model, data, machine, run),
-               data.manifest.total("train", "tokens"), partial(shorter_run, configs, machine))
+               training_tokens(data, run), partial(shorter_run, configs, machine))
 
 
 def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> TrainConfigs:
@@ -227,7 +234,7 @@ def describe(state: TrainState, setup: TrainSetup, data: DataFolder, configs: Tr
     config, loop, run = state.model.config, configs.loop, configs.run
     where = "every linear layer" if config.linear_scope == "all" else f"linear layers of {config.linear_scope}"
     linear = f", {config.linear} for {where}" if config.linear != "linear" else ""
-    train_tokens = data.manifest.total("train", "tokens")
+    train_tokens = training_tokens(data, run)
     limits = loop.max_iter and loop.max_iter * setup.step_tokens, loop.max_tokens
     seen = min((tokens for tokens in limits if tokens), default=0)
     epochs = f", {seen / train_tokens:.2f} epochs" if seen else ""

@@ -20,11 +20,10 @@ from experiments.adaptation import (
 from experiments.adaptation_cells import AdaptResults, gain
 from experiments.analysis import SIGNIFICANCE
 from experiments.plots import draw_adapting_arms
-from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, write_page
+from experiments.report import Figure, Table, align_columns, write_report
 from experiments.runner import FINAL_STATUSES
 from experiments.stats import Estimate, holm, p_value
 from runtime.cli import say
-from runtime.files import atomic_write
 from runtime.forecast import format_bytes
 
 CONTROLS = "other", "overlap", "static_kept", "adapted_kept"  # keys of READINGS
@@ -367,12 +366,7 @@ def write_adaptation_comparison(results: list[AdaptResults], conditions: list[st
     if len({arm_results.arm.tokenizer for arm_results in results}) > 1:
         notes.append(TOKENIZER_NOTE)
     parts += [("p", note) for note in notes]
-    title = "Which model adapts best at inference time"
-    for name, content in {"comparison.md": markdown_page(title, parts), "comparison.csv": csv_table(rows),
-                          "adapting.svg": figure.svg}.items():
-        with atomic_write(out_path / name, "w") as file:
-            file.write(content)
-    write_page(out_path / "comparison.html", title, parts)
+    write_report(out_path, "Which model adapts best at inference time", parts, {"comparison": rows})
     print("\n".join(short_table(rows)))
     for sentence in best:
         say(sentence)

@@ -80,7 +80,7 @@ WRONG_ANSWERS = Metric(
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """An architecture or recipe at one size."""
+    """An architecture or recipe at one size, and where a comparison has several budgets, at one of them."""
     name: str
     size: str
     flags: dict                       # flag name -> value, of the script whose runs are compared
@@ -98,6 +98,15 @@ class Arm:
     data_digests: tuple[str, ...] = ()  # of everything that a run reads
     metric: Metric = BPB
     speed_window: int = 1              # steps over which speed is averaged: those from one rollout to the next
+    budget: tuple[str, float] | None = None  # unit and amount, where a comparison has several
+    epochs: float | None = None        # passes of the whole budget over the text, which is cut to that
+    tuned_below: bool = False          # the search for its learning rate goes on from that of the next smaller budget
+
+    @property
+    def group(self) -> str:
+        """Of the arms that are compared with each other, as text; "" where there is one group."""
+        return " ".join(filter(None, (self.size, self.budget and f"{self.budget[0]}={self.budget[1]:g}",
+                                      self.epochs and f"epochs={self.epochs:g}")))
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class CellResult:
         which = {"lr_grid": f"learning rate x {cell.lr_multiple:g} on {cell.budget_frac:.0%} of the budget",
                  "run": f"learning rate x {cell.lr_multiple:g}, seed {cell.seed}",
                  "speed": f"speed, round {cell.seed}"}[cell.stage]
-        return f"{cell.arm.size} {cell.arm.name}, {which}: {end}".strip()
+        return f"{cell.arm.group} {cell.arm.name}, {which}: {end}".strip()
 
 
 def best_result(results: list[CellResult]) -> CellResult | None:
@@ -164,7 +173,7 @@ class ArmResults:
     """All results of an arm."""
     arm: Arm
     timed_budget: bool = False  # the budget is in seconds
-    grid: list[CellResult] = field(default_factory=list)                 # a part of the budget, every learning rate
+    grid: list[CellResult] = field(default_factory=list)  # a part of the budget, every learning rate; or smaller budgets
     full_budget_lr_runs: list[CellResult] = field(default_factory=list)  # the whole budget, first seed, falling rates
     runs: list[CellResult] = field(default_factory=list)                 # the whole budget, best rate, every seed
     speeds: list[CellResult] = field(default_factory=list)
@@ -185,7 +194,8 @@ class ArmResults:
         latest = self.full_budget_lr_runs[-1]
         lower = [result.cell.lr_multiple for result in self.grid if result.cell.lr_multiple < latest.cell.lr_multiple]
         improves = latest.status == "diverged" or best is latest
-        return max(lower, default=None) if improves and grid_best.cell.budget_frac < 1 else None
+        was_shorter = grid_best.cell.budget_frac < 1 or self.arm.tuned_below
+        return max(lower, default=None) if improves and was_shorter else None
 
     def finished(self) -> list[CellResult]:
         return [run for run in self.runs if run.status == "finished"]
@@ -249,10 +259,12 @@ def table_rows(results: list[ArmResults]) -> list[dict]:
     slope = reference.slope() if reference.finished() else (math.nan, math.nan)
     for arm_results in results:
         arm = arm_results.arm
-        row = {"size": arm.size, "arm": arm.name, "runs": len(arm_results.finished()), "runs_wanted": len(arm.seeds),
-               "parameters": arm.n_parameters, "flops_per_token": arm.flops_per_token,
-               "elementwise_flops_per_token": arm.elementwise_flops_per_token, "n_hidden": arm.flags.get("n_hidden"),
-               "n_rates": len(arm_results.grid), "at_grid_edge": arm_results.at_grid_edge()} | vocabulary_columns(arm)
+        row = {"size": arm.size} | ({"budget": arm.budget[1]} if arm.budget else {})
+        row |= {"epochs": arm.epochs} if arm.epochs else {}
+        row |= {"arm": arm.name, "runs": len(arm_results.finished()), "runs_wanted": len(arm.seeds),
+                "parameters": arm.n_parameters, "flops_per_token": arm.flops_per_token,
+                "elementwise_flops_per_token": arm.elementwise_flops_per_token, "n_hidden": arm.flags.get("n_hidden"),
+                "n_rates": len(arm_results.grid), "at_grid_edge": arm_results.at_grid_edge()} | vocabulary_columns(arm)
         rows.append(row)
         if not arm_results.finished():
             continue
@@ -444,31 +456,37 @@ def by_vocabulary(results: list[ArmResults]) -> dict[str, list[ArmResults]]:
     for arm_results in results:
         rest, n = re.subn(r"(^|,)\s*vocab_size=[\d_]+", "", arm_results.arm.name)
         if n and arm_results.finished():
-            name = ", ".join(filter(None, (arm_results.arm.size, rest.strip(", ")))) or "vocab_size"
+            name = ", ".join(filter(None, (arm_results.arm.group, rest.strip(", ")))) or "vocab_size"
             series.setdefault(name, []).append(arm_results)
     return {name: sorted(arms, key=lambda arm_results: arm_results.arm.vocab_size) for name, arms in series.items()
             if len({arm_results.arm.vocab_size for arm_results in arms}) > 2}
 
 
 def best_vocabulary(arms: list[ArmResults]) -> str:
-    """A sentence about where the lowest bits per byte lie: the minimum of a parabola in log(vocab_size) through the arm with
-    the lowest mean and up to two on each side of it, for each seed, with the interval over seeds. arms: of by_vocabulary."""
-    means = [statistics.mean(run.outcome for run in arm_results.finished()) for arm_results in arms]
-    best = means.index(min(means))
+    """A sentence about where the lowest bits per byte lie, see `seed_minima`, with the interval over seeds. arms: of
+    by_vocabulary."""
+    best, minima = seed_minima(arms, [arm_results.arm.vocab_size for arm_results in arms])
     if best in (0, len(arms) - 1):
         return f"lowest at the {'smallest' if best == 0 else 'largest'} vocabulary, {arms[best].arm.vocab_size:,}: the " \
                f"optimum may lie beyond."
-    near = arms[max(0, best - 2):best + 3]
-    sizes = [math.log(arm_results.arm.vocab_size) for arm_results in near]
-    runs = zip(*(arm_results.runs for arm_results in near))
-    minima = [parabola_minimum(sizes, [run.outcome for run in pair]) for pair in runs
-              if all(run.status == "finished" for run in pair)]
-    found = [minimum for minimum in minima if not math.isnan(minimum)]
-    if len(found) < max(2, len(minima)):
+    if len(minima) < 2:
         return f"lowest at {arms[best].arm.vocab_size:,}; too few runs, or too noisy ones, to say how sharp the optimum is."
-    optimum = Estimate.from_values(found)
+    optimum = Estimate.from_values([x for x, _ in minima.values()])
     return (f"optimum at about {math.exp(optimum.mean):,.0f} tokens (95 % interval {math.exp(optimum.low):,.0f} to "
             f"{math.exp(optimum.high):,.0f}, {optimum.n} seeds).")
+
+
+def seed_minima(arms: list[ArmResults], sizes: list[int]) -> tuple[int, dict[int, tuple[float, float]]]:
+    """Which arm has the lowest mean; and for each seed, by its number from 0, (log(size), outcome) at the minimum of a
+    parabola in log(size) through that arm and up to two on each side of it. None at all if that arm is the first or the
+    last, or if a seed's parabola has no minimum there. sizes: of the arms, which have finished runs, rising."""
+    means = [statistics.mean(run.outcome for run in arm_results.finished()) for arm_results in arms]
+    best = means.index(min(means))
+    near = slice(max(0, best - 2), best + 3)
+    runs = enumerate(zip(*(arm_results.runs for arm_results in arms[near])))
+    minima = {i: parabola_minimum([math.log(size) for size in sizes[near]], [run.outcome for run in own]) for i, own in runs
+              if all(run.status == "finished" for run in own)} if 0 < best < len(arms) - 1 else {}
+    return best, {} if any(math.isnan(x) for x, _ in minima.values()) else minima
 
 
 # -- several sizes ----------------------------------------------------------------------------------------------------

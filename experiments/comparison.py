@@ -34,11 +34,12 @@ from experiments.context import (
     position_rows,
     short_contexts,
 )
+from experiments.epochs import epochs_section
+from experiments.isoflop import find_optima, isoflop_section
 from experiments.plots import draw_by_vocabulary, draw_mean_curves, draw_pareto_fronts, draw_scaling, validation_note
-from experiments.report import Figure, Table, align_columns, csv_table, markdown_page, split_columns, write_page
+from experiments.report import Figure, Table, align_columns, split_columns, write_report
 from experiments.stats import Estimate
 from runtime.cli import say
-from runtime.files import atomic_write
 
 # In the column "significant"
 SIGNIFICANCE_WORDS = {"corrected": "yes", "uncorrected": "only by itself", "none": "no", "screened": "not tested"}
@@ -102,23 +103,24 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
         positions = list(itertools.chain(*map(position_rows, by_size)))
         parts += context_section(lengths, positions, contexts)
     parts += vocabulary_section(by_vocabulary(results))
-    for length, same_length in by_length(by_size).items() if contexts else [("", by_size)]:
-        if len(same_length) > 1 and metric == BPB:  # others reach 0, which no power law does
-            parts += scaling_section(same_length, length)
+    optima, axis_tables, sentences = find_optima(results), {}, []
+    if optima:
+        section, axis_tables, sentences = isoflop_section(optima, results[0].arm.name)
+        parts[1:1] = section
+    elif any(own.arm.epochs for own in results):
+        section, axis_tables, sentences = epochs_section(results)
+        parts[1:1] = section
+    else:
+        for length, same_length in by_length(by_size).items() if contexts else [("", by_size)]:
+            if len(same_length) > 1 and metric == BPB:  # others reach 0, which no power law does
+                parts += scaling_section(same_length, length)
     parts += [("p", note) for note in make_notes(metric, is_null, share_vocabulary(results))]
     if screens:
         rows = [row | {"stage": stage} for stage, found in (
             ("confirm", rows), ("screen", list(itertools.chain(*(found for _, found in screens))))) for row in found]
-    pictures = {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
-    tables = {"comparison.csv": rows, "thoughts.csv": list(itertools.chain(*thoughts)), "context.csv": lengths,
-              "positions.csv": positions}
-    for old in (*out_path.glob("*.svg"), *(out_path / name for name, table in tables.items() if not table)):
-        old.unlink(missing_ok=True)
-    for name, content in {"comparison.md": markdown_page(title, parts), **pictures,
-                          **{name: csv_table(table) for name, table in tables.items() if table}}.items():
-        with atomic_write(out_path / name, "w") as file:
-            file.write(content)
-    write_page(out_path / "comparison.html", title, parts)
+    tables = {"comparison": rows, "thoughts": list(itertools.chain(*thoughts)), "context": lengths, "positions": positions,
+              "isoflop": [], "multipliers": [], "epochs": []}
+    write_report(out_path, title, parts, tables | axis_tables)
     for group, size_rows in screens:
         print("\n".join(short_table(group, size_rows)))
     for group, size_rows, size_thoughts in zip(by_size, rows_by_size, thoughts):
@@ -127,11 +129,13 @@ def write_comparison(results: list[ArmResults], describe_conditions: Callable[[l
         print("\n".join(short_contexts(lengths)))
     for name, arms in by_vocabulary(results).items():
         say(f"{name}: {best_vocabulary(arms)}")
+    for sentence in sentences:
+        say(sentence)
     print(out_path / "comparison.html")
 
 
 def group_by_size(results: list[ArmResults]) -> list[list[ArmResults]]:
-    return [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.size)]
+    return [list(group) for _, group in itertools.groupby(results, key=lambda result: result.arm.group)]
 
 
 def screen_section(results: list[ArmResults], rows: list[dict]) -> list:
@@ -157,14 +161,14 @@ def size_section(results: list[ArmResults], rows: list[dict], conditions: str) -
     """The parts of the page about the arms of one size."""
     best, metric = describe_best(results), results[0].arm.metric
     table, same = table_of_columns(rows, metric)
-    parts = [("h2", results[0].arm.size or "Results"), ("p", f"{conditions}."),
+    parts = [("h2", results[0].arm.group or "Results"), ("p", f"{conditions}."),
              ("ul", [verdict(row, rows[0], metric) for row in rows[1:]] + [best] * bool(best)), table]
     if same:
         parts.append(("p", f"The same for all arms: {'; '.join(same)}."))
     if note := validation_note({result.arm.name: result.finished()[-1].rows for result in results if result.finished()}):
         parts.append(("p", note))
     if curves := {arm_results.arm.name: arm_results.curves() for arm_results in results if arm_results.finished()}:
-        size = results[0].arm.size
+        size = results[0].arm.group
         by_bytes = not share_vocabulary(results) and not math.isnan(results[0].arm.bytes_per_token)
         fronts = draw_pareto_fronts({row["arm"]: row for row in rows if metric.name in row}, metric)
         parts += [Figure(draw_mean_curves(curves, by_bytes, metric), figure_name("curves", size)),
@@ -293,7 +297,7 @@ def short_table(results: list[ArmResults], rows: list[dict], width: int = 80) ->
     texts = [("arm", metric.unit, "difference", "verdict")] + [
         (row["arm"], with_margin(row, metric.name, metric.form), with_margin(row, "difference", f"+{metric.form}"),
          "" if row is rows[0] else short_verdict(row)) for row in rows]
-    lines = [results[0].arm.size] * bool(results[0].arm.size) + align_columns(texts, width)
+    lines = [results[0].arm.group] * bool(results[0].arm.group) + align_columns(texts, width)
     return lines + [f"left out: {problem}" for arm_results in results for problem in arm_results.problems()] + [""]
 
 

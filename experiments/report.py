@@ -96,6 +96,20 @@ def csv_table(rows: list[dict]) -> str:
     return file.getvalue()
 
 
+def write_report(folder: Path, title: str, parts: list, tables: dict[str, list[dict]]):
+    """Writes comparison.md, comparison.html, the pictures among the parts, in place of earlier ones, and each table as CSV,
+    unless it is empty. parts: see write_page. tables: name -> rows."""
+    for old in (*folder.glob("*.svg"), *(folder / f"{name}.csv" for name, rows in tables.items() if not rows)):
+        old.unlink(missing_ok=True)
+    files = {"comparison.md": markdown_page(title, parts)}
+    files |= {f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)}
+    files |= {f"{name}.csv": csv_table(rows) for name, rows in tables.items() if rows}
+    for name, content in files.items():
+        with atomic_write(folder / name, "w") as file:
+            file.write(content)
+    write_page(folder / "comparison.html", title, parts)
+
+
 def write_page(path: Path, title: str, parts: list):
     """parts: Tables, Figures, and (tag, text) for the tags h2, h3, p, code and ul, where the text of a ul is a list of
     items. Everything but SVG is escaped."""

@@ -59,6 +59,22 @@ def p_value(values: list[float]) -> float:
     return float(2 * t.sf(abs(mean) / deviation * math.sqrt(len(values)), len(values) - 1))
 
 
+def sum_of_means(samples: list[list[float]]) -> tuple[Estimate, float]:
+    """The sum of the means of independent samples with its interval, and the p-value of its being 0: Welch's t-test, with
+    the degrees of freedom of Satterthwaite. n is that of the smallest; with a single value the margin is infinite."""
+    mean, n = sum(map(statistics.mean, samples)), min(map(len, samples))
+    if n < 2:
+        return Estimate(mean, math.inf, n), 1.0
+    parts = [(statistics.variance(values) / len(values), len(values) - 1) for values in samples]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:  # t is not defined
+        return Estimate(mean, 0.0, n), 1.0 if mean == 0 else 0.0
+    from scipy.stats import t
+    freedom, error = variance ** 2 / sum(part ** 2 / own for part, own in parts), math.sqrt(variance)
+    margin = float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
+    return Estimate(mean, margin, n), float(2 * t.sf(abs(mean) / error, freedom))
+
+
 def power(n: int, deviation: float, difference: float, alpha: float = 1 - CONFIDENCE) -> float:
     """The probability that `p_value` of `n` differences is below alpha, if they are normal with mean `difference` and this
     standard deviation."""
@@ -94,12 +110,12 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-def parabola_minimum(xs: list[float], ys: list[float]) -> float:
-    """The x of the minimum of the parabola that fits three or more points best; NaN if it has none between them."""
+def parabola_minimum(xs: list[float], ys: list[float]) -> tuple[float, float]:
+    """(x, y) of the minimum of the parabola that fits three or more points best; NaNs if it has none between them."""
     import numpy as np
-    a, b, _ = np.polyfit(xs, ys, 2)
+    a, b, c = np.polyfit(xs, ys, 2)
     lowest = -b / (2 * a) if a > 0 else math.nan
-    return float(lowest) if min(xs) < lowest < max(xs) else math.nan
+    return (float(lowest), float(c - b * b / (4 * a))) if min(xs) < lowest < max(xs) else (math.nan, math.nan)
 
 
 def power_law(xs: list[float], ys: list[float]) -> tuple[float, float]:

@@ -107,6 +107,18 @@ def test_an_epoch_has_every_block_once_across_shards(data):
     assert loader.blocks_seen == 4 * n_blocks
 
 
+def test_the_first_tokens_over_and_over(data):
+    """Three blocks, each once in an epoch; a part that is shorter than a block, or longer than the split, is refused."""
+    loader, tokens = shard_loader(data, 3, BLOCK, seed=0, n_tokens=4 * BLOCK), data.split("train")
+    expected = sorted(tokens.read(i * BLOCK, (i + 1) * BLOCK).tolist() for i in range(3))
+    for _ in range(2):
+        assert sorted(loader.next_batch()[0].tolist()) == expected
+    for n_tokens in (BLOCK, len(tokens) + 1):
+        with pytest.raises(BadInput, match=f"--train_tokens={n_tokens}: must be more than --block_size"):
+            shard_loader(data, 3, BLOCK, seed=0, n_tokens=n_tokens)
+    assert shard_loader(data, 3, BLOCK, seed=0, n_tokens=len(tokens)).next_batch()
+
+
 def test_targets_are_the_next_token(data):
     inputs, targets = shard_loader(data, 3, BLOCK, seed=0).next_batch()
     assert inputs.shape == targets.shape == (3, BLOCK) and inputs.dtype == torch.int64

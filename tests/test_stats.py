@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.stats import Estimate, holm, p_value, pairs_needed, parabola_minimum, power, power_law, proportion_interval
+from experiments.stats import (
+    Estimate,
+    holm,
+    p_value,
+    pairs_needed,
+    parabola_minimum,
+    power,
+    power_law,
+    proportion_interval,
+    sum_of_means,
+)
 
 SAMPLES = [[1.612, 1.608, 1.615], [0.2, -0.1, 0.05, 0.3, 0.15], [-0.004, -0.0031], [5.0, 5.1, 4.9, 5.2, 4.7, 5.05, 5.0]]
 
@@ -67,10 +77,22 @@ def test_power_equals_a_simulation(n, difference, alpha):
     assert found == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-9)
 
 
+def test_sum_of_means_is_welchs_test():
+    """Of the difference of two means: one of them with the other sign."""
+    a, b = SAMPLES[0], SAMPLES[1]
+    found, p = sum_of_means([a, [-x for x in b]])
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    interval = welch.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert p == pytest.approx(welch.pvalue, abs=1e-12)
+    assert sum_of_means([[1.0, 1.0], [2.0, 2.0]]) == (Estimate(3.0, 0.0, 2), 0.0)
+    assert sum_of_means([[1.0, 2.0], [2.0]]) == (Estimate(3.5, math.inf, 1), 1.0)
+
+
 def test_minimum_of_a_parabola():
-    assert parabola_minimum([1, 2, 4, 5], [(x - 3.5) ** 2 + 7 for x in (1, 2, 4, 5)]) == pytest.approx(3.5)
+    assert parabola_minimum([1, 2, 4, 5], [(x - 3.5) ** 2 + 7 for x in (1, 2, 4, 5)]) == pytest.approx((3.5, 7))
     for ys in ([1, 2, 3.5], [1, 3, 2], [1, 1, 1]):  # beyond the points, a maximum, none
-        assert math.isnan(parabola_minimum([1, 2, 3], ys))
+        assert all(map(math.isnan, parabola_minimum([1, 2, 3], ys)))
 
 
 def test_power_law_recovers_its_parameters():
