@@ -1500,9 +1500,8 @@ def read_command_line(argv) -> tuple[CompareConfig, dict]:
 
 def make_plan(config: CompareConfig, common: dict, data: TrainingData) -> dict:
     """What makes it this comparison rather than another, as JSON: not the number of seeds, nor how or where it is run."""
-    own = {name: value for name, value in vars(config).items() if name not in flag_names(CompareConfig, scope="run")}
-    if not config.epochs:
-        del own["epochs"]  # plans of earlier versions have none
+    own = {name: value for name, value in vars(config).items() if name not in flag_names(CompareConfig, scope="run")
+           and (value or name not in ("lengths", "epochs"))}  # plans of earlier versions have neither
     fields = declared_flags(*config.spec.command.classes, *config.spec.vocabulary)
     is_data = lambda name: value_type(fields[name]) is Path and fields[name].metadata["flag"].scope == "shared"
     shared = {name: value for name, value in common.items() if not is_data(name)}
