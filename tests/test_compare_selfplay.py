@@ -367,7 +367,7 @@ def test_a_game_is_needed(refused, budget):
     refused(compare.main, ["--script=selfplay", *budget], "--game: say which all arms learn, such as --game=tic_tac_toe")
 
 
-@pytest.mark.parametrize("script, words", [("train", "give tokens=N, bytes=N, flops=N or seconds=N"),
+@pytest.mark.parametrize("script, words", [("train", "give tokens=N, bytes=N, flops=N, seconds=N, to_loss=X or to_bpb=X"),
                                            ("finetune", "give tokens=N, flops=N or seconds=N")])
 def test_games_are_no_budget_of_text(refused, script, words):
     refused(compare.main, [f"--script={script}", "--budget=games=64"],
