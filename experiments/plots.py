@@ -104,7 +104,8 @@ def focus_y(axis, curves: Iterable[Sequence[tuple[float, float]]], shown: Iterab
 
 def validation_counts(rows: list[dict]) -> tuple[int, int] | None:
     """Bytes and tokens of the text that a run was validated on last; None in rows of earlier versions."""
-    return next(((row["val_bytes"], row["val_tokens"]) for row in reversed(rows) if "val_tokens" in row), None)
+    return next(((row["val_bytes"], row["val_tokens"]) for row in reversed(rows)
+                 if row.get("val_tokens") and "val_bytes" in row), None)
 
 
 def bytes_per_token(rows: list[dict]) -> float:
