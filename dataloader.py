@@ -106,8 +106,11 @@ class TrainLoader:
     blocks_seen counts what was returned, not what workers have prefetched: it is the whole position.
     """
 
-    def __init__(self, batches: Batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False):
-        """fingerprint: a digest of the training data, which must be the same when a run is resumed."""
+    def __init__(self, batches: Batches, fingerprint: str, num_workers: int = 0, pin_memory: bool = False,
+                 rank: int = 0, n_ranks: int = 1):
+        """fingerprint: a digest of the training data, which must be the same when a run is resumed. rank, n_ranks: it is one
+        of so many loaders, in as many processes, that take the batches in turns."""
+        self.rank, self.n_ranks = rank, n_ranks
         self.batches, self.fingerprint = batches, fingerprint
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.blocks_seen = 0
@@ -118,11 +121,12 @@ class TrainLoader:
         if self.iterator is None:
             with sigint_blocked():
                 self.iterator = iter(DataLoader(
-                    self.batches, batch_size=None, sampler=itertools.count(self.blocks_seen, self.batches.batch_size),
+                    self.batches, batch_size=None, sampler=itertools.count(
+                        self.blocks_seen + self.rank * self.batches.batch_size, self.n_ranks * self.batches.batch_size),
                     num_workers=self.num_workers, pin_memory=self.pin_memory, worker_init_fn=ignore_signals,
                     generator=torch.Generator()))  # by default a DataLoader draws from torch's global generator
         batch = next(self.iterator)
-        self.blocks_seen += self.batches.batch_size
+        self.blocks_seen += self.n_ranks * self.batches.batch_size  # by all of them
         self.batches.check(batch)
         return batch
 
@@ -209,10 +213,10 @@ class BlockBatches:
 
 
 def shard_loader(data: DataFolder, batch_size: int, block_size: int, seed: int, num_workers: int = 0,
-                 pin_memory: bool = False, n_tokens: int | None = None) -> TrainLoader:
-    """A loader of the training split. n_tokens, and what it raises: see BlockBatches."""
+                 pin_memory: bool = False, n_tokens: int | None = None, rank: int = 0, n_ranks: int = 1) -> TrainLoader:
+    """A loader of the training split. n_tokens, and what it raises: see BlockBatches; rank, n_ranks: see TrainLoader."""
     batches = BlockBatches(data, "train", batch_size, block_size, seed, n_tokens)
-    return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory)
+    return TrainLoader(batches, data.manifest.fingerprint(), num_workers, pin_memory, rank, n_ranks)
 
 
 def val_batches(data: DataFolder, n_tokens: int, batch_size: int, block_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -71,6 +71,7 @@ from runtime.checkpoint import explain_damage, load_checkpoint, run_folder
 from runtime.cli import command, explain_failures, log_line, parse_flags, progress_bar, say
 from runtime.config import BadInput, declared_flags, flag, redeclare, shorten
 from runtime.device import DeviceConfig, Machine, open_machine
+from runtime.distributed import join
 from runtime.files import atomic_write, check_writable
 from runtime.metrics import LossSums, PositionSums
 from sampling import GREEDY, LOOPS_HELP, SamplingConfig, generate_texts, load_model, load_pretrained
@@ -258,11 +259,12 @@ def mean_losses(model: GPT, tokenizer: Tokenizer, machine: Machine, batches: Ite
     batches = progress_bar(batches, total=n_batches, desc="validation", unit="batch", delay=1, leave=False,
                            disable=None if n_batches else True)
     sums, positions, token_bytes = LossSums(), PositionSums(), torch.from_numpy(tokenizer.token_bytes())
-    for idx, targets, *packed in batches:
-        doc_starts = packed[0].to(machine.device) if packed else None
+
+    def losses_of(batch: tuple[Tensor, ...]) -> Tensor:
+        idx, targets, *packed = (part.to(machine.device) for part in batch)
         with machine.autocast():
-            losses = model.eager_forward(idx.to(machine.device), targets.to(machine.device), reduction="none",
-                                         doc_starts=doc_starts)
+            return model.eager_forward(idx, targets, reduction="none", doc_starts=packed[0] if packed else None).cpu()
+    for (_, targets, *_), losses in join().map_in_order(losses_of, batches):
         sums.add(losses, targets, token_bytes)
         if by_position:
             positions.add(losses, targets, token_bytes)

@@ -25,6 +25,7 @@ from runtime.checkpoint import explain_damage, run_folder
 from runtime.cli import command, read_path, say
 from runtime.config import BadInput, check_flags, flag, shorten
 from runtime.device import DeviceConfig, Machine, preferred_dtype, seed_everything, with_faster_dtype
+from runtime.distributed import join
 from runtime.forecast import format_seconds
 from runtime.memory import largest_batch
 from runtime.metrics import read_rows
@@ -203,7 +204,8 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
         configs = find_batch_size(configs, model, machine)
     run, loop, block_size = configs.run, configs.loop, model.config.block_size
     loader = shard_loader(data, run.batch_size, block_size, run.seed, run.dataloader_num_workers,
-                          pin_memory=machine.device.type == "cuda", n_tokens=run.train_tokens)
+                          pin_memory=machine.device.type == "cuda", n_tokens=run.train_tokens,
+                          rank=join().rank, n_ranks=join().size)
     state, setup = restore_state(output, model, data.tokenizer, configs.optimizer, loader,
                                  run.batch_size * loop.num_batch_accum * block_size, PRETRAINING.settings(*configs))
     evaluate = Evaluation(lambda state: validate(state.model, data, machine, run, loop.verbose))

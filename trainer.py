@@ -47,6 +47,7 @@ from runtime.device import (
     rng_state,
     set_rng_state,
 )
+from runtime.distributed import World, join
 from runtime.forecast import (
     CHECKPOINTS_KEPT,
     DAY,
@@ -69,6 +70,7 @@ SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
 TYPICAL_MFU = 0.4  # of a CPU, for a guess at how long a run takes
 MIN_SECONDS_TO_COMPILE = 1200.0  # of a run on a CPU, where compiling takes up to a minute and may save a tenth
+MANY_PROCESSES = ("train.py",)  # scripts that torchrun may start
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -199,12 +201,15 @@ class Evaluation:
 
 @torch.no_grad()
 def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: bool = True):
-    """Writes the checkpoint, if the run has a writer. blocking: it is on disk when this returns.
+    """Writes the checkpoint, if the run has a writer; of several processes, the main one does. blocking: it is on disk when
+    this returns.
 
     Raises FloatingPointError rather than replace a good checkpoint by weights that are no longer finite.
     """
     if not torch.isfinite(get_total_norm(state.model.parameters())):
         raise divergence_error(state, setup, "the weights are no longer finite")
+    if not join().is_main:
+        return
     if setup.writer is not None:
         vocabulary = {"tokenizer": setup.tokenizer.to_json()} if setup.tokenizer else {}
         assert vocabulary or setup.contents, "a checkpoint says what its tokens mean"
@@ -230,7 +235,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     a resumed run has none): called once, after the first few steps. Raises FloatingPointError when the run has diverged;
     the checkpoint is then the last good one.
     """
-    timer = StepTimer(on_timed, setup.period)
+    timer, world = StepTimer(on_timed, setup.period), join()
     with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(
             total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
@@ -250,8 +255,9 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
                 state.step += 1
                 state.tokens += n_tokens
             bar.update()
-            stopped = signals.signal
-            progress = loop.progress(state.step, state.tokens, state.seconds + time.perf_counter() - last_row[0])
+            now = state.seconds + time.perf_counter() - last_row[0]
+            signal, progress = world.largest(signals.signal or 0, loop.progress(state.step, state.tokens, now))
+            stopped = int(signal) or None
             is_val = state.step % loop.val_intervals == 0 or progress >= 1
             is_log = is_val or state.step % loop.log_intervals == 0
             if not (is_log or stopped):
@@ -327,16 +333,21 @@ def evaluate_into(row: dict, state: TrainState, evaluate: Evaluation, setup: Tra
 
 
 def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: Machine) -> tuple[Tensor, int]:
-    """One optimizer step over `num_batch_accum` batches of equal weight. Returns their mean loss, a scalar tensor that
-    stays on the device, and how many tokens they held."""
-    total, n_tokens = 0.0, 0
-    for _ in range(loop.num_batch_accum):
+    """One optimizer step over `num_batch_accum` batches of equal weight, of which each process has its part. Returns their
+    mean loss, a scalar tensor that stays on the device, and how many tokens they held."""
+    total, n_tokens, world = 0.0, 0, join()
+    for i in range(loop.num_batch_accum):
+        if i % world.size != world.rank:
+            state.model.draw_loops()  # as many draws in every process, so that a batch has the same wherever it is
+            continue
         batch = machine.to_device(state.loader.next_batch(state.model))
         with machine.autocast():
             loss = loss_fn(state.model, batch) / loop.num_batch_accum  # backward() sums gradients; we want their mean
         state.scaler.scale(loss).backward()
         total = total + loss.detach()
         n_tokens += batch[0].numel()
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    world.sum_in_place([*grads, total])
     state.scaler.unscale_(state.optimizer)
     grads = [p.grad for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
     grads = [grad._values() if grad.is_sparse else grad for grad in grads]  # of a table, in which no row repeats
@@ -346,7 +357,7 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
     state.optimizer.step(skip=state.guard.update(total, norm, state.step + 1))
     state.scaler.update()
     state.optimizer.zero_grad()
-    return total, n_tokens
+    return total, n_tokens * world.size
 
 
 def next_token_loss(model: GPT, batch: list[Tensor]) -> Tensor:
@@ -391,7 +402,7 @@ def end_interval(state: TrainState, setup: TrainSetup, loss: Tensor, clock: floa
 
 
 def write_row(setup: TrainSetup, row: dict):
-    if setup.metrics is not None:
+    if setup.metrics is not None and join().is_main:
         setup.metrics.write(row)
 
 
@@ -473,18 +484,28 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
     what `explain_failures` raises; SystemExit when a signal stops it.
     """
     ignore_output_errors()
+    world = join()
+    if world.size > 1 and command.script not in MANY_PROCESSES:
+        raise BadInput(f"torchrun --nproc_per_node={world.size}: {command.script} trains in one process: start it with "
+                       f"python")
+    if world.n_restarts and not resumed and path.exists():
+        resumed = path
     is_dry = given.get("dry_run", False)  # writes nothing, so it needs no lock
-    with nullcontext() if is_dry else run_lock(path, f"--{command.out_flag}={path}"):
-        start, checkpoint = command.read_checkpoint(resumed, given) if resumed else ({}, None)
-        values = resolve(start, given) | {command.out_flag: path,
-                                          "resume_checkpoint": str(resumed) if resumed else None}
-        values |= {"overwrite": True} if is_dry else {}
-        configs, run = command.read_configs(values), None
+    locked = run_lock(path, f"--{command.out_flag}={path}") if world.is_main and not is_dry else nullcontext()
+    with locked:
+        with world.failing_together():
+            start, checkpoint = command.read_checkpoint(resumed, given) if resumed else ({}, None)
+            values = resolve(start, given) | {command.out_flag: path,
+                                              "resume_checkpoint": str(resumed) if resumed else None}
+            values |= ({"overwrite": True} if is_dry else {}) | ({} if world.is_main else {"verbose": False})
+            configs, run = command.read_configs(values), None
         if checkpoint and is_finished(configs.loop, checkpoint["training"], resumed):
             return None
         with explain_failures(lambda: oom_advice(command, run.setup.settings if run else values, can_find_batch),
                               lambda: run.setup.checkpoint_status() if run else ""):
-            run = open_run(configs, checkpoint, resumed)
+            with world.failing_together():
+                run = open_run(configs, checkpoint, resumed)
+                check_processes(run, world)
             check_compile(run.configs.run.compile_model, run.state.model)
             choose_threads(run)
             if is_dry:
@@ -497,6 +518,20 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
             del checkpoint  # as large as model and optimizer together
             fit_and_close(command, run)
         return run
+
+
+def check_processes(run: Run, world: World):
+    """Raises BadInput unless the batches of a step can be divided among the processes, which have the same flags."""
+    n_batches = run.configs.loop.num_batch_accum
+    if n_batches % world.size:
+        raise BadInput(f"--num_batch_accum={n_batches}: {world.size} processes cannot take as many batches each: give a "
+                       f"multiple of {world.size}")
+    settings = world.gather(run.setup.settings)
+    for rank, other in enumerate(settings):
+        for name in sorted(settings[0]):
+            if other[name] != settings[0][name]:
+                raise BadInput(f"--{name}={other[name]}: in process {rank}, but {settings[0][name]} in the first: start all "
+                               f"with the same flags")
 
 
 def fit_and_close(command: TrainingCommand, run: Run):
@@ -709,6 +744,8 @@ def init_state(model: GPT, loader: Loader, setup: TrainSetup) -> TrainState:
     """The state before the first step, with an optimizer of its own."""
     machine, scaler = setup.machine, setup.machine.grad_scaler()
     optimizer = make_optimizer(model, setup.schedule, setup.step_tokens, machine.newton_schulz_dtype())
+    if model.ngrams is not None and join().size > 1:
+        model.ngrams.sparse = False  # each process sees other rows
     guard = NonFiniteGuard(machine.device, limit=MAX_FP16_SKIPS if scaler.is_enabled() else 2)
     return TrainState(model, optimizer, scaler, loader, guard)
 

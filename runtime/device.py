@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from runtime.config import BadInput, check_flags, flag
+from runtime.distributed import join
 from runtime.memory import is_out_of_memory
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -113,6 +114,8 @@ def open_machine(config: DeviceConfig, resume_dtype: str = "") -> Machine:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and (world := join()).size > 1:
+        name = f"cuda:{world.local_rank}"
     available = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     available += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if (f"{name}:0" if name == "cuda" else name) not in available:

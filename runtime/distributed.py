@@ -1,0 +1,109 @@
+"""Several processes that train one model, as torchrun starts them: one for each GPU, or for some cores.
+
+    world = join()                 # of one process, unless torchrun has started this one
+    world.sum_in_place(gradients)  # over all processes
+
+They run the same program on different batches. What only one of them may do, such as writing files, the main one does.
+"""
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.config import BadInput
+
+TIMEOUT = timedelta(minutes=30)  # a process that waits so long for the others ends: one of them hangs
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. rank: of this one, from 0; local_rank: on its machine. n_restarts: of all of them, by
+    torchrun."""
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    n_restarts: int = 0
+
+    @contextmanager
+    def failing_together(self):
+        """Where one process finds bad input, or a file that cannot be read, all end: the first of them says why."""
+        try:
+            yield
+            error = None
+        except (BadInput, OSError) as found:
+            error = found
+        if self.size > 1:
+            failed = [rank for rank, other in enumerate(self.gather(error is not None)) if other]
+            if failed and self.rank != failed[0]:
+                raise SystemExit(2)
+        if error is not None:
+            raise error
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_in_place(self, tensors: list[Tensor]):
+        """Replaces tensors on one device, which are added in fp32, by their sums over all processes. One call of all of
+        them, whose order of adding is fixed."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+        with explained():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.detach().copy_(part.view_as(tensor))
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """The largest of each over all processes, on the host."""
+        if self.size == 1:
+            return values
+        largest = torch.tensor(values, dtype=torch.float64)
+        with explained():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return tuple(largest.tolist())
+
+    def gather(self, value: Any) -> list:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with explained():
+            dist.all_gather_object(values, value)
+        return values
+
+    def map_in_order(self, function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+        """Each item with function(item), in their order, computed by the processes in turn; all of them get all."""
+        items = iter(items)
+        while part := list(itertools.islice(items, self.size)):
+            own = function(part[self.rank]) if self.rank < len(part) else None
+            yield from zip(part, self.gather(own))
+
+
+@contextmanager
+def explained():
+    """A process that waits for one that has ended gets a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"another process of this run has ended ({str(error).splitlines()[0][:200]})") from None
+
+
+@functools.cache
+def join() -> World:
+    """Joins the processes that torchrun has started, once; the device is still to be chosen, see `local_device`."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return World()
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")))
+    if world.size > 1:
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT)
+    return world

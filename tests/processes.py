@@ -1,0 +1,38 @@
+"""train.py in one of several processes that torchrun has started, on one of which something happens:
+
+    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/processes.py EVENT flags of train.py …
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+
+torch.set_num_threads(1)
+event, *flags = sys.argv[1:]
+rank, n_restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+loss_fn, n_batches = train.next_token_loss, 0
+
+
+def watched(model, batch):
+    global n_batches
+    n_batches += 1
+    if n_batches == 5 and rank == 1 and not n_restarts:  # the first batch of the third step, where each has two
+        if event == "signal":
+            signal.raise_signal(signal.SIGTERM)
+        elif event == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif event == "raise":
+            raise OSError("no more data here")
+    return loss_fn(model, batch)
+
+
+train.next_token_loss = watched
+if event == "differ":
+    flags.append(f"--seed={rank}")
+train.main(flags)

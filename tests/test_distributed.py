@@ -1,0 +1,132 @@
+"""Several processes train as one does: started by torchrun, on this machine's CPU."""
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import train
+from conftest import REPO, TINY_MODEL, assert_same, run_rows, saved_training, stderr_lines
+from dataloader import shard_loader
+from runtime import distributed
+from runtime.checkpoint import load_checkpoint
+from runtime.distributed import World
+from shards import open_data
+
+# Validation: 12 batches and one of fewer rows, with targets that are ignored
+FLAGS = (*TINY_MODEL, "--dtype=fp32", "--batch_size=4", "--num_batch_accum=4", "--val_intervals=3", "--log_intervals=1",
+         "--val_bytes=2000", "--warmup_iter=2", "--dataloader_num_workers=0", "--max_iter=6")
+
+
+def command(path: Path, data_path: Path, *flags: str) -> list[str]:
+    path.parent.mkdir(exist_ok=True)
+    resumes = any(flag.startswith("--resume_checkpoint") for flag in flags)
+    return [f"--data_path={data_path}", f"--checkpoint_path={path}", "--device=cpu", "--verbose=0",
+            *(() if resumes else FLAGS), *flags]
+
+
+def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0) -> tuple[int, list[str]]:
+    """The exit code, and the lines that the processes have printed to stderr. event: see processes.py. argv: flags of
+    train.py."""
+    with tempfile.TemporaryDirectory() as logs:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                               f"--max_restarts={restarts}", f"--log_dir={logs}", "--redirects=2",
+                               str(REPO / "tests" / "processes.py"), event, *argv],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return done.returncode, [line for path in sorted(Path(logs).rglob("stderr.log"))
+                                 for line in stderr_lines(path.read_text())]
+
+
+def assert_equal_runs(path: Path, expected: Path):
+    assert_same(saved_training(path), saved_training(expected))
+    assert run_rows(path) == run_rows(expected)
+
+
+@pytest.mark.integration
+def test_two_processes_train_as_one(data_path, tmp_path):
+    """Bit for bit where each has one batch of a step: weights, state, losses and validation; and one process resumes what
+    two have begun."""
+    flags = "--mixer=DA", "--grad_clip=0.5", "--sampled_loops=1", "--loops=2", "--num_batch_accum=2"
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    train.main(command(one, data_path, *flags))
+    assert torchrun("none", command(two, data_path, *flags)) == (0, [])
+    assert_equal_runs(two, one)
+    for path in (one, two):
+        train.main(command(path, data_path, "--resume_checkpoint", "--max_iter=8"))
+    assert_equal_runs(two, one)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(data_path, tmp_path):
+    """At the same step, after which two processes go on, to weights that differ from those of one by rounding: each adds up
+    two batches of four first; and the memory of pairs has a sparse gradient in one process alone."""
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    train.main(command(one, data_path, "--ngram_rows=40"))
+    code, (line,) = torchrun("signal", command(two, data_path, "--ngram_rows=40"))
+    assert code and "stopped at step 3, saved" in line and load_checkpoint(two)["training"]["step"] == 3
+    assert torchrun("none", command(two, data_path, "--resume_checkpoint")) == (0, [])
+    (a, training), (b, expected) = saved_training(two), saved_training(one)
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b) and training["step"] == expected["step"] == 6
+    for row, other in zip(run_rows(two), run_rows(one), strict=True):
+        assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-6) if "val_loss" in other else row
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_from_the_checkpoint(data_path, tmp_path):
+    """One is killed in the third step; torchrun starts all again, and they end as if nothing had been."""
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    flags = "--num_batch_accum=2", "--val_intervals=1"
+    train.main(command(one, data_path, *flags))
+    code, lines = torchrun("kill", command(two, data_path, *flags), restarts=1)
+    assert code == 0, lines
+    assert_equal_runs(two, one)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_with_one_line(data_path, tmp_path):
+    path = tmp_path / "run" / "gpt.pt"
+    code, lines = torchrun("raise", command(path, data_path))
+    assert code and any("no more data here" in line for line in lines), lines
+    assert all("no more data" in line or "another process of this run has ended" in line for line in lines), lines
+    assert load_checkpoint(path)["training"]["step"] == 0
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("event, flags, words", [
+    ("none", ["--num_batch_accum=3"], "--num_batch_accum=3: 2 processes cannot take as many batches each"),
+    ("differ", [], "--seed=1: in process 1, but 0 in the first")])
+def test_bad_input_is_one_line(data_path, tmp_path, event, flags, words):
+    code, lines = torchrun(event, command(tmp_path / "run" / "gpt.pt", data_path, *flags))
+    assert code and len(lines) == 1 and words in lines[0], lines
+    assert not (tmp_path / "run" / "gpt.pt").exists()
+
+
+def test_other_commands_refuse_several_processes(refused, monkeypatch):
+    monkeypatch.setattr("trainer.join", lambda: World(size=2))
+    refused(finetune.main, ["--dataset=builtin"], "torchrun --nproc_per_node=2: finetune.py trains in one process")
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_loaders_take_the_batches_in_turns(data_path, n_ranks):
+    """And agree on the position, from which one loader goes on."""
+    data = open_data(data_path)
+    whole = shard_loader(data, 2, 16, seed=5)
+    parts = [shard_loader(data, 2, 16, seed=5, rank=rank, n_ranks=n_ranks) for rank in range(n_ranks)]
+    for _ in range(3):
+        for part in parts:
+            assert all(map(torch.equal, part.next_batch(), whole.next_batch()))
+    assert all(part.state_dict() == whole.state_dict() for part in parts)
+
+
+def test_one_process_by_itself(monkeypatch):
+    """Nothing is communicated, and nothing changes."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    world, tensor = distributed.join.__wrapped__(), torch.ones(3)
+    world.sum_in_place([tensor])
+    assert world == World() and world.is_main and (tensor == 1).all() and world.largest(1, 2.5) == (1, 2.5)
+    assert list(world.map_in_order(np.square, iter([1, 2, 3]))) == [(1, 1), (2, 4), (3, 9)]
