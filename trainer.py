@@ -346,10 +346,9 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
         state.scaler.scale(loss).backward()
         total = total + loss.detach()
         n_tokens += batch[0].numel()
-    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
     world.sum_in_place([*grads, total])
     state.scaler.unscale_(state.optimizer)
-    grads = [p.grad for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
     grads = [grad._values() if grad.is_sparse else grad for grad in grads]  # of a table, in which no row repeats
     norm = get_total_norm(grads)
     if loop.grad_clip:
