@@ -257,8 +257,10 @@ def text_shards(task: Task) -> Path:
 
 
 def half_precision(device: torch.device) -> str:
-    """The one that the GPU has units for; bf16 on a CPU."""
-    return "bf16" if device.type == "cpu" or preferred_dtype(device) == "bf16" else "fp16"
+    """The one that the GPU has units for; on a CPU bf16, or fp32 where it would emulate that."""
+    if device.type == "cpu":
+        return preferred_dtype(device) or "bf16"
+    return "bf16" if preferred_dtype(device) == "bf16" else "fp16"
 
 
 def count_bytes(path: Path) -> int:

@@ -154,7 +154,7 @@ def test_a_run_of_days_is_warned_of_before_it_begins(data_path, tmp_path, monkey
     monkeypatch.setattr(train, "report_end", lambda *args: None)
     monkeypatch.setattr(device.Machine, "peak_flops", lambda self: 1e8)
     train.main([f"--data_path={data_path}", f"--checkpoint_path={tmp_path / 'gpt.pt'}", *TINY_MODEL, f"--n_head={n_head}",
-                "--device=cpu", "--max_iter=10_000_000", "--dataloader_num_workers=0"])
+                "--device=cpu", "--max_iter=10_000_000", "--dataloader_num_workers=0", "--compile_model=0"])
     assert re.search(r"warning: at least .*(hours|days).*; " + words, capsys.readouterr().err)
 
 
