@@ -546,6 +546,9 @@ def fit_and_close(command: TrainingCommand, run: Run):
         with suppress(OSError, MemoryError):  # of a write in progress; where that matters, `fit` has waited for it
             setup.writer.wait()
     if stopped_by:
+        join().largest(0)  # torchrun would end the process that writes once another has ended
+        if not join().is_main:
+            raise SystemExit(128 + stopped_by)
         log_line(f"stopped at step {state.step:,}, saved: `python {command.script} --{command.out_flag}="
                  f"{setup.writer.path} --resume_checkpoint` continues")
         raise SystemExit(128 + stopped_by)
