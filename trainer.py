@@ -184,6 +184,8 @@ class TrainSetup:
 
     def checkpoint_status(self) -> str:
         """What a run that fails now leaves behind."""
+        if not join().is_main:
+            return "what the first process has written is kept"
         return self.writer.checkpoint_status() if self.writer else "no checkpoints are written"
 
 
