@@ -37,8 +37,9 @@ from runtime.config import BadInput, check_flags, flag
 
 MIXERS_BY_LETTER = {mixer.letter: mixer for mixer in MIXERS.values()}
 # flags of layers of some mixers only -> which
-FLAGS_OF_MIXERS = {"window": ("sliding",), "d_head_size": ("gated_delta", "delta_product"),
-                   "d_conv": ("gated_delta", "delta_product"), "n_householder": ("delta_product",)}
+DELTA_RULES = "gated_delta", "delta_product", "rotary_delta"
+FLAGS_OF_MIXERS = {"window": ("sliding",), "d_head_size": DELTA_RULES, "d_conv": DELTA_RULES,
+                   "n_householder": ("delta_product",)}
 MAX_ROTARY_NUMBERS = 2 ** 27  # in each of the two tables of angles, which no file holds: 1 GB in both
 INITIAL_LOGIT_STD = 0.1  # std of a tied model's first logits, for a nearly uniform prediction
 LOOPS_STD = 0.5  # of the logarithm of the rate at which --sampled_loops draws
@@ -61,14 +62,16 @@ class GPTConfig:
                     choices=("auto", *MLPS))
     n_hidden: int = flag(None, "hidden width of the feed-forward layer (default: for about 8 * width² parameters)",
                          at_least=1, at_most=10_000_000)
-    mixer: str = flag("attention", "layer that mixes positions: attention, sliding, gated_delta, delta_product, or a "
-                                   "pattern of their letters A, S, D and P, one letter per layer, repeated: DDDA")
+    mixer: str = flag("attention", "layer that mixes positions: attention, sliding, gated_delta, delta_product, "
+                                   "rotary_delta, or a pattern of their letters A, S, D, P and R, one letter per layer, "
+                                   "repeated: DDDA")
     window: int = flag(None, "positions before a token that it sees in layers of sliding attention (default: a quarter of "
                              "--block_size)", at_least=1, at_most=10_000_000)
-    d_head_size: int = flag(None, "channels per head in layers of gated_delta and delta_product, which keep as many numbers "
-                                  "for each channel of the model (default: --head_size)", at_least=1, at_most=10_000)
+    d_head_size: int = flag(None, "channels per head in layers of delta rules (gated_delta, delta_product, rotary_delta), "
+                                  "which keep as many numbers for each channel of the model (default: --head_size)",
+                             at_least=1, at_most=10_000)
     d_conv: int = flag(None, "positions, with its own, in the convolution before queries, keys and values in layers of "
-                             "gated_delta and delta_product (default: no convolution)", at_least=1, at_most=1000)
+                             "delta rules (default: no convolution)", at_least=1, at_most=1000)
     n_householder: int = flag(None, "corrections of the state at every token in layers of delta_product (default: "
                                     f"{DEFAULT_HOUSEHOLDER})", at_least=1, at_most=64)
     loops: int = flag(1, "how often the middle blocks run, one after the other, with the same weights: all blocks but the "
@@ -78,13 +81,14 @@ class GPTConfig:
     linear: str = flag("linear", "kind of every linear layer in the blocks, including those of attention",
                        choices=tuple(LINEARS))
     linear_scope: str = flag("all", "which of them are of that kind; values: only those after the mixers, which write what "
-                                    "these have read; gates: only those of the gates, in layers of gated_delta and "
-                                    "delta_product also of the rates of decay and correction", choices=tuple(LINEAR_SCOPES))
+                                    "these have read; gates: only those of the gates, in layers of delta rules also of the "
+                                    "rates of decay and correction", choices=tuple(LINEAR_SCOPES))
     norm: str = flag("rms", "normalisation: rms has no parameters and also normalises the embedding; scaled_rms is Llama's, "
                             "layer GPT-2's", choices=tuple(NORMS))
     norm_eps: float = flag(None, "added to the mean square in the norms (default: 1e-5; 1e-7 with --norm=rms)", above=0,
                            at_most=1)
-    positions: str = flag("rotary", "position embeddings", choices=("rotary", "learned"))
+    positions: str = flag("rotary", "position embeddings; none: only causality, token shift and delta rules say what comes "
+                                    "before what", choices=("rotary", "learned", "none"))
     rotary_base: float = flag(10_000.0, "base of the rotary angles; the slowest one completes a turn in about 6 times as "
                                         "many tokens", above=1, at_most=1e12)
     qk_norm: bool = flag(True, "normalise queries and keys")
@@ -146,6 +150,9 @@ class GPTConfig:
                                f"leave it out, or give --mixer={kinds[0]} or a pattern with {MIXERS[kinds[0]].letter}")
         if self.d_head_size and self.n_embd % self.d_head_size:
             raise BadInput(f"--d_head_size={self.d_head_size}: must divide the width, {self.n_embd}")
+        if self.d_head_size and self.d_head_size % 2 and MIXERS["rotary_delta"] in mixers:
+            raise BadInput(f"--d_head_size={self.d_head_size}: must be even, because layers of rotary_delta rotate pairs of "
+                           f"channels")
         if self.positions == "rotary" and self.block_size * self.head_size > MAX_ROTARY_NUMBERS:
             raise BadInput(f"--block_size={self.block_size}: with --head_size={self.head_size}, rotary embeddings support "
                            f"at most {MAX_ROTARY_NUMBERS // self.head_size:,} tokens")
@@ -371,6 +378,9 @@ class GPT(nn.Module):
             if weight.dim() < 2 or not name.endswith("weight"):
                 continue  # biases, norms and coefficients: their layers have set them
             if name == "ngrams.embed.weight":
+                nn.init.zeros_(weight)
+                continue
+            if name.endswith("angles.weight"):
                 nn.init.zeros_(weight)
                 continue
             if name.endswith(("value_gate.weight", "smear.gate.weight")):

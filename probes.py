@@ -93,7 +93,7 @@ class CellConfig:
     n_layer: int = redeclare(GPTConfig, "n_layer", 2)
     n_head: int = redeclare(GPTConfig, "n_head", 4)
     head_size: int = redeclare(GPTConfig, "head_size", 16)
-    batch_size: int = flag(32, "examples of the trained length in a batch; more of shorter ones", at_least=1,
+    batch_size: int = flag(16, "examples of the trained length in a batch; more of shorter ones", at_least=1,
                            at_most=1_000_000)
     max_iter: int = flag(1200, "optimizer steps after which an unsolved task is given up", at_least=2, scope="shared")
     val_intervals: int = flag(50, "steps between evaluations", at_least=1, scope="shared")

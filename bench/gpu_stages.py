@@ -78,7 +78,8 @@ TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, 
                                                "--tokenizer_bytes=300_000"],
         "answer": {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 128, "step_tokens": 512}}
 # What `answer` compares: flags of train.py
-ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"], "APPP": ["--mixer=APPP"]}
+ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"],
+               "ARRR": ["--mixer=ARRR", "--positions=none", "--qk_scale=1.5"]}
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
 SMALL_TEXT = ["--vocab_size=4096", "--val_bytes=400_000"]  # for a few MB of text
 TRACE = 6000     # last characters of a traceback that a row keeps

@@ -28,14 +28,15 @@ Any layer with buffers that are not saved in checkpoints makes them in `init_buf
 from functools import partial
 
 from layers.attention import Attention, SlidingAttention
-from layers.gated_delta import DeltaProduct, GatedDelta
+from layers.gated_delta import DeltaProduct, GatedDelta, RotaryDelta
 from layers.linear import LINEAR_SCOPES, LINEARS
 from layers.mlp import GELU, KAN, ReLU2, SwiGLU, TanhGELU
 from layers.norm import LayerNorm, RMSNorm, ScaledRMSNorm
 
 __all__ = ["LINEAR_SCOPES", "LINEARS", "MIXERS", "MLPS", "NORMS"]
 
-MIXERS = {"attention": Attention, "sliding": SlidingAttention, "gated_delta": GatedDelta, "delta_product": DeltaProduct}
+MIXERS = {"attention": Attention, "sliding": SlidingAttention, "gated_delta": GatedDelta, "delta_product": DeltaProduct,
+          "rotary_delta": RotaryDelta}
 KANS = {kind: partial(KAN, kind=kind) for kind in LINEARS if kind != "linear"}
 MLPS = {"relu2": ReLU2, "gelu": GELU, "gelu_tanh": TanhGELU, "swiglu": SwiGLU, **KANS}
 NORMS = {"rms": RMSNorm, "scaled_rms": ScaledRMSNorm, "layer": LayerNorm}

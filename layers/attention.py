@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.decode import attend, can_attend
 from layers.attention_metadata import AttentionMetadata
-from layers.blocked_attention import blocked_causal_attention, is_blocked
+from layers.blocked_attention import blocked_attention, is_blocked
 from layers.cache import RowCache, RowGroups
 from layers.linear import elementwise_flops, linear_class, matrix_flops
 from layers.norm import rms_norm
@@ -181,14 +181,14 @@ class Attention(nn.Module):
             mask = mask[..., -k.size(2):]  # of the positions that are still in the cache
         if mask is not None and x.is_cuda and self.n_kv_head < self.n_head:  # no fused kernel takes both
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))
-        is_causal = mask is None and metadata.start == 0
+        is_unmasked, window = metadata.mask is None and metadata.start == 0, self.n_visible(T) - 1
         with autocast, backends:
             if prefix is not None and T == 1:
                 y = attend_with_prefix(q, k, v, prefix, metadata.groups, mask)
-            elif is_causal and is_blocked(q, k):
-                y = blocked_causal_attention(q, k, v)
+            elif is_unmasked and is_blocked(q, k, window):
+                y = blocked_attention(q, k, v, window)
             else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_unmasked and mask is None,
                                                    enable_gqa=k.size(1) < self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)), new_v
 

@@ -12,6 +12,12 @@ place of the short convolutions, which --d_conv adds.
 DeltaProduct makes several such corrections at every token, each with a key, a value and a β of its own, after one decay. Two
 of them can be a rotation, which lets a head count modulo any number, and several permute what it holds. Source: Siems et al.
 2025, arXiv:2502.10297.
+
+RotaryDelta turns the state instead: before the decay, each pair of channels of the keys' side by an angle that the token
+says. A turn by a fraction of a circle counts modulo any number, and with the reflections of β = 2 it makes the products of
+permutations of three things, for the price of one correction. Turned keys and queries are those of the plain rule, as in
+rotary embeddings (Su et al. 2021, arXiv:2104.09864), but with angles that depend on the text: Lahoti et al. 2026 (Mamba-3)
+turn the state of a diagonal recurrence so, arXiv:2603.15569.
 """
 import math
 from dataclasses import dataclass
@@ -20,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from layers.attention import rotate
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache, last_positions
 from layers.convolution import ShortConvolution
@@ -30,6 +37,7 @@ NAMESPACE = "gpt_workbench_" + "".join(c if c.isalnum() else "_" for c in __name
 CHUNK_SIZE = 64  # corrections processed in parallel; more of them take more operations, but fewer sequential steps
 DEFAULT_HOUSEHOLDER = 2
 INITIAL_MEMORY = 4, 1024  # tokens after which all but 1/e has decayed at initialisation, from the first head to the last
+COUNTING_MEMORY = 4, 65_536  # the same where the state turns to count: what is counted must not fade
 # log α where a new document starts: what is left of the one before is below rounding. (-∞ minus itself would be NaN.)
 LOG_ALPHA_RESET = -50.0
 
@@ -37,14 +45,17 @@ LOG_ALPHA_RESET = -50.0
 @dataclass
 class DeltaCache(RowCache):
     """states: the matrix of each head, in fp32: (B, 1, n_head, head_size, head_size). inputs: of the convolution, if there
-    is one, at the last `n_inputs` positions, (B, n_inputs, channels). Where it is rewindable: all that `rewind` may return
-    to, along the second dimensions."""
+    is one, at the last `n_inputs` positions, (B, n_inputs, channels). angles: by which the state has been turned, if it is,
+    (B, 1, n_embd / 2) in fp32. Where it is rewindable: all that `rewind` may return to, along the second dimensions."""
     states: Tensor
     inputs: Tensor | None = None
     n_inputs: int = 0
+    angles: Tensor | None = None
 
     def rewind(self, n: int):
         self.states = self.states[:, -1 - n, None]
+        if self.angles is not None:
+            self.angles = self.angles[:, -1 - n, None]
         if self.inputs is not None:
             stop = self.inputs.size(1) - n
             self.inputs = self.inputs[:, stop - self.n_inputs:stop]
@@ -56,6 +67,8 @@ class GatedDelta(nn.Module):
     letter = "D"
     needs_mask = False
     n_householder = 1  # corrections per token, each a (generalised) Householder reflection of the state
+    initial_memory = INITIAL_MEMORY
+    initial_beta_logit = -1.0  # β is about 1/2 at first
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -65,21 +78,25 @@ class GatedDelta(nn.Module):
         self.qkv = linear("qkv", (1 + 2 * self.n_householder) * width)  # q, then every k, then every v
         self.rates = linear("rates", (1 + self.n_householder) * self.n_head)  # logits of each head's β, α
         self.gate = linear("gate", width)
+        self.angles = None  # linear layer of the angles by which a token turns the state
         self.proj = linear("proj", width)
         self.conv = ShortConvolution(self.qkv.weight.size(0), config.d_conv) if config.d_conv else None
-        shortest, longest = INITIAL_MEMORY
+        shortest, longest = self.initial_memory
         memory = [shortest * (longest / shortest) ** (i / max(1, self.n_head - 1)) for i in range(self.n_head)]
         # inverse softplus: α = exp(-softplus(decay)) = exp(-1 / memory)
         self.decay = nn.Parameter(torch.tensor([math.log(math.expm1(1 / n)) for n in memory]))
         self.value_mix = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
 
     def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> DeltaCache:
-        """An empty cache: B * n_embd * head_size numbers, and some for the convolution, whatever `max_len` is."""
-        states = torch.zeros(batch_size, 1, self.n_head, self.head_size, self.head_size, device=device)
-        if self.conv is None:
-            return DeltaCache(states)
-        n = self.conv.n_previous
-        return DeltaCache(states, torch.zeros(batch_size, n, self.conv.taps.size(1), device=device, dtype=dtype), n)
+        """An empty cache: B * n_embd * head_size numbers, and some for the convolution and for angles, whatever `max_len`
+        is."""
+        cache = DeltaCache(torch.zeros(batch_size, 1, self.n_head, self.head_size, self.head_size, device=device))
+        if self.conv is not None:
+            cache.n_inputs = self.conv.n_previous
+            cache.inputs = torch.zeros(batch_size, cache.n_inputs, self.conv.taps.size(1), device=device, dtype=dtype)
+        if self.angles is not None:
+            cache.angles = torch.zeros(batch_size, 1, self.angles.weight.size(0), device=device)
+        return cache
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, cache: DeltaCache | None = None,
                 first_layer_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,9 +116,12 @@ class GatedDelta(nn.Module):
         new_v = split_heads(kv[-1], self.n_value_heads)
         k, v = (torch.stack(part, dim=3).flatten(2, 3) if n > 1 else part[0] for part in (kv[:n], kv[n:]))  # (B, H, T n, D)
         q, k = (rms_norm(part, save_input=True) * self.head_size ** -0.5 for part in (q, k))
+        if self.angles is not None:
+            rotation = self.rotation(x, cache, metadata.rewindable)
+            q, k = rotate(q, rotation), rotate(k, rotation)
         *beta, decay = self.rates(x).float().view(B, T, 1 + n, self.n_head).permute(2, 0, 3, 1)             # each (B, H, T)
         beta = torch.stack(beta, dim=-1).flatten(2) if n > 1 else beta[0]                                   # (B, H, T n)
-        beta = 2 * torch.sigmoid(beta - 1)  # about 1/2 at initialisation
+        beta = 2 * torch.sigmoid(beta + self.initial_beta_logit)
         log_alpha = -F.softplus(decay + self.decay[:, None])
         if metadata.doc_starts is not None:
             log_alpha = log_alpha.masked_fill(metadata.doc_starts.unsqueeze(1), LOG_ALPHA_RESET)
@@ -117,6 +137,15 @@ class GatedDelta(nn.Module):
         y = rms_norm(y).transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
         return self.proj(y.to(v.dtype) * F.silu(self.gate(x))), new_v
 
+    def rotation(self, x: Tensor, cache: DeltaCache | None, rewindable: bool) -> tuple[Tensor, Tensor]:
+        """For `rotate`, from the sums of all angles up to each position, which `cache` takes in."""
+        (B, T, _), angles = x.shape, running_angles(self.angles(x).float())                               # (B, T, C/2)
+        if cache is not None:
+            angles = wrap(cache.angles[:, -1:] + angles)
+            cache.angles = torch.cat((cache.angles, angles), dim=1) if rewindable else last_positions(angles, 1)
+        angles = angles.view(B, T, self.n_head, -1).transpose(1, 2)
+        return angles.cos().repeat(1, 1, 1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)          # (B, H, T, D)
+
     def flops_per_token(self, block_size: int) -> int:
         """Projections, and the products of `chunked_delta_rule`: one of a chunk's corrections with each other and two with
         its queries, and one more in the backward pass of the triangular system; with several chunks, two with the state, and
@@ -129,6 +158,8 @@ class GatedDelta(nn.Module):
         if n_chunks > 1:
             next_states = 2 * 2 * steps * size**2 + 2 * size**3
             flops += 3 * (n_chunks * 2 * (steps + chunk) * size**2 + (n_chunks - 1) * next_states)
+        if self.angles is not None:  # their sums, within chunks and over them
+            flops += 2 * (n_chunks * chunk**2 + n_chunks**2) * size
         return 3 * matrix_flops(self) + self.n_head * flops // block_size
 
     def elementwise_flops_per_token(self, block_size: int) -> int:
@@ -147,6 +178,35 @@ class DeltaProduct(GatedDelta):
     def __init__(self, config, layer: int):
         self.n_householder = config.n_householder or DEFAULT_HOUSEHOLDER
         super().__init__(config, layer)
+
+
+class RotaryDelta(GatedDelta):
+    """GatedDelta whose state turns. At first by no angle: it starts as GatedDelta, with longer memories and β = 1."""
+    letter = "R"
+    initial_memory = COUNTING_MEMORY
+    initial_beta_logit = 0.0
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        self.angles = linear_class(config, "mixer.angles")(config.n_embd, config.n_embd // 2, config.bias)
+
+
+def running_angles(angles: Tensor) -> Tensor:
+    """The sums of all up to each position, less whole turns. (B, T, C) -> (B, T, C), fp32. As products with triangular
+    matrices, within chunks and over them: the order in which a GPU's cumsum adds is not deterministic."""
+    B, T, C = angles.shape
+    chunk = chunk_tokens(T, 1)
+    angles = F.pad(angles, (0, 0, 0, -T % chunk)).view(B, -1, chunk, C)
+    one = lambda n, diagonal: torch.ones(n, n, device=angles.device).tril(diagonal)
+    with torch.autocast(angles.device.type, enabled=False):
+        sums = one(chunk, 0) @ angles
+        before = one(angles.size(1), -1) @ wrap(sums[:, :, -1])
+    return wrap(sums + before.unsqueeze(2)).flatten(1, 2)[:, :T]
+
+
+def wrap(angles: Tensor) -> Tensor:
+    """Less whole turns, so that the sums over long texts stay small and exact."""
+    return angles - 2 * math.pi * (angles / (2 * math.pi)).round().detach()
 
 
 def split_heads(v: Tensor, n_head: int) -> Tensor:

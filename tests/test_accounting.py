@@ -127,7 +127,7 @@ def test_bytes_of_a_cache_are_those_of_its_tensors(name, dtype):
     """When a prompt has been read, and when the text has reached the end of the context."""
     torch.manual_seed(0)
     machine, block_size = Machine(torch.device("cpu"), dtype), 64
-    flags = {"n_layer": 4, "n_head": 2, "head_size": 8, "block_size": block_size, "init": "gpt2"} | CONFIGS[name]
+    flags = {"n_layer": len(MIXERS), "n_head": 2, "head_size": 8, "block_size": block_size, "init": "gpt2"} | CONFIGS[name]
     model = GPT(GPTConfig(vocab_size=40, **flags))
     with torch.inference_mode(), machine.autocast():
         decoder = Decoder(model, [torch.randint(40, (20,))], block_size - 19, GREEDY)

@@ -10,11 +10,14 @@ from layers.attention_metadata import AttentionMetadata
 from layers.convolution import ShortConvolution
 from layers.gated_delta import (
     CHUNK_SIZE,
+    COUNTING_MEMORY,
     INITIAL_MEMORY,
     GatedDelta,
+    RotaryDelta,
     chunked_delta_rule,
     linear_recurrence,
     recurrent_delta_rule,
+    running_angles,
 )
 from model import GPT, GPTConfig
 
@@ -140,6 +143,63 @@ def test_two_corrections_count_modulo_any_number(modulus):
     assert torch.allclose(y[0, 0, :, 0], torch.tensor(want), atol=1e-4)
 
 
+def rotary_layer(**switches) -> RotaryDelta:
+    torch.manual_seed(0)
+    layer = RotaryDelta(GPTConfig(**{"n_head": 2, "head_size": D, "block_size": T, "vocab_size": 9} | switches), 0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_a_rotary_layer_turns_its_state_before_each_decay(monkeypatch, chunk):
+    """By the definition, in fp64: S <- (I - β k kᵀ) α R(θ)ᵀ S + β k vᵀ, where R turns channels i and i + D/2 by θ_i."""
+    monkeypatch.setattr(gated_delta, "CHUNK_SIZE", chunk)
+    layer = rotary_layer(value_residual=False)
+    x = torch.randn(B, T, 2 * D)
+    got, _ = layer(x, AttentionMetadata())
+    layer, x = layer.double(), x.double()
+    q, k, v = layer.qkv(x).view(B, T, 3, 2, D).unbind(2)
+    q, k = (part / part.norm(dim=-1, keepdim=True) for part in (q, k))
+    beta, decay = layer.rates(x).view(B, T, 2, 2).unbind(2)
+    beta, alpha = 2 * torch.sigmoid(beta), torch.exp(-torch.nn.functional.softplus(decay + layer.decay))
+    cos, sin = (getattr(layer.angles(x).view(B, T, 2, D // 2), name)() for name in ("cos", "sin"))
+    y = torch.empty(B, T, 2, D, dtype=torch.float64)
+    for b in range(B):
+        for h in range(2):
+            S = torch.zeros(D, D, dtype=torch.float64)
+            for t in range(T):
+                turn = torch.cat((torch.cat((cos[b, t, h].diag(), sin[b, t, h].diag()), 1),
+                                  torch.cat((-sin[b, t, h].diag(), cos[b, t, h].diag()), 1)))
+                key, S = k[b, t, h], alpha[b, t, h] * turn @ S
+                S = S + beta[b, t, h] * torch.outer(key, v[b, t, h] - S.T @ key)
+                y[b, t, h] = S.T @ q[b, t, h]
+    y = y / y.square().mean(-1, keepdim=True).sqrt()
+    want = layer.proj(y.view(B, T, -1) * torch.nn.functional.silu(layer.gate(x)))
+    assert torch.allclose(got, want.float(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_new_rotary_layer_turns_nothing():
+    """With no angle it is GatedDelta with other rates."""
+    layer, plain = rotary_layer(), GatedDelta(GPTConfig(n_head=2, head_size=D, block_size=T, vocab_size=9), 0)
+    torch.nn.init.zeros_(layer.angles.weight)
+    plain.load_state_dict({name: value for name, value in layer.state_dict().items() if not name.startswith("angles")})
+    plain.initial_beta_logit = layer.initial_beta_logit
+    x = torch.randn(B, T, 2 * D)
+    assert torch.allclose(layer(x, AttentionMetadata())[0], plain(x, AttentionMetadata())[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 5, CHUNK_SIZE, 3 * CHUNK_SIZE + 1])
+def test_running_angles_are_sums_less_whole_turns(length):
+    angles = 30 * torch.randn(2, length, 3, generator=torch.Generator().manual_seed(0))
+    got, want = running_angles(angles), angles.double().cumsum(1)
+    assert (got.abs() <= math.pi + 1e-5).all()
+    assert torch.allclose(torch.polar(torch.ones_like(got), got), torch.polar(torch.ones_like(want), want).to(torch.cfloat),
+                          atol=1e-3)
+
+
 def test_short_convolution_by_hand():
     """Taps 1, 2, 3 on 1, 2, 3, 4, of which the last two are a document of their own."""
     conv = ShortConvolution(1, 3)
@@ -158,13 +218,14 @@ def test_a_new_short_convolution_changes_nothing_but_the_activation():
 
 
 @torch.no_grad()
-def test_initial_memory_is_spaced_geometrically():
+@pytest.mark.parametrize("layer, memory", [(GatedDelta, INITIAL_MEMORY), (RotaryDelta, COUNTING_MEMORY)])
+def test_initial_memory_is_spaced_geometrically(layer, memory):
     """Tokens after which all but 1/e has decayed."""
-    shortest, longest = INITIAL_MEMORY
-    mixer = GatedDelta(GPTConfig(n_head=3, head_size=D, block_size=T, vocab_size=9), 0)
+    shortest, longest = memory
+    mixer = layer(GPTConfig(n_head=3, head_size=D, block_size=T, vocab_size=9), 0)
     alpha = torch.exp(-torch.nn.functional.softplus(mixer.decay))
     memory = torch.tensor([shortest, math.sqrt(shortest * longest), longest])
-    assert torch.allclose(alpha ** memory, torch.full((3,), math.exp(-1)), rtol=1e-3)
+    assert torch.allclose(alpha ** memory, torch.full((3,), math.exp(-1)), rtol=1e-2)
 
 
 def test_complete_decay_does_not_overflow():
@@ -192,7 +253,7 @@ def test_half_precision_error(dtype, is_hard):
     assert (state - want_state).norm() < tolerance * want_state.norm()
 
 
-@pytest.mark.parametrize("mixer", ["gated_delta", "delta_product"])
+@pytest.mark.parametrize("mixer", ["gated_delta", "delta_product", "rotary_delta"])
 def test_cost_per_token_and_cache_do_not_grow_with_the_length(mixer):
     mixer = MIXERS[mixer](GPTConfig(n_head=2, head_size=D, block_size=4096, vocab_size=9), 0)
     costs = [mixer.flops_per_token(n) for n in (1024, 2048, 4096)]

@@ -30,12 +30,13 @@ NANOCHAT = {name: value for name, value in PRESETS["nanochat"].items() if name i
 SWITCHES = [*({"mlp": mlp} for mlp in MLPS), *({"mixer": mixer} for mixer in MIXERS), {"mixer": "DA"}, {"mixer": "AD"},
             {"mixer": "DA", "d_head_size": 4, "d_conv": 3},
             {"mixer": "AP", "d_head_size": 16, "d_conv": 4, "n_householder": 3},
+            {"mixer": "AR", "d_head_size": 4, "d_conv": 3},
             {"mixer": "SD", "window": 3}, {"loops": 3}, {"loops": 2, "mixer": "DA", "sampled_loops": True},
             *({"linear": linear} for linear in LINEARS), {"linear": "grkan", "mlp": "swiglu", "mixer": "gated_delta"},
             {"linear": "grkan", "mlp": "gelu", "bias": True}, {"norm": "layer"},
             {"norm": "scaled_rms"}, {"norm_eps": 1e-3}, {"n_kv_head": 1}, {"rotary_base": 100.0},
-            {"positions": "learned"}, {"qk_scale": 1.2}, {"value_embeddings": True}, {"ngram_rows": 50}, {"smear": True},
-            {"backout": True}, {"dense_blocks": 1},
+            {"positions": "learned"}, {"positions": "none"}, {"qk_scale": 1.2}, {"value_embeddings": True},
+            {"ngram_rows": 50}, {"smear": True}, {"backout": True}, {"dense_blocks": 1},
             {"qk_norm": False}, {"value_residual": False}, {"x0_residual": False},
             {"token_shift": False}, {"softcap": 0.0}, {"tied": False}, {"bias": True}, {"init": "gpt2"}]
 ARCHITECTURES = [*(pytest.param(switch, id=",".join(f"{name}={value}" for name, value in switch.items()))
@@ -601,8 +602,10 @@ def test_with_zero_init_hidden_linear_layers_preserve_the_variance(linear, mixer
     model = GPT(GPTConfig(n_layer=1, n_head=8, head_size=32, block_size=4, vocab_size=8, mlp="swiglu", linear=linear,
                           mixer=mixer, bias=True))
     block = model.blocks[0]
-    layers = [layer for layer in linear_layers(block) if layer not in (block.mixer.proj, block.mlp.proj)]
-    assert len(layers) == {"attention": 1, "sliding": 1, "gated_delta": 3, "delta_product": 3}[mixer] + 2
+    zeros = block.mixer.proj, block.mlp.proj, getattr(block.mixer, "angles", None)
+    layers = [layer for layer in linear_layers(block) if layer not in zeros]
+    assert len(layers) == {"attention": 1, "sliding": 1, "gated_delta": 3, "delta_product": 3,
+                           "rotary_delta": 3}[mixer] + 2
     for layer in layers:
         assert (layer.bias == 0).all()
         assert layer(torch.randn(1000, 256)).var().item() == pytest.approx(1, rel=0.15)
@@ -764,15 +767,16 @@ def test_the_names_of_format_2_by_hand():
     ({"vocab_size": 0}, "--vocab_size=0"), ({"softcap": -1.0}, "--softcap=-1.0"),
     ({"head_size": 7}, "--head_size=7: must be even"), ({"norm": "batch"}, "--norm=batch: choose one of rms"),
     ({"mlp": "kan?"}, "--mlp=kan?: choose one of auto, relu2"), ({"init": "ones"}, "--init=ones: choose one of zero, gpt2"),
-    ({"positions": "none"}, "--positions=none: choose one of rotary, learned"),
+    ({"positions": "no"}, "--positions=no: choose one of rotary, learned, none"),
     ({"mixer": "rnn"}, "--mixer=rnn: choose one of attention"), ({"mixer": "DA", "n_layer": 1}, "at most --n_layer=1"),
     ({"block_size": 10_000_000}, "--block_size=10000000: with --head_size=64, rotary embeddings support at most 2,097,152"),
     ({"n_head": 4, "n_kv_head": 3}, "--n_kv_head=3: must divide --n_head=4"),
     ({"window": 4}, "--window=4: --mixer=attention has no layer of sliding: "), ({"window": 0}, "--window=0"),
     ({"n_householder": 2, "mixer": "DA"}, "--n_householder=2: --mixer=DA has no layer of delta_product: "),
-    ({"d_conv": 4, "mixer": "SA"}, "--d_conv=4: --mixer=SA has no layer of gated_delta or delta_product: leave it out, or "
-                                   "give --mixer=gated_delta or a pattern with D"),
+    ({"d_conv": 4, "mixer": "SA"}, "--d_conv=4: --mixer=SA has no layer of gated_delta or delta_product or "
+                                   "rotary_delta: leave it out, or give --mixer=gated_delta or a pattern with D"),
     ({"d_head_size": 5, "mixer": "DA"}, "--d_head_size=5: must divide the width, 768"),
+    ({"d_head_size": 3, "mixer": "AR"}, "--d_head_size=3: must be even"),
     ({"value_embeddings": True, "mixer": "gated_delta"}, "--value_embeddings: with --mixer=gated_delta, none"),
     ({"qk_scale": 0.0}, "--qk_scale=0.0: must be above 0"),
     ({"mixer": "DA", "n_kv_head": 1}, "--n_kv_head=1: needs attention in every layer")])
