@@ -132,7 +132,6 @@ def test_what_is_known_of_architectures(task, arm, is_solved, common, tmp_path, 
     monkeypatch.setattr(probes, "EVAL_EXAMPLES", 64)
     row = run_cell(build_cell(task, arm, **SMALL | common), tmp_path / "row")
     assert row["solved"] == is_solved and row["status"] == ("solved" if is_solved else "unsolved")
-    assert row["steps"] is None or row["steps"] < 0.9 * common["max_iter"]  # training ends early
     assert row["accuracy_2x"] > 0.6 if is_solved else row["accuracy_1x"] < 0.75
 
 
