@@ -76,7 +76,7 @@ from finetune import FINETUNING, FinetuneConfig, FinetuneLoop, FinetuneOptimizer
 from grpo import SelfPlayOptimizer
 from layers import MIXERS
 from learner import AdaptConfig, clip_hop, has_scope, open_learner
-from model import GPT, GPTConfig, upgrade_config
+from model import GPT, GPTConfig, meta_model, upgrade_config
 from optimizer import OptimizerConfig
 from rollouts import PlayConfig, PlayLoader
 from runtime.checkpoint import explain_damage, load_checkpoint
@@ -787,8 +787,7 @@ def build_meta_model(values: dict, vocab_size: int | None) -> GPT:
         config = read_pretrained(values["checkpoint_path"]).config
     else:
         config = read_flags(GPTConfig, select_fields(GPTConfig, values) | {"vocab_size": vocab_size})
-    with torch.device("meta"):
-        return GPT(config)
+    return meta_model(config)
 
 
 def embedding_parameters(model: GPT) -> int:

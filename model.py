@@ -9,8 +9,11 @@ linear layer and norm are chosen by name from the dicts in layers/.
 import math
 import random
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -577,14 +580,34 @@ class GPT(nn.Module):
         return model
 
 
+def meta_model(config: GPTConfig) -> GPT:
+    """The model of this config on torch's meta device: shapes without numbers."""
+    with torch.device("meta"), compiler_kept_out():
+        return GPT(config)
+
+
+@contextmanager
+def compiler_kept_out():
+    """torch computes shapes by functions that it keeps out of compiled code, and imports the compiler to do so, which takes
+    seconds. Until the end a stand-in for it leaves these functions as they are."""
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = torch._dynamo = SimpleNamespace(disable=lambda function, *args, **kwargs: function)
+    try:
+        yield
+    finally:
+        del sys.modules[name], torch._dynamo
+
+
 def require_weights(config: GPTConfig, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
     """Raises BadInput unless `found`, name -> shape and dtype, are the parameters of a model of this config."""
     if config.vocab_size is None:
         raise BadInput("its config has no vocab_size")
     if config.n_layer > len(found):  # or it would take long to find out
         raise BadInput(f"{len(found)} weights are too few for the {config.n_layer:,} layers of its config")
-    with torch.device("meta"):
-        expected = GPT(config).state_dict()
+    expected = meta_model(config).state_dict()
     for name in sorted(expected.keys() ^ found.keys()):
         raise BadInput(f"its config calls for {name}, which is not among the weights" if name in expected else
                        f"its config does not call for {name}, which is among the weights")

@@ -7,6 +7,7 @@ learning rate, which `--learning_rate` scales. The choices of `--optimizer` are 
     set_rates(optimizer, step, progress, OptimizerConfig())     # before every step
     optimizer.step()
 """
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,6 +302,13 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
 NS_MAX_NUMEL = 2**25  # numbers in the matrices stacked for one iteration: 64 MiB in bf16
 
 
+# torch imports the compiler, which takes seconds, to keep these methods out of what it compiles. Nothing here compiles an
+# optimizer, so they are called as they are: this is what torch's wrapper of each looks up.
+for method in vars(torch.optim.Optimizer).values():
+    if plain_method := getattr(method, "__wrapped__", None):
+        plain_method.__dynamo_disable = plain_method
+
+
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, with a step that can be skipped on the device."""
     STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
@@ -311,9 +319,10 @@ class AdamW(torch.optim.AdamW):
     def state_shape(self, name: str, p: Tensor) -> tuple[int, ...]:
         return () if name == "step" else tuple(p.shape)
 
+    @torch.no_grad()
     def step(self, skip: Tensor | None = None):
         self.found_inf = None if skip is None else skip.float()
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)  # without a wrapper that imports the compiler too
 
 
 class RowAdam(torch.optim.Optimizer):

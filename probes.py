@@ -36,7 +36,7 @@ from experiments.code_hash import code_hash
 from experiments.probe_report import ProbeStudy, best_row, write_probe_report
 from experiments.runner import JobResult, Runner, flag_texts
 from layers import MIXERS
-from model import FLAGS_OF_MIXERS, GPT, GPTConfig
+from model import FLAGS_OF_MIXERS, GPT, GPTConfig, meta_model
 from optimizer import OptimizerConfig
 from runtime.cli import (
     command,
@@ -187,8 +187,7 @@ def fit_state(flags: dict, length: int, most_bytes: int | None) -> dict:
 
 def state_bytes(config: GPTConfig, length: int) -> int:
     """Bytes of what a model remembers of a text of this length."""
-    with torch.device("meta"):
-        return GPT(config).init_cache(1, length).n_bytes()
+    return meta_model(config).init_cache(1, length).n_bytes()
 
 
 def parse_probe_arm(text: str, common: CellConfig) -> dict:

@@ -19,7 +19,7 @@ import torch
 from dataloader import shard_loader, val_batches, val_tokens
 from evaluate import mean_losses
 from experiments.plots import draw_curves, validation_note
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, meta_model
 from optimizer import OptimizerConfig
 from runtime.checkpoint import explain_damage, run_folder
 from runtime.cli import command, read_path, say
@@ -158,8 +158,7 @@ def shorter_run(configs: TrainConfigs, machine: Machine, flops: float) -> str:
     if machine.device.type != "cpu" or configs.model.n_embd <= preset["n_head"] * preset["head_size"]:
         return SHORTER
     shape = {name: value for name, value in preset.items() if name in GPTConfig.__dataclass_fields__}
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=configs.model.vocab_size, **shape))
+    model = meta_model(GPTConfig(vocab_size=configs.model.vocab_size, **shape))
     n_tokens = preset["max_iter"] * preset["batch_size"] * preset["num_batch_accum"] * preset["block_size"]
     return f"--preset=cpu takes about {format_seconds(n_tokens * model.flops_per_token() / flops)}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convert.hf_mapping import GPT2, GPT2_ACTIVATIONS, LLAMA, hf_buffers, hf_parameters, read_json
 from convert.hf_tokenizer import add_chat_tokens, load_hf_tokenizer
-from model import GPT, GPTConfig, upgrade_config, upgrade_name
+from model import GPT, GPTConfig, meta_model, upgrade_config, upgrade_name
 from runtime.checkpoint import explain_damage
 from runtime.config import BadInput
 from tokenizer import Tokenizer
@@ -188,8 +188,7 @@ def check_weights(found: dict[str, tuple[tuple[int, ...], str]], config: GPTConf
                   file: Path) -> set[str]:
     """The names of the weights that the model calls for. found: name -> shape and dtype. Raises BadInput naming `file` when
     these are not the weights of the model that `config` describes."""
-    with torch.device("meta"):
-        ours = GPT(config).state_dict()
+    ours = meta_model(config).state_dict()
     expected = {}
     for name, parameter in hf_parameters(architecture, config).items():
         expected |= {theirs: tuple(weight.shape) for theirs, weight in parameter.to_hf(ours[name]).items()}

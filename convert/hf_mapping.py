@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layers import MIXERS
-from model import GPT, GPTConfig
+from model import GPTConfig, meta_model
 from runtime.config import BadInput
 from runtime.files import require_regular_file
 
@@ -44,8 +44,7 @@ def has_settings(config: GPTConfig, settings: dict) -> bool:
 
 def intermediate_size(config: GPTConfig) -> int:
     """Width of the MLP's hidden layer, which a config may leave to the MLP."""
-    with torch.device("meta"):
-        return GPT(dataclasses.replace(config, n_layer=1)).blocks[0].mlp.n_hidden
+    return meta_model(dataclasses.replace(config, n_layer=1)).blocks[0].mlp.n_hidden
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -115,8 +114,7 @@ def gpt2_parameters(config: GPTConfig) -> dict[str, HFParameter]:
 
 def workbench_parameters(config: GPTConfig) -> dict[str, HFParameter]:
     """Of `hf_model/modeling_gpt_workbench.py`, which holds our model as `gpt`."""
-    with torch.device("meta"):
-        return {name: HFParameter((f"gpt.{name}",)) for name in GPT(config).state_dict()}
+    return {name: HFParameter((f"gpt.{name}",)) for name in meta_model(config).state_dict()}
 
 
 def hf_buffers(architecture: str | None, n_layer: int) -> set[str]:

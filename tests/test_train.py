@@ -205,6 +205,26 @@ def test_a_training_goes_on_when_nobody_reads_its_output(data_path, tmp_path, re
 
 
 @pytest.mark.integration
+def test_commands_start_without_the_compiler(data_path, tmp_path):
+    """torch would import it at the first optimizer, its first step and the first loaded model. It still works after them."""
+    program = """
+import sys, torch, generate, train
+path, flags = f"--checkpoint_path={sys.argv[1]}", sys.argv[2:]
+for main, argv in ((train.main, [path, *flags, "--max_iter=2"]), (train.main, [path, "--resume_checkpoint", "--max_iter=3"]),
+                   (generate.main, [path, "--max_new_tokens=2", "--device=cpu"])):
+    main(argv)
+assert "torch._dynamo" not in sys.modules
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+assert "torch._dynamo" in sys.modules
+"""
+    flags = [*TINY_MODEL, f"--data_path={data_path}", "--device=cpu", "--dtype=fp32", "--batch_size=1",
+             "--num_batch_accum=1", "--val_iter=1", "--dataloader_num_workers=0", "--sample_tokens=1"]
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "gpt.pt"), *flags], cwd=REPO, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.integration
 @pytest.mark.skipif(os.name != "posix", reason="a locale")
 def test_names_outside_ascii_work_in_the_c_locale(data_path, tmp_path):
     """Without UTF-8 mode, which Python has by itself there: such bytes of the command line are then no valid text."""
