@@ -26,6 +26,7 @@ from model import GPT
 from optimizer import CombinedOptimizer, OptimizerConfig, make_optimizer, set_rates
 from runtime.checkpoint import CheckpointWriter, explain_damage, find_tensors, run_folder, run_lock
 from runtime.cli import (
+    DIVERGED,
     explain_failures,
     ignore_output_errors,
     log_line,
@@ -377,7 +378,7 @@ def report_skipped(state: TrainState, setup: TrainSetup, counts: dict):
     if counts["failed_at"]:
         what = f"loss or gradient not finite {state.guard.limit} times in a row"
         raise divergence_error(state, setup, what, counts["failed_at"])
-    if counts["skipped"] > state.reported_skips and not state.scaler.is_enabled():
+    if counts["skipped"] > state.reported_skips and not state.scaler.is_enabled() and join().is_main:
         n = counts["skipped"] - state.reported_skips
         log_line(f"up to step {state.step:,}: skipped {n} step{'s' * (n > 1)} whose loss or gradient was not finite; "
                  f"{state.guard.limit} in a row end the run")
@@ -517,7 +518,14 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
                 report_start(command, run.setup, checkpoint)
                 warn_of_days(run)
             del checkpoint  # as large as model and optimizer together
-            fit_and_close(command, run)
+            try:
+                fit_and_close(command, run)
+            except FloatingPointError:  # found by all processes at the same step
+                if world.is_main:
+                    raise
+                with suppress(OSError):
+                    world.largest(0)  # until the one that says why has ended: torchrun would end it with this one
+                raise SystemExit(DIVERGED) from None
         return run
 
 

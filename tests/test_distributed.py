@@ -96,6 +96,13 @@ def test_a_process_that_fails_ends_all_with_one_line(data_path, tmp_path):
     assert load_checkpoint(path)["training"]["step"] == 0
 
 
+@pytest.mark.slow
+def test_one_process_says_that_the_run_has_diverged(data_path, tmp_path):
+    flags = "--learning_rate=1e38", "--grad_clip=0", "--warmup_iter=0", "--max_iter=50", "--val_intervals=1000"
+    code, lines = torchrun("none", command(tmp_path / "run" / "gpt.pt", data_path, *flags))
+    assert code and "skipped 1 step" in lines[0] and "lower --learning_rate" in lines[1] and len(lines) == 2, lines
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("event, flags, words", [
     ("none", ["--num_batch_accum=3"], "--num_batch_accum=3: 2 processes cannot take as many batches each"),
