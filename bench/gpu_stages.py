@@ -67,19 +67,21 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 # Sizes of the measurements on a GPU, and in a rehearsal. vocab_sizes: GPT-2's, and half of it; accum: batches in a step;
 # lengths: context lengths that step_tokens are split into; batches: rows that are decoded together; new: tokens to generate;
+# What `answer` compares: flags of train.py
+ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"],
+               "ARRR": ["--mixer=ARRR", "--positions=none", "--qk_scale=1.5"]}
 # seconds: of each speed measurement.
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
         "workers": 2, "seconds": 5.0, "text": ["--vocab_size=32768", "--val_bytes=2_000_000"],
-        "answer": {"shape": {"n_layer": 8, "n_head": 8, "head_size": 64}, "block_size": 16_384, "step_tokens": 65_536}}
+        "answer": {"shape": {"n_layer": 8, "n_head": 8, "head_size": 64}, "block_size": 16_384, "step_tokens": 65_536,
+                   "arms": ANSWER_ARMS}}
 TINY = {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 32, "vocab_sizes": (600, 500),
         "accum": 2, "lengths": (32, 64, 128), "step_tokens": 128, "batches": (1, 4), "prompt": 8, "new": 20,
         "workers": 0, "seconds": 0.1, "text": ["--vocab_size=512", "--val_bytes=8000", "--tokens_threshold=30_000",
                                                "--tokenizer_bytes=300_000"],
-        "answer": {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 128, "step_tokens": 512}}
-# What `answer` compares: flags of train.py
-ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"],
-               "ARRR": ["--mixer=ARRR", "--positions=none", "--qk_scale=1.5"]}
+        "answer": {"shape": {"n_layer": 4, "n_head": 2, "head_size": 8}, "block_size": 128, "step_tokens": 512,
+                   "arms": dict(list(ANSWER_ARMS.items())[::3])}}
 LARGE_TEXT = 20_000_000  # bytes of text that are enough for a vocabulary of 32,768
 SMALL_TEXT = ["--vocab_size=4096", "--val_bytes=400_000"]  # for a few MB of text
 TRACE = 6000     # last characters of a traceback that a row keeps
@@ -541,10 +543,10 @@ def curves(bench: Bench) -> str:
 
 
 def answer(bench: Bench) -> str:
-    """Trains ANSWER_ARMS in long contexts, with the same shards, width, depth, tokens a step and seconds; one seed each."""
+    """Trains its arms in long contexts, with the same shards, width, depth, tokens a step and seconds; one seed each."""
     data, sizes = text_shards(bench.task), bench.sizes["answer"]
     plan = plan_answer(bench, sizes)
-    ends = train_sides(bench, data, sizes["shape"], plan, ANSWER_ARMS)
+    ends = train_sides(bench, data, sizes["shape"], plan, sizes["arms"])
     return (f"{ends} after {plan.seconds:.0f} s each, {'compiled' if plan.compiled else 'eager'}, contexts of "
             f"{plan.block_size:,}, one seed")
 
@@ -618,16 +620,16 @@ def plan_curves(bench: Bench, vocab_size: int) -> CurvesPlan:
 
 def plan_answer(bench: Bench, sizes: dict) -> CurvesPlan:
     """Measures each arm's speed; the fastest one's says how many steps the runs have at most. Raises NoTime."""
-    bench.require_time(40.0 * len(ANSWER_ARMS))
+    bench.require_time(40.0 * len(sizes["arms"]))
     block_size, step_tokens = sizes["block_size"], sizes["step_tokens"]
     batch_size = max(1, min(step_tokens, 1024 * bench.batch_size()) // block_size)
     flags = [*(f"--{name}={value}" for name, value in sizes["shape"].items()), f"--block_size={block_size}",
              f"--batch_size={batch_size}", "--num_batch_accum=1", f"--dtype={half_precision(bench.device)}"]
     speeds = [bench.measure(f"{arm}, to plan the runs", partial(train_speed, bench, bench.sizes["vocab_sizes"][1],
                                                                 [*flags, *arm_flags], seconds=1.0))
-              for arm, arm_flags in ANSWER_ARMS.items()]
+              for arm, arm_flags in sizes["arms"].items()]
     fastest = max((figures["tok_per_sec"] for figures in speeds if figures), default=step_tokens)
-    each = bench.seconds_left() / len(ANSWER_ARMS)
+    each = bench.seconds_left() / len(sizes["arms"])
     compiled = bench.compiles and each > LONG_RUN and not bench.task.rehearse
     seconds = 0.5 if bench.task.rehearse else max(10.0, each - 15.0 - compiled * 1.5 * bench.compile_seconds)
     return CurvesPlan(batch_size, block_size, step_tokens // (batch_size * block_size),
