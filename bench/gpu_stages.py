@@ -65,11 +65,11 @@ from sampling import SamplingConfig, cache_dtype, generate  # noqa: E402
 from shards import Manifest, ShardWriter, open_data  # noqa: E402
 from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
-# Sizes of the measurements on a GPU, and in a rehearsal. vocab_sizes: GPT-2's, and half of it; accum: batches in a step;
-# lengths: context lengths that step_tokens are split into; batches: rows that are decoded together; new: tokens to generate;
 # What `answer` compares: flags of train.py
 ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"],
                "ARRR": ["--mixer=ARRR", "--positions=none", "--qk_scale=1.5"]}
+# Sizes of the measurements on a GPU, and in a rehearsal. vocab_sizes: GPT-2's, and half of it; accum: batches in a step;
+# lengths: context lengths that step_tokens are split into; batches: rows that are decoded together; new: tokens to generate;
 # seconds: of each speed measurement.
 REAL = {"shape": {"n_layer": 12, "n_head": 12, "head_size": 64}, "block_size": 1024, "vocab_sizes": (50_257, 32_768),
         "accum": 4, "lengths": (1024, 4096, 16_384), "step_tokens": 16_384, "batches": (1, 64), "prompt": 128, "new": 256,
