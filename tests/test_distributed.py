@@ -47,7 +47,7 @@ def assert_equal_runs(path: Path, expected: Path):
     assert run_rows(path) == run_rows(expected)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_two_processes_train_as_one(data_path, tmp_path):
     """Bit for bit where each has one batch of a step: weights, state, losses and validation; and one process resumes what
     two have begun."""
