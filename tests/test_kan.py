@@ -11,7 +11,7 @@ from layers import LINEARS, MIXERS, MLPS
 from layers.kan import CENTERS, SWISH, BSplineKAN, ChebyshevKAN, RationalKAN
 from layers.linear import elementwise_flops, linear_layers, matrix_flops
 from layers.norm import rms_norm
-from model import GPT, GPTConfig
+from model import DELTA_RULES, GPT, GPTConfig
 from optimizer import OptimizerConfig, make_optimizer
 from runtime.config import BadInput
 
@@ -223,7 +223,7 @@ def test_linear_scope(mixer):
     def kans(scope):
         block = GPT(dataclasses.replace(config, linear="grkan", linear_scope=scope)).blocks[0]
         return {name for name, layer in block.named_modules() if isinstance(layer, RationalKAN)}
-    gates = {"mlp.gate"} | ({"mixer.gate", "mixer.rates"} if mixer in ("gated_delta", "delta_product") else set())
+    gates = {"mlp.gate"} | ({"mixer.gate", "mixer.rates"} if mixer in DELTA_RULES else set())
     assert kans("values") == {"mixer.proj"} and kans("gates") == gates
 
 
