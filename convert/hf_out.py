@@ -21,10 +21,13 @@ BSplineKAN = ChebyshevKAN = RationalKAN = None
 '''
 # In place of kernels/decode.py
 NO_KERNELS = '''"""Decoding by torch alone, which needs no numba."""
+import torch.nn.functional as F
 from torch.nn.functional import linear
 
-__all__ = ["attend", "can_attend", "copy_together", "linear"]
+__all__ = ["attend", "can_attend", "can_step", "copy_together", "delta_step", "linear", "rms_norm_rows"]
+rms_norm_rows = lambda x, eps: F.rms_norm(x, x.shape[-1:], eps=eps)
 attend, can_attend = None, lambda q, v, keys: False
+delta_step, can_step = None, lambda qkv, states: False
 copy_together = lambda tensors, dtype: [tensor.to(dtype) for tensor in tensors]
 '''
 

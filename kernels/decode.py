@@ -1,11 +1,13 @@
-"""What a decoded token costs on a CPU: products of a few rows with a matrix, and attention of one query over a cache.
+"""What a decoded token costs on a CPU: products of a few rows with a matrix, norms, attention of one query over a cache, and
+a step of the gated delta rule.
 
 The time of these products is that of reading the matrix, which torch does at a third of the speed of the memory (measured on
 an AMD EPYC with two cores: docs/benchmarks.md). The sums are fp32, and matrices in bf16 are widened as they are read, so no
-instructions for bf16 are needed. Attention takes one call here in place of about twenty.
+instructions for bf16 are needed. Attention and the delta rule take one call here in place of twenty and of forty.
 
-The readable twins, and the oracles of tests/test_decode_kernels.py, are F.linear, and `rotate`, `KVCache.append` and
-F.scaled_dot_product_attention in layers/attention.py.
+The readable twins, and the oracles of tests/test_decode_kernels.py, are F.linear and F.rms_norm; `rotate`,
+`KVCache.append` and F.scaled_dot_product_attention in layers/attention.py; and `recurrent_delta_rule` in
+layers/gated_delta.py, with what its layer computes for it.
 """
 import functools
 import os
@@ -48,6 +50,16 @@ def choose_kernel(x: Tensor, weight: Tensor):
     return KERNELS.get((x.dtype, dtype)) if can_run() else None
 
 
+def rms_norm_rows(x: Tensor, eps: float) -> Tensor:
+    """F.rms_norm over the last dimension of x, of a few rows."""
+    if torch.is_grad_enabled() or not (x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()) or is_observed(x) \
+            or not can_run() or not KERNELS:
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    y = torch.empty(x.shape)
+    norm_kernel(x.data_ptr(), y.data_ptr(), x.numel() // x.size(-1), x.size(-1), eps)
+    return y
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether torch has to see the operations on x: to compile them, to count FLOPs, to trace shapes."""
     return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
@@ -78,6 +90,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | No
                   keys.data_ptr(), values.data_ptr(), y.data_ptr(), B, n_head, n_kv_head, head_size, max_len, slot,
                   first)
     return y
+
+
+def can_step(qkv: Tensor, states: Tensor) -> bool:
+    """Whether `delta_step` takes queries, keys and values of one token, (B, 1, channels), and states in fp32."""
+    return (qkv.size(1) == 1 and qkv.is_cpu and not torch.is_grad_enabled() and qkv.dtype in MAX_ROWS
+            and states.is_contiguous() and not is_observed(qkv) and can_run() and bool(KERNELS))
+
+
+def delta_step(qkv: Tensor, v: Tensor, rates: Tensor, decay: Tensor, beta_logit: float, state: Tensor,
+               turns: Tensor | None = None, angles: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gated delta rule at one token with n corrections. qkv: (B, 1, (1 + 2 n) C), the query, the n keys and the n values
+    as they leave their linear layer, but for the value of the last correction, v: (B, n_head, 1, D). rates: (B, 1,
+    (1 + n) n_head), the logits of each β, to which `beta_logit` is added, and of α, to which `decay`, (n_head,), is. state:
+    (B, n_head, D, D), keys by values. turns: (B, 1, C / 2), by which the state turns, if it does, after it has been turned
+    by `angles`, the same shape. Returns the normalised output, (B, 1, C), the next state and the next angles, all in fp32,
+    and leaves what it was given as it was."""
+    B, n_head, head_size, _ = state.shape
+    qkv, v, rates, decay = (part.to(torch.float32).contiguous() for part in (qkv, v, rates, decay))
+    new_state, y = torch.empty(state.shape), torch.empty(B, 1, n_head * head_size)
+    n_steps = rates.size(-1) // n_head - 1
+    assert qkv.size(-1) == (1 + 2 * n_steps) * y.size(-1) and v.numel() == y.numel(), (qkv.shape, v.shape, state.shape)
+    pointers = 0, 0, 0
+    if turns is not None:
+        turns, angles, new_angles = turns.to(torch.float32).contiguous(), angles.contiguous(), torch.empty(angles.shape)
+        assert turns.shape == angles.shape and 2 * turns.numel() == y.numel(), (turns.shape, angles.shape)
+        pointers = turns.data_ptr(), angles.data_ptr(), new_angles.data_ptr()
+    set_threads()
+    delta_kernel(qkv.data_ptr(), v.data_ptr(), rates.data_ptr(), decay.data_ptr(), beta_logit, state.data_ptr(), *pointers,
+                 new_state.data_ptr(), y.data_ptr(), B, n_head, head_size, n_steps)
+    return y, new_state, None if turns is None else new_angles
 
 
 @functools.cache
@@ -120,7 +162,8 @@ def can_run() -> bool:
 # -- numba ------------------------------------------------------------------------------------------------------------
 
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order, which vectorises them
-F0, SIXTEEN, ONE, HALF = np.float32(0), np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+F0, ONE_F, SIXTEEN, ONE, HALF = np.float32(0), np.float32(1), np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+RMS_EPS = np.finfo(np.float32).eps  # EPS of layers/norm.py
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)  # of the bits of an fp32 number
 
 
@@ -170,6 +213,24 @@ def narrow(value):
     if bits & MAGNITUDE > INFINITY:  # NaN, which rounding could turn into another number
         return np.uint16(0x7FC0)
     return np.uint16((bits + HALF + ((bits >> SIXTEEN) & ONE)) >> SIXTEEN)
+
+
+@compiled()
+def normalise(x, y, scale, eps):
+    """y = x, with a mean square of scale²; it may be x."""
+    total = F0
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    factor = scale / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
+    for i in range(len(x)):
+        y[i] = factor * x[i]
+
+
+@compiled()
+def norm_kernel(x_address, y_address, rows, n, eps):
+    x, y = numba.carray(fp32_pointer(x_address), (rows, n)), numba.carray(fp32_pointer(y_address), (rows, n))
+    for row in range(rows):
+        normalise(x[row], y[row], ONE_F, eps)
 
 
 @compiled(parallel=True)
@@ -237,6 +298,13 @@ def exp(x):
     return p * bits_to_float(np.uint32(np.int32(n) + 127) << np.uint32(23))
 
 
+@numba.njit(inline="always")
+def wrap(angle):
+    """Less whole turns."""
+    n = np.rint(angle * np.float32(1 / (2 * np.pi)))
+    return angle - n * np.float32(2 * np.pi)
+
+
 @compiled()
 def copy_head(address, offset, is_fp32, to):
     """The numbers of a head, in fp32 or bf16 from `offset` on."""
@@ -297,6 +365,64 @@ def attend_kernel(q_address, k_address, v_address, q_row, k_row, v_row, q_head, 
             weight = weights[t] / total
             for i in range(head_size):
                 out[i] += weight * values[b, kv_head, first + t, i]
+
+
+@numba.njit(inline="always")
+def sigmoid(x):
+    e = exp(-abs(x))
+    return (ONE_F if x > F0 else e) / (ONE_F + e)
+
+
+@compiled(parallel=True)
+def delta_kernel(qkv_address, v_address, rates_address, decay_address, beta_logit, state_address, turns_address,
+                 angles_address, new_angles_address, new_state_address, y_address, B, n_head, head_size, n_steps):
+    half = head_size // 2
+    qkv = numba.carray(fp32_pointer(qkv_address), (B, 1 + 2 * n_steps, n_head, head_size))
+    last_value = numba.carray(fp32_pointer(v_address), (B, n_head, head_size))
+    rates = numba.carray(fp32_pointer(rates_address), (B, 1 + n_steps, n_head))
+    decay = numba.carray(fp32_pointer(decay_address), (n_head,))
+    state = numba.carray(fp32_pointer(state_address), (B, n_head, head_size, head_size))
+    turns = numba.carray(fp32_pointer(turns_address), (B, n_head, half))
+    angles = numba.carray(fp32_pointer(angles_address), (B, n_head, half))
+    new_angles = numba.carray(fp32_pointer(new_angles_address), (B, n_head, half))
+    new_state = numba.carray(fp32_pointer(new_state_address), (B, n_head, head_size, head_size))
+    outputs = numba.carray(fp32_pointer(y_address), (B, n_head, head_size))
+    for item in numba.prange(B * n_head):
+        b, head = item // n_head, item % n_head
+        cos, sin, u = np.empty(head_size, np.float32), np.empty(head_size, np.float32), np.empty(head_size, np.float32)
+        if turns_address != 0:
+            for i in range(half):
+                angle = wrap(angles[b, head, i] + wrap(turns[b, head, i]))
+                new_angles[b, head, i] = angle
+                cos[i] = cos[half + i] = np.cos(angle)
+                sin[half + i] = np.sin(angle)
+                sin[i] = -sin[half + i]
+        scale = np.float32(1 / np.sqrt(head_size))
+        q, k = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
+        normalise(qkv[b, 0, head], q, scale, RMS_EPS)
+        if turns_address != 0:
+            rotate_head(q, cos, sin, False)
+        alpha, y, matrix = sigmoid(-rates[b, n_steps, head] - decay[head]), outputs[b, head], new_state[b, head]
+        matrix[:] = state[b, head]
+        for step in range(n_steps):
+            normalise(qkv[b, 1 + step, head], k, scale, RMS_EPS)
+            if turns_address != 0:
+                rotate_head(k, cos, sin, False)
+            u[:] = F0  # what the state returns for the key
+            for i in range(head_size):
+                for j in range(head_size):
+                    u[j] += k[i] * matrix[i, j]
+            beta = np.float32(2) * sigmoid(rates[b, step, head] + np.float32(beta_logit))
+            for j in range(head_size):
+                value = last_value[b, head, j] if step == n_steps - 1 else qkv[b, 1 + n_steps + step, head, j]
+                u[j] = beta * (value - alpha * u[j])
+            y[:] = F0
+            for i in range(head_size):
+                for j in range(head_size):
+                    matrix[i, j] = alpha * matrix[i, j] + k[i] * u[j]
+                    y[j] += q[i] * matrix[i, j]
+            alpha = ONE_F
+        normalise(y, y, ONE_F, RMS_EPS)
 
 
 # dtype of x and of the product -> kernel(address of x, of weight, of y, rows, in, out)

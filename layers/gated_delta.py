@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from kernels.decode import can_step, delta_step
 from layers.attention import rotate
 from layers.attention_metadata import AttentionMetadata
 from layers.cache import RowCache, last_positions
@@ -114,6 +115,13 @@ class GatedDelta(nn.Module):
         if self.value_mix is not None:
             kv[-1] = torch.lerp(kv[-1], split_heads(first_layer_v, self.n_head), self.value_mix.to(x.dtype))
         new_v = split_heads(kv[-1], self.n_value_heads)
+        if (cache is not None and not metadata.rewindable and metadata.doc_starts is None
+                and can_step(qkv, cache.states)):
+            y, state, cache.angles = delta_step(
+                qkv, kv[-1], self.rates(x), self.decay, self.initial_beta_logit, cache.states[:, 0],
+                None if self.angles is None else self.angles(x), cache.angles)
+            cache.states = state.unsqueeze(1)
+            return self.proj(y.to(qkv.dtype) * F.silu(self.gate(x))), new_v
         k, v = (torch.stack(part, dim=3).flatten(2, 3) if n > 1 else part[0] for part in (kv[:n], kv[n:]))  # (B, H, T n, D)
         q, k = (rms_norm(part, save_input=True) * self.head_size ** -0.5 for part in (q, k))
         if self.angles is not None:
@@ -228,13 +236,14 @@ def recurrent_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alph
     log_alpha: (B, H, T); k, v: (B, H, T n, D) and beta: (B, H, T n), those of the n corrections of a token one after the
     other; state: (B, H, D, D), keys by values. Returns (B, H, T, D) and the state after every token."""
     outputs, states, n = [], [], k.size(2) // q.size(2)
-    for t in range(q.size(2)):
-        state = state * log_alpha[:, :, t, None, None].exp()
-        for i in range(n * t, n * (t + 1)):
-            key, value = (part[:, :, i].float().unsqueeze(-1) for part in (k, v))                  # (B, H, D, 1)
-            state = state + key @ (beta[:, :, i, None, None] * (value - state.mT @ key)).mT
-        outputs.append((state.mT @ q[:, :, t].float().unsqueeze(-1)).squeeze(-1))
-        states.append(state)
+    with torch.autocast(q.device.type, enabled=False):  # see chunked_delta_rule
+        for t in range(q.size(2)):
+            state = state * log_alpha[:, :, t, None, None].exp()
+            for i in range(n * t, n * (t + 1)):
+                key, value = (part[:, :, i].float().unsqueeze(-1) for part in (k, v))              # (B, H, D, 1)
+                state = state + key @ (beta[:, :, i, None, None] * (value - state.mT @ key)).mT
+            outputs.append((state.mT @ q[:, :, t].float().unsqueeze(-1)).squeeze(-1))
+            states.append(state)
     return torch.stack(outputs, dim=2), states
 
 

@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import REPO
 from kernels import decode
+from layers import gated_delta
 from layers.attention import KVCache, Rotary, rotate
+from layers.attention_metadata import AttentionMetadata
 from layers.linear import cast_weights
-from model import GPT, GPTConfig
+from model import DELTA_RULES, GPT, GPTConfig
 from runtime.config import read_flags
 from runtime.device import DTYPES, Machine
 from sampling import GREEDY, generate
@@ -142,6 +144,19 @@ with torch.inference_mode():
     subprocess.run([sys.executable, "-c", program, str(REPO)], check=True)
 
 
+@torch.inference_mode()
+def test_norms_equal_torchs():
+    for shape in ((1, 1, 512), (3, 2, 1, 17), (0, 4)):
+        x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for eps in (1e-5, 1.0):
+            expected = F.rms_norm(x, shape[-1:], eps=eps)
+            torch.testing.assert_close(decode.rms_norm_rows(x, eps), expected, rtol=1e-5, atol=1e-6)
+    assert decode.rms_norm_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 0.5).tolist() == [
+        pytest.approx([3 / 13**0.5, 4 / 13**0.5]), [0.0, 0.0]]
+    x = torch.randn(4, 6).double()
+    assert torch.equal(decode.rms_norm_rows(x, 1e-5), F.rms_norm(x, (6,), eps=1e-5))
+
+
 # -- attention --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", decode.MAX_ROWS)
@@ -196,6 +211,71 @@ def test_torch_attends_otherwise():
     assert not decode.can_attend(q.half(), q, keys) and not decode.can_attend(q, q.half(), keys)
     with torch.inference_mode(False):
         assert not decode.can_attend(q, q, keys)
+
+
+# -- the delta rule ---------------------------------------------------------------------------------------------------
+
+DELTA_LAYERS = {"gated_delta": {}, "delta_product": {"n_householder": 3, "d_head_size": 8}, "rotary_delta": {"d_conv": 4}}
+
+
+@pytest.mark.parametrize("dtype", decode.MAX_ROWS)
+@pytest.mark.parametrize("mixer", DELTA_RULES)
+@torch.inference_mode()
+def test_a_step_of_the_delta_rule_equals_torchs(mixer, dtype, monkeypatch):
+    """The layer's outputs, states and angles, token by token, of a second layer, whose values are mixed with the first's."""
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=2, n_head=2, head_size=16, block_size=64, vocab_size=32, mixer=mixer, **DELTA_LAYERS[mixer])
+    layer = GPT(config).blocks[1].mixer
+    for weight in layer.parameters():
+        weight.copy_(torch.randn(weight.shape) * (0.3 if weight.dim() > 1 else 1))
+    cast_weights([module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)], dtype)
+    x, first_layer_v = torch.randn(40, 2, 1, 32), torch.randn(40, 2, 2, 1, 16)
+    calls = []
+    monkeypatch.setattr(gated_delta, "delta_step", lambda *args: calls.append(1) or decode.delta_step(*args))
+
+    def outputs() -> list[torch.Tensor]:
+        cache, found = layer.init_cache(2, 64, torch.device("cpu"), torch.float32), []
+        for t in range(40):
+            before = cache.states
+            kept = before.clone()
+            with Machine(torch.device("cpu"), {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]).autocast():
+                y, v = layer(x[t], AttentionMetadata(start=t), cache, first_layer_v[t].to(dtype))
+            assert torch.equal(before, kept)  # another cache may go on from it
+            found += [y.float(), v.float(), cache.states] + ([cache.angles] if cache.angles is not None else [])
+        return found
+    ours = outputs()
+    assert len(calls) == 40
+    monkeypatch.setattr(gated_delta, "can_step", lambda *args: False)
+    for own, peer in zip(ours, outputs(), strict=True):
+        assert own.shape == peer.shape
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(own, peer, rtol=tolerance, atol=tolerance)
+    assert len(calls) == 40 and ours[-1].abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_steps_with_extreme_rates():
+    """Logits whose exp overflows: α of 0 and 1, β of 0 and 2."""
+    q, k, v, states = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 2, 4, 4)
+    q[..., 1] = k[..., 0] = 3.0
+    step = lambda *rates: decode.delta_step(torch.cat((q, k, v), dim=2).flatten(2), v.transpose(1, 2),
+                                            torch.tensor([[rates]]), torch.zeros(2), 0.0, states)[1]
+    # no decay and no correction; all decays, and 2 v is stored for the key's channel, which is 1 (D = 4: 2 / sqrt(4))
+    kept, replaced = step(-1e4, 1e4, -1e4, 1e4)[0]
+    assert torch.equal(kept, torch.ones(4, 4))
+    torch.testing.assert_close(replaced, torch.tensor([[2.0] * 4] + [[0.0] * 4] * 3), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_torch_steps_otherwise():
+    qkv, states = torch.zeros(1, 1, 24), torch.zeros(1, 2, 4, 4)
+    assert decode.can_step(qkv, states)
+    assert not decode.can_step(torch.zeros(1, 2, 24), states) and not decode.can_step(qkv.half(), states)
+    assert not decode.can_step(qkv, states.mT)
+    with FlopCounterMode(display=False):
+        assert not decode.can_step(qkv, states)
+    with torch.inference_mode(False):
+        assert not decode.can_step(qkv, states)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
