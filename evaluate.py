@@ -524,14 +524,17 @@ def longest_answer(tokenizer: Tokenizer, prompts: list[EvalPrompt]) -> int:
 
 def greedy_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int,
                    show_progress: bool = False) -> list[str]:
-    """The text that the model adds to each of `prompts`, ids; PROMPTS_PER_BATCH are computed together."""
-    outputs = [""] * len(prompts)
-    for first in progress_bar(range(0, len(prompts), PROMPTS_PER_BATCH), desc="answers", unit="batch", delay=1, leave=False,
-                              disable=None if show_progress else True):
+    """The text that the model adds to each of `prompts`, ids; PROMPTS_PER_BATCH are computed together, by several processes
+    in turns."""
+    def answers_from(first: int) -> list[str]:
         batch = prompts[first:first + PROMPTS_PER_BATCH]
+        outputs = [""] * len(batch)
         for row, text in generate_texts(model, tokenizer, batch, max_new_tokens, GREEDY):
-            outputs[first + row] += text
-    return outputs
+            outputs[row] += text
+        return outputs
+    starts = progress_bar(range(0, len(prompts), PROMPTS_PER_BATCH), desc="answers", unit="batch", delay=1, leave=False,
+                          disable=None if show_progress else True)
+    return [text for _, outputs in join().map_in_order(answers_from, starts) for text in outputs]
 
 
 def spend(model: GPT, tokenizer: Tokenizer, machine: Machine, prompts: list[list[int]], checks: list[Callable[[str], float]],

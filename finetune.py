@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dataloader import PackedBatches, TrainLoader, encodable
+from dataloader import IGNORE_INDEX, PackedBatches, TrainLoader, encodable
 from evaluate import (
     PROMPTS_PER_BATCH,
     EvalPrompt,
@@ -53,6 +53,7 @@ from runtime.checkpoint import run_folder
 from runtime.cli import command, say
 from runtime.config import BadInput, check_flags, flag, flag_names, redeclare
 from runtime.device import DeviceConfig, Machine, seed_everything
+from runtime.distributed import join
 from runtime.files import atomic_write
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand, override_horizon
@@ -158,10 +159,12 @@ def resolve_flags(start: dict, given: dict) -> dict:
 
 # -- loss and validation ----------------------------------------------------------------------------------------------
 
-def answer_loss(model: GPT, batch: list[Tensor]) -> Tensor:
-    """Mean loss in nats/token over the assistant's messages. batch: inputs, targets and document starts, each (B, T)."""
+def answer_loss(model: GPT, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean loss in nats/token over the assistant's messages, and their share of the batch, which makes a step the mean over
+    all tokens of theirs. batch: inputs, targets and document starts, each (B, T)."""
     idx, targets, doc_starts = batch
-    return model(idx, targets, doc_starts=doc_starts, loops=model.draw_loops())
+    loss = model(idx, targets, doc_starts=doc_starts, loops=model.draw_loops())
+    return loss, (targets != IGNORE_INDEX).float().mean()
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ def validate(state: TrainState, setup: TrainSetup, held_out: HeldOut, answer_tok
                       math.ceil(batches.n_blocks / batches.batch_size) if show_progress else None)
     with setup.machine.autocast():
         answers = answer_prompts(state.model, setup.tokenizer, held_out.prompts, answer_tokens, show_progress)
-    write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
+    if join().is_main:
+        write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
     if answers:
         row["exact_match"] = accuracy(answers)
     if len(by_kind := group_by_kind(answers)) > 1:
@@ -322,7 +326,8 @@ def open_conversation_run(configs: FinetuneConfigs, checkpoint: dict | None, res
     model.gradient_checkpointing = run.gradient_checkpointing
     step_rows = run.batch_size * loop.num_batch_accum
     configs = configs._replace(optimizer=schedule, loop=resolve_epochs(loop, run.epochs * batches.n_blocks / step_rows))
-    loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda")
+    loader = TrainLoader(batches, batches.fingerprint(), pin_memory=machine.device.type == "cuda", rank=join().rank,
+                         n_ranks=join().size)
     state, setup = restore_state(output, model, tokenizer, schedule, loader, step_rows * batches.block_size,
                                  FINETUNING.settings(*configs) | vars(model.config))
     evaluate = Evaluation(lambda state: validate(state, setup, val, run.answer_tokens, loop.verbose))
@@ -348,7 +353,7 @@ def open_meta_run(configs: FinetuneConfigs, checkpoint: dict | None, resumed: Pa
     loop = resolve_epochs(configs.loop, run.epochs * batches.n_blocks / n_accum)
     configs = configs._replace(optimizer=schedule, loop=loop)
     step_tokens = n_accum * batches.n_tokens // batches.n_blocks
-    loader = TrainLoader(batches, batches.fingerprint())
+    loader = TrainLoader(batches, batches.fingerprint(), rank=join().rank, n_ranks=join().size)
     state, setup = restore_state(output, model, tokenizer, schedule, loader, step_tokens,
                                  FINETUNING.settings(*configs) | vars(model.config))
     loss_fn = partial(meta_loss, learner, meta.meta)

@@ -18,6 +18,7 @@ With plain gradient descent as update rule, and hops of one length, reptile is f
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -33,6 +34,7 @@ from learner import AdaptConfig, Learner, encode_documents
 from model import GPT
 from runtime.cli import progress_bar
 from runtime.config import BadInput, check_flags, flag
+from runtime.distributed import join
 from runtime.metrics import LossSums
 from text.documents import PackedDocuments, document_hashes
 from text.folders import local_path
@@ -234,7 +236,8 @@ def validate_documents(learner: Learner, tokenizer: Tokenizer, documents: Sequen
     learner.keep()
     bar = progress_bar(documents, desc="validation", unit="document", delay=1, leave=False,
                        disable=None if show_progress else True)
-    static, adapted = zip(*(document_scores(learner, tokenizer, ids) for ids in bar))
+    scores = join().map_in_order(partial(document_scores, learner, tokenizer), bar)
+    static, adapted = zip(*(own for _, own in scores))
     gain = Estimate.from_values([before.bits_per_byte - after.bits_per_byte for before, after in zip(static, adapted)])
     before, after = total_losses(static), total_losses(adapted)
     return {"val_loss": after.loss, "val_bpb": after.bits_per_byte, "static_loss": before.loss,

@@ -48,7 +48,7 @@ from runtime.device import (
     rng_state,
     set_rng_state,
 )
-from runtime.distributed import World, join
+from runtime.distributed import ALONE, World, join
 from runtime.forecast import (
     CHECKPOINTS_KEPT,
     DAY,
@@ -71,7 +71,7 @@ SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
 TYPICAL_MFU = 0.4  # of a CPU, for a guess at how long a run takes
 MIN_SECONDS_TO_COMPILE = 1200.0  # of a run on a CPU, where compiling takes up to a minute and may save a tenth
-MANY_PROCESSES = ("train.py",)  # scripts that torchrun may start
+MANY_PROCESSES = "train.py", "finetune.py"  # scripts that torchrun may start
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -231,7 +231,8 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
         on_timed: Callable[[float, float | None], None] | None = None) -> int | None:
     """Trains `state` until `loop` says it is done; returns the signal that stopped it before, or None.
 
-    loss_fn(model, batch) -> nats/token, a scalar; batch: what the loader makes, on the device. The evaluation runs before
+    loss_fn(model, batch) -> nats/token, a scalar; or that and the batch's weight in the mean of a step, where it is not the
+    same for all; batch: what the loader makes, on the device. The evaluation runs before
     the first step, where a loss far from ln(vocab_size) means that something is wired wrongly, every `val_intervals` steps
     and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
     True ends the run there. on_timed(seconds of a step, seconds of the first evaluation with its checkpoint, or None where
@@ -253,7 +254,7 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
         while progress < 1 and not stopped:
             set_rates(state.optimizer, state.step, progress, setup.schedule)
             with timer:
-                loss, n_tokens = train_step(state, loop, loss_fn, setup.machine)
+                loss, n_tokens = train_step(state, loop, loss_fn, setup.machine, world)
                 timer.loss = loss
                 state.step += 1
                 state.tokens += n_tokens
@@ -335,24 +336,32 @@ def evaluate_into(row: dict, state: TrainState, evaluate: Evaluation, setup: Tra
     return is_best
 
 
-def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: Machine) -> tuple[Tensor, int]:
-    """One optimizer step over `num_batch_accum` batches of equal weight, of which each process has its part. Returns their
-    mean loss, a scalar tensor that stays on the device, and how many tokens they held."""
-    total, n_tokens, world = 0.0, 0, join()
+def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: Machine,
+               world: World = ALONE) -> tuple[Tensor, int]:
+    """One optimizer step over `num_batch_accum` batches, of which each process of `world` has its part. loss_fn: see `fit`.
+    Returns their mean loss, a scalar tensor that stays on the device, and how many tokens they held."""
+    total, weights, n_tokens = 0.0, 0.0, 0
     for i in range(loop.num_batch_accum):
         if i % world.size != world.rank:
             state.model.draw_loops()  # as many draws in every process, so that a batch has the same wherever it is
             continue
         batch = machine.to_device(state.loader.next_batch(state.model))
         with machine.autocast():
-            loss = loss_fn(state.model, batch) / loop.num_batch_accum  # backward() sums gradients; we want their mean
+            loss, *weight = as_tuple(loss_fn(state.model, batch))
+        loss = loss / loop.num_batch_accum  # backward() sums gradients; we want their mean
+        if weight:
+            loss, weights = loss * weight[0], weights + weight[0] / loop.num_batch_accum
         state.scaler.scale(loss).backward()
         total = total + loss.detach()
         n_tokens += batch[0].numel()
     grads = [p.grad for p in state.model.parameters() if p.grad is not None]  # at inference time, most may be frozen
-    world.sum_in_place([*grads, total])
+    is_weighted = isinstance(weights, Tensor)
+    world.sum_in_place([*grads, total, *([weights] if is_weighted else [])])
     state.scaler.unscale_(state.optimizer)
     grads = [grad._values() if grad.is_sparse else grad for grad in grads]  # of a table, in which no row repeats
+    if is_weighted:  # those of all processes are known now
+        torch._foreach_mul_(grads, 1 / weights)
+        total = total / weights
     norm = get_total_norm(grads)
     if loop.grad_clip:
         torch._foreach_mul_(grads, (loop.grad_clip / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
@@ -360,6 +369,11 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
     state.scaler.update()
     state.optimizer.zero_grad()
     return total, n_tokens * world.size
+
+
+def as_tuple(loss: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Of what a loss_fn returns."""
+    return loss if isinstance(loss, tuple) else (loss,)
 
 
 def next_token_loss(model: GPT, batch: list[Tensor]) -> Tensor:
@@ -693,6 +707,8 @@ def make_forecast(run: Run, step_seconds: float, validation_seconds: float | Non
 
 def print_forecast(run: Run):
     forecast = measure_run(run)
+    if not join().is_main:
+        return
     print(forecast_table(forecast))
     for warning in forecast.warnings():
         say(warning)
@@ -768,7 +784,7 @@ def dry_run_step(model: GPT, machine: Machine, loss_fn: Callable, batch: Sequenc
     sampled_loops, model.sampled_loops = model.sampled_loops, False
     try:
         with machine.autocast():
-            loss = loss_fn(model, batch)
+            loss, *_ = as_tuple(loss_fn(model, batch))
         loss.backward()
     finally:
         model.sampled_loops = sampled_loops

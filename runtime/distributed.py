@@ -88,6 +88,9 @@ class World:
             yield from zip(part, self.gather(own))
 
 
+ALONE = World()
+
+
 @contextmanager
 def explained():
     """A process that waits for one that has ended gets a RuntimeError."""
@@ -101,7 +104,7 @@ def explained():
 def join() -> World:
     """Joins the processes that torchrun has started, once; the device is still to be chosen, see `local_device`."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return World()
+        return ALONE
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")))
     if world.size > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()

@@ -1,7 +1,8 @@
-"""train.py in one of several processes that torchrun has started, on one of which something happens:
+"""A command in one of several processes that torchrun has started, on one of which something happens:
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/processes.py EVENT flags of train.py …
+    python -m torch.distributed.run --standalone --nproc_per_node=2 tests/processes.py EVENT train --max_iter=6 …
 """
+import importlib
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import torch  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)
-event, *flags = sys.argv[1:]
+event, script, *flags = sys.argv[1:]
 rank, n_restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 loss_fn, n_batches = train.next_token_loss, 0
 
@@ -35,4 +36,4 @@ def watched(model, batch):
 train.next_token_loss = watched
 if event == "differ":
     flags.append(f"--seed={rank}")
-train.main(flags)
+importlib.import_module(script).main(flags)

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_conversations import write_jsonl
 
 import finetune
+import selfplay
 import train
-from conftest import REPO, TINY_MODEL, assert_same, run_rows, saved_training, stderr_lines
+from conftest import REPO, TINY_MODEL, assert_same, run_rows, saved_training, stderr_lines, train_tiny
 from dataloader import shard_loader
+from finetune import read_answers
 from runtime import distributed
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, run_folder
 from runtime.distributed import World
 from shards import open_data
 
@@ -30,16 +33,17 @@ def command(path: Path, data_path: Path, *flags: str) -> list[str]:
             *(() if resumes else FLAGS), *flags]
 
 
-def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0) -> tuple[int, list[str]]:
-    """The exit code, and the lines that the processes have printed to stderr. event: see processes.py. argv: flags of
-    train.py."""
+def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0, script: str = "train") -> tuple[int, list[str]]:
+    """The exit code, and the lines that the processes have printed to stderr. event, script: see processes.py. argv: flags
+    of the script."""
     with tempfile.TemporaryDirectory() as logs:
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
                                f"--max_restarts={restarts}", f"--log_dir={logs}", "--redirects=2",
-                               str(REPO / "tests" / "processes.py"), event, *argv],
+                               str(REPO / "tests" / "processes.py"), event, script, *argv],
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return done.returncode, [line for path in sorted(Path(logs).rglob("stderr.log"))
-                                 for line in stderr_lines(path.read_text())]
+        errors = [path.read_text() for path in sorted(Path(logs).rglob("stderr.log"))]
+        print(*errors, sep="\n")  # which pytest shows where a test fails
+        return done.returncode, [line for text in errors for line in stderr_lines(text)]
 
 
 def assert_equal_runs(path: Path, expected: Path):
@@ -59,6 +63,30 @@ def test_two_processes_train_as_one(data_path, tmp_path):
     for path in (one, two):
         train.main(command(path, data_path, "--resume_checkpoint", "--max_iter=8"))
     assert_equal_runs(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meta", [None, "fomaml"])
+def test_two_processes_finetune_as_one(data_path, tmp_path, meta):
+    """Bit for bit: weights, state, losses, validation and answers, though the batches of a step hold unequal numbers of
+    targets."""
+    base = train_tiny(tmp_path / "base" / "gpt.pt", data_path, "--max_iter=2", "--block_size=32")
+    if meta:
+        documents = tmp_path / "documents"
+        documents.mkdir()
+        for i in range(12):
+            (documents / f"{i:02}.txt").write_text(f"the {i} times {i} is {i * i} " * (9 + i), encoding="utf-8")
+        flags = [f"--dataset={documents}", f"--meta={meta}", "--val_documents=3", "--meta_contexts=1"]
+    else:
+        rows = [{"question": f"{i}?", "answer": "yes " * (1 + i % 9)} for i in range(60)]
+        flags = [f"--dataset={write_jsonl(tmp_path / 'questions.jsonl', rows)}", "--val_conversations=35", "--batch_size=4"]
+    flags += [f"--checkpoint_path={base}", "--verbose=0", "--device=cpu", "--dtype=fp32", "--num_batch_accum=2",
+              "--val_intervals=2", "--log_intervals=1", "--max_iter=4", "--grad_clip=0.5"]
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    finetune.main([*flags, f"--out_path={one}"])
+    assert torchrun("none", [*flags, f"--out_path={two}"], script="finetune") == (0, [])
+    assert_equal_runs(two, one)
+    assert read_answers(run_folder(two) / "answers.jsonl") == read_answers(run_folder(one) / "answers.jsonl")
 
 
 @pytest.mark.slow
@@ -115,7 +143,7 @@ def test_bad_input_is_one_line(data_path, tmp_path, event, flags, words):
 
 def test_other_commands_refuse_several_processes(refused, monkeypatch):
     monkeypatch.setattr("trainer.join", lambda: World(size=2))
-    refused(finetune.main, ["--dataset=builtin"], "torchrun --nproc_per_node=2: finetune.py trains in one process")
+    refused(selfplay.main, ["--game=tictactoe"], "torchrun --nproc_per_node=2: selfplay.py trains in one process")
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])

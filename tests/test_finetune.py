@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ import finetune
 import train
 from conftest import assert_same, run_rows, saved_training, stderr_lines, train_tiny
 from dataloader import IGNORE_INDEX, PackedBatches, encodable, pack_rows
-from finetune import compare_answers, read_answers, write_answers
+from finetune import answer_loss, compare_answers, read_answers, write_answers
+from model import GPT
 from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
 from runtime.config import BadInput
+from runtime.device import Machine
+from runtime.metrics import NonFiniteGuard
 from tasks.conversations import Conversation
 from tokenizer import Tokenizer
+from trainer import LoopConfig, TrainState, train_step
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,22 @@ def test_long_conversations_are_truncated_and_counted(tokenizer):
 def test_conversations_without_an_answer_are_refused(tokenizer, one, words):
     with pytest.raises(BadInput, match=words):
         PackedBatches(tokenizer, [one], 1, 16, 0)
+
+
+def test_a_step_is_the_mean_over_all_answers(base, tokenizer):
+    """Two batches with 3 and 13 targets give the gradient and the loss of one that holds both."""
+    machine, results = Machine(torch.device("cpu"), "fp32"), []
+    apart = [PackedBatches(tokenizer, [one], 1, 32, 0).read([0])
+             for one in (conversation("hi", "ab"), conversation("who", "abcdefghijkl"))]
+    for parts in (apart, [tuple(map(torch.cat, zip(*apart)))]):
+        model = GPT.from_checkpoint(load_checkpoint(base))
+        remaining = iter(parts)
+        loader = SimpleNamespace(next_batch=lambda model, remaining=remaining: next(remaining))
+        optimizer = SimpleNamespace(step=lambda skip: None, zero_grad=lambda: None)
+        state = TrainState(model, optimizer, machine.grad_scaler(), loader, NonFiniteGuard(machine.device, 2))
+        loss, _ = train_step(state, LoopConfig(num_batch_accum=len(parts)), answer_loss, machine)
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
 
 
 # -- answers and report -----------------------------------------------------------------------------------------------
