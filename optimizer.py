@@ -251,6 +251,15 @@ class CombinedOptimizer:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
+    def state_bytes(self) -> int:
+        """Of what is kept from step to step, in this process."""
+        return sum(value.numel() * value.element_size() for part in self.parts.values()
+                   for averages in part.state.values() for value in averages.values())
+
+    def saved_bytes(self) -> int:
+        """Of it in a checkpoint."""
+        return self.state_bytes()
+
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()}
 

@@ -63,6 +63,7 @@ from runtime.metrics import MetricsLog, NonFiniteGuard, read_rows
 from runtime.run import TrainingCommand, is_finished
 from runtime.signals import StopSignals, without_garbage_collection
 from runtime.threads import available_cores
+from sharding import ShardedOptimizer
 from tokenizer import Tokenizer
 
 STOP_NOTICE = "stopping after this step; again stops now and saves nothing"
@@ -211,6 +212,7 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
     """
     if not torch.isfinite(get_total_norm(state.model.parameters())):
         raise divergence_error(state, setup, "the weights are no longer finite")
+    training = state.state_dict() if setup.writer is not None else {}  # in all processes: each may have a part of it
     if not join().is_main:
         return
     if setup.writer is not None:
@@ -218,7 +220,7 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
         assert vocabulary or setup.contents, "a checkpoint says what its tokens mean"
         machine = {"machine": str(setup.machine), "dtype": setup.machine.dtype}
         setup.writer.save(state.model.to_checkpoint() | vocabulary | setup.contents | {
-            "training": state.state_dict() | machine | {"settings": setup.settings, "script": setup.script,
+            "training": training | machine | {"settings": setup.settings, "script": setup.script,
                                                         "is_best": is_best}}, state.step, is_best, blocking)
     if setup.metrics is not None:
         setup.metrics.open()  # after the checkpoint: where that cannot be written, the files of an earlier run stay
@@ -461,6 +463,8 @@ class RunFlags:
                                 "torch's own number", at_least=0, at_most=10_000, auto=True, on_resume="free",
                         scope="shared")
     dry_run: bool = flag(False, "print the forecast, and do nothing", on_resume="unsaved", scope="run")
+    shard: str = flag("none", "of several processes (torchrun), what each keeps a part of; optimizer: the optimizer's state",
+                      choices=("none", "optimizer"), on_resume="free")
     gradient_checkpointing: bool = flag(False, "keep only the inputs of blocks and recompute the rest: less memory, slower",
                                         on_resume="free")
 
@@ -695,14 +699,15 @@ def make_forecast(run: Run, step_seconds: float, validation_seconds: float | Non
     """available: see Forecast.available_memory."""
     state, setup, loop = run.state, run.setup, run.configs.loop
     steps = loop.remaining_steps(state, setup.step_tokens, step_seconds)
-    tensors = find_tensors([state.model.state_dict(), state.optimizer.state_dict()])
+    tensors = find_tensors(state.model.state_dict())
     sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}  # tied weights count once
+    checkpoint_bytes = sum(sizes.values()) + state.optimizer.saved_bytes()
     path = setup.writer.path
     flops = setup.step_tokens * state.model.flops_per_token() / step_seconds
     epochs = run.epoch_tokens and steps * setup.step_tokens / run.epoch_tokens
     return Forecast(state.model.n_parameters(), peak_memory(setup.machine.device), available, setup.step_tokens,
                     step_seconds, steps, loop.remaining_validations(state.step, steps), validation_seconds,
-                    epochs, CHECKPOINTS_KEPT * sum(sizes.values()), free_disk(path), run.shorter(flops))
+                    epochs, CHECKPOINTS_KEPT * checkpoint_bytes, free_disk(path), run.shorter(flops))
 
 
 def print_forecast(run: Run):
@@ -771,8 +776,10 @@ def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer | None, sc
 def init_state(model: GPT, loader: Loader, setup: TrainSetup) -> TrainState:
     """The state before the first step, with an optimizer of its own."""
     machine, scaler = setup.machine, setup.machine.grad_scaler()
-    optimizer = make_optimizer(model, setup.schedule, setup.step_tokens, machine.newton_schulz_dtype())
-    if model.ngrams is not None and join().size > 1:
+    optimizer, world = make_optimizer(model, setup.schedule, setup.step_tokens, machine.newton_schulz_dtype()), join()
+    if world.size > 1 and setup.settings.get("shard") == "optimizer":
+        optimizer = ShardedOptimizer(optimizer, world)
+    if model.ngrams is not None and world.size > 1:
         model.ngrams.sparse = False  # each process sees other rows
     guard = NonFiniteGuard(machine.device, limit=MAX_FP16_SKIPS if scaler.is_enabled() else 2)
     return TrainState(model, optimizer, scaler, loader, guard)

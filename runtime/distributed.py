@@ -62,6 +62,18 @@ class World:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.detach().copy_(part.view_as(tensor))
 
+    def exchange(self, tensors: list[list[Tensor]]):
+        """tensors: of each process, on one device. Those of other processes get the values that they have there."""
+        for rank, parts in enumerate(tensors if self.size > 1 else []):
+            if not parts:
+                continue
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            with explained():
+                dist.broadcast(flat, rank)
+            if rank != self.rank:
+                for part, values in zip(parts, flat.split([part.numel() for part in parts])):
+                    part.copy_(values.view_as(part))
+
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of each over all processes, on the host."""
         if self.size == 1:
@@ -78,6 +90,15 @@ class World:
         values = [None] * self.size
         with explained():
             dist.all_gather_object(values, value)
+        return values
+
+    def gather_to_main(self, value: Any) -> list:
+        """The values of all processes, by rank, in the main process; [] elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else []
+        with explained():
+            dist.gather_object(value, values if self.is_main else None)
         return values
 
     def map_in_order(self, function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ STOP_FLAGS = {"max_iter": "step", "max_tokens": "tokens", "max_seconds": "second
 # Flags that were added after checkpoints of this format had been written, with what a run did before there was the flag.
 LATER_FLAGS = {"skip_errors": False, "threads": 0, "val_bytes": 400_000, "train_tokens": None, "loops": 1,
                "sampled_loops": False, "d_head_size": None, "d_conv": None, "n_householder": None, "ngram_rows": None,
-               "dense_blocks": None, "linear_scope": "all",
+               "dense_blocks": None, "linear_scope": "all", "shard": "none",
                # of finetune.py's --meta, without which the rest has no effect
                "meta": None, "meta_contexts": 8, "meta_bytes": 10_000_000, "val_documents": 40, "text_column": "text",
                "adapt_rate": "auto", "adapt_hop": 16, "adapt_scope": "all", "adapt_optimizer": "adamw", "adapt_pull": 0.001,

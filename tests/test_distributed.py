@@ -34,16 +34,28 @@ def command(path: Path, data_path: Path, *flags: str) -> list[str]:
 
 
 def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0, script: str = "train") -> tuple[int, list[str]]:
-    """The exit code, and the lines that the processes have printed to stderr. event, script: see processes.py. argv: flags
-    of the script."""
+    """Of a command in `n` processes, see `launch`. event, script: see processes.py. argv: flags of the script."""
+    return launch("processes.py", [event, script, *argv], n, restarts)
+
+
+def launch(program: str, argv: list[str], n: int, restarts: int = 0) -> tuple[int, list[str]]:
+    """The exit code of torchrun, and the lines that the processes have printed to stderr. program: a file of tests/."""
     with tempfile.TemporaryDirectory() as logs:
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
                                f"--max_restarts={restarts}", f"--log_dir={logs}", "--redirects=2",
-                               str(REPO / "tests" / "processes.py"), event, script, *argv],
+                               str(REPO / "tests" / program), *argv],
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         errors = [path.read_text() for path in sorted(Path(logs).rglob("stderr.log"))]
         print(*errors, sep="\n")  # which pytest shows where a test fails
         return done.returncode, [line for text in errors for line in stderr_lines(text)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_divided_optimizer_equals_a_whole_one(n):
+    """Every choice of --optimizer: weights, state, what each process keeps, and states that go from one number of processes
+    to another."""
+    assert launch("check_sharding.py", [], n) == (0, [])
 
 
 def assert_equal_runs(path: Path, expected: Path):
@@ -63,6 +75,22 @@ def test_two_processes_train_as_one(data_path, tmp_path):
     for path in (one, two):
         train.main(command(path, data_path, "--resume_checkpoint", "--max_iter=8"))
     assert_equal_runs(two, one)
+
+
+@pytest.mark.slow
+def test_processes_with_a_part_of_the_optimizer_train_as_one(data_path, tmp_path):
+    """And one process resumes what they have begun, and they what one has."""
+    flags = "--grad_clip=0.5", "--num_batch_accum=2"
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    train.main(command(one, data_path, *flags))
+    assert torchrun("none", command(two, data_path, *flags, "--shard=optimizer")) == (0, [])
+    for n_steps in (8, 10):
+        (a, training), (b, expected) = saved_training(two), saved_training(one)
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b) and training["step"] == expected["step"]
+        assert training["optimizer"].keys() == expected["optimizer"].keys()
+        resumed = "--resume_checkpoint", f"--max_iter={n_steps}"
+        train.main(command(two, data_path, *resumed, "--shard=none"))
+        assert torchrun("none", command(one, data_path, *resumed, "--shard=optimizer")) == (0, [])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from conftest import REPO, TINY_MODEL
 from runtime.config import declared_flags
 
 # Scripts import only scripts to their left.
-ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "dataloader", "sampling", "speculative",
+ORDER = ["tokenizer", "shards", "download_data", "model", "optimizer", "sharding", "dataloader", "sampling", "speculative",
          "candidates", "trainer", "learner", "chat", "generate", "players", "strength", "budget", "evaluate", "train",
          "meta", "finetune", "think", "fewshot", "adapt", "grpo", "rollouts", "play", "selfplay", "export", "compare",
          "probes"]
