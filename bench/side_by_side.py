@@ -128,12 +128,12 @@ def run_stages(script: str, description: str, stages: dict[str, Callable[[Path, 
     write_into_docs(script, "\n".join([*found, f"{note}; {made}"]))
 
 
-def write_into_docs(script: str, text: str):
-    """Replaces the text between the markers `<!-- script -->` and `<!-- end of script -->` in docs/benchmarks.md.
+def write_into_docs(script: str, text: str, page: str = "benchmarks.md"):
+    """Replaces the text between the markers `<!-- script -->` and `<!-- end of script -->` in a page of docs/.
 
     script: such as bench/data.py. Raises BadInput when the markers are not there.
     """
-    page = REPO / "docs" / "benchmarks.md"
+    page = REPO / "docs" / page
     start, end = f"<!-- {script} -->\n", f"<!-- end of {script} -->"
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     if start not in old or end not in old:

@@ -51,7 +51,7 @@ def launch(program: str, argv: list[str], n: int, restarts: int = 0) -> tuple[in
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_divided_optimizer_equals_a_whole_one(n):
     """Every choice of --optimizer: weights, state, what each process keeps, and states that go from one number of processes
     to another."""
