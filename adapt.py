@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from runtime.cli import (
 )
 from runtime.config import BadInput, check_flags, flag, flag_names, refuse_given
 from runtime.device import DeviceConfig, Machine, open_machine
+from runtime.distributed import join
 from runtime.files import append_json_line, atomic_write, folder_lock, read_json_lines
 from runtime.signals import StopSignals
 from sampling import load_pretrained
@@ -232,29 +234,42 @@ def is_current(row: dict, next_document: Document | None, stride: int) -> bool:
 
 def read_all(learner: Learner, documents: list[Document], token_bytes: Tensor, stride: int, path: Path,
              controls: bool = True) -> list[dict]:
-    """A row for each document, those that `path` holds already from there. Raises SystemExit when a signal stops it."""
-    earlier, rows = read_rows(path), []
-    with atomic_write(path, "w") as file:  # without a line that a crash cut off, which the next row would be added to
-        file.writelines(json.dumps(row) + "\n" for row in earlier.values())
+    """A row for each document, those that `path` holds already from there; several processes take them in turns, and the
+    main one writes. Raises SystemExit when a signal stops it."""
+    world = join()
+    earlier, rows = world.gather(read_rows(path) if world.is_main else None)[0], []
+    if world.is_main:
+        with atomic_write(path, "w") as file:  # without a line that a crash cut off, which the next row would be added to
+            file.writelines(json.dumps(row) + "\n" for row in earlier.values())
+
+    def row_of(i: int) -> tuple[dict, bool]:
+        """And whether it is new."""
+        document, next_document = documents[i], documents[(i + 1) % len(documents)] if len(documents) > 1 else None
+        row = earlier.get(document.digest)
+        if row is not None and is_current(row, next_document, stride):
+            return row, False
+        try:
+            return read_document(learner, document, next_document, token_bytes, stride, controls), True
+        except FloatingPointError as error:
+            return {"digest": document.digest, "diverged": str(error)}, True
     with StopSignals() as stop, progress_bar(total=sum(len(document.ids) - 1 for document in documents), unit="tok",
-                                             unit_scale=True) as bar:
-        for i, document in enumerate(documents):
-            next_document = documents[(i + 1) % len(documents)] if len(documents) > 1 else None
-            row = earlier.get(document.digest)
-            if row is None or not is_current(row, next_document, stride):
-                try:
-                    row = read_document(learner, document, next_document, token_bytes, stride, controls)
-                except FloatingPointError as error:
-                    row = {"digest": document.digest, "diverged": str(error)}
-                    tqdm.write(f"document {i + 1}: left out, {error}")
+                                             unit_scale=True, disable=not world.is_main) as bar:
+        for i, (row, is_new) in world.map_in_order(row_of, range(len(documents))):
+            n_tokens = len(documents[i].ids) - 1
+            if world.is_main and is_new:
                 append_json_line(path, row)
-            else:
-                bar.initial += len(document.ids) - 1
+                if "diverged" in row:
+                    tqdm.write(f"document {i + 1}: left out, {row['diverged']}")
+            elif world.is_main:
+                bar.initial += n_tokens
             rows.append(row)
-            bar.update(len(document.ids) - 1)
-            if stop.signal and i + 1 < len(documents):
-                log_line(f"stopped after {i + 1} of {len(documents)} documents, which are kept: the same command continues")
-                raise SystemExit(128 + stop.signal)
+            bar.update(n_tokens)
+            signal = int(*world.largest(stop.signal or 0))
+            if signal and i + 1 < len(documents):
+                if world.is_main:
+                    log_line(f"stopped after {i + 1} of {len(documents)} documents, which are kept: the same command "
+                             f"continues")
+                raise SystemExit(128 + signal)
     for before, row in zip([rows[-1], *rows], rows):
         row["other"] = before.get("next")
     return rows
@@ -282,20 +297,26 @@ def describe(learner: Learner, config: AdaptRunConfig, documents: list[Document]
 
 
 def run_documents(config: AdaptRunConfig, adapt: AdaptConfig, machine: Machine, line: str):
-    model, tokenizer, _ = load_pretrained(config.checkpoint_path)
-    plan = make_plan(config, adapt, machine)
+    world = join()
     out_path = config.out_path or config.checkpoint_path.with_name(f"{config.checkpoint_path.stem}_adapted")
-    documents, omitted = read_documents(config, tokenizer, clip_hop(adapt.adapt_hop, model.config.block_size))
-    learner = open_learner(model, tokenizer, adapt, machine)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    conditions = describe(learner, config, documents, token_bytes)
-    with folder_lock(out_path, f"--out_path={out_path}"):
-        rows_path = out_path / "documents.jsonl"
-        save_plan(out_path, plan, config.overwrite, "an evaluation", [rows_path])
-        for condition in conditions:
+    rows_path = out_path / "documents.jsonl"
+    with ExitStack() as until_the_end:
+        with world.failing_together():
+            model, tokenizer, _ = load_pretrained(config.checkpoint_path)
+            plan = make_plan(config, adapt, machine)
+            documents, omitted = read_documents(config, tokenizer, clip_hop(adapt.adapt_hop, model.config.block_size))
+            learner = open_learner(model, tokenizer, adapt, machine)
+            token_bytes = torch.from_numpy(tokenizer.token_bytes())
+            conditions = describe(learner, config, documents, token_bytes)
+            if world.is_main:
+                until_the_end.enter_context(folder_lock(out_path, f"--out_path={out_path}"))
+                save_plan(out_path, plan, config.overwrite, "an evaluation", [rows_path])
+        for condition in conditions if world.is_main else []:
             say(condition)
         flops, stride, extra_bytes = measure_cost(learner, documents)
         rows = read_all(learner, documents, token_bytes, stride, rows_path, config.controls)
+        if not world.is_main:
+            return
         finished = [row for row in rows if "diverged" not in row]
         left_out = [f"Left out: {n:,} {'document' if n == 1 else 'documents'} {reason}." for reason, n in omitted.items()]
         if n := len(rows) - len(finished):
@@ -319,6 +340,9 @@ def main(argv=None):
     check_used(config.task, config, adapt, rules)
     machine, line = open_machine(device), command_line("adapt.py", argv)
     with explain_failures(lambda: "try a smaller model, --adapt_scope=last_half_mlps, or --device=cpu"):
+        if join().size > 1 and config.task != "documents":
+            raise BadInput(f"torchrun --nproc_per_node={join().size}: --task={config.task} runs in one process: start it "
+                           f"with python")
         if config.task == "documents":
             run_documents(config, adapt, machine, line)
             return

@@ -5,6 +5,7 @@
 
 They run the same program on different batches. What only one of them may do, such as writing files, the main one does.
 """
+import atexit
 import functools
 import itertools
 import os
@@ -130,4 +131,5 @@ def join() -> World:
     if world.size > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT)
+        atexit.register(dist.destroy_process_group)  # its threads, if they outlive the interpreter, may end it in a crash
     return world

@@ -1,4 +1,5 @@
 """Several processes train as one does: started by torchrun, on this machine's CPU."""
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_conversations import write_jsonl
 
+import adapt
 import finetune
 import selfplay
 import train
@@ -115,6 +117,22 @@ def test_two_processes_finetune_as_one(data_path, tmp_path, meta):
     assert torchrun("none", [*flags, f"--out_path={two}"], script="finetune") == (0, [])
     assert_equal_runs(two, one)
     assert read_answers(run_folder(two) / "answers.jsonl") == read_answers(run_folder(one) / "answers.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one(trained, tmp_path, english):
+    """The same rows, in the same order, but for their times; what one has begun, two end."""
+    path = write_jsonl(tmp_path / "documents.jsonl", [{"text": text[:900]} for text in english[:6]])
+    flags = [f"--checkpoint_path={trained}", f"--dataset={path}", "--device=cpu", "--dtype=fp32"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    adapt.main([*flags, f"--out_path={one}"])
+    adapt.main([*flags, f"--out_path={two}", "--limit=2"])
+    assert torchrun("none", [*flags, f"--out_path={two}"], script="adapt") == (0, [])
+
+    def rows(folder: Path) -> list[dict]:
+        found = json.loads((folder / "adaptation.json").read_text())["rows"]
+        return [{name: value for name, value in row.items() if "seconds" not in name} for row in found]
+    assert rows(one) == rows(two) and len(rows(one)) == 6
 
 
 @pytest.mark.slow
