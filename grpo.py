@@ -17,6 +17,7 @@ its accuracy, where that is neither 0 nor 1. Source: Absolute Zero, Zhao et al. 
 import copy
 import dataclasses
 import hashlib
+import itertools
 import math
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ from runtime.checkpoint import run_folder
 from runtime.cli import log_line, say
 from runtime.config import BadInput, check_flags, flag, redeclare
 from runtime.device import Machine, seed_everything
+from runtime.distributed import ALONE, World, join
 from runtime.metrics import read_rows
 from runtime.run import TrainingCommand
 from sampling import SamplingConfig, load_pretrained
@@ -216,25 +218,27 @@ class AnswerLoader:
     numbers of a rollout follow on any device, and the starting weights, which the KL divergence is measured from.
     """
 
-    def __init__(self, rollouts: AnswerContext, seed: int):
-        self.rollouts, self.seed, self.questions_seen = rollouts, seed, 0
+    def __init__(self, rollouts: AnswerContext, seed: int, world: World = ALONE):
+        """world: whose processes take the rollouts in turns."""
+        self.rollouts, self.seed, self.world, self.questions_seen = rollouts, seed, world, 0
         self.generator = torch.Generator(rollouts.machine.device)
         self.sums: dict[str, float] = {}
 
     def next_batch(self, model: GPT) -> tuple[Tensor, Tensor, Tensor]:
         """A rollout of the model as it is now."""
-        start = time.perf_counter()
-        self.generator.manual_seed(int(np.random.default_rng([6, self.seed, self.questions_seen]).integers(2**63)))
+        start, n = time.perf_counter(), self.rollouts.config.questions
+        first = self.questions_seen + self.world.rank * n
+        self.questions_seen += self.world.size * n
+        self.generator.manual_seed(int(np.random.default_rng([6, self.seed, first]).integers(2**63)))
         with torch.no_grad(), self.rollouts.machine.autocast():
-            groups = self.rollout(model)
+            groups = self.rollout(model, first)
             batch = self.pack(groups)
         self.count("rollout_seconds", time.perf_counter() - start)
         return batch
 
-    def rollout(self, model: GPT) -> list[Group]:
-        config, prompts = self.rollouts.config, self.rollouts.prompts
-        positions = np.arange(self.questions_seen, self.questions_seen + config.questions)
-        self.questions_seen += config.questions
+    def rollout(self, model: GPT, first: int) -> list[Group]:
+        """first: the position of its first question."""
+        prompts, positions = self.rollouts.prompts, np.arange(first, first + self.rollouts.config.questions)
         return self.solve(model, [prompts[i] for i in epoch_order(positions, len(prompts), self.seed)])
 
     def solve(self, model: GPT, prompts: list[Prompt]) -> list[Group]:
@@ -291,10 +295,17 @@ class AnswerLoader:
     def take_statistics(self) -> dict:
         """What the rollouts since the last call were like: means over answers of reward, answer_length (tokens, with the
         end) and unfinished; over groups of distinct_answers and no_signal, the fraction whose rewards are all equal; and
-        rollout_tokens and rollout_seconds, summed. Of proposals, see ProposalLoader. {} where there were none."""
-        sums, self.sums = self.sums, {}
+        rollout_tokens, summed, and rollout_seconds. Of proposals, see ProposalLoader. {} where there were none. Of all
+        processes, which call it at the same time."""
+        sums, self.sums = self.all_sums(), {}
         return {name: value if name.startswith("rollout_") else value / sums[f"n/{name}"]
                 for name, value in sums.items() if not name.startswith("n/")}
+
+    def all_sums(self) -> dict[str, float]:
+        """Of all processes, which spend the seconds of a rollout beside each other."""
+        parts = self.world.gather(self.sums)
+        sums = {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
+        return sums | ({"rollout_seconds": sums["rollout_seconds"] / len(parts)} if "rollout_seconds" in sums else {})
 
     # -- the loader's state -------------------------------------------------------------------------------------------
 
@@ -307,7 +318,7 @@ class AnswerLoader:
 
     def state_dict(self) -> dict:
         return {"questions_seen": self.questions_seen, "seed": self.seed, "data": self.fingerprint(),
-                "sums": dict(self.sums), "start": self.rollouts.start.state_dict()}
+                "sums": self.all_sums(), "start": self.rollouts.start.state_dict()}
 
     def load_state_dict(self, state: dict):
         """Raises BadInput when the state belongs to other questions, ValueError or RuntimeError when it is not valid."""
@@ -320,7 +331,7 @@ class AnswerLoader:
         if not all(isinstance(value, (int, float)) for value in state["sums"].values()):
             raise ValueError("statistics that are no numbers")
         self.rollouts.start.load_state_dict(state["start"])
-        self.questions_seen, self.sums = state["questions_seen"], dict(state["sums"])
+        self.questions_seen, self.sums = state["questions_seen"], dict(state["sums"]) if self.world.is_main else {}
 
     def close(self):
         """Nothing to close."""
@@ -332,9 +343,8 @@ class ProposalLoader(AnswerLoader):
     Statistics: valid and distinct_proposals, fractions of the proposals; learnability, the proposals' mean reward.
     """
 
-    def rollout(self, model: GPT) -> list[Group]:
+    def rollout(self, model: GPT, first: int) -> list[Group]:
         tokenizer, config = self.rollouts.tokenizer, self.rollouts.config
-        self.questions_seen += config.questions
         ids = prompt_ids(tokenizer, [{"role": "user", "content": PROPOSE}])
         proposals = self.sample(model, [ids] * config.questions)
         found = [check_proposal(answer.text, exact_match) if answer.has_ended else None for answer in proposals]
@@ -410,10 +420,12 @@ class AnswerEvaluation:
         """`evaluate_answers`, whose answers go into answers.jsonl, and the statistics of the rollouts since the last one."""
         row, answers = evaluate_answers(state.model, state.loader.rollouts.start, setup.tokenizer, setup.machine,
                                         self.prompts, self.config, self.show_progress)
-        if setup.writer is not None:
+        is_main = state.loader.world.is_main
+        if setup.writer is not None and is_main:
             write_answers(run_folder(setup.writer.path) / "answers.jsonl", state.step, answers)
         if state.step and not self.has_warned and (what := describe_collapse(row, self.config.answer_tokens)):
-            log_line(f"warning: at step {state.step:,} {what}: lower --learning_rate, or give a --kl, such as 0.01")
+            if is_main:
+                log_line(f"warning: at step {state.step:,} {what}: lower --learning_rate, or give a --kl, such as 0.01")
             self.has_warned = True
         return row | state.loader.take_statistics()
 
@@ -439,14 +451,15 @@ def describe_collapse(row: dict, answer_tokens: int) -> str:
 
 def warm_start(model: GPT, tokenizer: Tokenizer, machine: Machine, demonstrations: list[Conversation], n_steps: int,
                schedule: OptimizerConfig, seed: int):
-    """Trains the model on demonstrations, as finetune.py would, in place. Raises SystemExit when a signal stops it."""
+    """Trains the model on demonstrations, as finetune.py would, in place; each of several processes does the same. Raises
+    SystemExit when a signal stops it."""
     batches = PackedBatches(tokenizer, demonstrations, DEMONSTRATION_ROWS, model.config.block_size, seed)
     loader = TrainLoader(batches, batches.fingerprint())
     setup = TrainSetup(machine, schedule, DEMONSTRATION_ROWS * batches.block_size)
     loop = LoopConfig(max_iter=n_steps, num_batch_accum=1, val_intervals=n_steps, log_intervals=n_steps, verbose=False)
     try:
         stopped_by = fit(init_state(model, loader, setup), loop, answer_loss, Evaluation(lambda state: {"val_loss": 0.0}),
-                         setup)
+                         setup, world=ALONE)
     finally:
         loader.close()
     if stopped_by:
@@ -500,7 +513,7 @@ def open_answer_run(command: TrainingCommand, configs, checkpoint: dict | None, 
         warm_start(model, tokenizer, machine, list(task.demonstrate(N_DEMONSTRATIONS, run.seed)), config.warm_start_iter,
                    FinetuneOptimizer().for_model(pretraining_flags), run.seed)
     rollouts = AnswerContext(config, tokenizer, machine, train, copy.deepcopy(model).requires_grad_(False))
-    loader = (ProposalLoader if task and task.proposes else AnswerLoader)(rollouts, run.seed)
+    loader = (ProposalLoader if task and task.proposes else AnswerLoader)(rollouts, run.seed, join())
     # at most, as many answers end early and those without a gradient are left out
     row_tokens = round(sum(len(prompt.ids) for prompt in train or held_out) / len(train or held_out)) + config.answer_tokens
     batch_tokens = config.questions * config.samples * row_tokens

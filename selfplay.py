@@ -37,6 +37,7 @@ from runtime.checkpoint import load_checkpoint, run_folder, save_checkpoint
 from runtime.cli import command, log_line, say
 from runtime.config import BadInput, check_flags, flag, flag_names, read_flags, redeclare
 from runtime.device import DeviceConfig, open_machine, seed_everything
+from runtime.distributed import join
 from runtime.files import atomic_write, read_json_lines
 from runtime.metrics import read_rows
 from runtime.run import STOP_FLAGS, TrainingCommand, override_horizon
@@ -352,6 +353,9 @@ def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | 
 def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
     """See `open_run`. Resolves --games."""
     run, play, loop = configs.run, configs.play, configs.loop
+    if join().size > 1:
+        raise BadInput(f"torchrun --nproc_per_node={join().size}: --game={run.game} is played in one process: start it with "
+                       f"python, or give a --task")
     game = open_game(run.game, run.board)
     output = open_output(SELFPLAY, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine

@@ -72,7 +72,7 @@ SHORTER = "--max_seconds=3600 fits the whole schedule into an hour"
 MAX_TIMING_SECONDS = 5.0    # of --dry_run, beyond one step
 TYPICAL_MFU = 0.4  # of a CPU, for a guess at how long a run takes
 MIN_SECONDS_TO_COMPILE = 1200.0  # of a run on a CPU, where compiling takes up to a minute and may save a tenth
-MANY_PROCESSES = "train.py", "finetune.py"  # scripts that torchrun may start
+MANY_PROCESSES = "train.py", "finetune.py", "selfplay.py"  # scripts that torchrun may start
 MAX_FP16_SKIPS = 40  # in a row, after which the loss scale is at 1e-7 and no scale helps
 
 
@@ -230,7 +230,7 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
 
 def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evaluation, setup: TrainSetup,
         stop_when: Callable[[TrainState, dict], bool] = lambda state, row: False,
-        on_timed: Callable[[float, float | None], None] | None = None) -> int | None:
+        on_timed: Callable[[float, float | None], None] | None = None, world: World | None = None) -> int | None:
     """Trains `state` until `loop` says it is done; returns the signal that stopped it before, or None.
 
     loss_fn(model, batch) -> nats/token, a scalar; or that and the batch's weight in the mean of a step, where it is not the
@@ -238,10 +238,11 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     the first step, where a loss far from ln(vocab_size) means that something is wired wrongly, every `val_intervals` steps
     and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
     True ends the run there. on_timed(seconds of a step, seconds of the first evaluation with its checkpoint, or None where
-    a resumed run has none): called once, after the first few steps. Raises FloatingPointError when the run has diverged;
+    a resumed run has none): called once, after the first few steps. world: the processes that share the batches, by default
+    all. Raises FloatingPointError when the run has diverged;
     the checkpoint is then the last good one.
     """
-    timer, world = StepTimer(on_timed, setup.period), join()
+    timer, world = StepTimer(on_timed, setup.period), world or join()
     with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(
             total=loop.max_iter, initial=state.step, unit="step", disable=not loop.verbose) as bar:
         if state.step == 0 and not (setup.metrics and setup.metrics.rows):
@@ -370,7 +371,7 @@ def train_step(state: TrainState, loop: LoopConfig, loss_fn: Callable, machine: 
     state.optimizer.step(skip=state.guard.update(total, norm, state.step + 1))
     state.scaler.update()
     state.optimizer.zero_grad()
-    return total, n_tokens * world.size
+    return total, world.sum(n_tokens)
 
 
 def as_tuple(loss: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPO))
 from compare import Arm, parse_arm, time_decoding  # noqa: E402
 from runtime.device import DeviceConfig, describe_hardware, open_machine  # noqa: E402
 
-SIDES = "mixer=attention", "mixer=SSSA", "mixer=ADDD", "mixer=ARRR,positions=none,qk_scale=1.5"
+SIDES = "mixer=attention", "mixer=SSSA", "mixer=DDDA", "mixer=RRRA,positions=none,qk_scale=1.5"
 VOCAB_SIZE = 8192
 
 

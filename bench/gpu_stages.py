@@ -66,8 +66,8 @@ from shards import Manifest, ShardWriter, open_data  # noqa: E402
 from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 
 # What `answer` compares: flags of train.py
-ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "ADDD": ["--mixer=ADDD"],
-               "ARRR": ["--mixer=ARRR", "--positions=none", "--qk_scale=1.5"]}
+ANSWER_ARMS = {"attention": [], "SSSA": ["--mixer=SSSA"], "DDDA": ["--mixer=DDDA"],
+               "RRRA": ["--mixer=RRRA", "--positions=none", "--qk_scale=1.5"]}
 # Sizes of the measurements on a GPU, and in a rehearsal. vocab_sizes: GPT-2's, and half of it; accum: batches in a step;
 # lengths: context lengths that step_tokens are split into; batches: rows that are decoded together; new: tokens to generate;
 # seconds: of each speed measurement.
@@ -515,7 +515,7 @@ def decode_speed(bench: Bench, model: GPT, machine: Machine, n_rows: int, n_prom
 
 def architectures(bench: Bench) -> str:
     """Training steps with the same number of tokens at each context length, and decoding at the end of such a context."""
-    arms = ["mlp=gelu", "mlp=grkan", "mlp=chebkan", "linear=grkan", "mixer=gated_delta", "mixer=ADDD"]
+    arms = ["mlp=gelu", "mlp=grkan", "mlp=chebkan", "linear=grkan", "mixer=gated_delta", "mixer=DDDA"]
     steps, n_new = {}, bench.sizes["new"] // 8 or 1
     for length in reversed(bench.sizes["lengths"]):  # the longest first: they differ most
         for arm in arms if not bench.task.rehearse else arms[bench.sizes["lengths"].index(length)::3]:

@@ -84,6 +84,15 @@ class World:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return tuple(largest.tolist())
 
+    def sum(self, value: int) -> int:
+        """Over all processes, on the host."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value)
+        with explained():
+            dist.all_reduce(total)
+        return int(total)
+
     def gather(self, value: Any) -> list:
         """The values of all processes, by rank."""
         if self.size == 1:

@@ -13,7 +13,9 @@ from test_conversations import write_jsonl
 
 import adapt
 import finetune
+import grpo
 import selfplay
+import think
 import train
 from conftest import REPO, TINY_MODEL, assert_same, run_rows, saved_training, stderr_lines, train_tiny
 from dataloader import shard_loader
@@ -120,6 +122,30 @@ def test_two_processes_finetune_as_one(data_path, tmp_path, meta):
 
 
 @pytest.mark.slow
+def test_two_processes_sample_answers_as_one(data_path, tmp_path, monkeypatch):
+    """Weights, state, rows and answers, bit for bit, each process with a rollout of a step, after a warm start of all."""
+    monkeypatch.setattr(grpo, "reward", lambda question, answer: float(len(answer.text) % 2))
+    base = train_tiny(tmp_path / "base" / "gpt.pt", data_path, "--max_iter=2", "--block_size=64")
+    flags = [f"--checkpoint_path={base}", "--task=arithmetic", "--verbose=0", "--device=cpu", "--dtype=fp32",
+             "--questions=4", "--samples=4", "--answer_tokens=4", "--eval_questions=5", "--pass_k=2", "--num_batch_accum=2",
+             "--max_iter=4", "--val_intervals=2", "--log_intervals=1", "--warm_start_iter=2", "--kl=0.05",
+             "--learning_rate=0.02"]
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    selfplay.main([*flags, f"--out_path={one}"])
+    code, lines = torchrun("rewarded", [*flags, f"--out_path={two}"], script="selfplay")
+    assert code == 0 and len(lines) == 1 and "--answer_tokens=4 cuts them off" in lines[0], lines  # of one process
+    (weights, training), (expected_weights, expected) = map(saved_training, (two, one))
+    assert_same(weights, expected_weights)
+    assert training["loader"]["questions_seen"] == expected["loader"]["questions_seen"] == 4 * 2 * 4
+    timed = {"rollout_seconds"}
+    for row, other in zip(run_rows(two), run_rows(one), strict=True):
+        assert row.keys() == other.keys()
+        assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
+            {name: other[name] for name in row.keys() - timed}, abs=1e-9)
+    assert read_answers(run_folder(two) / "answers.jsonl") == read_answers(run_folder(one) / "answers.jsonl")
+
+
+@pytest.mark.slow
 def test_two_processes_adapt_as_one(trained, tmp_path, english):
     """The same rows, in the same order, but for their times; what one has begun, two end."""
     path = write_jsonl(tmp_path / "documents.jsonl", [{"text": text[:900]} for text in english[:6]])
@@ -189,7 +215,7 @@ def test_bad_input_is_one_line(data_path, tmp_path, event, flags, words):
 
 def test_other_commands_refuse_several_processes(refused, monkeypatch):
     monkeypatch.setattr("trainer.join", lambda: World(size=2))
-    refused(selfplay.main, ["--game=tictactoe"], "torchrun --nproc_per_node=2: selfplay.py trains in one process")
+    refused(think.main, ["--task=addition"], "torchrun --nproc_per_node=2: think.py trains in one process")
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
