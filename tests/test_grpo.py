@@ -191,7 +191,7 @@ def test_answers_without_an_advantage_have_no_gradient(early_ends):
     """They are left out of the batch: what remains has the gradient of all."""
     model, loader = random_model(**SHAPE), make_loader(questions=6)
     with torch.no_grad():
-        groups = loader.rollout(model)
+        groups = loader.rollout(model, 0)
     groups[0] = groups[0]._replace(rewards=[1.0] * 4)
     idx, _, weights = batch = loader.pack(groups)
     rows = [(group.prompt, answer.ids) for group in groups for answer in group.answers]
@@ -386,7 +386,7 @@ def test_proposals_by_hand(monkeypatch):
     monkeypatch.setattr(grpo, "sample_texts", lambda model, tokenizer, prompts, *args: asked.append(prompts) or next(said))
     loader = make_loader(ProposalLoader, questions=6)
     model = SimpleNamespace(config=SimpleNamespace(block_size=80))
-    *solved, proposed = loader.rollout(model)
+    *solved, proposed = loader.rollout(model, 0)
     assert [group.rewards for group in solved] == [[1.0, 0.0, 0.0, 0.0], [1.0] * 4]
     assert proposed.rewards == [0.375, 0.375, 0.0, 0.0, 0.0, 0.0] and proposed.role == "propose"
     assert BYTES.decode(asked[0][0][2:-2]) == PROPOSE and len(asked[0]) == 6 and len(asked[1]) == 8
