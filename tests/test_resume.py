@@ -314,7 +314,8 @@ def test_an_unsaved_flag_is_not_in_the_checkpoint(saved, command, name):
 
 # Of train.py's free flags: values that must leave the weights as they are. Not device and dtype, which choose the machine;
 # a resumed run reports when that has changed.
-FREE = {"data_path": None, "dataloader_num_workers": 1, "gradient_checkpointing": 1, "log_intervals": 2, "sample_tokens": 0}
+FREE = {"data_path": None, "dataloader_num_workers": 1, "gradient_checkpointing": 1, "log_intervals": 2, "sample_tokens": 0,
+        "shard": "optimizer"}
 
 
 @pytest.mark.parametrize("name", FREE)
