@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 __all__ = ["attend", "can_attend", "can_step", "copy_together", "delta_step", "linear", "rms_norm_rows"]
 rms_norm_rows = lambda x, eps: F.rms_norm(x, x.shape[-1:], eps=eps)
 attend, can_attend = None, lambda q, v, keys: False
-delta_step, can_step = None, lambda qkv, states: False
+delta_step, can_step = None, lambda qkv, state: False
 copy_together = lambda tensors, dtype: [tensor.to(dtype) for tensor in tensors]
 '''
 

@@ -92,10 +92,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | No
     return y
 
 
-def can_step(qkv: Tensor, states: Tensor) -> bool:
-    """Whether `delta_step` takes queries, keys and values of one token, (B, 1, channels), and states in fp32."""
+def can_step(qkv: Tensor, state: Tensor) -> bool:
+    """Whether `delta_step` takes queries, keys and values of one token, (B, 1, channels), and a state in fp32."""
     return (qkv.size(1) == 1 and qkv.is_cpu and not torch.is_grad_enabled() and qkv.dtype in MAX_ROWS
-            and states.is_contiguous() and not is_observed(qkv) and can_run() and bool(KERNELS))
+            and state.is_contiguous() and not is_observed(qkv) and can_run() and bool(KERNELS))
 
 
 def delta_step(qkv: Tensor, v: Tensor, rates: Tensor, decay: Tensor, beta_logit: float, state: Tensor,

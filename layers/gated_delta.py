@@ -116,10 +116,10 @@ class GatedDelta(nn.Module):
             kv[-1] = torch.lerp(kv[-1], split_heads(first_layer_v, self.n_head), self.value_mix.to(x.dtype))
         new_v = split_heads(kv[-1], self.n_value_heads)
         if (cache is not None and not metadata.rewindable and metadata.doc_starts is None
-                and can_step(qkv, cache.states)):
-            y, state, cache.angles = delta_step(
-                qkv, kv[-1], self.rates(x), self.decay, self.initial_beta_logit, cache.states[:, 0],
-                None if self.angles is None else self.angles(x), cache.angles)
+                and can_step(qkv, state := cache.states[:, -1])):
+            turns = None if self.angles is None else (self.angles(x), cache.angles[:, -1:])
+            y, state, cache.angles = delta_step(qkv, kv[-1], self.rates(x), self.decay, self.initial_beta_logit, state,
+                                                *(turns or ()))
             cache.states = state.unsqueeze(1)
             return self.proj(y.to(qkv.dtype) * F.silu(self.gate(x))), new_v
         k, v = (torch.stack(part, dim=3).flatten(2, 3) if n > 1 else part[0] for part in (kv[:n], kv[n:]))  # (B, H, T n, D)
