@@ -61,9 +61,10 @@ class ShardedOptimizer(CombinedOptimizer):
         self.world.exchange([[piece.tensor for piece in pieces if piece.owner == rank] for rank in range(self.world.size)])
 
     def zero_grad(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        for groups in self.pieces.values():
+            for pieces in groups:
+                for piece in pieces:
+                    piece.parameter.grad = None
         super().zero_grad()
 
     def saved_bytes(self) -> int:

@@ -220,8 +220,8 @@ def save(state: TrainState, setup: TrainSetup, is_best: bool = False, blocking: 
         assert vocabulary or setup.contents, "a checkpoint says what its tokens mean"
         machine = {"machine": str(setup.machine), "dtype": setup.machine.dtype}
         setup.writer.save(state.model.to_checkpoint() | vocabulary | setup.contents | {
-            "training": training | machine | {"settings": setup.settings, "script": setup.script,
-                                                        "is_best": is_best}}, state.step, is_best, blocking)
+            "training": training | machine | {"settings": setup.settings, "script": setup.script, "is_best": is_best}},
+            state.step, is_best, blocking)
     if setup.metrics is not None:
         setup.metrics.open()  # after the checkpoint: where that cannot be written, the files of an earlier run stay
 
@@ -234,13 +234,12 @@ def fit(state: TrainState, loop: LoopConfig, loss_fn: Callable, evaluate: Evalua
     """Trains `state` until `loop` says it is done; returns the signal that stopped it before, or None.
 
     loss_fn(model, batch) -> nats/token, a scalar; or that and the batch's weight in the mean of a step, where it is not the
-    same for all; batch: what the loader makes, on the device. The evaluation runs before
-    the first step, where a loss far from ln(vocab_size) means that something is wired wrongly, every `val_intervals` steps
-    and at the end; each time the checkpoint is written. stop_when(state, row): called after each evaluation with its row;
-    True ends the run there. on_timed(seconds of a step, seconds of the first evaluation with its checkpoint, or None where
-    a resumed run has none): called once, after the first few steps. world: the processes that share the batches, by default
-    all. Raises FloatingPointError when the run has diverged;
-    the checkpoint is then the last good one.
+    same for all; batch: what the loader makes, on the device. The evaluation runs before the first step, where a loss far
+    from ln(vocab_size) means that something is wired wrongly, every `val_intervals` steps and at the end; each time the
+    checkpoint is written. stop_when(state, row): called after each evaluation with its row; True ends the run there.
+    on_timed(seconds of a step, seconds of the first evaluation with its checkpoint, or None where a resumed run has none):
+    called once, after the first few steps. world: the processes that share the batches, by default all. Raises
+    FloatingPointError when the run has diverged; the checkpoint is then the last good one.
     """
     timer, world = StepTimer(on_timed, setup.period), world or join()
     with StopSignals(STOP_NOTICE if loop.verbose else "") as signals, without_garbage_collection(), progress_bar(

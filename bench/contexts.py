@@ -4,7 +4,7 @@
 
 Models of one width and depth with random weights; one text is decoded, greedily, as generate.py does, after a prompt that
 fills the context but for an eighth of it, at most 64 tokens. Sides take turns; medians of --rounds. Writes its table into
-docs/benchmarks.md. About five minutes on two cores.
+docs/benchmarks.md. About two minutes on two cores.
 """
 import argparse
 import sys

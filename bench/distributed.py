@@ -4,7 +4,7 @@
 
 Sides take turns, each in fresh processes: one process with all threads, and --nproc processes that share them, with and
 without --shard=optimizer, as `torchrun --nproc_per_node` starts them; all take the same batches of random tokens. Then, by
-counting, the bytes of a GPU for larger models. Writes its tables into docs/scaling.md. About three minutes on two cores.
+counting, the bytes of a GPU for larger models. Writes its tables into docs/scaling.md. About seven minutes on two cores.
 """
 import argparse
 import json
