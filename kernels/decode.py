@@ -149,11 +149,14 @@ def can_run() -> bool:
     OpenMP's threads, which several callers may use at a time, and which torch's operations use too."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
+    n_threads = torch.get_num_threads()
     try:
         numba.config.THREADING_LAYER = "omp"
         start_threads(np.zeros(1))
     except Exception:  # no OpenMP, a threading layer that is running already, no folder for machine code …
         return False
+    finally:
+        torch.set_num_threads(n_threads)  # numba starts a thread a core, which torch would use from here on: OpenMP is one
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=KERNELS.clear)  # OpenMP's threads do not survive a fork, and numba would exit
     return True

@@ -125,16 +125,18 @@ def test_other_processors_use_torch(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_process_computes_the_same():
+def test_torch_keeps_its_threads_and_a_forked_process_computes_the_same():
     program = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 from kernels import decode
 from layers.attention import KVCache, Rotary, rotate
 torch.set_num_threads(1)
+assert torch.get_num_threads() == 1  # torch sets OpenMP's number when it is first asked for
 with torch.inference_mode():
     x, weight = torch.ones(1, 64), torch.ones(3, 64)
     assert decode.choose_kernel(x, weight) and decode.linear(x, weight).tolist() == [[64.0] * 3]
+    assert torch.get_num_threads() == 1
     child = os.fork()
     if child == 0:
         os._exit(0 if decode.choose_kernel(x, weight) is None and decode.linear(x, weight).tolist() == [[64.0] * 3] else 1)
