@@ -46,15 +46,20 @@ class ComparisonBar:
         if ended.is_earlier and cell.job.folder not in self.costs:
             self.bar.initial += cell.cost
         self.costs[cell.job.folder] = cell.cost
+        self.show(0.0)
 
     def refresh(self, cells: list[CellLike]):
         """cells: of this stage; those that run count in part."""
         if time.monotonic() > self.checked + 2:  # reading their metrics takes a moment
             self.checked = time.monotonic()
-            running = sum(cell.cost * cell.progress() for cell in cells if cell.job.folder not in self.costs)
-            self.bar.total = max(self.expected_cost(), sum(self.costs.values()))
-            self.bar.set_description_str(f"{len(self.costs)} cells done", refresh=False)
-            self.bar.update(max(0.0, sum(self.costs.values()) + running - self.bar.n))
+            self.show(sum(cell.cost * cell.progress() for cell in cells if cell.job.folder not in self.costs))
+
+    def show(self, running: float):
+        """running: the cost so far of the cells that run."""
+        done = sum(self.costs.values())
+        self.bar.total = max(self.expected_cost(), done)
+        self.bar.set_description_str(f"{len(self.costs)} cell{'s' * (len(self.costs) != 1)} done", refresh=False)
+        self.bar.update(max(0.0, done + running - self.bar.n))
 
 
 def run_stage(stage: str, cells: list[list], jobs: int, stop: StopSignals, bar: ComparisonBar,

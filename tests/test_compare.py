@@ -358,6 +358,7 @@ def test_bar_counts_running_cells_in_part_and_ignores_the_time_of_earlier_runs(g
     cells = [make_cell(gelu, CompareConfig(out_path=tmp_path), environment, "run", 1.0, seed) for seed in (1, 2, 3, 4)]
     bar, cost = compare.ComparisonBar(lambda: sum(cell.cost for cell in cells)), cells[0].cost
     bar.add(cells[0], JobResult("finished", is_earlier=True))
+    assert bar.bar.initial == bar.bar.n == cost and str(bar.bar).startswith("1 cell done  25%")
     bar.add(cells[1], JobResult("finished"))
     cells[2].job.folder.mkdir(parents=True)
     (cells[2].job.folder / "metrics.jsonl").write_text('{"step": 3, "tokens": 2500000}')
