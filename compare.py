@@ -63,6 +63,7 @@ from experiments.analysis import (
     Cell,
     share_vocabulary,
 )
+from experiments.cluster import CLUSTER_HELP, Cluster
 from experiments.code_hash import code_hash
 from experiments.comparison import group_by_size, write_comparison
 from experiments.context import Contexts, Decoding, name_length
@@ -202,8 +203,10 @@ class CompareConfig:
                                     "--block_size tokens holds, weights and cache in --dtype=fp32",
                       choices=("parameters", "non_embedding", "flops", "memory", "none"))
     null: bool = flag(False, "run only the first arm, against itself with other seeds: how large are chance differences?")
-    jobs: int = flag(1, "runs at a time, which share the cores; speed is measured afterwards, one run at a time",
-                     at_least=1, at_most=1000, scope="run")
+    jobs: int = flag(None, "runs at a time, which share the cores; speed is measured afterwards, one run at a time "
+                           "(default: 1; with --cluster one for each GPU, or each core)", at_least=1, at_most=1000,
+                     scope="run")
+    cluster: str = flag(None, CLUSTER_HELP, scope="run")
     out_path: Path = flag(Path("studies/comparison"), "folder for the results", scope="run")
     overwrite: bool = flag(False, "let another comparison replace the results in --out_path", scope="run")
     dry_run: bool = flag(False, "print the forecast, and do nothing", scope="run")
@@ -243,7 +246,11 @@ class CompareConfig:
         if self.script != "adapt" and self.limit[0] not in self.spec.units:
             raise BadInput(f"--budget={self.budget}: runs of {self.script}.py have no budget in {self.limit[0]}: "
                            f"{self.spec.budget_advice()}")
-        if self.limit[0] == "seconds" and self.jobs > 1:
+        if self.cluster and self.dry_run:
+            raise BadInput(f"--cluster={self.cluster}: --dry_run times batches on this machine, not there: leave one out")
+        if self.jobs is None and (not self.cluster or self.script != "adapt" and self.limit[0] == "seconds"):
+            object.__setattr__(self, "jobs", 1)
+        if self.script != "adapt" and self.limit[0] == "seconds" and self.jobs > 1:
             raise BadInput(f"--jobs={self.jobs}: with a budget in seconds only one run at a time is fair: leave it out")
 
     @property
@@ -539,14 +546,17 @@ class RunEnvironment:
     code: str        # hash of the source, see experiments/code_hash.py
 
 
-def detect_environment(config: CompareConfig, common: dict, data: TrainingData) -> RunEnvironment:
+def detect_environment(config: CompareConfig, common: dict, data: TrainingData, cluster: Cluster | None) -> RunEnvironment:
     """Raises BadInput when the device does not exist."""
     device = read_flags(config.spec.device, select_fields(config.spec.device, common))
-    return RunEnvironment(data, *query_device(device), code_hash(REPO / config.spec.command.script))
+    return RunEnvironment(data, *query_device(device, cluster), code_hash(REPO / config.spec.command.script))
 
 
-def query_device(config: DeviceConfig) -> tuple[str, str]:
+def query_device(config: DeviceConfig, cluster: Cluster | None) -> tuple[str, str]:
     """Machine and hardware, as text. A GPU is queried in another process: its context would take memory from the runs."""
+    if cluster:
+        machine, hardware = cluster.run_alone(describe_device, config)
+        return machine, f"{cluster.text}, of which one: {hardware}"
     if not torch.cuda.is_available():
         return describe_device(config)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -1043,8 +1053,8 @@ def expected_runs(results: ArmResults, config: CompareConfig) -> int:
     return grid_runs(results.arm, config) + max(n_searched, 1) - 1 + len(results.arm.seeds)
 
 
-def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
-            stop: StopSignals) -> tuple[list[ArmResults], list[ArmResults]]:
+def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment, stop: StopSignals,
+            cluster: Cluster | None) -> tuple[list[ArmResults], list[ArmResults]]:
     """Runs every arm's learning-rate grid, then lower rates on the full budget while they improve, then every seed at the
     best rate; with --screen, then those of the arms to confirm; and times the arms at the end. With a target, that on rising
     budgets. Returns the results, and those of the screen where it led to a confirmation."""
@@ -1054,7 +1064,8 @@ def run_all(arms: list[Arm], config: CompareConfig, environment: RunEnvironment,
     bar = ComparisonBar(lambda: sum(expected_cost(results, config, environment, is_confirmed)
                                     for group, is_confirmed in ((expected(), False), (confirmed, True))
                                     for results in group))
-    runner = ArmRunner(lambda arm, *which: make_cell(arm, config, environment, *which), config.jobs, stop, bar)
+    runner = ArmRunner(lambda arm, *which: make_cell(arm, config, environment, *which), config.jobs, stop, bar,
+                       cluster)
     with closing(bar.bar):
         if config.target:
             run_to_target(all_results, config.target, runner, config.rates, SPEED_ROUNDS)
@@ -1413,7 +1424,7 @@ def describe_adapt_conditions(arms: list[AdaptArm], config: CompareConfig, docum
     return [f"{models}.", f"{sizes}.", f"{n} documents of {run.dataset}{length}; {rates}.", f"{hardware}, {machine}."]
 
 
-def compare_adaptation(config: CompareConfig, common: dict, line: str):
+def compare_adaptation(config: CompareConfig, common: dict, line: str, cluster: Cluster | None):
     """The command with --script=adapt. line: as typed."""
     arms = build_adapt_arms(config, common)
     documents = read_adapt_documents(config, common, arms)
@@ -1421,9 +1432,10 @@ def compare_adaptation(config: CompareConfig, common: dict, line: str):
     if config.dry_run:
         print_adapt_forecast(arms, config, documents, device)
         return
-    machine, hardware = query_device(device)
+    machine, hardware = query_device(device, cluster)
     environment = f"{machine} {torch.__version__} {code_hash(REPO / 'adapt.py')}"
-    study = AdaptStudy(REPO / "adapt.py", config.out_path / "runs", documents, config.rates, environment, config.jobs)
+    study = AdaptStudy(REPO / "adapt.py", config.out_path / "runs", documents, config.rates, environment, config.jobs,
+                       cluster)
     with folder_lock(config.out_path, f"--out_path={config.out_path}"):
         save_plan(config.out_path, make_adapt_plan(config, common, documents.digest()), config.overwrite, "a comparison")
         with StopSignals() as stop:
@@ -1513,12 +1525,15 @@ def main(argv=None):
     ignore_output_errors()
     config, common = read_command_line(argv)
     line = command_line("compare.py", argv)
+    cluster = Cluster(config.cluster) if config.cluster else None
+    if config.jobs is None:
+        config = dataclasses.replace(config, jobs=cluster.slots)
     if config.script == "adapt":
-        compare_adaptation(config, common, line)
+        compare_adaptation(config, common, line, cluster)
         return
     data = config.spec.load_data(common)
     arms = build_arms(config, common, data)
-    environment = detect_environment(config, common, data)
+    environment = detect_environment(config, common, data, cluster)
     check_budget(arms, config, environment)
     device = read_flags(config.spec.device, select_fields(config.spec.device, common))
     if config.dry_run:
@@ -1530,7 +1545,7 @@ def main(argv=None):
         arms = build_arms(config, common, data, Vocabularies(data, config.out_path / "data").prepared)
         check_budget(arms, config, environment)
         with StopSignals() as stop:
-            results, screened = run_all(arms, config, environment, stop)
+            results, screened = run_all(arms, config, environment, stop, cluster)
             contexts = measure_decoding(results, config, environment, device, stop) if config.lengths else None
         exit_if_stopped(stop, line)
         conditions = lambda group: describe_conditions(group, config, environment)

@@ -32,9 +32,10 @@ from torch import Tensor
 from budget import LOOPS
 from compare import parse_arm, query_device
 from dataloader import IGNORE_INDEX
+from experiments.cluster import CLUSTER_HELP, Cluster, open_runner
 from experiments.code_hash import code_hash
 from experiments.probe_report import ProbeStudy, best_row, write_probe_report
-from experiments.runner import JobResult, Runner, flag_texts
+from experiments.runner import JobResult, flag_texts
 from layers import MIXERS
 from model import FLAGS_OF_MIXERS, GPT, GPTConfig, meta_model
 from optimizer import OptimizerConfig
@@ -79,12 +80,20 @@ class ProbeConfig:
     state_bytes: int = flag(None, "in arms with layers of sliding attention or of a delta rule: the largest window or head "
                                   "size of these with which a text of the trained length leaves at most so many bytes to "
                                   "remember (default: as the arm says)", at_least=1)
-    jobs: int = flag(1, "cells trained at a time, each in a process with one thread", at_least=1, at_most=1000)
+    jobs: int = flag(None, "cells trained at a time, each in a process with one thread (default: 1; with --cluster one for "
+                           "each GPU, or each core)", at_least=1, at_most=1000)
+    cluster: str = flag(None, CLUSTER_HELP)
     out_path: Path = flag(Path("studies/probes"), "folder to write; cells that are finished there are kept")
     dry_run: bool = flag(False, "print the forecast, and do nothing")
     cell: int = flag(None, "internal: train only the cell of --arms, --tasks, --rates and this seed, in this process",
                      at_least=0)
-    __post_init__ = check_flags
+
+    def __post_init__(self):
+        check_flags(self)
+        if self.jobs is None and not self.cluster:
+            object.__setattr__(self, "jobs", 1)
+        if self.cluster and self.dry_run:
+            raise BadInput(f"--cluster={self.cluster}: --dry_run times batches on this machine, not there: leave one out")
 
 
 @dataclass(frozen=True)
@@ -381,6 +390,9 @@ class CellJob:
         return [sys.executable, str(self.script), "--arms", self.cell.arm, "--tasks", self.cell.task,
                 f"--rates={self.cell.rate!r}", f"--cell={self.cell.seed}", *self.flags]
 
+    def files(self) -> list[Path]:
+        return [self.path]
+
     def complete(self, result: JobResult) -> JobResult:
         if result.status in ("finished", "diverged") and read_cell_row(self.path, self.cell) is None:
             return JobResult("failed", "its row is missing: the code has changed meanwhile")
@@ -391,7 +403,8 @@ class CellJob:
         return read_cell_row(self.path, self.cell) or failed
 
 
-def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str, desc: str) -> list[dict]:
+def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, code: str, desc: str,
+              cluster: Cluster | None) -> list[dict]:
     """The rows of all cells, in their order. Raises SystemExit when a signal stopped them."""
     given = {"state_bytes": probe.state_bytes} if probe.state_bytes else {}
     flags = (f"--out_path={probe.out_path}", *flag_texts(vars(common) | given))
@@ -402,22 +415,22 @@ def run_cells(cells: list[ProbeCell], probe: ProbeConfig, common: CellConfig, co
             log_line(f"{cells[i].task}, {cells[i].arm}, seed {cells[i].seed}, learning rate "
                      f"{cells[i].flags['learning_rate']:g}: {result.status}: {result.reason}")
     with StopSignals() as stop:
-        results = Runner(probe.jobs, stop).run(jobs, desc, report_failure)
+        results = open_runner(probe.jobs, stop, cluster).run(jobs, desc, report_failure)
     if stop.signal:
         log_line("stopped, finished cells are kept: the same command continues")
         raise SystemExit(128 + stop.signal)
     return [job.row(result) for job, result in zip(jobs, results)]
 
 
-def run_study(probe: ProbeConfig, common: CellConfig, code: str) -> list[dict]:
+def run_study(probe: ProbeConfig, common: CellConfig, code: str, cluster: Cluster | None) -> list[dict]:
     """The rows of the first seed at all learning rates, then of the others at the best of each arm and task."""
     cells = build_cells(probe, common, 0)
-    rows, rates = run_cells(cells, probe, common, code, "learning rates"), {}
+    rows, rates = run_cells(cells, probe, common, code, "learning rates", cluster), {}
     for entry, group in group_rows(zip(cells, rows)).items():
         best = best_row([row for _, row in group])
         rates[entry] = [next(cell.rate for cell, row in group if row is best)]
     others = [cell for seed in range(1, probe.seeds) for cell in build_cells(probe, common, seed, rates)]
-    return rows + (run_cells(others, probe, common, code, "seeds") if others else [])
+    return rows + (run_cells(others, probe, common, code, "seeds", cluster) if others else [])
 
 
 def group_rows(pairs: Iterable[tuple[ProbeCell, dict]]) -> dict[tuple[str, str], list[tuple[ProbeCell, dict]]]:
@@ -493,11 +506,13 @@ def main(argv=None):
     if probe.dry_run:
         print(*forecast_lines(probe, common, code), sep="\n")
         return
-    _, hardware = query_device(DeviceConfig(common.device, common.dtype))  # raises now if the device does not exist
+    cluster = Cluster(probe.cluster) if probe.cluster else None
+    probe = dataclasses.replace(probe, jobs=probe.jobs or cluster.slots)
+    _, hardware = query_device(DeviceConfig(common.device, common.dtype), cluster)  # raises now if the device does not exist
     given = f"--out_path={probe.out_path}"
     with folder_lock(probe.out_path, given):
         check_writable(probe.out_path / "probes.md", given)
-        rows = run_study(probe, common, code)
+        rows = run_study(probe, common, code, cluster)
         study = ProbeStudy({task: TASKS[task].length for task in dict.fromkeys(probe.tasks)}, SCALES, LOOPS, SOLVED_ACCURACY,
                            EVAL_EXAMPLES, vars(probe) | vars(common), hardware, command_line("probes.py", argv))
         print(write_probe_report(rows, study, probe.out_path))

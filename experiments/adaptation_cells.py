@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.adaptation import bits_per_byte
+from experiments.cluster import Cluster
 from experiments.runner import FINAL_STATUSES, JobResult, flag_texts
 from experiments.stages import ComparisonBar, readable_name, run_stage
 from runtime.files import atomic_write
@@ -53,6 +54,9 @@ class AdaptJob:
 
     def command(self) -> list[str]:
         return [sys.executable, str(self.script), f"--out_path={self.folder}", *self.flags, "--overwrite"]
+
+    def files(self) -> list[Path]:
+        return [self.folder]
 
     def summary(self) -> dict | None:
         """adaptation.json; None where it is missing or damaged."""
@@ -208,13 +212,15 @@ class AdaptDocuments:
 @dataclass(frozen=True)
 class AdaptStudy:
     """What all cells of a comparison have in common. folder: of their folders. rates: multiples to try. environment: what
-    their numbers depend on besides models, flags and documents. jobs: how many run at a time."""
+    their numbers depend on besides models, flags and documents. jobs: how many run at a time. cluster: None for this
+    machine."""
     script: Path
     folder: Path
     documents: AdaptDocuments
     rates: tuple[float, ...]
     environment: str
     jobs: int
+    cluster: Cluster | None = None
 
 
 # -- running them -----------------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def run_adaptation(arms: list[AdaptArm], study: AdaptStudy, stop: StopSignals) -
     def run(stage: str, selected: list[AdaptResults], multiples: Callable, seeds: Callable) -> list[list[AdaptResult]]:
         cells = [[make_cell(results.arm, study, stage, multiple, seed) for multiple in multiples(results)
                   for seed in seeds(results.arm)] for results in selected]
-        return run_stage(stage, cells, study.jobs, stop, bar, AdaptResult.from_job)
+        return run_stage(stage, cells, study.jobs, stop, bar, AdaptResult.from_job, study.cluster)
     with closing(bar.bar):
         searching, multiples = all_results if n_given else [], lambda _: study.rates
         while searching and not stop.signal:

@@ -52,6 +52,9 @@ class Job(Protocol):
     def command(self) -> list[str]:
         """Its command line."""
 
+    def files(self) -> list[Path]:
+        """Files and folders that its process writes, and reads again when it goes on: what travels to another machine."""
+
     def complete(self, result: JobResult) -> JobResult:
         """Called when the process has exited; keeps what has to be kept, and returns the final result."""
 
@@ -117,9 +120,7 @@ class Runner:
         with self.lock:
             if self.stop.signal or self.is_over:
                 return JobResult("stopped")
-            process = subprocess.Popen(
-                job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
-                env=self.environment, start_new_session=True)  # a terminal's Ctrl-C reaches this process, which forwards it
+            process = self.start(job)
             self.processes.add(process)
         _, stderr = process.communicate()
         with self.lock:
@@ -127,6 +128,12 @@ class Runner:
         if process.returncode and (self.stop.signal or self.is_over):
             return JobResult("stopped")
         return job.complete(interpret_exit(process.returncode, error_line(stderr, job.script)))
+
+    def start(self, job: Job) -> subprocess.Popen:
+        """Its process; experiments/cluster.py has one on another machine, with the same three methods and attributes."""
+        return subprocess.Popen(
+            job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+            env=self.environment, start_new_session=True)  # a terminal's Ctrl-C reaches this process, which forwards it
 
 
 def threads_of_job(n_parallel: int) -> int:
@@ -200,6 +207,9 @@ class TrainingJob:
         self.resumed = self.checkpoint.exists()
         flags = ["--resume_checkpoint"] if self.resumed else [*self.flags, "--overwrite"]
         return [sys.executable, str(self.script), f"--{self.out_flag}={self.checkpoint}", *flags, "--verbose=0"]
+
+    def files(self) -> list[Path]:
+        return [self.checkpoint, self.folder]
 
     def previous_result(self) -> JobResult | None:
         path = self.folder / "result.json"

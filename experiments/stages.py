@@ -8,7 +8,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from experiments.runner import Job, JobResult, Runner
+from experiments.cluster import Cluster, open_runner
+from experiments.runner import Job, JobResult
 from runtime.cli import progress_bar
 from runtime.signals import StopSignals
 
@@ -63,9 +64,9 @@ class ComparisonBar:
 
 
 def run_stage(stage: str, cells: list[list], jobs: int, stop: StopSignals, bar: ComparisonBar,
-              make_result: Callable) -> list[list]:
+              make_result: Callable, cluster: Cluster | None = None) -> list[list]:
     """The results of `cells`, a list per arm, which take turns: the first cell of each arm, then the second of each.
-    make_result(cell, how it ended): what a result is."""
+    make_result(cell, how it ended): what a result is. cluster: None for processes of this machine."""
     if stop.signal:
         return [[] for _ in cells]
     order = [cell for turn in itertools.zip_longest(*cells) for cell in turn if cell is not None]
@@ -73,7 +74,7 @@ def run_stage(stage: str, cells: list[list], jobs: int, stop: StopSignals, bar: 
     def on_end(i: int, ended: JobResult):
         bar.add(order[i], ended)
         tqdm.write(make_result(order[i], ended).describe())
-    all_ended = Runner(jobs, stop).run(
+    all_ended = open_runner(jobs, stop, cluster).run(
         [cell.job for cell in order], stage, on_end, lambda: bar.refresh(order))
     results = {cell.job.folder: make_result(cell, ended) for cell, ended in zip(order, all_ended)}
     return [[results[cell.job.folder] for cell in own] for own in cells]

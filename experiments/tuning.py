@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from experiments.analysis import Arm, ArmResults, Cell, CellResult
+from experiments.cluster import Cluster
 from experiments.runner import JobResult
 from experiments.stages import ComparisonBar, run_stage
 from runtime.signals import StopSignals
@@ -11,18 +12,20 @@ from runtime.signals import StopSignals
 @dataclass(frozen=True)
 class ArmRunner:
     """Runs cells, whose arms take turns, and adds their results to those of the arms. make_cell(arm, stage, multiple of its
-    base_lr, seed): see Cell. jobs: runs at a time, but for those that measure speed."""
+    base_lr, seed): see Cell. jobs: runs at a time, but for those that measure speed. cluster: None for this machine."""
     make_cell: Callable[[Arm, str, float, int], Cell]
     jobs: int
     stop: StopSignals
     bar: ComparisonBar
+    cluster: Cluster | None = None
 
     def run(self, stage: str, selected: list[ArmResults], multiples: Callable[[ArmResults], Iterable[float]],
             seeds: Callable[[ArmResults], Iterable[int]]) -> list[list[CellResult]]:
         """The results of one stage, a list for each arm."""
         cells = [[self.make_cell(results.arm, stage, multiple, seed) for multiple in multiples(results)
                   for seed in seeds(results)] for results in selected]
-        return run_stage(stage, cells, 1 if stage == "speed" else self.jobs, self.stop, self.bar, cell_result)
+        return run_stage(stage, cells, 1 if stage == "speed" else self.jobs, self.stop, self.bar, cell_result,
+                         self.cluster)
 
     def tune(self, selected: list[ArmResults], rates: tuple[float, ...]):
         """The grid of learning rates on a part of the budget, unless an arm has that of smaller budgets; then lower rates on

@@ -31,6 +31,9 @@ class FakeJob:
     def command(self) -> list[str]:
         return [sys.executable, "-S", "-c", self.program]
 
+    def files(self) -> list[Path]:
+        return []
+
     def complete(self, result: JobResult) -> JobResult:
         self.completed.append(result)
         return result
