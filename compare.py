@@ -546,13 +546,14 @@ class RunEnvironment:
     code: str        # hash of the source, see experiments/code_hash.py
 
 
-def detect_environment(config: CompareConfig, common: dict, data: TrainingData, cluster: Cluster | None) -> RunEnvironment:
+def detect_environment(config: CompareConfig, common: dict, data: TrainingData,
+                       cluster: Cluster | None = None) -> RunEnvironment:
     """Raises BadInput when the device does not exist."""
     device = read_flags(config.spec.device, select_fields(config.spec.device, common))
     return RunEnvironment(data, *query_device(device, cluster), code_hash(REPO / config.spec.command.script))
 
 
-def query_device(config: DeviceConfig, cluster: Cluster | None) -> tuple[str, str]:
+def query_device(config: DeviceConfig, cluster: Cluster | None = None) -> tuple[str, str]:
     """Machine and hardware, as text. A GPU is queried in another process: its context would take memory from the runs."""
     if cluster:
         machine, hardware = cluster.run_alone(describe_device, config)

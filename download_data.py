@@ -81,6 +81,8 @@ class PrepareConfig:
     num_nodes: int = flag(1, "number of machines that share the work, each with a folder of its own; side by side, these "
                              "folders are the --data_path of train.py", at_least=1)
     node: int = flag(0, "which of the machines this is, from 0", at_least=0)
+    cluster: str = flag(None, "make the folders of all --num_nodes in --data_path, on a Ray cluster: auto, ray://host:10001 "
+                              "or host:6379", on_resume="unsaved")
     dry_run: bool = flag(False, "print the forecast, and do nothing", on_resume="unsaved")
     verify: bool = flag(False, "prepares nothing: checks every shard in --data_path against its manifest",
                         on_resume="unsaved")
@@ -91,6 +93,10 @@ class PrepareConfig:
         check_flags(self)
         if self.node >= self.num_nodes:
             raise BadInput(f"--node={self.node}: must be below --num_nodes={self.num_nodes}")
+        if self.cluster and self.num_nodes == 1:
+            raise BadInput(f"--cluster={self.cluster}: needs --num_nodes=N, the number of parts to make there: add it")
+        if self.cluster and self.dry_run:
+            raise BadInput(f"--cluster={self.cluster}: --dry_run is about this machine: leave one out")
 
     def settings(self) -> dict:
         """What, besides source and tokenizer, determines the bytes of the shards, for the manifest, which describes those
@@ -851,9 +857,15 @@ def main(argv=None):
     if config.dry_run:
         dry_run(config, source_config)
         return
-    start_time = time.perf_counter()
-    resume_command = shlex.join(["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    data, was_complete = prepare(config, source_config, resume_command)
+    start_time, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
+    resume_command = shlex.join(["python", Path(__file__).name, *argv])
+    if config.cluster:
+        from experiments.preparation import prepare_on_cluster  # imports torch, which preparing does not need
+        was_complete = prepare_on_cluster(config.cluster, Path(__file__), config.data_path, config.num_nodes, argv,
+                                          resume_command)
+        data = open_data(config.data_path)
+    else:
+        data, was_complete = prepare(config, source_config, resume_command)
     for line in describe_data(data):
         say(line)
     say(f"{config.data_path}: " + ("already complete, nothing to do" if was_complete else

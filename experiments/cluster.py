@@ -35,8 +35,8 @@ MAX_DEATHS = 3  # of a job's nodes without a new file from it in between
 
 
 class Cluster:
-    """A connection to a Ray cluster: "auto" (this machine's, or that of RAY_ADDRESS), "ray://host:10001" or "host:6379".
-    Raises BadInput without Ray, or where nobody answers."""
+    """The connection of this process to a Ray cluster: "auto" (this machine's, or that of RAY_ADDRESS), "ray://host:10001"
+    or "host:6379". Raises BadInput without Ray, or where nobody answers."""
 
     def __init__(self, address: str):
         try:
@@ -48,8 +48,11 @@ class Cluster:
             check_address(address)
             copy_code(Path(code))
             warnings.simplefilter("ignore")  # of an address that does not answer; the line below says it
-            ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="error")
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+            ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="error",
+                     ignore_reinit_error=True)
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        if not nodes:
+            raise BadInput(f"--cluster={address}: none of its nodes has a core: add one with `ray start --address=HOST:6379`")
         resources = lambda name: [int(node["Resources"].get(name, 0)) for node in nodes]
         self.gpus, self.cores, self.cores_of_node = sum(resources("GPU")), sum(resources("CPU")), min(resources("CPU"))
         self.slots = self.gpus or self.cores  # jobs at a time
@@ -129,7 +132,7 @@ class ClusterProcess:
                 if self.signal or deaths == MAX_DEATHS:
                     self.returncode = -(self.signal or signal.SIGKILL)
                 else:
-                    log_line(f"{self.job.files()[0].name}: {node} died, and with it this run, which goes on elsewhere")
+                    log_line(f"{self.job.files()[-1].name}: {node} died, and with it this run, which goes on elsewhere")
         return None, stderr
 
     def start(self) -> str:

@@ -58,14 +58,15 @@ class RemoteProcess:
     def poll(self) -> tuple[int | None, str, dict[str, bytes]]:
         """(exit code or None, what it printed on stderr, its files that are new or have changed since the last time)."""
         code = self.process.poll()  # before the files are read, so that those of a finished process are complete
-        changed = {}
-        for path in self.own:
+        changed, seen = {}, set()
+        for path in self.own:  # in this order: what comes first may refer to what comes later, which is at least as new
             for file in find_files(self.here(path)):
                 name = str(Path(Path(path).anchor) / file.relative_to(self.folder))
                 with suppress(OSError):  # renamed or deleted meanwhile
                     now = stamp(file)
-                    if self.sent.get(name) != now:
+                    if name not in seen and self.sent.get(name) != now:
                         changed[name], self.sent[name] = file.read_bytes(), now
+                seen.add(name)
         if code is None:
             return None, "", changed
         return code, self.errors.read_text(encoding="utf-8", errors="replace"), changed

@@ -53,7 +53,8 @@ class Job(Protocol):
         """Its command line."""
 
     def files(self) -> list[Path]:
-        """Files and folders that its process writes, and reads again when it goes on: what travels to another machine."""
+        """Files and folders that its process writes, and reads again when it goes on: what travels to another machine. Files
+        that refer to others come before those: a checkpoint before metrics, a manifest before shards."""
 
     def complete(self, result: JobResult) -> JobResult:
         """Called when the process has exited; keeps what has to be kept, and returns the final result."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import compare
+import download_data
 from conftest import REPO, TINY_MODEL, run_rows
 from experiments.cluster import Cluster, ClusterRunner, absolute_path, copy_code
 from experiments.remote import RemoteProcess
@@ -90,6 +91,15 @@ def test_a_forecast_of_this_machine_is_not_one_of_a_cluster(refused):
     refused(compare.main, ["--cluster=auto", "--dry_run"], "--cluster=auto: --dry_run times batches on this machine")
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--cluster=auto"], ["--cluster=auto: needs --num_nodes=N"]),
+    (["--cluster=auto", "--num_nodes=2", "--dry_run"], ["--cluster=auto: --dry_run is about this machine"]),
+    (["--cluster=127.0.0.1:1", "--num_nodes=2"], ["--cluster=127.0.0.1:1: no Ray cluster answers there"])])
+def test_preparing_on_a_cluster_needs_one(flags, words, tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "ray", object())
+    refused(download_data.main, [f"--data_path={tmp_path / 'data'}", *flags], *words)
+
+
 # -- with Ray ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,7 @@ def cluster():
 def test_runs_equal_those_of_this_machine(cluster, data_path, tmp_path):
     device = DeviceConfig("cpu", "fp32")
     machine, hardware = compare.query_device(device, cluster)
-    assert machine == compare.query_device(device, None)[0] and hardware.startswith("a cluster of 1 node, of which one: ")
+    assert machine == compare.query_device(device)[0] and hardware.startswith("a cluster of 1 node, of which one: ")
     here, there = ([make_job(tmp_path / name, data_path, 20, seed) for seed in (1, 2, 3)] for name in ("here", "there"))
     with StopSignals() as stop:
         assert run_jobs(Runner(2, stop), here) == run_jobs(ClusterRunner(cluster, 2, stop), there) == ["finished"] * 3
@@ -157,3 +167,22 @@ def test_a_signal_saves_and_this_machine_goes_on(cluster, data_path, tmp_path):
     with StopSignals() as stop:
         assert run_jobs(Runner(1, stop), [job, whole]) == ["finished"] * 2
     assert job.resumed and numbers(whole.checkpoint) == numbers(job.checkpoint)
+
+
+@pytest.mark.slow
+def test_parts_of_a_data_folder_equal_those_made_by_hand(cluster, english, tmp_path, capsys, refused):
+    """A second command has nothing to do; parts that fail are counted."""
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(english[:30]):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    flags = [f"--dataset={tmp_path / 'texts'}", "--num_nodes=2", "--vocab_size=300", "--val_bytes=2000",
+             "--shard_size_threshold=9000"]
+    for node in range(2):
+        download_data.main([*flags, f"--data_path={tmp_path / 'hand' / str(node)}", f"--node={node}"])
+    by_cluster = [*flags, f"--data_path={tmp_path / 'data'}", "--cluster=local"]
+    download_data.main(by_cluster)
+    download_data.main(by_cluster)
+    assert "already complete, nothing to do" in capsys.readouterr().out
+    files = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.[jn][sp]*")}
+    assert files(tmp_path / "data") == files(tmp_path / "hand") and len(files(tmp_path / "data")) > 8
+    refused(download_data.main, [flag.replace("300", "99999") for flag in by_cluster], "2 of 2 parts failed")
