@@ -44,15 +44,16 @@ class Cluster:
         except ImportError:
             raise BadInput(f"--cluster={address}: needs Ray: pip install 'ray[default]'") from None
         self.ray = ray
-        with tempfile.TemporaryDirectory() as code, explain_no_cluster(address), warnings.catch_warnings():
-            check_address(address)
+        with tempfile.TemporaryDirectory() as code:
             copy_code(Path(code))
-            warnings.simplefilter("ignore")  # of an address that does not answer; the line below says it
-            ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="error",
-                     ignore_reinit_error=True)
+            with explain_no_cluster(address), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an address that does not answer, which is explained already
+                check_address(address)
+                ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="error",
+                         ignore_reinit_error=True)
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         if not nodes:
-            raise BadInput(f"--cluster={address}: none of its nodes has a core: add one with `ray start --address=HOST:6379`")
+            raise BadInput(f"--cluster={address}: none of its nodes has a core: add one with `ray start --address=HOST`")
         resources = lambda name: [int(node["Resources"].get(name, 0)) for node in nodes]
         self.gpus, self.cores, self.cores_of_node = sum(resources("GPU")), sum(resources("CPU")), min(resources("CPU"))
         self.slots = self.gpus or self.cores  # jobs at a time
