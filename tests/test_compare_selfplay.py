@@ -265,7 +265,7 @@ def runs(monkeypatch):
     monkeypatch.setattr(InThisProcess, "stop_at", None)
     monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
     monkeypatch.setattr(compare, "VALIDATIONS", 2)
-    monkeypatch.setattr(compare, "query_device", lambda config: ("cpu, fp32", "a machine"))
+    monkeypatch.setattr(compare, "query_device", lambda config, cluster: ("cpu, fp32", "a machine"))
     return InThisProcess
 
 
