@@ -171,7 +171,7 @@ def test_a_signal_saves_and_this_machine_goes_on(cluster, data_path, tmp_path):
 
 @pytest.mark.slow
 def test_parts_of_a_data_folder_equal_those_made_by_hand(cluster, english, tmp_path, capsys, refused):
-    """A second command has nothing to do; parts that fail are counted."""
+    """A second command has nothing to do, and one with other flags is refused; parts that fail are counted."""
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(english[:30]):
         (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
@@ -185,4 +185,9 @@ def test_parts_of_a_data_folder_equal_those_made_by_hand(cluster, english, tmp_p
     assert "already complete, nothing to do" in capsys.readouterr().out
     files = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.[jn][sp]*")}
     assert files(tmp_path / "data") == files(tmp_path / "hand") and len(files(tmp_path / "data")) > 8
-    refused(download_data.main, [flag.replace("300", "99999") for flag in by_cluster], "2 of 2 parts failed")
+    refused(download_data.main, [flag.replace("300", "400") for flag in by_cluster], "was prepared with --vocab_size=300")
+    other = [flag.replace("/data", "/new").replace("texts", "none") for flag in by_cluster]
+    with pytest.raises(SystemExit) as stop:
+        download_data.main(other)
+    error = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code in (1, 2) and "2 of 2 parts failed" in error and "new/1: bad input: " in error, error
