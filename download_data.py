@@ -861,10 +861,12 @@ def main(argv=None):
     resume_command = shlex.join(["python", Path(__file__).name, *argv])
     if config.cluster:
         from experiments.preparation import prepare_on_cluster  # imports torch, which preparing does not need
-        for node in range(config.num_nodes):  # refuses folders that other flags have made
-            find_manifest(replace(config, node=node, data_path=config.data_path / str(node)), source_config)
+        def is_complete(folder: Path) -> bool:
+            """Raises BadInput where other flags have made it."""
+            part = replace(config, node=int(folder.name), data_path=folder)
+            return bool((manifest := find_manifest(part, source_config)) and manifest.complete)
         was_complete = prepare_on_cluster(config.cluster, Path(__file__), config.data_path, config.num_nodes, argv,
-                                          resume_command)
+                                          resume_command, is_complete)
         data = open_data(config.data_path)
     else:
         data, was_complete = prepare(config, source_config, resume_command)
