@@ -95,6 +95,8 @@ class PrepareConfig:
             raise BadInput(f"--node={self.node}: must be below --num_nodes={self.num_nodes}")
         if self.cluster and self.num_nodes == 1:
             raise BadInput(f"--cluster={self.cluster}: needs --num_nodes=N, the number of parts to make there: add it")
+        if self.cluster and self.node:
+            raise BadInput(f"--node={self.node}: --cluster={self.cluster} makes the parts of all nodes: leave one out")
         if self.cluster and self.dry_run:
             raise BadInput(f"--cluster={self.cluster}: --dry_run is about this machine: leave one out")
 

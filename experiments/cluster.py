@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from experiments.remote import RemoteProcess, find_files
@@ -90,13 +90,14 @@ def check_address(address: str):
 
 class ClusterRunner(Runner):
     """Runs `n_parallel` jobs at a time, which share the cores of the cluster; one at a time, all on the same node, with its
-    cores to itself."""
+    cores to itself. on_gpu: whether each has a GPU, where the cluster has any."""
 
-    def __init__(self, cluster: Cluster, n_parallel: int, stop: StopSignals):
+    def __init__(self, cluster: Cluster, n_parallel: int, stop: StopSignals, on_gpu: bool = True):
         super().__init__(n_parallel, stop)
         self.cluster, is_alone = cluster, n_parallel == 1
         self.threads = cluster.cores_alone if is_alone else max(1, min(cluster.cores // n_parallel, cluster.cores_of_node))
-        placed = {"num_cpus": self.threads, "num_gpus": min(1, cluster.gpus), **(cluster.alone() if is_alone else {})}
+        placed = {"num_cpus": self.threads, "num_gpus": min(1, cluster.gpus) * on_gpu}
+        placed |= cluster.alone() if is_alone else {}
         self.open_actor = functools.partial(cluster.ray.remote(RemoteProcess).options(**placed).remote)
 
     def start(self, job: Job) -> "ClusterProcess":
@@ -125,15 +126,16 @@ class ClusterProcess:
                         deaths = 0
                     if self.returncode is None:
                         time.sleep(POLL_SECONDS)
-                if node:
-                    self.ray.get(self.actor.close.remote())
-                self.ray.kill(self.actor)
             except self.ray.exceptions.RayActorError:
                 deaths += 1
                 if self.signal or deaths == MAX_DEATHS:
                     self.returncode = -(self.signal or signal.SIGKILL)
                 else:
                     log_line(f"{self.job.files()[-1].name}: {node} died, and with it this run, which goes on elsewhere")
+        with suppress(self.ray.exceptions.RayActorError):
+            if self.has_started:
+                self.ray.get(self.actor.close.remote())
+            self.ray.kill(self.actor)
         return None, stderr
 
     def start(self) -> str:

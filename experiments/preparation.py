@@ -51,7 +51,7 @@ def prepare_on_cluster(address: str, script: Path, data_path: Path, n_parts: int
         cluster, was_complete = Cluster(address), {is_complete(job.folder) for job in jobs} == {True}
         n_parallel = max(2, min(n_parts, cluster.cores))  # alone, it would be kept to one node
         with StopSignals() as stop:
-            results = ClusterRunner(cluster, n_parallel, stop).run(jobs, "parts", report_failure)
+            results = ClusterRunner(cluster, n_parallel, stop, on_gpu=False).run(jobs, "parts", report_failure)
     if stop.signal:
         log_line(f"stopped, finished shards are kept: the same command continues: {resume_command}")
         raise SystemExit(128 + stop.signal)

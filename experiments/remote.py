@@ -49,9 +49,10 @@ class RemoteProcess:
         return self.folder / Path(path).relative_to(Path(path).anchor)
 
     def map_path(self, arg: str) -> str:
-        """--name=value, whose value is a path of its own files or a folder above them."""
-        name, equals, value = arg.partition("=")
-        if equals and os.path.isabs(value) and any(Path(path).is_relative_to(value) for path in self.own):
+        """--name=value, whose value is one of its own files or folders, or the --out_path that they are in; what it reads
+        may be above them and stays."""
+        name, _, value = arg.partition("=")
+        if value in self.own or name == "--out_path" and any(Path(path).is_relative_to(value) for path in self.own):
             return f"{name}={self.here(value)}"
         return arg
 

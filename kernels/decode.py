@@ -156,7 +156,7 @@ def can_run() -> bool:
     except Exception:  # no OpenMP, a threading layer that is running already, no folder for machine code …
         return False
     finally:
-        torch.set_num_threads(n_threads)  # numba starts a thread a core, which torch would use from here on: OpenMP is one
+        torch.set_num_threads(n_threads)  # numba asks OpenMP for all cores, and torch reads its number there
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=KERNELS.clear)  # OpenMP's threads do not survive a fork, and numba would exit
     return True

@@ -47,13 +47,13 @@ def test_a_process_has_its_files_in_a_folder_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "node").mkdir()
     monkeypatch.chdir(tmp_path / "node")
     process = RemoteProcess()
-    process.start(str(script), ["--out_path=/far/away", "--dataset=/far/else"], ["/far/away/run"],
+    process.start(str(script), ["--out_path=/far/away", "--dataset=/far"], ["/far/away/run"],
                   {"/far/away/run/old": b"text "}, "/no/such/folder", 1)
     found = {}
     while (polled := process.poll())[0] is None:
         found |= polled[2]
         time.sleep(0.01)
-    assert polled[:2] == (3, "one line\n") and found | polled[2] == {"/far/away/run/new": b"text --dataset=/far/else"}
+    assert polled[:2] == (3, "one line\n") and found | polled[2] == {"/far/away/run/new": b"text --dataset=/far"}
     assert not Path("/far").exists() and process.poll() == (3, "one line\n", {})
     process.send_signal(signal.SIGTERM)
     process.close()
@@ -93,6 +93,7 @@ def test_a_forecast_of_this_machine_is_not_one_of_a_cluster(refused):
 
 @pytest.mark.parametrize("flags, words", [
     (["--cluster=auto"], ["--cluster=auto: needs --num_nodes=N"]),
+    (["--cluster=auto", "--num_nodes=2", "--node=1"], ["--node=1: --cluster=auto makes the parts of all nodes"]),
     (["--cluster=auto", "--num_nodes=2", "--dry_run"], ["--cluster=auto: --dry_run is about this machine"]),
     (["--cluster=127.0.0.1:1", "--num_nodes=2"], ["--cluster=127.0.0.1:1: no Ray cluster answers there"])])
 def test_preparing_on_a_cluster_needs_one(flags, words, tmp_path, monkeypatch, refused):
