@@ -9,9 +9,11 @@ import atexit
 import functools
 import itertools
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +28,8 @@ TIMEOUT = timedelta(minutes=30)  # a process that waits so long for the others e
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. rank: of this one, from 0; local_rank: on its machine. n_restarts: of all of them, by
-    torchrun."""
+    """The processes of a run. rank: of this one, from 0; local_rank: on its machine. n_restarts: how often torchrun
+    has started all of them again."""
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -131,6 +133,24 @@ def explained():
         raise OSError(f"another process of this run has ended ({str(error).splitlines()[0][:200]})") from None
 
 
+def store_of_this_start(store: dist.Store, world: World) -> dist.Store:
+    """A part of `store` that only the processes now running use, to be called in all of them.
+
+    torchrun has one store for all its restarts, so a process might find the address of one that is dead. Therefore the main
+    one names the part, and tells each of the others until it has confirmed it: what another start has left never does."""
+    own = uuid.uuid4().hex
+    if not world.is_main:
+        store.set(f"joins/{world.rank}", own)
+        name = store.get(f"{own}/name").decode()
+        store.set(f"{own}/knows/{name}", "")
+        return dist.PrefixStore(name, store)
+    for rank in range(1, world.size):
+        while not store.check([f"{(other := store.get(f'joins/{rank}').decode())}/knows/{own}"]):
+            store.set(f"{other}/name", own)
+            time.sleep(0.005)
+    return dist.PrefixStore(own, store)
+
+
 @functools.cache
 def join() -> World:
     """Joins the processes that torchrun has started, once; the device is still to be chosen, see `local_device`."""
@@ -139,6 +159,10 @@ def join() -> World:
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")))
     if world.size > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT)
+        with explained():
+            store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT, rank=world.rank,
+                                    world_size=world.size, store=store_of_this_start(store, world))
+        world = replace(world, n_restarts=int(world.largest(world.n_restarts)[0]))  # each machine counts its own
         atexit.register(dist.destroy_process_group)  # its threads, if they outlive the interpreter, may end it in a crash
     return world

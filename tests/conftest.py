@@ -5,12 +5,14 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Command
 
 import download_data
 import tokenizer
@@ -117,6 +119,12 @@ def run_train(data_path, tmp_path):
 def trained(data_path, tmp_path_factory) -> Path:
     """The checkpoint of a run of 3 steps, which tests share and must leave as it is."""
     return train_tiny(tmp_path_factory.mktemp("trained") / "gpt.pt", data_path, "--max_iter=3")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The Python programs that this process starts need not import torch, see commands.py."""
+    monkeypatch.setattr(subprocess, "Popen", Command)
 
 
 TIMINGS = {"seconds", "tok_per_sec", "mfu", "peak_memory"}  # these differ between two runs of the same steps

@@ -4,8 +4,10 @@
 """
 import importlib
 import os
+import random
 import signal
 import sys
+import threading
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -24,6 +26,8 @@ loss_fn, n_batches = train.next_token_loss, 0
 def watched(model, batch):
     global n_batches
     n_batches += 1
+    if event == "clock" and n_batches == 1:
+        clock.start()
     if n_batches == 5 and rank == 1 and not n_restarts:  # the first batch of the third step, where each has two
         if event == "signal":
             signal.raise_signal(signal.SIGTERM)
@@ -34,6 +38,15 @@ def watched(model, batch):
     return loss_fn(model, batch)
 
 
+def kill():
+    print(f"{rank} killed itself", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if event == "kill_often" and n_restarts < 10 and n_restarts % 2 == rank:
+    clock = threading.Timer(random.Random(n_restarts).uniform(0, 1), kill)
+    clock.daemon = True
+    event = "clock"
 train.next_token_loss = watched
 if event == "differ":
     flags.append(f"--seed={rank}")

@@ -5,10 +5,9 @@ import os
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 
+import commands
 import pytest
 import torch
 from test_model import random_model
@@ -543,8 +542,8 @@ class Terminal:
     def __init__(self, *command: str):
         fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
         self.keys, terminal = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        self.process = commands.start(
+            command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # so that Ctrl-C is a signal
         os.close(terminal)

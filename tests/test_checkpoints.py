@@ -3,11 +3,10 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import commands
 import pytest
 import torch
 
@@ -309,10 +308,8 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(run_train, tmp
     while True:
         last = modified(path)
         program = ["-c", ASYNC] if starts % 2 else [str(REPO / "train.py")]
-        process = subprocess.Popen(
-            [sys.executable, *program, f"--checkpoint_path={path}", "--verbose=0",
-             *(["--resume_checkpoint"] if last else new)], stderr=subprocess.PIPE,
-            text=True)
+        process = commands.start([*program, f"--checkpoint_path={path}", "--verbose=0",
+                                  *(["--resume_checkpoint"] if last else new)])
         starts += 1
         try:
             if kills < n_kills:

@@ -731,7 +731,7 @@ def test_results_of_another_comparison_are_not_replaced(fake_train, refused, fla
 # -- the command with the real scripts --------------------------------------------------------------------------------
 
 @pytest.mark.integration
-def test_command_with_the_real_train_py(data_path, tmp_path, monkeypatch):
+def test_command_with_the_real_train_py(data_path, tmp_path, monkeypatch, forked):
     """Two arms end to end, at a length of context; the tables hold what their runs logged."""
     monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
     compare.main([f"--data_path={data_path}", f"--out_path={tmp_path / 'out'}", "--arms", "mlp=gelu",
@@ -770,7 +770,7 @@ def test_models_with_different_tokenizers_have_different_vocabularies(questions,
 
 
 @pytest.mark.integration
-def test_finetuning_runs_are_compared(run_train, questions, tmp_path, monkeypatch):
+def test_finetuning_runs_are_compared(run_train, questions, tmp_path, monkeypatch, forked):
     """Two models to start from, end to end."""
     monkeypatch.setattr(compare, "SPEED_ROUNDS", 1)
     monkeypatch.setattr(compare, "VALIDATIONS", 2)

@@ -3,14 +3,12 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 
 import adapt
@@ -163,10 +161,8 @@ def test_killed_and_resumed_gives_the_same_page(flags, in_process, tmp_path):
     flags = [*flags, "--seeds=1"]
     compare.main(flags)
     rows, other = read_csv(tmp_path / "out"), tmp_path / "other"
-    command = [sys.executable, str(REPO / "compare.py"), *flags, f"--out_path={other}", "--jobs=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                               start_new_session=True)
+    command = [REPO / "compare.py", *flags, f"--out_path={other}", "--jobs=2"]
+    process = commands.start(command, start_new_session=True)
     end = time.monotonic() + 120
     while not list(other.glob("runs/*/documents.jsonl")) and time.monotonic() < end:
         time.sleep(0.02)
@@ -175,7 +171,7 @@ def test_killed_and_resumed_gives_the_same_page(flags, in_process, tmp_path):
     assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error, error
     assert not (other / "comparison.md").exists()
     assert 1 <= len(list(other.glob("runs/*/documents.jsonl"))) <= 2
-    resumed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    resumed = commands.run(command, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
     assert read_csv(other) == rows
 

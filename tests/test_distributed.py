@@ -1,14 +1,15 @@
 """Several processes train as one does: started by torchrun, on this machine's CPU."""
 import json
-import os
-import subprocess
-import sys
+import socket
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from test_conversations import write_jsonl
 
 import adapt
@@ -37,21 +38,28 @@ def command(path: Path, data_path: Path, *flags: str) -> list[str]:
             *(() if resumes else FLAGS), *flags]
 
 
-def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0, script: str = "train") -> tuple[int, list[str]]:
+def torchrun(event: str, argv: list[str], n: int = 2, restarts: int = 0, script: str = "train",
+             machines: int = 1) -> tuple[int, list[str]]:
     """Of a command in `n` processes, see `launch`. event, script: see processes.py. argv: flags of the script."""
-    return launch("processes.py", [event, script, *argv], n, restarts)
+    return launch("processes.py", [event, script, *argv], n, restarts, machines)
 
 
-def launch(program: str, argv: list[str], n: int, restarts: int = 0) -> tuple[int, list[str]]:
-    """The exit code of torchrun, and the lines that the processes have printed to stderr. program: a file of tests/."""
-    with tempfile.TemporaryDirectory() as logs:
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                               f"--max_restarts={restarts}", f"--log_dir={logs}", "--redirects=2",
-                               str(REPO / "tests" / program), *argv],
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def launch(program: str, argv: list[str], n: int, restarts: int = 0, machines: int = 1) -> tuple[int, list[str]]:
+    """The exit code of torchrun, and the lines that the processes have printed to stderr. program: a file of tests/.
+    machines: how many torchruns start the processes together, as on so many machines."""
+    with tempfile.TemporaryDirectory() as logs, socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        where = ["--standalone"] if machines == 1 else [
+            f"--nnodes={machines}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{unused.getsockname()[1]}"]
+        unused.close()
+        started = [commands.start([
+            "-m", "torch.distributed.run", *where, f"--nproc_per_node={n // machines}", f"--max_restarts={restarts}",
+            f"--log_dir={logs}/{machine}", "--redirects=2", REPO / "tests" / program, *argv]) for machine in range(machines)]
+        for process in started:
+            process.communicate()
         errors = [path.read_text() for path in sorted(Path(logs).rglob("stderr.log"))]
         print(*errors, sep="\n")  # which pytest shows where a test fails
-        return done.returncode, [line for text in errors for line in stderr_lines(text)]
+        return max(process.returncode for process in started), [line for text in errors for line in stderr_lines(text)]
 
 
 @pytest.mark.integration
@@ -67,7 +75,7 @@ def assert_equal_runs(path: Path, expected: Path):
     assert run_rows(path) == run_rows(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_processes_train_as_one(data_path, tmp_path):
     """Bit for bit where each has one batch of a step: weights, state, losses and validation; and one process resumes what
     two have begun."""
@@ -81,7 +89,7 @@ def test_two_processes_train_as_one(data_path, tmp_path):
     assert_equal_runs(two, one)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_processes_with_a_part_of_the_optimizer_train_as_one(data_path, tmp_path):
     """And one process resumes what they have begun, and they what one has."""
     flags = "--grad_clip=0.5", "--num_batch_accum=2"
@@ -97,7 +105,7 @@ def test_processes_with_a_part_of_the_optimizer_train_as_one(data_path, tmp_path
         assert torchrun("none", command(one, data_path, *resumed, "--shard=optimizer")) == (0, [])
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("meta", [None, "fomaml"])
 def test_two_processes_finetune_as_one(data_path, tmp_path, meta):
     """Bit for bit: weights, state, losses, validation and answers, though the batches of a step hold unequal numbers of
@@ -148,20 +156,20 @@ def test_two_processes_sample_answers_as_one(data_path, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_adapt_as_one(trained, tmp_path, english):
     """The same rows, in the same order, but for their times; what one has begun, two end."""
-    path = write_jsonl(tmp_path / "documents.jsonl", [{"text": text[:900]} for text in english[:6]])
+    path = write_jsonl(tmp_path / "documents.jsonl", [{"text": text[:400]} for text in english[:4]])
     flags = [f"--checkpoint_path={trained}", f"--dataset={path}", "--device=cpu", "--dtype=fp32"]
     one, two = tmp_path / "one", tmp_path / "two"
     adapt.main([*flags, f"--out_path={one}"])
-    adapt.main([*flags, f"--out_path={two}", "--limit=2"])
+    adapt.main([*flags, f"--out_path={two}", "--limit=1"])
     assert torchrun("none", [*flags, f"--out_path={two}"], script="adapt") == (0, [])
 
     def rows(folder: Path) -> list[dict]:
         found = json.loads((folder / "adaptation.json").read_text())["rows"]
         return [{name: value for name, value in row.items() if "seconds" not in name} for row in found]
-    assert rows(one) == rows(two) and len(rows(one)) == 6
+    assert rows(one) == rows(two) and len(rows(one)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_signal_to_one_process_stops_all(data_path, tmp_path):
     """At the same step, after which two processes go on, to weights that differ from those of one by rounding: each adds up
     two batches of four first; and the memory of pairs has a sparse gradient in one process alone."""
@@ -176,7 +184,7 @@ def test_a_signal_to_one_process_stops_all(data_path, tmp_path):
         assert row["val_loss"] == pytest.approx(other["val_loss"], abs=1e-6) if "val_loss" in other else row
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_killed_processes_go_on_from_the_checkpoint(data_path, tmp_path):
     """One is killed in the third step; torchrun starts all again, and they end as if nothing had been."""
     one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
@@ -187,7 +195,41 @@ def test_killed_processes_go_on_from_the_checkpoint(data_path, tmp_path):
     assert_equal_runs(two, one)
 
 
+@pytest.mark.integration
+def test_the_processes_of_two_machines_train_as_one(data_path, tmp_path):
+    """As above; the machine whose process has not died counts no restart."""
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    flags = "--num_batch_accum=2", "--val_intervals=1"
+    train.main(command(one, data_path, *flags))
+    code, lines = torchrun("kill", command(two, data_path, *flags), restarts=1, machines=2)
+    assert code == 0, lines
+    assert_equal_runs(two, one)
+
+
 @pytest.mark.slow
+def test_processes_killed_ten_times_train_as_if_nothing_had_been(data_path, tmp_path):
+    """By SIGKILL, at random moments, both in turn."""
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    flags = "--num_batch_accum=2", "--val_intervals=5", "--max_iter=200", "--val_bytes=500"
+    train.main(command(one, data_path, *flags))
+    code, lines = torchrun("kill_often", command(two, data_path, *flags), restarts=10)
+    assert code == 0 and sum("killed itself" in line for line in lines) == 10, lines
+    assert_equal_runs(two, one)
+
+
+def test_a_store_of_several_starts_is_used_by_each_alone():
+    """Though the first has left a name to each of its processes, which have ended, and an address under it."""
+    store, parts = dist.HashStore(), []
+    for address in "dead", "alive":
+        with ThreadPoolExecutor(3) as pool:
+            late, *early = (pool.submit(distributed.store_of_this_start, store, World(rank, 3)) for rank in (0, 1, 2))
+            parts = [late.result(), *(part.result() for part in early)]
+        assert not parts[2].check(["address"])
+        parts[1].set("address", address)
+        assert [part.get("address").decode() for part in parts] == [address] * 3
+
+
+@pytest.mark.integration
 def test_a_process_that_fails_ends_all_with_one_line(data_path, tmp_path):
     path = tmp_path / "run" / "gpt.pt"
     code, lines = torchrun("raise", command(path, data_path))
@@ -196,7 +238,7 @@ def test_a_process_that_fails_ends_all_with_one_line(data_path, tmp_path):
     assert load_checkpoint(path)["training"]["step"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_one_process_says_that_the_run_has_diverged(data_path, tmp_path):
     flags = "--learning_rate=1e38", "--grad_clip=0", "--warmup_iter=0", "--max_iter=50", "--val_intervals=1000"
     code, lines = torchrun("none", command(tmp_path / "run" / "gpt.pt", data_path, *flags))

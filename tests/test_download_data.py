@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from test_sources import assert_resumes_everywhere
@@ -262,17 +263,13 @@ def test_a_preparation_resumes_after_ctrl_c_at_any_line(tmp_path, text, texts, f
 def test_a_full_disk(tmp_path, text, limit):
     """Files may have at most `limit` bytes: the tokenizer, the validation shard or a training shard cannot be written."""
     expected = contents(prepare(tmp_path, text, folder="whole"))
-
-    def limited():
-        import resource
-        import signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    program = f"""import download_data, resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+download_data.main()"""
     flags = [text, f"--data_path={tmp_path / 'data'}", "--vocab_size=400", "--val_bytes=8000",
              "--shard_size_threshold=9000", "--tokens_threshold=40000"]
-    done = subprocess.run([sys.executable, str(REPO / "download_data.py"), *flags], capture_output=True, text=True,
-                          preexec_fn=limited, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    done = commands.run(["-c", program, *flags], cwd=REPO, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "[00:" not in line]
     assert done.returncode == 1 and len(lines) == 1 and "File too large" in lines[0], done.stderr
     assert str(tmp_path / "data") in lines[0] and not list((tmp_path / "data").glob("*.tmp"))
@@ -335,8 +332,7 @@ def prepare_with_kills(flags: list[str], path: Path, n_kills: int) -> list[int]:
     unharmed. Returns the number of shards there were after each kill."""
     seeds, n_shards = itertools.count(), []
     while len(n_shards) < n_kills or (n_kills > 10 and len(set(n_shards)) < 5):
-        done = subprocess.run([sys.executable, "-c", KILL, str(next(seeds)), *flags], cwd=REPO, capture_output=True,
-                              text=True, timeout=60)
+        done = commands.run(["-c", KILL, next(seeds), *flags], cwd=REPO, timeout=60)
         assert done.returncode in (0, -9), done.stderr
         if Manifest.load(path).complete:  # it was faster
             shutil.rmtree(path)
@@ -422,7 +418,7 @@ def test_two_preparations_in_one_folder_are_refused(tmp_path, text, refused):
 download_data.write_validation  # or the line below would replace nothing
 download_data.write_validation = lambda *args: sys.stdin.read()
 download_data.main()"""
-    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=REPO, stdin=subprocess.PIPE)
+    process = commands.start(["-c", program, *flags], cwd=REPO, stdin=subprocess.PIPE)
     try:
         while not (tmp_path / "data" / "manifest.json").exists():
             assert process.poll() is None

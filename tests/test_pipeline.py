@@ -1,13 +1,13 @@
 """Whole commands in processes of their own: from text to shards to a model to text, chats, exports, signals, exit codes."""
+import functools
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import commands
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,10 +20,9 @@ pytestmark = pytest.mark.integration
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
-def run(script: str, *flags: str, stdin: str | None = None, code: int = 0, **environment: str) -> str:
+def run(script: str, *flags: str, stdin: str | None = None, code: int = 0, start=commands.run, **environment: str) -> str:
     """Runs the script, which must exit with `code` and without a traceback. Returns what it printed on stdout."""
-    done = subprocess.run([sys.executable, str(REPO / script), *flags], env=os.environ | environment, capture_output=True,
-                          text=True, input=stdin)
+    done = start([str(REPO / script), *flags], env=os.environ | environment, input=stdin)
     assert "Traceback" not in done.stderr and done.returncode == code, done.stderr
     return done.stdout
 
@@ -38,19 +37,20 @@ def text(tmp_path, english) -> Path:
 
 
 def test_text_to_shards_to_model_to_text(tmp_path, text):
-    """From another folder than the repository, with as many defaults as a test can afford."""
+    """From another folder than the repository, with as many defaults as a test can afford, in interpreters of their own."""
+    run_fresh = functools.partial(run, start=commands.run_from_start)
     data, checkpoint = f"--data_path={tmp_path / 'data'}", f"--checkpoint_path={tmp_path / 'runs' / 'tiny.pt'}"
     tokenizer = f"--tokenizer_path={tmp_path / 'tokenizer.json'}"
-    assert "500 tokens" in run("tokenizer.py", f"--dataset={text}", "--vocab_size=500", tokenizer)
-    assert "train: " in run("download_data.py", f"--dataset={text}", data, tokenizer, "--val_bytes=8000")
+    assert "500 tokens" in run_fresh("tokenizer.py", f"--dataset={text}", "--vocab_size=500", tokenizer)
+    assert "train: " in run_fresh("download_data.py", f"--dataset={text}", data, tokenizer, "--val_bytes=8000")
     flags = [*TINY_MODEL, "--batch_size=8", "--num_batch_accum=2", "--learning_rate=0.01", "--val_intervals=10"]
-    out = run("train.py", data, checkpoint, *flags, "--max_iter=20", "--vocab_size=500")
+    out = run_fresh("train.py", data, checkpoint, *flags, "--max_iter=20", "--vocab_size=500")
     losses = [float(loss) for loss in re.findall(r"val (\d+\.\d+) nats/token", out)]
     assert len(losses) == 3 and losses[0] == pytest.approx(6.2146, abs=0.1) and losses[2] < losses[0]
     assert out.split("sample, the start of a document:")[1].strip()
-    assert "resuming at step 20" in run("train.py", checkpoint, "--resume_checkpoint", "--max_iter=25")
+    assert "resuming at step 20" in run_fresh("train.py", checkpoint, "--resume_checkpoint", "--max_iter=25")
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")] == [0, 10, 20, 25]
-    out = run("generate.py", checkpoint, "--prompt=défi ", "--max_new_tokens=10", PYTHONIOENCODING="ascii")
+    out = run_fresh("generate.py", checkpoint, "--prompt=défi ", "--max_new_tokens=10", PYTHONIOENCODING="ascii")
     assert out.startswith("d?fi ")  # the terminal's encoding has no é
 
 
@@ -92,9 +92,8 @@ atexit.register(print, "torn down")
 tokenizer.Tokenizer.save = save
 tokenizer.main()
 """
-    done = subprocess.run([sys.executable, "-c", program, code, f"--dataset={tmp_path / 'a.parquet'}",
-                           "--vocab_size=300", f"--tokenizer_path={tmp_path / 'tokenizer.json'}"],
-                          cwd=REPO, capture_output=True, text=True, env=BUFFERED)
+    done = commands.run_from_start(["-c", program, code, f"--dataset={tmp_path / 'a.parquet'}", "--vocab_size=300",
+                                    f"--tokenizer_path={tmp_path / 'tokenizer.json'}"], cwd=REPO, env=BUFFERED)
     assert done.returncode == int(code) and done.stdout.startswith("printed late\n"), done
     assert "torn down" not in done.stdout
 
@@ -108,8 +107,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, data_path, number, to_grou
     flags = [f"--data_path={data_path}", f"--checkpoint_path={path}", *TINY_MODEL, "--batch_size=4",
              "--num_batch_accum=2", "--max_iter=100000", "--val_intervals=100000", "--val_iter=1", "--log_intervals=1",
              "--dataloader_num_workers=2"]
-    process = subprocess.Popen([sys.executable, str(REPO / "train.py"), *flags], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = commands.start([str(REPO / "train.py"), *flags], start_new_session=True)
     wait_until(lambda: len(read_rows(tmp_path / "gpt" / "metrics.jsonl")) > 5, process)
     (os.killpg if to_group else os.kill)(process.pid, number)
     _, error = process.communicate(timeout=60)
@@ -118,8 +116,8 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, data_path, number, to_grou
     step = load_checkpoint(path)["training"]["step"]
     rows = read_rows(tmp_path / "gpt" / "metrics.jsonl")
     assert step >= 5 and rows[-1]["step"] == step
-    done = subprocess.run([sys.executable, str(REPO / "train.py"), f"--checkpoint_path={path}", "--resume_checkpoint",
-                           f"--max_iter={step + 2}", "--verbose=0"], capture_output=True, text=True)
+    done = commands.run([str(REPO / "train.py"), f"--checkpoint_path={path}", "--resume_checkpoint",
+                         f"--max_iter={step + 2}", "--verbose=0"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -138,8 +136,7 @@ def wait_until(condition, process, seconds=60):
     ("evaluate.py", "--checkpoint_path", None), ("export.py", "--checkpoint_path", "--out_path")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, flag, output):
     flags = [f"{flag}=nowhere.txt", *([f"{output}=out"] if output else [])]
-    done = subprocess.run([sys.executable, str(REPO / script), *flags], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = commands.run([str(REPO / script), *flags], cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr and done.stderr.startswith(script)
     assert list(tmp_path.iterdir()) == []

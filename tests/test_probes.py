@@ -370,7 +370,7 @@ def test_out_path_that_is_a_file_is_refused(refused, tmp_path):
 # -- the command with real cells --------------------------------------------------------------------------------------
 
 @pytest.mark.integration
-def test_command_trains_the_cells_of_its_flags(tmp_path):
+def test_command_trains_the_cells_of_its_flags(tmp_path, forked):
     """Each cell's process is given what makes it that cell: its row is what the cell is in this process."""
     probes.main([*TINY, "--learning_rate=0.013", "--tasks", "parity", f"--out_path={tmp_path}"])
     row, = read_csv(tmp_path)

@@ -4,10 +4,9 @@ import pty
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -160,9 +159,8 @@ def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(run_selfplay, mon
 
 @pytest.mark.integration
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, str(REPO / "selfplay.py"), f"--out_path={tmp_path / 'run.pt'}", *TINY, "--max_iter=100000",
-               "--verbose=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = commands.start([REPO / "selfplay.py", f"--out_path={tmp_path / 'run.pt'}", *TINY, "--max_iter=100000",
+                              "--verbose=1"])
     try:
         while not any(row["step"] > 2 for row in run_rows(tmp_path / "run.pt")) and process.poll() is None:
             time.sleep(0.1)
@@ -265,9 +263,8 @@ def test_models_of_other_things_are_refused(refused, trained, kuhn, tmp_path, da
 def play_in_terminal(path, typed: list[str], *flags: str) -> str:
     """What a terminal of its own shows when these lines are typed, each after a prompt."""
     main, other = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(REPO / "selfplay.py"), "--play", f"--checkpoint_path={path}", *flags],
-                               stdin=other, stdout=other, stderr=other, cwd=REPO, close_fds=True,
-                               env=os.environ | {"TERM": "dumb", "COLUMNS": "80"})
+    process = commands.start([REPO / "selfplay.py", "--play", f"--checkpoint_path={path}", *flags], cwd=REPO, stdin=other,
+                             stdout=other, stderr=other, env=os.environ | {"TERM": "dumb", "COLUMNS": "80"})
     os.close(other)
     shown, prompts = "", 0
     while True:
