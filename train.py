@@ -197,6 +197,7 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
     model.gradient_checkpointing = run.gradient_checkpointing
     if device.dtype == "auto" and machine.device.type == "cuda" and not preferred_dtype(machine.device) and not checkpoint:
         machine = with_faster_dtype(machine, partial(dry_run, model))
+        machine = dataclasses.replace(machine, dtype=join().gather(machine.dtype)[0])  # all take what the first has found
         output = dataclasses.replace(output, machine=machine)
     configs = configs._replace(model=model.config)
     if run.batch_size == "auto":
@@ -214,11 +215,18 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
 
 
 def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> TrainConfigs:
-    """With the largest batch that fits into memory, a step of as many blocks as before. Raises MemoryError if none does."""
-    n_blocks = configs.loop.num_batch_accum
+    """With the largest batch that fits into the memory of every process, a step of as many blocks as before. Raises
+    MemoryError if none does, BadInput where the processes cannot have as many blocks each."""
+    n_blocks, world = configs.loop.num_batch_accum, join()
+    if n_blocks % world.size:
+        raise BadInput(f"--batch_size=auto: {world.size} processes cannot take as many each of the {n_blocks} blocks of a "
+                       f"step: give a multiple of {world.size} as --num_batch_accum")
     optimizer_bytes = sum(8 * p.numel() for p in model.parameters())  # at most two fp32 states each, not allocated yet
     model.loops = model.config.max_loops
-    batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks, optimizer_bytes)
+    n_sharing = world.local_size if machine.device.type == "cpu" else 1
+    batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks // world.size, optimizer_bytes,
+                               n_sharing)
+    batch_size = -int(world.largest(-batch_size)[0])
     model.loops = model.config.loops
     return configs._replace(run=dataclasses.replace(configs.run, batch_size=batch_size),
                             loop=dataclasses.replace(configs.loop, num_batch_accum=n_blocks // batch_size))

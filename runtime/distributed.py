@@ -28,11 +28,12 @@ TIMEOUT = timedelta(minutes=30)  # a process that waits so long for the others e
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. rank: of this one, from 0; local_rank: on its machine. n_restarts: how often torchrun
-    has started all of them again."""
+    """The processes of a run. rank: of this one, from 0; local_rank, local_size: among those of its machine. n_restarts: how
+    often torchrun has started all of them again."""
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     n_restarts: int = 0
 
     @contextmanager
@@ -156,7 +157,8 @@ def join() -> World:
     """Joins the processes that torchrun has started, once; the device is still to be chosen, see `local_device`."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")))
+    world = World(*(int(os.environ[name]) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")))
     if world.size > 1:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         with explained():

@@ -74,10 +74,12 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def largest_batch(try_batch: Callable[[int], None], device: torch.device, n_blocks: int, reserved: int) -> int:
+def largest_batch(try_batch: Callable[[int], None], device: torch.device, n_blocks: int, reserved: int,
+                  n_sharing: int = 1) -> int:
     """The largest divisor of `n_blocks` that fits as a batch size beside `reserved` bytes.
 
-    try_batch(batch_size): a forward and backward pass that leaves no gradient. Memory grows linearly with the batch, so
+    try_batch(batch_size): a forward and backward pass that leaves no gradient. n_sharing: how many processes divide the
+    memory. Memory grows linearly with the batch, so
     the two smallest sizes predict the others; on a GPU the prediction is tried as well.
     Raises MemoryError when not even one block fits, BadInput where the system does not report peak memory.
     """
@@ -85,7 +87,7 @@ def largest_batch(try_batch: Callable[[int], None], device: torch.device, n_bloc
         reset_peak_memory(device)
     except OSError:
         raise BadInput("--batch_size=auto: this system does not report peak memory: give a number") from None
-    available = 0.9 * free_memory(device) - reserved
+    available = 0.9 * free_memory(device) / n_sharing - reserved
     sizes = [size for size in range(1, n_blocks + 1) if n_blocks % size == 0]
     measure_batch_memory(try_batch, device, 1)  # one-time allocations, such as library handles, do not belong to a block
     one = measure_batch_memory(try_batch, device, 1)

@@ -50,6 +50,8 @@ if event == "kill_often" and n_restarts < 10 and n_restarts % 2 == rank:
 train.next_token_loss = watched
 if event == "differ":
     flags.append(f"--seed={rank}")
+elif event == "less_memory":  # in one process than in the other
+    train.largest_batch = lambda try_batch, device, n_blocks, *sizes: n_blocks if rank == 0 else 2
 elif event == "rewarded":  # see tests/test_grpo.py
     grpo.reward = lambda question, answer: float(len(answer.text) % 2)
 importlib.import_module(script).main(flags)

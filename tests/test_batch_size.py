@@ -11,6 +11,7 @@ from model import GPT, GPTConfig
 from runtime import memory
 from runtime.checkpoint import load_checkpoint
 from runtime.device import Machine
+from runtime.distributed import World
 from runtime.memory import largest_batch
 
 
@@ -41,6 +42,11 @@ def found_batch(monkeypatch, n_blocks: int, free: float, bytes_of, device: str =
 def test_the_largest_batch_that_fits(monkeypatch, n_blocks, available, expected):
     """A divisor of a step's blocks, at 1000 bytes a block. A tenth of the free memory is kept free."""
     assert found_batch(monkeypatch, n_blocks, (available + 432) / 0.9 + 100, lambda n: 1000 * n) == expected
+
+
+def test_processes_that_share_memory_divide_it(monkeypatch):
+    try_batch = fake_memory(monkeypatch, (64_432 + 1_432) / 0.9, lambda n: 1000 * n)
+    assert [largest_batch(try_batch, torch.device("cpu"), 64, 432, n) for n in (1, 2, 4)] == [64, 32, 16]
 
 
 def test_two_sizes_predict_the_others(monkeypatch):
@@ -96,6 +102,12 @@ def test_a_system_without_peak_memory_needs_a_number(data_path, tmp_path, monkey
     refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={tmp_path}/gpt.pt", *TINY_MODEL, "--device=cpu",
                          "--batch_size=auto"], "--batch_size=auto", "give a number")
     assert list(tmp_path.glob("**/*.pt")) == []
+
+
+def test_processes_have_as_many_blocks_each(data_path, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(train, "join", lambda: World(size=5))
+    refused(train.main, [f"--data_path={data_path}", f"--checkpoint_path={tmp_path}/gpt.pt", *TINY_MODEL, "--device=cpu",
+                         "--batch_size=auto", "--num_batch_accum=3"], "5 processes cannot take as many each of the 12")
 
 
 def test_a_dry_run_leaves_no_gradient():

@@ -170,6 +170,17 @@ def test_two_processes_adapt_as_one(trained, tmp_path, english):
 
 
 @pytest.mark.integration
+def test_the_batch_that_fits_into_the_memory_of_each_process_is_that_of_all(data_path, tmp_path):
+    """Two blocks, though one process has memory for eight."""
+    one, two = tmp_path / "one" / "gpt.pt", tmp_path / "two" / "gpt.pt"
+    given, found = ["--batch_size=2", "--num_batch_accum=8"], ["--batch_size=auto", "--num_batch_accum=4"]
+    assert torchrun("none", command(one, data_path, *given, "--max_iter=2")) == (0, [])
+    assert torchrun("less_memory", command(two, data_path, *found, "--max_iter=2")) == (0, [])
+    assert_same(saved_training(two), saved_training(one))
+    assert run_rows(two)[-1]["step"] == 2
+
+
+@pytest.mark.integration
 def test_a_signal_to_one_process_stops_all(data_path, tmp_path):
     """At the same step, after which two processes go on, to weights that differ from those of one by rounding: each adds up
     two batches of four first; and the memory of pairs has a sparse gradient in one process alone."""
