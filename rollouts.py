@@ -34,11 +34,13 @@ from players import (
     softmax,
 )
 from runtime.config import BadInput, check_flags, flag
+from runtime.distributed import ALONE, World
 from sampling import cache_dtype
 from tasks.poker import Poker
 from tasks.positions import Game, draw_moves, start_line
 
 SEARCHES = "one_ply", "puct"
+DRAWS_PER_PLY = 4     # random numbers for a move, at most: those of imitation
 BASELINE_RATE = 0.05  # of the running mean of what a player wins, per rollout
 
 
@@ -177,6 +179,11 @@ class Memory:
     average: WeightAverage | None
     baseline: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
+    def update(self, played: "Played"):
+        """After a rollout."""
+        baseline, mean = self.baseline.numpy(), played.score.mean()
+        self.baseline = torch.from_numpy(baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline))
+
     def state_dict(self) -> dict:
         return {"average": self.average and dict(self.average.weights), "baseline": self.baseline}
 
@@ -187,6 +194,43 @@ class Memory:
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
+
+class GameDraws:
+    """What games take in place of a random generator: the numbers of a game are the same whichever games are played beside
+    it, in this process or in others. Each call takes the next ones of every game."""
+
+    def __init__(self, numbers: np.ndarray, n_taken: int = 0):
+        """numbers: (n, k), of n games, uniform in 0 to 1. n_taken: of each, how many have been."""
+        self.numbers, self.n_taken = numbers, n_taken
+
+    @classmethod
+    def of(cls, game: Game, n: int, rng: np.random.Generator) -> "GameDraws":
+        """As many as a rollout takes with any algorithm."""
+        at_start = len(game.deck) if game.has_hidden_cards else 1
+        return cls(rng.random((n, at_start + DRAWS_PER_PLY * game.max_plies)))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, rows) -> "GameDraws":
+        """Of some of the games."""
+        return GameDraws(self.numbers[rows], self.n_taken)
+
+    def random(self, shape: int | tuple[int, int]) -> np.ndarray:
+        """shape: the number of games, and perhaps of numbers for each."""
+        n, n_each = shape if isinstance(shape, tuple) else (shape, 1)
+        drawn, self.n_taken = self.numbers[:, self.n_taken:self.n_taken + n_each], self.n_taken + n_each
+        assert drawn.shape == (n, n_each)
+        return drawn if isinstance(shape, tuple) else drawn[:, 0]
+
+    def integers(self, low: int, high: int, n: int) -> np.ndarray:
+        return low + (self.random(n) * (high - low)).astype(np.int64)
+
+    def standard_gamma(self, shapes: np.ndarray) -> np.ndarray:
+        """shapes: (n, k)."""
+        seeds = (self.random(len(shapes)) * 2**53).astype(np.int64)
+        return np.array([np.random.default_rng(seed).standard_gamma(row) for seed, row in zip(seeds, shapes)])
+
 
 class Targets(NamedTuple):
     """Of n positions. moves: (n, n_moves), the policy that plays, and the policy target. outcomes: (n, 3), the value target
@@ -209,16 +253,16 @@ class Played(NamedTuple):
     n_read: int
 
 
-def play_out(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator,
-             think: Callable[[Positions], Targets]) -> Played:
-    n, T = config.rollout_games, game.max_plies
-    n_random = rng.integers(0, config.random_plies + 1, n)
+def play_out(model: GPT, game: Game, config: PlayConfig, draws: GameDraws,
+             think: Callable[[Positions, GameDraws], Targets]) -> Played:
+    n, T = len(draws), game.max_plies
+    n_random = draws.integers(0, config.random_plies + 1, n)
     rollout, played, score, n_read = Rollout.empty(game, n), np.full((n, T), -1), np.zeros(n), n
     positions, rows, ply = open_positions(model, game, start_line(game, n)), np.arange(n), 0
     while len(rows):
-        legal, found = game.legal(positions.state), think(positions)
+        legal, found = game.legal(positions.state), think(positions, draws)
         rollout.legal[rows, ply], rollout.moves[rows, ply], rollout.outcomes[rows, ply] = legal, *found[:2]
-        moves = draw_moves(np.where((ply < n_random[rows])[:, None], legal, found.moves), rng)
+        moves = draw_moves(np.where((ply < n_random[rows])[:, None], legal, found.moves), draws)
         played[rows, ply] = moves
         ply, n_read = ply + 1, n_read + found.n_read
         if ply < T:
@@ -226,9 +270,15 @@ def play_out(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generato
         positions = found.play(moves)
         score[rows] = positions.state.score
         going = np.flatnonzero(~positions.state.over)
-        positions, rows = positions.take(going), rows[going]
+        positions, draws, rows = positions.take(going), draws.take(going), rows[going]
     is_own = (played >= 0) & (np.arange(T) >= n_random[:, None])
     return Played(rollout, played, is_own, score, n_read)
+
+
+def join_played(parts: list[Played]) -> Played:
+    """All games of `parts`."""
+    rollouts, *arrays, n_read = zip(*parts)
+    return Played(Rollout(*map(np.concatenate, zip(*rollouts))), *map(np.concatenate, arrays), sum(n_read))
 
 
 def results(played: Played) -> np.ndarray:
@@ -251,19 +301,19 @@ def measure_variety(played: Played) -> dict[str, float]:
 
 # -- algorithms -------------------------------------------------------------------------------------------------------
 
-def search_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def search_rollout(model: GPT, game: Game, config: PlayConfig, draws: GameDraws, memory: Memory) -> Played:
     """The average of the weights plays, and the policy of looking ahead is both played and learnt. The value target mixes
     what looking ahead found with the result of the game; where a later move was random, it is the former alone."""
-    think = partial(search_targets, config=config, rng=rng) if config.search == "puct" else partial(
+    think = partial(search_targets, config=config) if config.search == "puct" else partial(
         one_ply_targets, temperature=config.target_temperature)
     with other_weights(model, memory.average.weights) if memory.average else nullcontext():
-        played = play_out(model, game, config, rng, think)
+        played = play_out(model, game, config, draws, think)
     share = config.outcome_share * played.is_own[..., None]
     played.rollout.outcomes[:] = (1 - share) * played.rollout.outcomes + share * one_hot(results(played))
     return played
 
 
-def one_ply_targets(positions: Positions, temperature: float) -> Targets:
+def one_ply_targets(positions: Positions, draws: GameDraws, temperature: float) -> Targets:
     """A softmax of the values of all moves. A value is that of the position that the move leads to: by the rules if the game
     is over then, else what the model expects there."""
     ahead = expand(positions)
@@ -272,43 +322,40 @@ def one_ply_targets(positions: Positions, temperature: float) -> Targets:
                    lambda chosen: ahead.children.take(ahead.child_of(chosen)), len(ahead.rows))
 
 
-def search_targets(positions: Positions, config: PlayConfig, rng: np.random.Generator) -> Targets:
+def search_targets(positions: Positions, draws: GameDraws, config: PlayConfig) -> Targets:
     """The share of a search's visits that each move got. Source: Silver et al. 2017, AlphaZero, arXiv:1712.01815."""
-    found = search(positions, config.simulations, rng)
+    found = search(positions, config.simulations, draws)
     moves = found.visits / found.visits.sum(1, keepdims=True)
     return Targets(moves, found.outcomes, partial(positions.play, np.arange(len(positions))),
                    len(positions) + found.n_read)
 
 
-def own_targets(positions: Positions) -> Targets:
+def own_targets(positions: Positions, draws: GameDraws) -> Targets:
     """The model's own probabilities."""
     prediction = predict(positions.game, positions.logits, positions.game.legal(positions.state))
     return Targets(prediction.moves, prediction.outcomes, partial(positions.play, np.arange(len(positions))), len(positions))
 
 
-def reinforce_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def reinforce_rollout(model: GPT, game: Game, config: PlayConfig, draws: GameDraws, memory: Memory) -> Played:
     """The policy gradient (Williams 1992, REINFORCE): each move that was drawn from the model's probabilities, times what
     its player won above the running mean of that player, as in SPIRAL (Liu et al. 2025, arXiv:2506.24119)."""
-    played = play_out(model, game, config, rng, own_targets)
+    played = play_out(model, game, config, draws, own_targets)
     baseline = memory.baseline.numpy()
     won, role = results(played), np.arange(played.moves.shape[1]) % 2
     advantages = (won - baseline[role]) * played.is_own
     chosen = np.eye(game.n_moves, dtype=np.float32)[played.moves] * (played.moves >= 0)[..., None]
     played.rollout.moves[:] = chosen * advantages[..., None]
     played.rollout.outcomes[:] = one_hot(won) * played.is_own[..., None]
-    mean = played.score.mean()
-    memory.baseline = torch.from_numpy(baseline + BASELINE_RATE * (np.array([mean, -mean]) - baseline))
     return played
 
 
-def imitation_rollout(model: GPT, game: Game, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def imitation_rollout(model: GPT, game: Game, config: PlayConfig, draws: GameDraws, memory: Memory) -> Played:
     """Moves and ends of games between two players that err."""
-    teacher = noisy_player(perfect_player(game, rng), game, config.epsilon, rng)
-
-    def think(positions: Positions) -> Targets:
+    def think(positions: Positions, draws: GameDraws) -> Targets:
+        teacher = noisy_player(perfect_player(game, draws), game, config.epsilon, draws)
         moves = np.eye(game.n_moves)[teacher(positions.line)]
         return Targets(moves, np.zeros((len(moves), 3)), partial(positions.play, np.arange(len(positions))), 0)
-    played = play_out(model, game, config, rng, think)
+    played = play_out(model, game, config, draws, think)
     played.rollout.outcomes[:] = one_hot(results(played)) * played.is_own[..., None]
     played.rollout.moves[~played.is_own] = 0
     return played
@@ -327,9 +374,10 @@ class Hand(NamedTuple):
     n_read: int                     # positions that the model read
 
 
-def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Hand:
+def play_hidden(model: GPT, game: Poker, draws: GameDraws) -> Hand:
     """Both players draw their moves from the model's probabilities."""
-    T, state, n_read = game.max_plies, game.start(n, rng), 0
+    n, T, n_read = len(draws), game.max_plies, 0
+    state = game.start(n, draws)
     rollout = Rollout.empty(game, 2 * n)
     moves, values = np.full((2 * n, T), -1), np.zeros((2 * n, T))
     probabilities, score, games = np.zeros((2 * n, T, game.n_moves)), np.zeros(n), np.arange(n)
@@ -345,7 +393,7 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
         prediction = predict(game, logits[torch.from_numpy(own)], legal)
         deciding = legal.any(1)
         chosen = game.chance_tokens(state)
-        chosen[deciding] = draw_moves(prediction.moves[deciding], rng)
+        chosen[deciding] = draw_moves(np.where(deciding[:, None], prediction.moves, 1.0), draws)[deciding]
         rows = (2 * games + mover)[deciding]
         rollout.legal[rows, ply], moves[rows, ply] = legal[deciding], chosen[deciding]
         probabilities[rows, ply], values[rows, ply] = prediction.moves[deciding], prediction.value[deciding]
@@ -355,18 +403,19 @@ def play_hidden(model: GPT, game: Poker, n: int, rng: np.random.Generator) -> Ha
         if not len(going):
             break
         games, state, tokens = games[going], state.take(going), np.repeat(chosen[going], 2)
+        draws = draws.take(going)
         if len(going) < len(own):
             cache = copy_cache(model, cache, (2 * going[:, None] + [0, 1]).reshape(-1), T - cache.length)
     return Hand(rollout, moves, probabilities, values, score, n_read)
 
 
-def regularised_rollout(model: GPT, game: Poker, config: PlayConfig, rng: np.random.Generator, memory: Memory) -> Played:
+def regularised_rollout(model: GPT, game: Poker, config: PlayConfig, draws: GameDraws, memory: Memory) -> Played:
     """The policy gradient, and that of the KL divergence from what the average of the weights would play, so that players
     settle instead of chasing each other. The average follows, up to an equilibrium; the plain gradient need not get there.
     Source: magnetic mirror descent with a moving magnet, Sokota et al. 2022, arXiv:2206.05825; R-NaD, Perolat et al. 2021,
     arXiv:2002.08456."""
-    hand = play_hidden(model, game, config.rollout_games, rng)
-    rollout, n, T = hand.rollout, config.rollout_games, game.max_plies
+    hand = play_hidden(model, game, draws)
+    rollout, n, T = hand.rollout, len(draws), game.max_plies
     with other_weights(model, memory.average.weights) if memory.average else nullcontext():
         logits = model.eager_forward(torch.from_numpy(rollout.ids).to(model.embed.weight.device))
     reference = predict(game, logits.flatten(0, 1), rollout.legal.reshape(2 * n * T, -1)).moves.reshape(2 * n, T, -1)
@@ -389,10 +438,10 @@ def log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # -- every algorithm -------------------------------------------------------------------------------------------------
 
 class Algorithm(NamedTuple):
-    """make_rollout(model, game, config, rng, memory) -> Played. name: in words. flags: those of PlayConfig that not all
-    algorithms read and this one does. is_on_policy: whether a batch must be the latest games. hides_cards: whether it is for
-    games with hidden cards. rollout_games and, of the optimizer, learning_rate (of Muon), cooldown_frac and weight_decay:
-    where they are not given."""
+    """make_rollout(model, game, config, draws, memory) -> Played, of as many games as `draws` has. name: in words. flags:
+    those of PlayConfig that not all algorithms read and this one does. is_on_policy: whether a batch must be the latest
+    games. hides_cards: whether it is for games with hidden cards. rollout_games and, of the optimizer, learning_rate (of
+    Muon), cooldown_frac and weight_decay: where they are not given."""
     make_rollout: Callable
     name: str
     flags: set[str]
@@ -427,10 +476,10 @@ class PlayStatistics:
 
 class PlayLoader:
     """Batches out of the latest games, which it plays as they are needed. autocast(): the context in which the model plays,
-    see Machine."""
+    see Machine. world: whose processes play a part of the games each, and take the batches in turns."""
 
-    def __init__(self, game: Game, config: PlayConfig, seed: int, autocast: Callable = nullcontext):
-        self.autocast = autocast
+    def __init__(self, game: Game, config: PlayConfig, seed: int, autocast: Callable = nullcontext, world: World = ALONE):
+        self.autocast, self.world = autocast, world
         self.game, self.config = game, config.for_game(game)
         self.algorithm = ALGORITHMS[self.config.algorithm]
         has_average = config.average and "average" in self.algorithm.flags
@@ -452,27 +501,35 @@ class PlayLoader:
         return 1 if self.algorithm.is_on_policy else self.config.updates
 
     def next_batch(self, model: GPT) -> tuple[Tensor, ...]:
+        """That of this process; all of them make as many calls."""
+        batches = [self.draw_batch(model) for _ in range(self.world.size)]
+        rollout, rows, symmetries = batches[self.world.rank]
+        return rollout.take(rows).transform(self.game.symmetries[symmetries]).tensors()
+
+    def draw_batch(self, model: GPT) -> tuple[Rollout, np.ndarray, np.ndarray]:
+        """The games to draw from, the numbers of those that are drawn, and of the symmetry to show each in."""
         if self.memory.average:
             self.memory.average.update(model)
         if not self.updates_left:
             self.play(model)
             self.updates_left = self.batches_per_rollout
         self.updates_left -= 1
-        batch = self.replay
-        if not self.algorithm.is_on_policy:
-            batch = batch.take(self.rng.integers(0, len(batch.ids), self.config.batch_size))
-        if self.config.symmetries:
-            symmetries = self.game.symmetries
-            batch = batch.transform(symmetries[self.rng.integers(0, len(symmetries), len(batch.ids))])
-        return batch.tensors()
+        n = len(self.replay.ids)
+        rows = np.arange(n) if self.algorithm.is_on_policy else self.rng.integers(0, n, self.config.batch_size)
+        n_symmetries = len(self.game.symmetries) if self.config.symmetries else 1
+        return self.replay, rows, self.rng.integers(0, n_symmetries, len(rows))
 
     @torch.no_grad()
     def play(self, model: GPT):
         start = time.perf_counter()
         if self.memory.average and not self.memory.average.weights:
             self.memory.average.update(model)
+        n, draws = self.config.rollout_games, GameDraws.of(self.game, self.config.rollout_games, self.rng)
+        own = slice(*((self.world.rank + i) * n // self.world.size for i in (0, 1)))
         with self.autocast():
-            played = self.algorithm.make_rollout(model, self.game, self.config, self.rng, self.memory)
+            played = self.algorithm.make_rollout(model, self.game, self.config, draws.take(own), self.memory)
+        played = join_played(self.world.gather(played))
+        self.memory.update(played)
         n_kept = (0 if self.algorithm.is_on_policy else self.config.replay - 1) * self.config.rollout_games
         self.replay = self.replay.take(slice(max(0, len(self.replay.ids) - n_kept), None)).join(played.rollout)
         self.n_games += len(played.score)

@@ -232,7 +232,13 @@ class Examiner:
     has_few_lines: bool = True  # until they turn out to be too many to follow
 
     def examine(self, state: TrainState) -> dict:
-        """The row of an evaluation: see `measure`; what the loader has counted; elo, elo_margin."""
+        """The row of an evaluation, which the main process makes and all of them get."""
+        with join().failing_together():
+            row = self.examine_here(state) if join().is_main else {}
+        return join().gather(row)[0]
+
+    def examine_here(self, state: TrainState) -> dict:
+        """See `measure`; besides, what the loader has counted; elo, elo_margin."""
         row = self.measure(state.model) | state.loader.take_statistics()
         if self.rating_games and not self.game.has_hidden_cards:  # whose policies are measured exactly
             row |= self.rate(state.model, state.step)
@@ -353,9 +359,6 @@ def open_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | 
 def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Path | None) -> Run:
     """See `open_run`. Resolves --games."""
     run, play, loop = configs.run, configs.play, configs.loop
-    if join().size > 1:
-        raise BadInput(f"torchrun --nproc_per_node={join().size}: --game={run.game} is played in one process: start it with "
-                       f"python, or give a --task")
     game = open_game(run.game, run.board)
     output = open_output(SELFPLAY, run.out_path, resumed, run.overwrite, configs.device, checkpoint)
     machine = output.machine
@@ -367,7 +370,9 @@ def open_game_run(configs: SelfPlayConfigs, checkpoint: dict | None, resumed: Pa
         model = GPT(read_flags(GPTConfig, vars(configs.model) | {"vocab_size": game.vocab_size}))
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
-    loader = PlayLoader(game, play, run.seed, machine.autocast)
+    loader = PlayLoader(game, play, run.seed, machine.autocast, join())
+    if (n_games := loader.config.rollout_games) < join().size:
+        raise BadInput(f"--rollout_games={n_games}: {join().size} processes cannot play one each: give more")
     configs = configs._replace(loop=resolve_games(loop, loader, play.games or game.default_games))
     contents = describe_game(run.game, game)
     state, setup = restore_state(output, model, None, configs.optimizer, loader,

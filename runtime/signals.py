@@ -51,12 +51,17 @@ class StopSignals:
 @contextmanager
 def without_garbage_collection():
     """Training steps make no reference cycles, and a collection in the middle of one is a pause: `fit` collects after each
-    evaluation instead."""
-    was_enabled = gc.isenabled()
+    evaluation instead, which does not look at what was there before, such as all that torch has imported."""
+    was_enabled, freezes = gc.isenabled(), not gc.get_freeze_count()
     gc.disable()
+    if freezes:
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
+        if freezes:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -153,6 +153,30 @@ def test_two_processes_sample_answers_as_one(data_path, tmp_path, monkeypatch):
     assert read_answers(run_folder(two) / "answers.jsonl") == read_answers(run_folder(one) / "answers.jsonl")
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("flags", [["--game=nim", "--board=1x2x3", "--updates=3", "--batch_size=8", "--rating_games=4"],
+                                   ["--game=kuhn"]], ids=["nim", "kuhn"])
+def test_two_processes_play_games_as_one(tmp_path, flags):
+    """Each plays a part of a rollout and takes a batch of a step; one goes on from what two have saved. Weights, games and
+    rows are equal up to rounding: the products of a model depend on how many games it reads at a time."""
+    flags = [*flags, "--n_layer=1", "--n_head=2", "--head_size=8", "--rollout_games=17", "--max_iter=6",
+             "--num_batch_accum=2", "--val_intervals=3", "--log_intervals=1", "--verbose=0", "--device=cpu", "--threads=0"]
+    one, two = tmp_path / "one" / "run.pt", tmp_path / "two" / "run.pt"
+    selfplay.main([*flags, f"--out_path={one}"])
+    assert torchrun("none", [*flags, f"--out_path={two}"], script="selfplay") == (0, [])
+    for _ in range(2):
+        (a, training), (b, expected) = saved_training(two), saved_training(one)
+        assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in b)
+        assert training["step"] == expected["step"] and training["loader"]["rng"] == expected["loader"]["rng"]
+        assert torch.equal(training["loader"]["replay"][0], expected["loader"]["replay"][0])
+        for row, other in zip(run_rows(two), run_rows(one), strict=True):
+            timed = {"games_per_sec", "positions_per_sec"}
+            assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
+                {name: other[name] for name in other.keys() - timed}, abs=1e-4)
+        for path in (one, two):
+            selfplay.main([f"--out_path={path}", "--resume_checkpoint", "--max_iter=8"])
+
+
 @pytest.mark.slow
 def test_two_processes_adapt_as_one(trained, tmp_path, english):
     """The same rows, in the same order, but for their times; what one has begun, two end."""

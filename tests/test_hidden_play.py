@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import selfplay
 from conftest import tiny_player
 from play import CardTable, play_in_terminal
-from rollouts import Memory, PlayConfig, WeightAverage, play_hidden, regularised_rollout
+from rollouts import GameDraws, Memory, PlayConfig, WeightAverage, play_hidden, regularised_rollout
 from strength import measure_policy, policy_table
 from tasks.games import GAMES
 from tasks.poker import CHANCE, Kuhn, Leduc, exploitability, information_sets
@@ -22,7 +22,7 @@ def game(request):
 
 @torch.no_grad()
 def deal_and_play(game, n=64, seed=0, model=None):
-    return play_hidden(model or tiny_player(game), game, n, np.random.default_rng(seed))
+    return play_hidden(model or tiny_player(game), game, GameDraws.of(game, n, np.random.default_rng(seed)))
 
 
 def replay(game, hand, i):
@@ -88,8 +88,8 @@ def test_moves_are_drawn_as_often_as_they_are_probable():
 
 @torch.no_grad()
 def regularised(game, model, memory, **flags):
-    config = PlayConfig(algorithm="regularised", rollout_games=16, **flags)
-    return regularised_rollout(model, game, config, np.random.default_rng(0), memory)
+    config = PlayConfig(algorithm="regularised", **flags)
+    return regularised_rollout(model, game, config, GameDraws.of(game, 16, np.random.default_rng(0)), memory)
 
 
 def test_without_regularisation_it_is_the_plain_policy_gradient():

@@ -9,6 +9,7 @@ from conftest import assert_same, tiny_player
 from players import is_best, one_hot
 from rollouts import (
     ALGORITHMS,
+    GameDraws,
     Memory,
     PlayConfig,
     Played,
@@ -58,7 +59,7 @@ def test_batches_are_games_by_the_rules(algorithm, search):
         assert not rollout.moves[rows, ply][~rollout.legal[rows, ply]].any()
         np.testing.assert_allclose(rollout.outcomes[rows, ply].sum(1), 1, rtol=1e-6)
         n_positions += len(rows)
-    assert n_positions > 24 * 3
+    assert n_positions > 24 * 2
 
 
 @pytest.mark.parametrize("algorithm", ["search", "imitation"])
@@ -66,7 +67,7 @@ def test_targets_of_moves_are_probabilities(algorithm):
     loader = make_loader(algorithm=algorithm)
     loader.next_batch(tiny_player(GAME))
     total = loader.replay.moves.sum(2)
-    assert np.isclose(total[total > 0], 1).all() and (total > 0).sum() > 24 * 3
+    assert np.isclose(total[total > 0], 1).all() and (total > 0).sum() > 24 * 2
 
 
 def test_values_mix_what_was_found_and_how_the_game_ended():
@@ -96,12 +97,11 @@ def test_log_probabilities_of_a_cached_rollout_are_those_of_the_training_pass():
     """In fp32, at temperature 1: a policy gradient differentiates what it sampled from."""
     model, seen = tiny_player(GAME), []
 
-    def think(positions):
-        found = own_targets(positions)
+    def think(positions, draws):
+        found = own_targets(positions, draws)
         seen.append((positions.line.history.copy(), found.moves))
         return found
-    config = PlayConfig(rollout_games=32, random_plies=2)
-    played = play_out(model, GAME, config, np.random.default_rng(0), think)
+    played = play_out(model, GAME, PlayConfig(random_plies=2), GameDraws.of(GAME, 32, np.random.default_rng(0)), think)
     rollout = played.rollout
     logits = model(torch.from_numpy(rollout.ids))
     logprobs = F.log_softmax(logits[..., :9].masked_fill(~torch.from_numpy(rollout.legal), -1e9), -1).numpy()
@@ -143,9 +143,10 @@ def test_the_gradient_of_reinforce_on_a_two_armed_bandit_is_the_analytic_one():
 
 def test_reinforce_weighs_what_was_played_by_what_it_won_above_the_running_mean():
     game, memory = Nim((1, 2)), Memory(None, torch.tensor([0.5, -0.5], dtype=torch.float64))
-    config = PlayConfig(algorithm="reinforce", rollout_games=16, random_plies=0)
+    config, draws = PlayConfig(algorithm="reinforce", random_plies=0), GameDraws.of(game, 16, np.random.default_rng(0))
     with torch.no_grad():
-        played = rollouts.reinforce_rollout(tiny_player(game), game, config, np.random.default_rng(0), memory)
+        played = rollouts.reinforce_rollout(tiny_player(game), game, config, draws, memory)
+    memory.update(played)
     assert isinstance(played, Played)
     for row in range(16):
         for ply in np.flatnonzero(played.moves[row] >= 0):

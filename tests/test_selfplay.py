@@ -176,9 +176,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 def test_a_collapse_is_said_once(run_selfplay, monkeypatch, capsys):
     """With the flags as they are, of a model that plays the first legal move, whatever it reads."""
-    def stubborn(positions, temperature):
+    def stubborn(positions, draws, temperature):
         legal = positions.game.legal(positions.state)
-        return rollouts.own_targets(positions)._replace(moves=np.eye(legal.shape[1])[legal.argmax(1)])
+        return rollouts.own_targets(positions, draws)._replace(moves=np.eye(legal.shape[1])[legal.argmax(1)])
     monkeypatch.setattr(rollouts, "one_ply_targets", stubborn)
     path = run_selfplay("--max_iter=9", "--rollout_games=64")
     (line,) = [line for line in stderr_lines(capsys.readouterr().err) if "collapsed" in line]

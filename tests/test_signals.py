@@ -67,6 +67,16 @@ def test_a_blocked_sigint_is_delivered_afterwards_and_not_to_child_processes(whe
         assert signals.signal == signal.SIGINT and child.stdout == "5\n"
 
 
+def test_a_collection_leaves_out_what_was_there_before():
+    gc.unfreeze()  # what conftest.py has frozen
+    with without_garbage_collection():
+        assert gc.get_freeze_count() > 1000
+        with without_garbage_collection():
+            pass
+        assert gc.get_freeze_count() > 1000
+    assert not gc.get_freeze_count()
+
+
 def test_garbage_collection_is_disabled_and_restored():
     assert gc.isenabled()
     with pytest.raises(ValueError, match="x"), without_garbage_collection():
