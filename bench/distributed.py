@@ -3,8 +3,9 @@
     python bench/distributed.py
 
 Sides take turns, each in fresh processes: one process with all threads, and --nproc processes that share them, with and
-without --shard=optimizer, as `torchrun --nproc_per_node` starts them; all take the same batches of random tokens. Then, by
-counting, the bytes of a GPU for larger models. Writes its tables into docs/scaling.md. About seven minutes on two cores.
+without --shard=optimizer, and without adding up gradients, as `torchrun --nproc_per_node` starts them; all take the same
+batches of random tokens. Then, by counting, the bytes of a GPU for larger models. Writes its tables into docs/scaling.md.
+About ten minutes on two cores.
 """
 import argparse
 import json
@@ -24,13 +25,13 @@ sys.path.insert(0, str(REPO))
 from model import GPT, GPTConfig, meta_model  # noqa: E402
 from optimizer import AdamW, OptimizerConfig, parameter_groups  # noqa: E402
 from runtime.device import Machine  # noqa: E402
-from runtime.distributed import join  # noqa: E402
+from runtime.distributed import World, join  # noqa: E402
 from runtime.threads import available_cores  # noqa: E402
 from trainer import Evaluation, LoopConfig, TrainSetup, fit, init_state, next_token_loss  # noqa: E402
 
 SHAPE = {"n_layer": 4, "n_head": 4, "head_size": 64, "block_size": 256, "vocab_size": 8192}
 BATCH_SIZE, N_BATCHES, N_STEPS = 4, 4, 8
-SIDES = "one process", "processes", "--shard=optimizer"
+SIDES = "one process", "processes", "--shard=optimizer", "processes that add nothing up"
 SIZES = {"124M": (12, 12, 64), "350M": (24, 16, 64), "1.3B": (24, 16, 128), "7B": (32, 32, 128)}  # layers, heads, head size
 GIB = 2**30
 
@@ -61,9 +62,24 @@ def count_sent(counts: dict[str, int]):
         setattr(dist, name, counted(name, getattr(dist, name)))
 
 
-def train_here(shard: str):
+def time_sum(n: int) -> float:
+    """Seconds in which all processes add up `n` fp32 numbers: the median of ten times."""
+    flat, seconds = torch.zeros(n), []
+    for _ in range(10):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(flat)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def train_here(side: str):
     """In each process of a side; the first prints its figures as JSON."""
-    world, counts = join(), {}
+    world, counts, shard = join(), {}, "optimizer" if side == SIDES[2] else "none"
+    n_sum = sum(p.numel() for p in GPT(GPTConfig(**SHAPE)).parameters())
+    sum_seconds = time_sum(n_sum) if side == SIDES[3] else 0.0
+    if side == SIDES[3]:
+        World.sum_in_place = lambda world, tensors: None
     torch.manual_seed(0)
     model, loader = GPT(GPTConfig(**SHAPE)), RandomLoader(world.rank, world.size)
     setup = TrainSetup(Machine(torch.device("cpu"), "fp32"), OptimizerConfig(), BATCH_SIZE * N_BATCHES * SHAPE["block_size"],
@@ -76,7 +92,7 @@ def train_here(shard: str):
     durations = [after - before for before, after in zip(loader.starts, loader.starts[1:])]
     if world.is_main:
         print(json.dumps({"seconds": statistics.median(durations[1:]), "state": state.optimizer.state_bytes(),
-                          "parameters": 4 * sum(p.numel() for p in model.parameters()),
+                          "parameters": 4 * n_sum, "sum_seconds": sum_seconds,
                           "sent": {name: n / N_STEPS for name, n in counts.items()}}))
 
 
@@ -84,8 +100,7 @@ def measure(side: str, nproc: int) -> dict:
     """A run of `side` in fresh processes."""
     n, threads = (1, available_cores()) if side == SIDES[0] else (nproc, max(1, available_cores() // nproc))
     launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    shard = "optimizer" if side == SIDES[2] else "none"
-    done = subprocess.run([sys.executable, *launcher, str(Path(__file__).resolve()), f"--child={shard}"],
+    done = subprocess.run([sys.executable, *launcher, str(Path(__file__).resolve()), f"--child={side}"],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr}")
@@ -94,16 +109,21 @@ def measure(side: str, nproc: int) -> dict:
 
 def compare_sides(nproc: int, rounds: int) -> str:
     figures = measure_in_turns(lambda side: measure(side, nproc), list(SIDES), rounds)
-    one, many, divided = (statistics.median(run["seconds"] for run in figures[side]) for side in SIDES)
-    alone, reducing, dividing = (figures[side][0] for side in SIDES)
+    one, many, divided, silent = (statistics.median(run["seconds"] for run in figures[side]) for side in SIDES)
+    alone, reducing, dividing, _ = (figures[side][0] for side in SIDES)
+    sum_seconds = statistics.median(run["sum_seconds"] for run in figures[SIDES[3]])
+    link = alone["parameters"] * 2 * (nproc - 1) / nproc / sum_seconds
     tokens, weights = BATCH_SIZE * N_BATCHES * SHAPE["block_size"], alone["parameters"]
 
     def row_of_bytes(what: str, own: float, peer: float) -> tuple:
         return what, f"{own / peer:.6f}", "lower", f"{own / 1024:,.1f} KiB", f"{peer / 1024:,.1f} KiB"
+    step_of = lambda seconds: f"{seconds * 1000:,.0f} ms"
     rows = [(f"tokens per second: {nproc} processes / one with as many threads", f"{one / many:.2f}", "higher",
              f"{tokens / many:,.0f}", f"{tokens / one:,.0f}"),
             ("the same with --shard=optimizer / one", f"{one / divided:.2f}", "higher", f"{tokens / divided:,.0f}",
              f"{tokens / one:,.0f}"),
+            (f"step of {nproc} processes: measured / C + {step_of(sum_seconds)}, by the formula below",
+             f"{many / (silent + sum_seconds):.2f}", "1", step_of(many), step_of(silent + sum_seconds)),
             row_of_bytes("bytes that a step adds up over all processes / bytes of the parameters",
                          reducing["sent"]["all_reduce"], weights),
             row_of_bytes("bytes of new weights that it sends with --shard=optimizer / bytes of the parameters",
@@ -112,7 +132,9 @@ def compare_sides(nproc: int, rounds: int) -> str:
                          dividing["state"], alone["state"])]
     return table(rows) + (
         f"\n\n4 layers x 256, block 256, 8,192 ids, {tokens:,} tokens a step in {N_BATCHES} batches, fp32, gloo; "
-        f"{machine()}; medians of {rounds} rounds of {N_STEPS} steps: `python bench/distributed.py`.")
+        f"{machine()}; medians of {rounds} rounds of {N_STEPS} steps: `python bench/distributed.py`. C is a step of processes "
+        f"that add nothing up, {step_of(silent)}; L follows from the time in which they add up as many zeros, "
+        f"{link / 2**20:,.0f} MiB/s.")
 
 
 def bytes_of(n_layer: int, n_head: int, head_size: int) -> tuple[int, int, int]:

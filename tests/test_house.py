@@ -249,7 +249,8 @@ def test_the_recipe_for_an_architecture_trains(tmp_path, data_path, page):
         lines[at] = new
     init.write_text("\n".join(lines), encoding="utf-8")
     done = subprocess.run([sys.executable, "train.py", f"--data_path={data_path}", *TINY_MODEL, "--mlp=squared",
-                           "--max_iter=1", "--num_batch_accum=1"], cwd=tmp_path, capture_output=True, text=True)
+                           "--max_iter=1", "--num_batch_accum=1", "--sample_tokens=0"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "attention and squared" in done.stdout, done.stderr
 
 
