@@ -132,8 +132,8 @@ def compare_sides(nproc: int, rounds: int) -> str:
                          dividing["state"], alone["state"])]
     return table(rows) + (
         f"\n\n4 layers x 256, block 256, 8,192 ids, {tokens:,} tokens a step in {N_BATCHES} batches, fp32, gloo; "
-        f"{machine()}; medians of {rounds} rounds of {N_STEPS} steps: `python bench/distributed.py`. C is a step of processes "
-        f"that add nothing up, {step_of(silent)}; L follows from the time in which they add up as many zeros, "
+        f"{machine()}; medians of {rounds} rounds of {N_STEPS} steps: `python bench/distributed.py`. C is a step of "
+        f"processes that add nothing up, {step_of(silent)}; L follows from the time in which they add up as many zeros, "
         f"{link / 2**20:,.0f} MiB/s.")
 
 
