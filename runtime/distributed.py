@@ -26,6 +26,10 @@ from runtime.config import BadInput
 TIMEOUT = timedelta(minutes=30)  # a process that waits so long for the others ends: one of them hangs
 
 
+class OtherProcessEnded(OSError):
+    """Nothing can be agreed on any more."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run. rank: of this one, from 0; local_rank, local_size: among those of its machine. n_restarts: how
@@ -42,6 +46,8 @@ class World:
         try:
             yield
             error = None
+        except OtherProcessEnded:
+            raise
         except (BadInput, OSError) as found:
             error = found
         if self.size > 1:
@@ -131,7 +137,7 @@ def explained():
     try:
         yield
     except RuntimeError as error:
-        raise OSError(f"another process of this run has ended ({str(error).splitlines()[0][:200]})") from None
+        raise OtherProcessEnded(f"another process of this run has ended ({str(error).splitlines()[0][:200]})") from None
 
 
 def store_of_this_start(store: dist.Store, world: World) -> dist.Store:

@@ -79,8 +79,8 @@ def largest_batch(try_batch: Callable[[int], None], device: torch.device, n_bloc
     """The largest divisor of `n_blocks` that fits as a batch size beside `reserved` bytes.
 
     try_batch(batch_size): a forward and backward pass that leaves no gradient. n_sharing: how many processes divide the
-    memory. Memory grows linearly with the batch, so
-    the two smallest sizes predict the others; on a GPU the prediction is tried as well.
+    memory, which grows linearly with the batch, so the two smallest sizes predict the others; on a GPU the prediction is
+    tried as well.
     Raises MemoryError when not even one block fits, BadInput where the system does not report peak memory.
     """
     try:

@@ -15,12 +15,14 @@ from rollouts import (
     Played,
     PlayLoader,
     Rollout,
+    join_played,
     measure_variety,
     own_targets,
     play_loss,
     play_out,
 )
 from tasks.games import Nim, TicTacToe
+from tasks.poker import Kuhn
 from tasks.positions import move_values, play_line, start_line
 
 GAME = TicTacToe()
@@ -43,6 +45,23 @@ def replay_lines(game, rollout: Rollout):
 
 
 # -- what is played ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("algorithm, search", [*((name, "one_ply") for name in ALGORITHMS), ("search", "puct")])
+def test_a_game_is_the_same_whatever_is_played_beside_it(algorithm, search):
+    """So that several processes can play a part of a rollout each."""
+    game = Kuhn() if ALGORITHMS[algorithm].hides_cards else GAME
+    config = PlayConfig(algorithm=algorithm, search=search, simulations=4).for_game(game)
+
+    def play(rows: slice) -> Played:
+        draws = GameDraws.of(game, 24, np.random.default_rng(3)).take(rows)
+        return ALGORITHMS[algorithm].make_rollout(tiny_player(game), game, config, draws, Memory(None))
+    whole, joined = play(slice(24)), join_played([play(slice(5)), play(slice(5, 24))])
+    assert (joined.moves == whole.moves).all() and (joined.score == whole.score).all() and joined.n_read == whole.n_read
+    for part, expected in zip(joined.rollout, whole.rollout):
+        np.testing.assert_allclose(part, expected, atol=1e-5)
+    assert len(np.unique(whole.moves, axis=0)) > 5
+
 
 @pytest.mark.parametrize("algorithm", OPEN)
 @pytest.mark.parametrize("search", ["one_ply", "puct"])
