@@ -196,7 +196,8 @@ def open_run(configs: TrainConfigs, checkpoint: dict | None, resumed: Path | Non
     model.to(machine.device)
     model.gradient_checkpointing = run.gradient_checkpointing
     if device.dtype == "auto" and machine.device.type == "cuda" and not preferred_dtype(machine.device) and not checkpoint:
-        machine = with_faster_dtype(machine, partial(dry_run, model))
+        with join().failing_together():
+            machine = with_faster_dtype(machine, partial(dry_run, model))
         machine = dataclasses.replace(machine, dtype=join().gather(machine.dtype)[0])  # all take what the first has found
         output = dataclasses.replace(output, machine=machine)
     configs = configs._replace(model=model.config)
@@ -224,8 +225,9 @@ def find_batch_size(configs: TrainConfigs, model: GPT, machine: Machine) -> Trai
     optimizer_bytes = sum(8 * p.numel() for p in model.parameters())  # at most two fp32 states each, not allocated yet
     model.loops = model.config.max_loops
     n_sharing = world.local_size if machine.device.type == "cpu" else 1
-    batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks // world.size, optimizer_bytes,
-                               n_sharing)
+    with world.failing_together():
+        batch_size = largest_batch(partial(dry_run, model, machine), machine.device, n_blocks // world.size, optimizer_bytes,
+                                   n_sharing)
     batch_size = -int(world.largest(-batch_size)[0])
     model.loops = model.config.loops
     return configs._replace(run=dataclasses.replace(configs.run, batch_size=batch_size),

@@ -525,6 +525,7 @@ def train_command(command: TrainingCommand, given: dict, path: Path, resumed: Pa
                               lambda: run.setup.checkpoint_status() if run else ""):
             with world.failing_together():
                 run = open_run(configs, checkpoint, resumed)
+            with world.failing_together():
                 check_processes(run, world)
             check_compile(run.configs.run.compile_model, run.state.model)
             choose_threads(run)
@@ -755,7 +756,8 @@ def restore_state(output: RunOutput, model: GPT, tokenizer: Tokenizer | None, sc
                   period: int = 1) -> tuple[TrainState, TrainSetup]:
     """A run's state, new or as the resumed checkpoint left it. From tokenizer on: see TrainSetup. Raises BadInput."""
     writer, checkpoint, rows = output.writer, output.checkpoint, []
-    output.command.check_writable(writer.path)
+    if join().is_main:
+        output.command.check_writable(writer.path)
     if checkpoint:
         step = checkpoint["training"]["step"]
         folder = run_folder(writer.path if writer.resumes_in_place else output.resumed)  # one file may have two names

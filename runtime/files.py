@@ -165,6 +165,6 @@ def check_writable(path: Path, flag_text: str):
         existed = probe.exists()
         open(probe, "ab").close()
         if not existed:
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process that checks the same may have
     except OSError as error:
         raise BadInput(f"{flag_text}: cannot be written ({error.strerror}): choose another path") from None

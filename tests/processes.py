@@ -16,6 +16,7 @@ import torch  # noqa: E402
 
 import grpo  # noqa: E402
 import train  # noqa: E402
+from runtime.config import BadInput  # noqa: E402
 
 torch.set_num_threads(1)
 event, script, *flags = sys.argv[1:]
@@ -52,6 +53,10 @@ if event == "differ":
     flags.append(f"--seed={rank}")
 elif event == "less_memory":  # in one process than in the other
     train.largest_batch = lambda try_batch, device, n_blocks, *sizes: n_blocks if rank == 0 else 2
+elif event == "first_fails" and rank == 0:
+    def fail(*args):
+        raise BadInput("--checkpoint_path=here: cannot be written")
+    train.open_output = fail
 elif event == "rewarded":  # see tests/test_grpo.py
     grpo.reward = lambda question, answer: float(len(answer.text) % 2)
 importlib.import_module(script).main(flags)

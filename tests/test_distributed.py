@@ -283,7 +283,9 @@ def test_one_process_says_that_the_run_has_diverged(data_path, tmp_path):
 @pytest.mark.integration
 @pytest.mark.parametrize("event, flags, words", [
     ("none", ["--num_batch_accum=3"], "--num_batch_accum=3: 2 processes cannot take as many batches each"),
-    ("differ", [], "--seed=1: in process 1, but 0 in the first")])
+    ("differ", [], "--seed=1: in process 1, but 0 in the first"),
+    ("first_fails", [], "--checkpoint_path=here: cannot be written"),
+    ("first_fails", ["--batch_size=auto"], "--checkpoint_path=here: cannot be written")])
 def test_bad_input_is_one_line(data_path, tmp_path, event, flags, words):
     code, lines = torchrun(event, command(tmp_path / "run" / "gpt.pt", data_path, *flags))
     assert code and len(lines) == 1 and words in lines[0], lines
