@@ -42,8 +42,8 @@ class World:
 
     @contextmanager
     def failing_together(self):
-        """Where one process finds bad input, or a file that cannot be read, all end: the first of them says why. What is in
-        the block may call nothing that all have to call, unless all that may fail before is in such a block of its own."""
+        """Where one process finds bad input, or a file that cannot be read, all end: the first of them says why. Inside,
+        they communicate only after an inner block of this kind, whose end finds one that has failed until then."""
         try:
             yield
             error = None

@@ -156,6 +156,18 @@ def test_a_folder_inside_a_file_cannot_be_locked(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_two_processes_may_check_the_same_path(tmp_path, monkeypatch):
+    """The other one has deleted the probe first."""
+    unlink = Path.unlink
+
+    def delete_twice(path, **options):
+        unlink(path)
+        unlink(path, **options)
+    monkeypatch.setattr(Path, "unlink", delete_twice)
+    check_writable(tmp_path / "a.pt", "--x=a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_process_leaves_no_lock(tmp_path):
     program = ("import sys, time; from pathlib import Path; from runtime.files import folder_lock\n"
                "with folder_lock(Path(sys.argv[1]), ''): print('locked', flush=True); time.sleep(60)")
